@@ -1,0 +1,3 @@
+from ddo_cli.cli import main
+
+main()

@@ -1,0 +1,164 @@
+"""Everything that is printed: results on stdout, progress and messages on stderr, rank 0 only."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Task as RichTask
+from rich.table import Table
+from rich.text import Text
+
+_out = Console(highlight=False)
+if not _out.is_terminal:
+    _out = Console(highlight=False, width=120)  # a log or a pipe has no width of its own
+_err = Console(stderr=True, highlight=False, soft_wrap=True)
+_json_only = False
+_active: Progress | None = None
+PLAIN_INTERVAL = 10.0  # seconds between progress lines where stderr is not a terminal
+
+
+def use_json(only_json: bool) -> None:
+    """With True, `result` prints JSON and tables are left out."""
+    global _json_only
+    _json_only = only_json
+
+
+def json_only() -> bool:
+    """Whether the command was given --json."""
+    return _json_only
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def info(message: str) -> None:
+    """A line of progress on stderr."""
+    if _is_main():
+        _err.print(message, markup=False)
+
+
+def warn(message: str) -> None:
+    """A warning on stderr."""
+    if _is_main():
+        _err.print(f"[yellow]warning:[/yellow] {_escape(message)}")
+
+
+def error(kind: str, message: str) -> None:
+    """An error on stderr; with --json also as an object on stdout."""
+    if _json_only:
+        _out.print(json.dumps({"error": {"kind": kind, "message": message}}), markup=False, soft_wrap=True)
+    _err.print(f"[red]error:[/red] {_escape(message)}")
+
+
+def result(content: Mapping[str, Any], summary: str | None = None, table: Table | None = None) -> None:
+    """What a command found: one JSON object with --json, else the table and the summary."""
+    if not _is_main():
+        return
+    if _json_only:
+        _out.print(json.dumps(content), markup=False, soft_wrap=True)
+        return
+    if table is not None:
+        _out.print(table)
+    if summary is not None:
+        _out.print(summary, markup=False, soft_wrap=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A Rich table of texts; the first column left-aligned, the others right-aligned."""
+    built = Table(title=title, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        built.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        built.add_row(*(_escape(cell) for cell in row))
+    return built
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Progress
+
+
+class Bar(Protocol):
+    """A running count. `fields` is a short text shown beside it."""
+
+    def advance(self, count: int = 1, fields: str | None = None) -> None: ...
+
+
+class _Silent:
+    def advance(self, count: int = 1, fields: str | None = None) -> None:
+        pass
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: RichTask) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} {task.fields['unit']}/s")
+
+
+class _Live:
+    def __init__(self, progress: Progress, task: Any):
+        self.progress, self.task = progress, task
+
+    def advance(self, count: int = 1, fields: str | None = None) -> None:
+        self.progress.update(self.task, advance=count)
+        if fields is not None:
+            self.progress.update(self.task, fields=fields)
+
+
+class _Plain:
+    """A line now and then, for logs."""
+
+    def __init__(self, title: str, total: int, done: int, unit: str):
+        self.title, self.total, self.done, self.unit = title, total, done, unit
+        self.start, self.first, self.fields = time.monotonic(), done, ""
+        self.last = self.start
+
+    def advance(self, count: int = 1, fields: str | None = None) -> None:
+        self.done += count
+        self.fields = self.fields if fields is None else fields
+        now = time.monotonic()
+        if now - self.last >= PLAIN_INTERVAL:
+            self.last = now
+            speed = (self.done - self.first) / (now - self.start)
+            left = f", {(self.total - self.done) / speed:,.0f} s left" if speed else ""
+            info(f"{self.title}: {self.done}/{self.total} ({speed:,.0f} {self.unit}/s{left}) {self.fields}".rstrip())
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
+    """A progress bar with speed and time left; plain lines where stderr is not a terminal; nothing off rank 0."""
+    global _active
+    if not _is_main():
+        yield _Silent()
+    elif not _err.is_terminal:
+        yield _Plain(title, total, done, unit)
+    elif _active is not None:  # a stage inside another: a further line of the same display
+        task = _active.add_task(f"  {title}", total=total, completed=done, fields="", unit=unit)
+        yield _Live(_active, task)
+        _active.remove_task(task)
+    else:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            _Speed(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[fields]}"),
+        )
+        with Progress(*columns, console=_err, transient=True) as live:
+            _active = live
+            try:
+                yield _Live(live, live.add_task(title, total=total, completed=done, fields="", unit=unit))
+            finally:
+                _active = None

@@ -1,0 +1,164 @@
+"""The on-disk sample set: generated items, labels and seeds, written batch by batch so that a set can be continued.
+
+`shards`: shard-000000.safetensors, ... with tensors `items`, `labels`, `seeds`, one file per batch.
+`png`:    <seed:06d>.png, and labels in manifest.json.
+`npz`:    samples.npz with `arr_0` (N, H, W, C) as ADM's tools read it, `labels` and `seeds`.
+
+manifest.json says what made the set; a set of other settings is never mixed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ddo_cli import dist
+from ddo_cli.errors import DataError, RunError
+from ddo_cli.files import read_json, replacing, write_json
+from ddo_cli.likelihood import Batch, num_batches
+from ddo_cli.recipe import differing_keys
+
+Format = Literal["png", "npz", "shards"]
+MANIFEST = "manifest.json"
+
+
+class SampleSet(NamedTuple):
+    """A complete set, ordered by seed."""
+
+    items: np.ndarray
+    labels: np.ndarray
+    seeds: np.ndarray
+    manifest: dict[str, Any]
+
+
+class Writer:
+    """Writes a set's batches, each process its own, and says which are still missing.
+
+    made_by: everything the items depend on (weights' hash, sampling recipe, classes), stored in the manifest.
+    """
+
+    def __init__(self, out: Path, form: Format, seeds: Sequence[int], batch: int, made_by: dict[str, Any]):
+        self.out, self.form = out, form
+        self.seeds, self.batch = sorted(seeds), batch
+        self.manifest = {"format": form, "num": len(seeds), "seeds": spell_seeds(self.seeds), "batch": batch, **made_by}
+        self._claim()
+
+    def missing(self) -> list[int]:
+        """Numbers of the batches that are not on disk yet."""
+        return [number for number in range(num_batches(len(self.seeds), self.batch)) if not self._has(number)]
+
+    def write(self, batch: Batch) -> None:
+        """Stores one batch. PNG files and shards take their final names once they are whole."""
+        if self.form == "png":
+            for item, seed in zip(batch.items, batch.seeds.tolist(), strict=True):
+                with replacing(self.out / f"{seed:06d}.png") as temporary:
+                    to_image(item.numpy()).save(temporary, format="png")
+        tensors = {"labels": batch.label, "seeds": batch.seeds, "nfe": torch.tensor(batch.nfe)}
+        if self.form != "png":
+            tensors["items"] = batch.items
+        with replacing(self._shard(batch.number)) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+
+    def finish(self) -> dict[str, Any]:
+        """Completes the manifest (and the npz) once every process has written its batches; returns the manifest."""
+        dist.barrier()
+        if dist.is_main():
+            shards = [load_file(self._shard(number)) for number in range(num_batches(len(self.seeds), self.batch))]
+            labels = torch.cat([shard["labels"] for shard in shards])
+            self.manifest |= {"complete": True, "nfe": max(int(shard["nfe"]) for shard in shards)}
+            if self.form == "npz":
+                items = torch.cat([shard["items"] for shard in shards]).numpy()
+                with replacing(self.out / "samples.npz") as temporary, open(temporary, "wb") as file:
+                    channels_last = items.transpose(0, 2, 3, 1) if items.ndim == 4 else items
+                    np.savez(file, arr_0=channels_last, labels=labels.numpy(), seeds=np.array(self.seeds))
+            if self.form == "png":
+                self.manifest["labels"] = labels.tolist()
+            write_json(self.out / MANIFEST, self.manifest)
+        dist.barrier()
+        return self.complete() or {}
+
+    def complete(self) -> dict[str, Any] | None:
+        """The manifest of a set that is complete."""
+        found = read_json(self.out / MANIFEST)
+        if not found["complete"]:
+            return None
+        if dist.is_main() and self.form != "shards":
+            for part in self.out.glob(".part-*"):
+                part.unlink()
+        return found
+
+    def _shard(self, number: int) -> Path:
+        # Parts of the other formats are hidden: they are gone when the set is complete.
+        return self.out / f"{'' if self.form == 'shards' else '.part-'}shard-{number:06d}.safetensors"
+
+    def _has(self, number: int) -> bool:
+        return self._shard(number).is_file()
+
+    def _claim(self) -> None:
+        """Takes an empty directory, or one with a set of the same making."""
+        path = self.out / MANIFEST
+        if dist.is_main():
+            self.out.mkdir(parents=True, exist_ok=True)
+            if path.is_file():
+                found = {key: value for key, value in read_json(path).items() if key in self.manifest}
+                if lines := differing_keys(self.manifest, found):
+                    raise RunError(
+                        f"{self.out} holds another sample set; choose another --out or remove it. Differences "
+                        "(there -> now):\n  " + "\n  ".join(lines)
+                    )
+            else:
+                if any(entry for entry in self.out.iterdir() if not entry.name.startswith(".")):
+                    raise RunError(f"{self.out} is not empty and holds no sample set; choose another --out")
+                write_json(path, {**self.manifest, "complete": False})
+        dist.barrier()
+
+
+def open_samples(path: Path) -> SampleSet:
+    """A complete set of format `shards`. Raises DataError if a part is missing or damaged."""
+    manifest = read_json(path / MANIFEST)
+    if not manifest.get("complete"):
+        raise DataError(f"{path} is an unfinished sample set; run the command that made it again, it continues")
+    files = sorted(path.glob("shard-*.safetensors"))
+    try:
+        shards: list[dict[str, Tensor]] = [load_file(file) for file in files]
+        columns = [torch.cat([shard[key] for shard in shards]).numpy() for key in ("items", "labels", "seeds")]
+    except (SafetensorError, KeyError, RuntimeError, OSError) as error:
+        raise DataError(f"{path} holds a damaged shard ({error}); remove the directory and sample again") from None
+    if len(columns[0]) != manifest["num"]:
+        raise DataError(f"{path} holds {len(columns[0])} items where its manifest says {manifest['num']}; sample again")
+    return SampleSet(columns[0], columns[1], columns[2], manifest)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "0-3,7" -> [0, 1, 2, 3, 7]. Raises ValueError on anything else, and on a seed given twice."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        seeds += range(int(first), int(last) + 1) if dash else [int(first)]
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError("no seed, or one given twice")
+    return seeds
+
+
+def spell_seeds(seeds: Sequence[int]) -> str:
+    """The shortest spelling that `parse_seeds` reads back, for seeds in increasing order."""
+    runs: list[list[int]] = []
+    for seed in seeds:
+        if runs and seed == runs[-1][1] + 1:
+            runs[-1][1] = seed
+        else:
+            runs.append([seed, seed])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def to_image(item: np.ndarray) -> Image.Image:
+    """A Pillow image of a uint8 (C, H, W) array with 1 or 3 channels."""
+    return Image.fromarray(item[0] if len(item) == 1 else item.transpose(1, 2, 0))

@@ -1,0 +1,90 @@
+"""Processes started by torchrun. The sole caller of torch.distributed; without torchrun there is one process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """Number of this process; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process writes files and prints."""
+    return rank() == 0
+
+
+def init(device: str | None = None) -> torch.device:
+    """Joins the group that torchrun started (NCCL on GPUs, gloo on CPUs) and returns this process's device."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    if world_size() > 1 and not torch_dist.is_initialized():
+        torch_dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return torch.device(device)
+
+
+def shutdown() -> None:
+    """Leaves the group."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Waits for all processes."""
+    if world_size() > 1:
+        torch_dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over processes, in place."""
+    if world_size() > 1:
+        torch_dist.all_reduce(tensor)
+    return tensor
+
+
+def from_main(value: T) -> T:
+    """The main process's value, on every process."""
+    if world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    torch_dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gathered(value: T) -> list[T]:
+    """Every process's value, in the order of ranks."""
+    if world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * world_size()
+    torch_dist.all_gather_object(box, value)
+    return box
+
+
+def shard(items: Sequence[T]) -> Sequence[T]:
+    """This process's share: every world_size-th item."""
+    return items[rank() :: world_size()]
+
+
+def wrap(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with gradients averaged over processes (DistributedDataParallel); itself in one process."""
+    if world_size() == 1:
+        return module
+    ids = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(module, device_ids=ids)

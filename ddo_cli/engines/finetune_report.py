@@ -1,0 +1,82 @@
+"""Pictures, table and HTML page of a finetuning run, from what the run left on disk."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ddo_cli import pictures, report, rundir
+from ddo_cli.files import read_json
+from ddo_cli.pictures import Curve
+from ddo_cli.recipe import Recipe, to_yaml
+
+Row = tuple[str, ...]
+
+
+def table(state: dict[str, Any], key: str) -> tuple[list[str], list[Row]]:
+    """Column names and rows: the reference, then the reference after each round."""
+    others = [name for name in state["reference"]["repeats"][0] if name != key]
+    columns = ["reference", key, *others, "ratio", "outcome"]
+    start = state["reference"]["score"]
+    rows = [("at the start", *_figures(state["reference"], key, others), "1.000", "")]
+    for record in state["rounds"]:
+        outcome = f"promoted after {record['best_images']:,} images"
+        if not record["promoted"]:
+            outcome = f"kept; best candidate {record['candidate_score']:.4g}"
+        ratio = f"{record['score'] / start:.3f}" if start else "-"
+        rows.append((f"after round {record['round']}", *_figures(record, key, others), ratio, outcome))
+    return columns, rows
+
+
+def table_of(run_dir: rundir.RunDir, key: str) -> tuple[list[str], list[Row]]:
+    """The table of a finished run."""
+    return table(read_json(run_dir.state_file), key)
+
+
+def _figures(record: dict[str, Any], key: str, others: list[str]) -> Row:
+    """The mean score, with its range over several repeats, and the means of the other figures."""
+    repeats = [figures[key] for figures in record["repeats"]]
+    spread = f" ({min(repeats):.4g} to {max(repeats):.4g})" if len(repeats) > 1 else ""
+    means = [sum(figures[name] for figures in record["repeats"]) / len(repeats) for name in others]
+    return (f"{record['score']:.4g}{spread}", *(f"{mean:.4g}" for mean in means))
+
+
+def write(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any], key: str) -> None:
+    """Draws the curves and writes report.html."""
+    path, rounds = run_dir.path, state["rounds"]
+    log = [json.loads(line) for line in run_dir.log_file.read_text().splitlines()]
+    per_round = -(-recipe.finetune.images_per_round // recipe.finetune.batch) * recipe.finetune.batch
+    at = [(record["round"] - 1) * per_round + record["n_images"] for record in log]
+    candidates = [
+        ((record["round"] - 1) * per_round + int(step) * recipe.finetune.batch, figures[key])
+        for record in rounds
+        for step, figures in sorted(record["candidates"].items(), key=lambda item: int(item[0]))
+    ]
+    by_round = [state["reference"]["score"], *(record["score"] for record in rounds)]
+    pictures.curves(
+        {f"{key} by round (mean of repeats)": [Curve(key, range(len(by_round)), by_round, "o")]},
+        path / "score-by-round.png",
+        "round",
+    )
+    pictures.curves(
+        {
+            f"{key} of candidates": [Curve(key, [x for x, _ in candidates], [y for _, y in candidates], "o")],
+            "log-ratio, nats": [Curve(name, at, [record[name] for record in log]) for name in ("r_real", "r_fake")],
+            "discriminator accuracy": [Curve("accuracy", at, [record["accuracy"] for record in log])],
+            "plain loss on data / reference's": [Curve("ratio", at, [record["denoising_ratio"] for record in log])],
+        },
+        path / "curves.png",
+        "images",
+    )
+    columns, rows = table(state, key)
+    shown = [report.Picture(path / "score-by-round.png", "score of the reference after each round")]
+    shown += [report.Picture(path / "curves.png", "training")]
+    shown += [report.Picture(path / "reference.png", "reference, before")]
+    shown += [
+        report.Picture(path / f"round-{record['round']:02d}" / "grid.png", f"round {record['round']}, same seeds")
+        for record in rounds
+    ]
+    start, final = by_round[0], by_round[-1]
+    ratio = f" ({final / start:.2f} times)" if start else ""
+    summary = f"{key} {start:.4g} -> {final:.4g}{ratio} in {len(rounds)} rounds; lower is better."
+    report.write_report(path / "report.html", f"DDO: {recipe.name}", summary, columns, rows, shown, to_yaml(recipe))

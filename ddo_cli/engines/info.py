@@ -1,0 +1,64 @@
+"""`ddo info`: what a checkpoint, sample set or run directory holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ddo_cli import checkpoint
+from ddo_cli.data.samples import MANIFEST
+from ddo_cli.errors import UsageError
+from ddo_cli.files import read_json, sha256
+
+
+def run(path: str) -> dict[str, Any]:
+    """A description of the file or directory; `holds` names its kind."""
+    place = Path(path)
+    if place.is_dir():
+        if (place / MANIFEST).is_file():
+            return {"holds": "sample set", "path": path, **_short(read_json(place / MANIFEST))}
+        if (place / "state.json").is_file():
+            return _run_directory(place)
+        raise UsageError(f"{path} is a directory with neither manifest.json nor state.json; ddo did not write it")
+    file = checkpoint.load(path)
+    found: dict[str, Any] = {
+        "holds": f"checkpoint of kind '{file.header['kind']}'",
+        "path": path,
+        "sha256": file.sha256,
+        "num_tensors": len(file.tensors),
+        "num_parameters": sum(tensor.numel() for tensor in file.tensors.values()),
+    }
+    found |= {key: file.header[key] for key in ("config", "sampling", "step", "owner") if key in file.header}
+    if "provenance" in file.header:
+        found["provenance"] = [_link(link) for link in file.header["provenance"]]
+    return found
+
+
+def _run_directory(place: Path) -> dict[str, Any]:
+    state = read_json(place / "state.json")
+    files = sorted(str(file.relative_to(place)) for file in place.rglob("*.safetensors") if "shard-" not in file.name)
+    weights = {name: sha256(place / name) for name in files if "train-state" not in name}
+    rounds = [{key: record[key] for key in ("round", "score", "promoted")} for record in state.get("rounds", [])]
+    return {
+        "holds": f"run of {state['command']}",
+        "path": str(place),
+        "finished": "result" in state,
+        "reference_sha256": state.get("reference_sha256"),
+        "reference_score": state.get("reference", {}).get("score"),
+        "rounds": rounds,
+        "result": state.get("result"),
+        "sha256": weights,
+    }
+
+
+def _link(link: dict[str, Any]) -> dict[str, Any]:
+    """One step of a provenance chain, with its recipe's name instead of the whole recipe."""
+    short = {key: value for key, value in link.items() if key != "recipe"}
+    recipe = link.get("recipe", {})
+    section = recipe.get("finetune" if link["command"] == "finetune-ddo" else "pretrain", {})
+    keys = ("alpha", "beta", "lr", "batch", "images", "images_per_round")
+    return {**short, "recipe": recipe.get("name"), **{key: section[key] for key in keys if key in section}}
+
+
+def _short(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in manifest.items() if key != "labels"}

@@ -1,0 +1,100 @@
+"""`ddo pretrain`: maximum likelihood of any registered model, to make references where no checkpoint exists."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddo_cli import checkpoint, console, dist, rundir
+from ddo_cli.data.images import check_fits, open_images
+from ddo_cli.data.pairs import Shuffled
+from ddo_cli.engines.scoring import Scoring
+from ddo_cli.files import write_json
+from ddo_cli.models import registry
+from ddo_cli.recipe import Recipe
+from ddo_cli.rng import RowRng, seed_from
+from ddo_cli.training import loop
+
+
+def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = False) -> dict[str, Any]:
+    """Trains recipe.model on recipe.data and returns what layout promises of `pretrain --json`.
+
+    The same call on an unfinished run continues it; on a finished one it returns the stored result.
+    """
+    settings = recipe.pretrain
+    registry.load_file(recipe.model.file)
+    real = open_images(recipe.data.source, recipe.data.num)
+    config = registry.config_of(
+        recipe.model.name, real.items.shape[1:], real.num_classes, recipe.model.options, recipe.model.draw
+    )
+    loop.local_rows(settings.batch, settings.micro_batch)
+    steps = -(-settings.images // settings.batch)
+    torch.manual_seed(seed_from("init", recipe.seed))  # weights are the only thing drawn from the global generator
+    model = registry.build(config).to(device)
+    check_fits(real, model.shape, model.num_classes)
+    model.check_sampling(recipe.sampling)
+    parameters = sum(p.numel() for p in model.parameters())
+    if dry_run:
+        return {
+            "out": str(out), "dry_run": True, "model": config["name"], "parameters": parameters,
+            "images": steps * settings.batch, "steps": steps, "batch": settings.batch, "data": real.name,
+        }  # fmt: skip
+    loop.set_precision(settings.precision)
+    with rundir.locked(out) as run_dir:
+        run_dir.claim("pretrain", recipe)
+        if "result" in (state := dist.from_main(run_dir.state())):
+            console.info(f"{out} is finished; nothing to do")
+            return state["result"]
+        console.info(f"pretrain {config['name']}: {parameters:,} parameters, {steps} steps of {settings.batch} images")
+        stream = Shuffled(real.items, real.labels, "pretrain", recipe.seed)
+
+        def loss(wrapped: nn.Module, rows: loop.Rows) -> loop.Loss:
+            """Negative log-likelihood (or bound) per dimension."""
+            base = rows.step * settings.batch
+            items, label = stream.rows(base + rows.start, base + rows.stop)
+            rng = RowRng.for_rows("pretrain", recipe.seed, rows.step, rows=range(rows.start, rows.stop))
+            draw = model.draw(len(items), rng)
+            draw = type(draw)(*(tensor.to(device) for tensor in draw))
+            log_lik = wrapped(model.encode(items.to(device)), label.to(device), draw)
+            return loop.Loss(-log_lik.mean() / math.prod(model.shape), {})
+
+        plan = loop.Plan(
+            title="pretraining", steps=steps, recipe=settings, loss=loss, state_file=out / "train-state.safetensors",
+            log_file=run_dir.log_file, log_tags={}, ema_ramp=settings.ema_ramp, dropout=True, owner=recipe.name,
+        )  # fmt: skip
+        ema = loop.fit(model, plan, device)
+        header = {
+            "kind": "model",
+            "config": config,
+            "sampling": recipe.sampling.model_dump(mode="json", exclude_none=True),
+            "provenance": [{"command": "pretrain", "recipe": recipe.model_dump(mode="json"), "steps": steps}],
+        }
+        result = _finish(recipe, model, ema, header, run_dir, Scoring(recipe, real, recipe.sampling, device))
+        run_dir.advance(result=result)
+        if dist.is_main():
+            plan.state_file.unlink(missing_ok=True)
+    return result
+
+
+def _finish(
+    recipe: Recipe,
+    model: Any,
+    ema: dict[str, Tensor],
+    header: dict[str, Any],
+    run_dir: rundir.RunDir,
+    scoring: Scoring,
+) -> dict[str, Any]:
+    """Scores the averaged weights, draws their picture and writes the checkpoint."""
+    model.load_state_dict(ema)
+    model.eval()
+    figures = [scoring.run(model, repeat) for repeat in range(scoring.repeats)]
+    scoring.picture(model, run_dir.path / "grid.png")
+    if dist.is_main():
+        write_json(run_dir.path / "metrics.json", figures)
+        checkpoint.save(run_dir.final, ema, header)
+    score = sum(figure[scoring.key] for figure in figures) / len(figures)
+    return {"out": str(run_dir.path), "final": str(run_dir.final), "metric": scoring.key, "score": score}

@@ -1,0 +1,101 @@
+"""`ddo sample`: a sample set on disk, each item a function of its own seed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddo_cli import console, dist, pictures, rundir
+from ddo_cli.data.samples import Format, Writer
+from ddo_cli.errors import UsageError
+from ddo_cli.likelihood import LikelihoodModel, generate, num_batches
+from ddo_cli.models import registry
+from ddo_cli.recipe import SamplingRecipe
+
+GRID_ITEMS = 64
+
+
+def run(
+    ckpt: str | Path,
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    form: Format = "png",
+    classes: Sequence[int] | None = None,
+    sampling: dict[str, Any] | None = None,
+    device: torch.device,
+    title: str = "sampling",
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Draws one item per seed into `out` and returns what layout promises of `sample --json`.
+
+    sampling: values of SamplingRecipe in place of the checkpoint's own.
+    Continues a set that an earlier run left unfinished; a finished one is left as it is.
+    """
+    model, file = registry.load_model(ckpt, device)
+    spec = SamplingRecipe(**file.header.get("sampling", {})).merged(**(sampling or {}))
+    model.check_sampling(spec)
+    _check_classes(model, classes)
+    if form == "png" and len(model.shape) != 3:
+        raise UsageError(f"--format png needs images; this model draws items of shape {model.shape}: use shards or npz")
+    made_by = {
+        "checkpoint_sha256": file.sha256,
+        "sampling": spec.model_dump(mode="json"),
+        "classes": list(classes) if classes else None,
+    }
+    found = {"out": str(out), "num_images": len(seeds), "checkpoint_sha256": file.sha256, "sampler": spec.sampler}
+    if dry_run:
+        return {**found, "batches": num_batches(len(seeds), spec.batch), "steps": spec.steps, "dry_run": True}
+    with rundir.locked(out):
+        writer = Writer(out, form, seeds, spec.batch, made_by)
+        # Files appear while processes read the directory: what is missing is for the main process to say.
+        missing = dist.from_main(writer.missing())
+        manifest = dist.from_main(writer.complete())
+        speed = 0.0
+        if manifest is None:
+            speed = _draw(model, writer, missing, spec, classes, device, title)
+            manifest = writer.finish()
+        grid = out / "grid.png"
+        if dist.is_main() and not grid.is_file():
+            first = writer.seeds[:GRID_ITEMS]
+            made = generate(model, first, spec, batch=spec.batch, classes=classes, device=device)
+            pictures.contact_sheet(np.concatenate([batch.items.numpy() for batch in made]), grid)
+    return {**found, "nfe": manifest["nfe"], "images_per_second": round(speed, 2), "seeds": manifest["seeds"]}
+
+
+def _draw(
+    model: LikelihoodModel,
+    writer: Writer,
+    missing: list[int],
+    spec: SamplingRecipe,
+    classes: Sequence[int] | None,
+    device: torch.device,
+    title: str,
+) -> float:
+    """Draws and stores the missing batches; returns items per second."""
+    own = dist.shard(missing)
+    done = len(writer.seeds) - len(missing) * spec.batch
+    if done > 0:
+        console.info(f"{writer.out}: continues, {done} of {len(writer.seeds)} items are there")
+    drawn, start = 0, time.monotonic()
+    with console.progress(title, len(own) * spec.batch, "items") as bar:
+        for batch in generate(model, writer.seeds, spec, batch=spec.batch, classes=classes, only=own, device=device):
+            writer.write(batch)
+            drawn += len(batch.items)
+            bar.advance(spec.batch)
+    return sum(dist.gathered(drawn)) / max(time.monotonic() - start, 1e-9)
+
+
+def _check_classes(model: LikelihoodModel, classes: Sequence[int] | None) -> None:
+    if not classes:
+        return
+    if not model.num_classes:
+        raise UsageError(f"--classes {','.join(map(str, classes))} needs a class-conditional model; leave it out")
+    for value in classes:
+        if not 0 <= value < model.num_classes:
+            raise UsageError(f"--classes {value} is out of range; this model has classes 0 to {model.num_classes - 1}")

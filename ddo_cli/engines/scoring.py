@@ -1,0 +1,98 @@
+"""Scores of a model inside a run: samples drawn and measured in memory, or densities on a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddo_cli import console, dist, pictures
+from ddo_cli.data.images import ItemSet, open_images
+from ddo_cli.diffusion.mixture import toy2d
+from ddo_cli.errors import DataError, UsageError
+from ddo_cli.likelihood import Batch, LikelihoodModel, generate, num_batches
+from ddo_cli.metrics import stats
+from ddo_cli.metrics.density import DensityScorer
+from ddo_cli.metrics.features import Extractor, select_extractor
+from ddo_cli.metrics.scorer import FrechetScorer
+from ddo_cli.recipe import Recipe, SamplingRecipe
+
+GRID_SEEDS = range(64)  # of the pictures that compare models
+
+
+class Scoring:
+    """The recipe's metric, with the reference statistics computed once. Lower is better."""
+
+    def __init__(self, recipe: Recipe, real: ItemSet, spec: SamplingRecipe, device: torch.device):
+        self.metric, self.spec, self.device = recipe.metric, spec, device
+        self.density: DensityScorer | None = None
+        self.frechet: FrechetScorer | None = None
+        metric = recipe.metric
+        if metric.name == "js":
+            if not real.name.startswith("embedded:toy2d"):
+                raise UsageError(f"metric.name = js needs data of known density (embedded:toy2d), not {real.name}")
+            self.density = DensityScorer(toy2d())
+            self.key = "js"
+        else:
+            extractor = select_extractor(metric.name, metric.weights, metric.extractor, device)
+            ref = real if metric.ref is None else open_reference(metric.ref, extractor)
+            self.frechet = FrechetScorer(extractor, ref, self.spec.batch)
+            self.key = extractor.key
+
+    @property
+    def repeats(self) -> int:
+        """Scores that a promoted model gets; densities have no sampling noise, so one is enough."""
+        return 1 if self.density is not None else self.metric.repeats
+
+    def run(self, model: LikelihoodModel, repeat: int) -> dict[str, float]:
+        """The metric's figures, `self.key` among them, on the seeds of one repeat. Equal on every process."""
+        if self.density is not None:
+            return self.density.score(model, self.spec)
+        assert self.frechet is not None, "one of the two scorers is built"
+        seeds = range(repeat * self.metric.num_images, (repeat + 1) * self.metric.num_images)
+        own = dist.shard(range(num_batches(len(seeds), self.spec.batch)))
+        made = generate(model, seeds, self.spec, batch=self.spec.batch, only=own, device=self.device)
+        with console.progress(f"{self.key} {repeat + 1}/{self.repeats}", len(own), "batches") as bar:
+            return self.frechet.score(_counted(made, bar))
+
+    def picture(self, model: LikelihoodModel, path: Path) -> None:
+        """What the model draws, for people: the same seeds for every model, or its density beside the data's."""
+        if not dist.is_main():
+            return
+        if self.density is not None:
+            found = self.density.densities(model, self.spec)
+            pictures.densities({"data": found.p_data, "model": found.p_model}, found.extent, path)
+            return
+        made = generate(model, GRID_SEEDS, self.spec, batch=self.spec.batch, device=self.device)
+        pictures.contact_sheet(_stacked([batch.items for batch in made]), path, columns=8)
+
+
+def _counted(made: Iterator[Batch], bar: console.Bar) -> Iterator[Tensor]:
+    for batch in made:
+        yield batch.items
+        bar.advance()
+
+
+def _stacked(items: list[Tensor]) -> np.ndarray:
+    return torch.cat(items).numpy()
+
+
+def open_reference(ref: str, extractor: Extractor) -> ItemSet | stats.Statistics:
+    """What `FrechetScorer` takes: images, or the statistics of an .npz with mu and sigma. Raises DataError."""
+    path = Path(ref)
+    if path.suffix.lower() == ".npz" and stats.holds_statistics(path):
+        return stats.load(path, extractor.num_features, extractor.name)
+    return open_comparable(ref)
+
+
+def open_comparable(source: str) -> ItemSet:
+    """Images that a Fréchet distance can be taken of. Raises DataError."""
+    opened = open_images(source)
+    if opened.items.ndim != 4:
+        raise DataError(f"{source} holds points, not images; a Frechet distance needs images (points: metric js)")
+    if len(opened.items) < 2:
+        raise DataError(f"{source} holds one image; a distance needs at least two, and thousands to mean something")
+    return opened

@@ -1,0 +1,43 @@
+"""What a user can get wrong. `cli` turns each into one message on stderr and exit code 2."""
+
+
+class DdoError(Exception):
+    """A mistake of the user or of the surroundings. The message says what is wrong, where, and what to do."""
+
+    kind = "error"
+
+
+class UsageError(DdoError):
+    """A command-line value that cannot be used."""
+
+    kind = "usage"
+
+
+class RecipeError(DdoError):
+    """One or more problems of a recipe, one per line."""
+
+    kind = "recipe"
+
+
+class CheckpointError(DdoError):
+    """A weight file that is missing, damaged, or of another kind."""
+
+    kind = "checkpoint"
+
+
+class DataError(DdoError):
+    """An image set that cannot be read or does not fit the model."""
+
+    kind = "data"
+
+
+class RunError(DdoError):
+    """A run or sample directory that is in use, belongs to another run, or is damaged."""
+
+    kind = "run"
+
+
+class NumericsError(DdoError):
+    """A loss that is not finite or that diverges."""
+
+    kind = "numerics"

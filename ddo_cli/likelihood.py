@@ -1,0 +1,191 @@
+"""The contract between models and everything else: what DDO needs of a likelihood-based model.
+
+    draw = model.draw(num_rows, rng)             all randomness of one estimate, made outside `forward`
+    D = model.predict(x, label, draw)          the costly network pass
+    log_lik = model.log_lik(D, x, draw)        (B,) per example, summed over dimensions
+    r = model.log_ratio(D, D_ref, x, draw)     (B,) log p_model(x) - log p_ref(x), without cancellation
+    x, nfe = model.sample(label, rng, spec)    new examples in model space
+
+Real and fake rows, model and reference share ONE draw: the ratio is a small difference of large numbers, and
+independent noise would drown it (DDO, arXiv 2503.01103, section 3.2). Row i of a draw belongs to row i of x.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from ddo_cli.errors import UsageError
+from ddo_cli.recipe import SamplingRecipe
+from ddo_cli.rng import RowRng
+
+NO_LABEL = -1  # the label of an unconditional row
+
+
+class Draw(Protocol):
+    """A NamedTuple of tensors whose first dimension is the row; `drop` (B,) marks rows that lose their label."""
+
+    @property
+    def drop(self) -> Tensor: ...
+
+
+D = TypeVar("D", bound=Draw)
+
+
+def map_draw(fn: Callable[[Tensor], Tensor], draw: D) -> D:
+    """The draw with `fn` applied to each of its tensors."""
+    return type(draw)(*map(fn, draw))  # type: ignore[call-overload]
+
+
+def repeat_draw(draw: D, times: int) -> D:
+    """The same randomness for `times` stacked batches: rows 0..B-1, then 0..B-1 again."""
+    return map_draw(lambda tensor: torch.cat([tensor] * times), draw)
+
+
+class Options(BaseModel):
+    """Base of the option groups that models declare: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DrawOptions(Options):
+    """How training randomness is drawn. Models add their own fields."""
+
+    label_drop: float = Field(0.0, ge=0, le=1)  # share of rows trained without their label (for CFG)
+
+
+class Sampled(NamedTuple):
+    """New examples in model space (B, ...) and the network evaluations spent on each."""
+
+    x: Tensor
+    nfe: int
+
+
+class LikelihoodModel(nn.Module, ABC):
+    """A model with a tractable log-likelihood, exact or a one-draw bound."""
+
+    DrawOptions: ClassVar[type[DrawOptions]] = DrawOptions
+    # Fields of SamplingRecipe that this kind of model reads; setting another is a user's mistake.
+    sampling_fields: ClassVar[frozenset[str]] = frozenset()
+
+    shape: tuple[int, ...]  # of one item on disk, e.g. (3, 32, 32) for uint8 images, (2,) for points
+    num_classes: int  # 0: unconditional
+    draw_options: Any  # an instance of DrawOptions
+
+    @abstractmethod
+    def encode(self, items: Tensor) -> Tensor:
+        """Items as they lie on disk (uint8 images or float points) -> x in model space."""
+
+    @abstractmethod
+    def decode(self, x: Tensor) -> Tensor:
+        """x in model space -> items as they lie on disk; the inverse of `encode` on its image."""
+
+    @abstractmethod
+    def draw(self, num_rows: int, rng: RowRng) -> Any:
+        """All randomness of one likelihood estimate for `num_rows` rows: a NamedTuple with a field `drop`."""
+
+    @abstractmethod
+    def predict(self, x: Tensor, label: Tensor, draw: Any) -> Tensor:
+        """The network pass. label: (B,) int64, -1 for none."""
+
+    @abstractmethod
+    def log_lik(self, prediction: Tensor, x: Tensor, draw: Any) -> Tensor:
+        """Log-likelihood (exact) or its one-draw bound up to a constant, (B,), summed over dimensions, float32."""
+
+    @abstractmethod
+    def log_ratio(self, prediction: Tensor, ref_prediction: Tensor, x: Tensor, draw: Any) -> Tensor:
+        """log_lik(prediction) - log_lik(ref_prediction), (B,), in the form that does not cancel, float32."""
+
+    @abstractmethod
+    def sample(self, label: Tensor, rng: RowRng, spec: SamplingRecipe) -> Sampled:
+        """New examples, one per label and generator."""
+
+    @abstractmethod
+    def log_density(self, x: Tensor, label: Tensor, spec: SamplingRecipe) -> Tensor:
+        """Log density of what `sample` draws, (B,) in nats, by whatever exact means the model has."""
+
+    def forward(self, x: Tensor, label: Tensor, draw: Any, ref_prediction: Tensor | None = None) -> Tensor:
+        """(B,): the log-ratio against a reference's prediction, or without one the log-likelihood.
+
+        This is what is trained, and so what DistributedDataParallel sees.
+        """
+        prediction = self.predict(x, label, draw)
+        if ref_prediction is None:
+            return self.log_lik(prediction, x, draw)
+        return self.log_ratio(prediction, ref_prediction, x, draw)
+
+    def check_sampling(self, spec: SamplingRecipe) -> None:
+        """Raises UsageError if `spec` sets something that this model cannot honour."""
+        for key in sorted(set(SamplingRecipe.model_fields) - self.sampling_fields - {"batch"}):
+            if getattr(spec, key) is not None:
+                raise UsageError(
+                    f"sampling.{key} = {getattr(spec, key)} has no effect on a {type(self).__name__}; remove it "
+                    f"(it reads: {', '.join(sorted(self.sampling_fields))})"
+                )
+
+
+def drop_labels(label: Tensor, draw: Draw) -> Tensor:
+    """Labels with -1 on the dropped rows, (B,)."""
+    return torch.where(draw.drop, torch.full_like(label, NO_LABEL), label)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From seeds to items
+
+
+class Batch(NamedTuple):
+    """One canonical batch of generated items: number in the set, items as on disk, labels, seeds, network passes."""
+
+    number: int
+    items: Tensor  # (b, *shape), on the CPU
+    label: Tensor  # (b,)
+    seeds: Tensor  # (b,)
+    nfe: int
+
+
+def labels_of(seeds: Sequence[int], num_classes: int, classes: Sequence[int] | None = None) -> Tensor:
+    """Class-balanced labels, (B,): seed modulo the number of classes, so a label depends on its own seed only."""
+    if not num_classes:
+        return torch.full((len(seeds),), NO_LABEL)
+    chosen = torch.tensor(list(classes) if classes else range(num_classes))
+    return chosen[torch.tensor(list(seeds)) % len(chosen)]
+
+
+def num_batches(num_seeds: int, batch: int) -> int:
+    """Batches that `generate` cuts a set into."""
+    return -(-num_seeds // batch)
+
+
+@torch.no_grad()
+def generate(
+    model: LikelihoodModel,
+    seeds: Sequence[int],
+    spec: SamplingRecipe,
+    *,
+    batch: int,
+    classes: Sequence[int] | None = None,
+    only: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
+    """Items of all seeds, one batch at a time.
+
+    The set is always cut in the same way: seeds in increasing order, `batch` at a time, the last of several batches
+    filled up by repeating its last seed. So kernels see the same sizes whatever the order of the seeds, the process
+    count, or where an earlier attempt was interrupted.
+
+    only: numbers of the batches to make (for several processes, or to continue); all by default.
+    """
+    ordered = sorted(seeds)
+    size = min(batch, len(ordered))
+    for number in range(num_batches(len(ordered), batch)) if only is None else only:
+        own = ordered[number * batch : (number + 1) * batch]
+        padded = own + [own[-1]] * (size - len(own))
+        label = labels_of(padded, model.num_classes, classes)
+        sampled = model.sample(label.to(device), RowRng(padded), spec)
+        items = model.decode(sampled.x).cpu()[: len(own)]
+        yield Batch(number, items, label[: len(own)], torch.tensor(own), sampled.nfe)

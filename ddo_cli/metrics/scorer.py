@@ -1,0 +1,64 @@
+"""Frechet distances of generated images from one reference, as training rounds and `ddo fid` need them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddo_cli import dist
+from ddo_cli.metrics import frechet
+from ddo_cli.metrics.features import Extractor
+from ddo_cli.metrics.stats import HasMoments, Moments
+
+
+class HasItems(Protocol):
+    """Anything with uint8 images (N, C, H, W), such as data.images.ItemSet."""
+
+    @property
+    def items(self) -> np.ndarray: ...
+
+
+def own_batches(items: np.ndarray, batch: int) -> Iterator[Tensor]:
+    """This process's share of the batches of `items` (N, ...), each (b, ...)."""
+    for start in dist.shard(range(0, len(items), batch)):
+        yield torch.from_numpy(items[start : start + batch])
+
+
+def moments_of(extractor: Extractor, batches: Iterable[Tensor]) -> Moments:
+    """Moments of the features of all processes' images. batches: uint8 (b, C, H, W), this process's share only."""
+    moments = Moments(extractor.num_features, extractor.device)
+    for images in batches:
+        moments.update(extractor(images))
+    return moments.all_reduce()
+
+
+class FrechetScorer:
+    """Frechet distance from a fixed reference, whose moments and factor are computed once.
+
+    reference: images, of which every process holds all, or moments; batch: images of the reference per network pass.
+    """
+
+    def __init__(self, extractor: Extractor, reference: np.ndarray | HasItems | HasMoments, batch: int = 256) -> None:
+        self.extractor = extractor
+        items = reference if isinstance(reference, np.ndarray) else getattr(reference, "items", None)
+        if items is not None:
+            reference = moments_of(extractor, own_batches(items, batch))
+        moments = cast(HasMoments, reference)
+        self.reference = frechet.reference(moments.mean, moments.cov)
+
+    def score(self, batches: Iterable[Tensor]) -> dict[str, float]:
+        """{extractor.key: distance}, lower is better, the same on every process.
+
+        batches: uint8 (b, C, H, W), this process's share of the images; may be empty where another's is not.
+        Raises ValueError if all processes together pass fewer than two images.
+        """
+        return self.score_moments(moments_of(self.extractor, batches))
+
+    def score_moments(self, moments: HasMoments) -> dict[str, float]:
+        """The same for moments that are already those of all processes."""
+        value = frechet.distance_to(self.reference, moments.mean, moments.cov)
+        return {self.extractor.key: dist.from_main(value)}  # all processes must take the same decisions

@@ -1,0 +1,150 @@
+"""Mean and covariance of features: accumulated in float64 over batches and processes, kept in .npz files."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddo_cli import dist
+from ddo_cli.errors import DataError
+from ddo_cli.files import replacing
+from ddo_cli.metrics import frechet
+
+
+class HasMoments(Protocol):
+    """Anything with a mean (F,) and a covariance (F, F)."""
+
+    @property
+    def mean(self) -> Tensor: ...
+
+    @property
+    def cov(self) -> Tensor: ...
+
+
+class Statistics(NamedTuple):
+    """Moments at rest: mean (F,) and cov (F, F), float64; how many images and which extractor, where known."""
+
+    mean: Tensor
+    cov: Tensor
+    num_images: int | None = None
+    extractor: str | None = None
+
+
+class Moments:
+    """Streaming mean and covariance of feature vectors, float64.
+
+    Each batch is merged as a group of its own (Chan, Golub and LeVeque 1979, eqs. 2.1): the sum of squares is kept
+    about the running mean, so that features far from zero lose no digits and no shift need be agreed on.
+    """
+
+    def __init__(self, num_features: int, device: torch.device | str = "cpu") -> None:
+        self.n = 0
+        self._mean = torch.zeros(num_features, dtype=torch.float64, device=device)  # (F,)
+        self._scatter = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)  # about the mean
+
+    def update(self, features: Tensor) -> None:
+        """Adds the rows of `features` (B, F)."""
+        if features.ndim != 2 or features.shape[1] != self._mean.numel():
+            raise ValueError(f"features {tuple(features.shape)} must be (B, {self._mean.numel()})")
+        if len(features) == 0:
+            return
+        rows = features.detach().to(self._mean.device, torch.float64)
+        mean = rows.mean(0)
+        centred = rows - mean
+        delta = mean - self._mean
+        total = self.n + len(rows)
+        self._scatter += centred.T @ centred + torch.outer(delta, delta) * (self.n * len(rows) / total)
+        self._mean += delta * (len(rows) / total)
+        self.n = total
+
+    def all_reduce(self) -> Moments:
+        """The moments of all processes' rows; this process's own are left as they are."""
+        sums = dist.all_reduce_sum(torch.cat([self._mean.new_tensor([self.n]), self.n * self._mean]))  # (1 + F,)
+        merged = Moments(self._mean.numel(), self._mean.device)
+        merged.n = round(float(sums[0]))
+        merged._mean = sums[1:] / max(merged.n, 1)
+        delta = self._mean - merged._mean
+        merged._scatter = dist.all_reduce_sum(self._scatter + torch.outer(delta, delta) * self.n)
+        return merged
+
+    @property
+    def mean(self) -> Tensor:
+        """(F,). Raises ValueError without rows."""
+        if self.n < 1:
+            raise ValueError("the mean of no rows is not defined")
+        return self._mean
+
+    @property
+    def cov(self) -> Tensor:
+        """Unbiased covariance (divided by n - 1, as EDM does), (F, F). Raises ValueError below two rows."""
+        if self.n < 2:
+            raise ValueError(f"the covariance of {self.n} rows is not defined")
+        return self._scatter / (self.n - 1)
+
+    def statistics(self, extractor: str | None = None) -> Statistics:
+        """What `save` takes. extractor: name of what the features come from."""
+        return Statistics(self.mean.cpu(), self.cov.cpu(), self.n, extractor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: arrays `mu` (F,) and `sigma` (F, F), as EDM's; ours also `num_images` and `extractor`
+
+
+def save(path: Path, statistics: Statistics) -> None:
+    """Writes statistics atomically."""
+    arrays = {"mu": statistics.mean.cpu().numpy(), "sigma": statistics.cov.cpu().numpy()}
+    if statistics.num_images is not None:
+        arrays["num_images"] = np.array(statistics.num_images)
+    if statistics.extractor is not None:
+        arrays["extractor"] = np.array(statistics.extractor)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def holds_statistics(path: Path) -> bool:
+    """Whether a file is an .npz with `mu` and `sigma`. False for anything that cannot be read as one."""
+    try:
+        with np.load(path) as content:
+            return "mu" in content and "sigma" in content
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile):
+        return False
+
+
+def load(path: Path, num_features: int, extractor: str) -> Statistics:
+    """Statistics of `num_features` features of the extractor of this name.
+
+    A file that names no extractor (EDM's do not) is believed. Raises DataError if it cannot be read, holds something
+    else, names another extractor, has another number of features, or is not a mean with a covariance.
+    """
+    try:
+        with np.load(path) as content:
+            mean, cov = content["mu"], content["sigma"]
+            num_images = int(content["num_images"]) if "num_images" in content else None
+            made_by = str(content["extractor"]) if "extractor" in content else None
+    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{path} is not an .npz of statistics ({error}); it needs the arrays 'mu' and 'sigma', or give images"
+        ) from None
+    if made_by is not None and made_by != extractor:
+        raise DataError(
+            f"{path} holds statistics of the extractor '{made_by}', which cannot be compared with those of "
+            f"'{extractor}'; give statistics of the same extractor, or images"
+        )
+    if mean.shape != (num_features,) or cov.shape != (num_features, num_features):
+        raise DataError(
+            f"{path}: mu {mean.shape} and sigma {cov.shape} must be ({num_features},) and ({num_features}, "
+            f"{num_features}), the features of '{extractor}'; give statistics of that extractor, or images"
+        )
+    try:
+        statistics = Statistics(
+            torch.from_numpy(mean.astype(np.float64)), torch.from_numpy(cov.astype(np.float64)), num_images, made_by
+        )
+        frechet.reference(statistics.mean, statistics.cov)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: {error}; the file is damaged, compute the statistics again from images") from None
+    return statistics

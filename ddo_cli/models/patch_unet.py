@@ -1,0 +1,175 @@
+"""PatchUNet: a small U-Net on patches, fast enough to train and to sample on a CPU."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
+from ddo_cli.models.codec import PixelCodec
+from ddo_cli.models.registry import register
+
+_NUM_FREQUENCIES = 16  # of the noise level's Fourier features; chosen by us
+_MAX_FREQUENCY = 16.0  # c_noise = ln(sigma) / 4 spans about [-1.5, 1.1]: the fastest feature has 6 periods there
+
+
+class PatchUNet(nn.Module):
+    """The raw network F of a denoiser: a convolutional U-Net whose pixels are patches.
+
+    Patches are folded into channels (pixel unshuffle), so that the full resolution costs two 1x1 convolutions. A stem
+    narrower than the values of a patch cannot carry the noise that F has to predict, so the last layer also sees the
+    patches themselves, scaled by a gain that depends on the noise level. There is no normalisation: residual branches
+    start at zero, which keeps the training stable without it.
+
+    size: side of the images in pixels, a multiple of patch * 2**(len(widths) - 1)
+    num_classes: 0 = unconditional, labels are then ignored
+    patch: side of a patch in pixels
+    widths: channels of each level, finest first; each level halves the side of the one before
+    depths: residual blocks of each level on the way down, and again on the way up except for the coarsest
+    emb_width: width of the embedding of noise level and label
+    """
+
+    frequencies: Tensor
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 3,
+        size: int = 32,
+        num_classes: int = 0,
+        patch: int = 4,
+        widths: Sequence[int] = (64, 96),
+        depths: Sequence[int] = (1, 2),
+        emb_width: int = 128,
+    ) -> None:
+        super().__init__()
+        if len(widths) != len(depths) or not widths:
+            raise ValueError(f"widths {list(widths)} and depths {list(depths)} must be of the same length, at least 1")
+        multiple = patch * 2 ** (len(widths) - 1)
+        if size % multiple:
+            raise ValueError(f"size = {size} must be a multiple of patch * 2**(levels - 1) = {multiple}")
+        self.num_classes, self.patch = num_classes, patch
+        folded = in_channels * patch**2
+
+        frequencies = torch.exp(torch.linspace(0.0, math.log(_MAX_FREQUENCY), _NUM_FREQUENCIES))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.noise_emb = nn.Linear(2 * _NUM_FREQUENCIES, emb_width)
+        self.label_emb = nn.Linear(num_classes, emb_width, bias=False) if num_classes else None
+        self.emb = nn.Linear(emb_width, emb_width)
+
+        self.stem = nn.Conv2d(folded, widths[0], 1)
+        levels = list(zip(widths, depths, strict=True))
+        self.encoder = nn.ModuleList(Stage(width, depth, emb_width) for width, depth in levels)
+        self.decoder = nn.ModuleList(Stage(width, depth, emb_width) for width, depth in levels[:-1])
+        self.shrink = nn.ModuleList(nn.Conv2d(4 * fine, coarse, 1) for fine, coarse in pairwise(widths))
+        self.grow = nn.ModuleList(nn.Conv2d(coarse, 4 * fine, 1) for fine, coarse in pairwise(widths))
+
+        self.affine = nn.Linear(emb_width, 2 * widths[0])
+        self.gain = nn.Linear(emb_width, folded)
+        self.head = nn.Conv2d(widths[0] + folded, folded, 1)
+        _zero(self.head)  # F starts at 0
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor) -> Tensor:
+        """F, the shape of x.
+
+        x: float (B, C, H, W), already multiplied by c_in. c_noise: float (B,). label: int64 (B,), -1 = no label.
+        """
+        angles = c_noise[:, None] * self.frequencies  # (B, 16)
+        emb = self.noise_emb(torch.cat([angles.cos(), angles.sin()], dim=1))  # (B, E)
+        if self.label_emb is not None:
+            classes = torch.arange(self.num_classes, device=label.device)
+            emb = emb + self.label_emb((label[:, None] == classes).to(emb.dtype))  # -1 adds nothing
+        emb = F.silu(self.emb(F.silu(emb)))  # (B, E)
+
+        patches = F.pixel_unshuffle(x, self.patch)  # (B, C p p, H/p, W/p)
+        patches = patches.contiguous(memory_format=torch.channels_last)
+        h = self.stem(patches)  # (B, widths[0], H/p, W/p)
+        skips = []
+        for level, stage in enumerate(self.encoder):
+            h = stage(h, emb)
+            if level < len(self.shrink):
+                skips.append(h)
+                h = self.shrink[level](F.pixel_unshuffle(h, 2))  # (B, widths[level + 1], half, half)
+        for level in reversed(range(len(self.grow))):
+            h = skips[level] + F.pixel_shuffle(self.grow[level](h), 2)  # (B, widths[level], double, double)
+            h = self.decoder[level](h, emb)
+
+        h = _modulate(F.silu(h), self.affine(emb))  # (B, widths[0], H/p, W/p)
+        patches = patches * (1 + self.gain(emb)[:, :, None, None])  # (B, C p p, H/p, W/p)
+        return F.pixel_shuffle(self.head(torch.cat([h, patches], dim=1)), self.patch)  # (B, C, H, W)
+
+
+class Stage(nn.Module):
+    """The residual blocks of one level, in one direction."""
+
+    def __init__(self, width: int, depth: int, emb_width: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ResBlock(width, emb_width) for _ in range(depth))
+
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+        """The shape of h, (B, width, H, W); emb: float (B, emb_width)."""
+        for block in self.blocks:
+            h = block(h, emb)
+        return h
+
+
+class ResBlock(nn.Module):
+    """Residual block of two 3x3 convolutions; the embedding scales and shifts between them, as in ADM."""
+
+    def __init__(self, width: int, emb_width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.affine = nn.Linear(emb_width, 2 * width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        _zero(self.conv2)  # the block starts as the identity
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """The shape of x, (B, width, H, W); emb: float (B, emb_width)."""
+        h = _modulate(self.conv1(F.silu(x)), self.affine(emb))  # (B, width, H, W)
+        out: Tensor = x + self.conv2(F.silu(h))
+        return out
+
+
+def _modulate(h: Tensor, affine: Tensor) -> Tensor:
+    """h (B, C, H, W) scaled by 1 + the first half of affine (B, 2 C) and shifted by the second."""
+    scale, shift = affine[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1) each
+    return torch.addcmul(shift, h, 1 + scale)
+
+
+def _zero(conv: nn.Conv2d) -> None:
+    """Zero weight and bias."""
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+
+
+class PatchUNetOptions(DiffusionOptions):
+    """Constructor options of the network; see PatchUNet."""
+
+    patch: int = Field(4, ge=1)
+    widths: tuple[int, ...] = (64, 96)
+    depths: tuple[int, ...] = (1, 2)
+    emb_width: int = Field(128, ge=1)
+
+
+@register("patch-unet", PatchUNetOptions, DiffusionDrawOptions)
+def build(
+    shape: tuple[int, ...], num_classes: int, options: PatchUNetOptions, draw_options: DiffusionDrawOptions
+) -> DiffusionModel:
+    """A denoiser of square uint8 images. Raises ValueError for another shape."""
+    if len(shape) != 3 or shape[1] != shape[2]:
+        raise ValueError(f"patch-unet needs square images, not items of shape {shape}")
+    net = PatchUNet(
+        in_channels=shape[0],
+        size=shape[1],
+        num_classes=num_classes,
+        patch=options.patch,
+        widths=options.widths,
+        depths=options.depths,
+        emb_width=options.emb_width,
+    )
+    net = net.to(memory_format=torch.channels_last)  # 1.5 times faster convolutions on a CPU
+    return DiffusionModel(net, PixelCodec(), shape, num_classes, options, draw_options)

@@ -1,0 +1,181 @@
+"""Models by name. A new backbone is one file here and one line in BUILTIN; users register theirs the same way.
+
+A user's Python file (`model.file` of a recipe, `--model-file` of a command) registers its model when it is imported:
+
+    from ddo_cli.models.registry import register
+    from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
+    from ddo_cli.models.codec import PixelCodec
+
+    class Options(DiffusionOptions):
+        width: int = 64
+
+    @register("my-net", Options, DiffusionDrawOptions)
+    def build(shape, num_classes, options, draw_options):
+        net = MyNet(shape[0], options.width, num_classes)     # net(x, c_noise, label) -> F
+        return DiffusionModel(net, PixelCodec(), shape, num_classes, options, draw_options)
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from pydantic import ValidationError
+
+from ddo_cli import checkpoint
+from ddo_cli.checkpoint import Checkpoint
+from ddo_cli.errors import CheckpointError, RecipeError, UsageError
+from ddo_cli.likelihood import DrawOptions, LikelihoodModel, Options
+
+BUILTIN = {
+    "patch-unet": "ddo_cli.models.patch_unet",
+    "mlp": "ddo_cli.models.mlp",
+    "pixel-transformer": "ddo_cli.models.pixel_transformer",
+}
+
+
+class Entry(NamedTuple):
+    """A registered model: its option classes and the function (shape, num_classes, options, draw_options) -> model."""
+
+    options: type[Options]
+    draw_options: type[DrawOptions]
+    build: Callable[[tuple[int, ...], int, Any, Any], LikelihoodModel]
+
+
+B = TypeVar("B", bound=Callable[..., LikelihoodModel])
+_entries: dict[str, Entry] = {}
+
+
+def register(name: str, options: type[Options], draw_options: type[DrawOptions]) -> Callable[[B], B]:
+    """Decorator of a builder: makes the model known under `name`."""
+
+    def add(build: B) -> B:
+        _entries[name] = Entry(options, draw_options, build)
+        return build
+
+    return add
+
+
+def load_file(path: str | None) -> None:
+    """Imports a user's Python file so that it registers its models. This runs the file's code."""
+    if path is None:
+        return
+    if not Path(path).is_file():
+        raise UsageError(f"model.file {path} does not exist; give the Python file that registers the model")
+    name = f"ddo_user_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"model.file {path} is not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"model.file {path} failed on import: {type(error).__name__}: {error}") from error
+
+
+def find(name: str) -> Entry:
+    """The entry registered under `name`. Raises RecipeError naming the nearest."""
+    if name not in _entries and name in BUILTIN:
+        importlib.import_module(BUILTIN[name])
+    if name not in _entries:
+        known = sorted(BUILTIN.keys() | _entries.keys())
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        raise RecipeError(
+            f"model.name = {name!r} is not a registered model{hint}; known: {', '.join(known)}; "
+            "a model of your own is registered by the Python file given as model.file"
+        )
+    return _entries[name]
+
+
+def problems(name: str, options: dict[str, Any], draw: dict[str, Any]) -> list[str]:
+    """What is wrong with a recipe's model section, one line each."""
+    try:
+        entry = find(name)
+    except RecipeError as error:
+        return [str(error)]
+    found = []
+    for section, schema, values in (("options", entry.options, options), ("draw", entry.draw_options, draw)):
+        try:
+            schema.model_validate(values)
+        except ValidationError as error:
+            for problem in error.errors():
+                key = ".".join(map(str, problem["loc"]))
+                near = difflib.get_close_matches(key, list(schema.model_fields), 1)
+                hint = f" (did you mean '{near[0]}'?)" if near else f"; known: {', '.join(schema.model_fields)}"
+                unknown = problem["type"] == "extra_forbidden"
+                text = f"unknown key{hint}" if unknown else f"{problem['input']!r}: {problem['msg']}"
+                found.append(f"model.{section}.{key} of {name}: {text}")
+    return found
+
+
+def build(config: dict[str, Any], draw: dict[str, Any] | None = None) -> LikelihoodModel:
+    """A model from the configuration stored in its weights; see `config_of`. `draw` replaces draw options.
+
+    Raises RecipeError listing what is wrong with the options.
+    """
+    draw_values = {**config["draw"], **(draw or {})}
+    if found := problems(config["name"], config["options"], draw_values):
+        raise RecipeError("\n".join(found))
+    entry = find(config["name"])
+    try:
+        return entry.build(
+            tuple(config["shape"]),
+            config["num_classes"],
+            entry.options.model_validate(config["options"]),
+            entry.draw_options.model_validate(draw_values),
+        )
+    except ValueError as error:
+        raise RecipeError(f"model {config['name']} for items of shape {tuple(config['shape'])}: {error}") from None
+
+
+class Loaded(NamedTuple):
+    """A model on its device, in eval mode, and the file it came from."""
+
+    model: LikelihoodModel
+    checkpoint: Checkpoint
+
+
+def load_model(path: str | Path, device: torch.device, draw: dict[str, Any] | None = None) -> Loaded:
+    """A model from a weight file or "embedded:<name>". `draw` replaces its draw options.
+
+    Raises CheckpointError if the file does not hold a model of this program or its tensors do not fit.
+    """
+    file = checkpoint.load(path, kind="model")
+    model = build(check_config(file.header.get("config"), str(path)), draw)
+    try:
+        model.load_state_dict(file.tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: tensors do not fit the model its header describes: {error}") from None
+    return Loaded(model.to(device).eval(), file)
+
+
+def config_of(
+    name: str, shape: tuple[int, ...], num_classes: int, options: dict[str, Any], draw: dict[str, Any]
+) -> dict[str, Any]:
+    """The configuration that a weight file carries, with every default written out."""
+    if found := problems(name, options, draw):
+        raise RecipeError("\n".join(found))
+    entry = find(name)
+    return {
+        "name": name,
+        "shape": list(shape),
+        "num_classes": num_classes,
+        "options": entry.options.model_validate(options).model_dump(mode="json"),
+        "draw": entry.draw_options.model_validate(draw).model_dump(mode="json"),
+    }
+
+
+def check_config(config: Any, path: str) -> dict[str, Any]:
+    """The configuration found in a weight file. Raises CheckpointError if it is not one of ours."""
+    keys = {"name", "shape", "num_classes", "options", "draw"}
+    if not isinstance(config, dict) or not keys <= config.keys():
+        raise CheckpointError(f"{path} holds no model configuration of this program; convert foreign weights first")
+    return config

@@ -1,0 +1,65 @@
+"""Direct Discriminative Optimization: the GAN loss whose discriminator is a log-likelihood ratio (arXiv 2503.01103)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+class DdoLoss(NamedTuple):
+    """The loss and what is worth plotting. All are scalars; everything but `loss` is detached."""
+
+    loss: Tensor
+    real_term: Tensor  # -E_real[logsigmoid(beta r)], log 2 at r = 0
+    fake_term: Tensor  # -E_fake[logsigmoid(-beta r)], before alpha, log 2 at r = 0
+    r_real: Tensor  # mean log-ratio of real rows
+    r_fake: Tensor
+    margin: Tensor  # r_real - r_fake
+    r_std: Tensor  # standard deviation of r over all rows; beta is well placed when beta * r_std is of order 1
+    accuracy: Tensor  # share of rows whose r has the right sign; a tie counts one half
+
+
+def ddo_loss(
+    r_real: Tensor,
+    r_fake: Tensor,
+    alpha: float,
+    beta: float,
+    fake_weight: Tensor | None = None,
+    divide_by_alpha: bool = False,
+) -> DdoLoss:
+    """L = -E_real[logsigmoid(beta r)] - alpha E_fake[logsigmoid(-beta r)] (arXiv 2503.01103, eq. 12).
+
+    r_real, r_fake: log p_model - log p_ref, (B,) each, of log-likelihoods summed over all dimensions.
+    fake_weight: (B,) factors of the fake rows, e.g. 0 for rows that lost their label; the mean stays over B rows.
+    divide_by_alpha: divides by max(alpha, 1), so that a sweep of alpha does not sweep the learning rate.
+    Raises ValueError if alpha or beta is not positive.
+    """
+    if alpha <= 0 or beta <= 0:
+        raise ValueError(f"alpha = {alpha} and beta = {beta} must be positive")
+    r_real, r_fake = r_real.to(_at_least_float32(r_real)), r_fake.to(_at_least_float32(r_fake))
+    real_term = -logsigmoid(beta * r_real).mean()
+    fake_rows = -logsigmoid(-beta * r_fake)  # (B,)
+    fake_term = (fake_rows if fake_weight is None else fake_rows * fake_weight).mean()
+    loss = real_term + alpha * fake_term
+    if divide_by_alpha:
+        loss = loss / max(alpha, 1.0)
+    with torch.no_grad():
+        rows = torch.cat([r_real, r_fake])
+        right = torch.cat([r_real, -r_fake]).sign()  # 1 right, -1 wrong, 0 tie
+        return DdoLoss(
+            loss=loss,
+            real_term=real_term.detach(),
+            fake_term=fake_term.detach(),
+            r_real=r_real.mean(),
+            r_fake=r_fake.mean(),
+            margin=r_real.mean() - r_fake.mean(),
+            r_std=rows.std(correction=0),
+            accuracy=(right + 1).mean() / 2,
+        )
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,0 +1,314 @@
+"""Schema of every recipe key, YAML files and key=value overrides. All problems of a recipe are reported together.
+
+One recipe serves every command: `pretrain` reads `model` and `pretrain`, `finetune-ddo` reads `finetune`, both read
+`data`, `sampling` and `metric`. Counts of training are in images, as in the papers, not in steps.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ddo_cli.errors import RecipeError
+
+Precision = Literal["float32", "tf32", "bf16"]
+DEFAULT_RECIPE = "quickstart"
+
+
+class Section(BaseModel):
+    """A group of keys; a key that nothing reads is an error, and values are never converted in silence."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class DataRecipe(Section):
+    """The real data."""
+
+    source: str = "embedded:digits32"  # embedded:<name>, a folder, a zip or an npz of images
+    num: int | None = Field(None, ge=1)  # use this many items (renderings of an embedded set); None: all
+
+
+class ModelRecipe(Section):
+    """The network that `pretrain` trains, and the reference that `finetune-ddo` starts from."""
+
+    name: str = "patch-unet"  # a registered model
+    file: str | None = None  # Python file that registers the user's own model
+    options: dict[str, Any] = Field(default_factory=dict)  # constructor options, checked by the model
+    draw: dict[str, Any] = Field(default_factory=dict)  # randomness of pretraining (p_mean, p_std, label_drop), ditto
+    ckpt: str = "embedded:digits32"  # reference of finetune-ddo: a weight file or embedded:<name>
+
+
+class SamplingRecipe(Section):
+    """How samples are drawn. None: the model's default. A key that the model does not read is an error."""
+
+    batch: int = Field(256, ge=1)  # images per network pass; another batch changes rounding only
+    sampler: Literal["euler", "heun", "dpmpp-2m"] | None = None
+    steps: int | None = Field(None, ge=1, le=10_000)
+    sigma_min: float | None = Field(None, gt=0)
+    sigma_max: float | None = Field(None, gt=0)
+    rho: float | None = Field(None, gt=0)  # curvature of the Karras noise levels
+    s_churn: float | None = Field(None, ge=0)  # EDM's stochasticity (heun and euler)
+    s_min: float | None = Field(None, ge=0)
+    s_max: float | None = Field(None, gt=0)
+    s_noise: float | None = Field(None, gt=0)
+    cfg_scale: float | None = Field(None, ge=0)  # classifier-free guidance, 1 = off
+    temperature: float | None = Field(None, gt=0)  # autoregressive models
+    top_k: int | None = Field(None, ge=1)
+    top_p: float | None = Field(None, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SamplingRecipe:
+        if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min = {self.sigma_min} must be below sigma_max = {self.sigma_max}")
+        return self
+
+    def merged(self, **given: Any) -> SamplingRecipe:
+        """This recipe with the given values that are not None in place of its own; checked anew."""
+        return SamplingRecipe(
+            **{**self.model_dump(), **{key: value for key, value in given.items() if value is not None}}
+        )
+
+
+class MetricRecipe(Section):
+    """What scores a model: lower is better for each of them."""
+
+    name: Literal["fd_embedded", "fid", "js"] = "fd_embedded"
+    ref: str | None = None  # reference images or statistics; None: the training data
+    num_images: int = Field(4096, ge=2)  # images per score
+    repeats: int = Field(3, ge=1)  # sampling-seed ranges averaged for promoted models; candidates use the first
+    weights: str | None = None  # Inception weights of `fid`
+    extractor: str | None = None  # of fd_embedded: one of `ddo train-extractor` instead of the embedded one
+
+
+class TrainRecipe(Section):
+    """What `pretrain` and `finetune` share."""
+
+    lr: float = Field(1e-4, gt=0)
+    warmup: int = Field(0, ge=0)  # images of linear warm-up
+    schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine ends at 0
+    batch: int = Field(64, ge=1)  # real images per optimizer step, over all processes
+    micro_batch: int | None = Field(None, ge=1)  # real images per forward pass of one process; None: its whole share
+    ema_half_life: float = Field(500.0, ge=0)  # images; 0: no averaging
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    grad_clip: float | None = Field(None, gt=0)  # largest gradient norm
+    precision: Precision = "float32"  # of the network passes; log-ratios are float32 always
+    log_every: int = Field(10, ge=1)  # steps
+    save_every: int = Field(20, ge=1)  # steps between saves of what resuming needs
+
+
+class PretrainRecipe(TrainRecipe):
+    """Maximum likelihood."""
+
+    images: int = Field(96_000, ge=1)
+    ema_ramp: float | None = Field(0.05, gt=0)  # half-life at most this share of the images seen (EDM)
+
+
+class FinetuneRecipe(TrainRecipe):
+    """Direct Discriminative Optimization (arXiv 2503.01103)."""
+
+    rounds: int = Field(4, ge=1)
+    alpha: float = Field(4.0, gt=0)  # weight of the fake term
+    beta: float = Field(0.05, gt=0)  # scale of the log-ratio; goes about as 1 / dimension
+    divide_by_alpha: bool = False  # loss / max(alpha, 1), as VAR's trainer does
+    images_per_round: int = Field(7680, ge=1)
+    num_fake: int = Field(4096, ge=1)  # samples of the reference per round
+    draw: dict[str, Any] = Field(default_factory=dict)  # training randomness in place of the reference's (p_std, ...)
+    eval_every: int = Field(3840, ge=1)  # images between candidates of a round
+    max_denoising_ratio: float = Field(2.0, gt=1)  # stop when the plain loss on real images exceeds this x reference's
+
+
+class Recipe(Section):
+    """A whole recipe file."""
+
+    name: str = Field(DEFAULT_RECIPE, pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = Field(0, ge=0)
+    data: DataRecipe = DataRecipe()
+    model: ModelRecipe = ModelRecipe()
+    sampling: SamplingRecipe = SamplingRecipe()
+    metric: MetricRecipe = MetricRecipe()
+    pretrain: PretrainRecipe = PretrainRecipe()
+    finetune: FinetuneRecipe = FinetuneRecipe()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def recipe_dirs() -> list[Path]:
+    """Where named recipes live: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    return [path for path in (package / "recipes", package.parent / "recipes") if path.is_dir()]
+
+
+def recipe_names() -> dict[str, Path]:
+    """Names and files of the recipes that come with the package."""
+    return {path.stem: path for root in recipe_dirs() for path in sorted(root.rglob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by path or by name. Raises RecipeError naming the nearest."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise RecipeError(f"recipe {name} does not exist; give a YAML file or one of: {', '.join(recipe_names())}")
+        return path
+    if name not in recipe_names():
+        raise RecipeError(
+            f"unknown recipe '{name}'{_nearest(name, recipe_names())}; known: {', '.join(recipe_names())}"
+        )
+    return recipe_names()[name]
+
+
+def load(
+    name: str = DEFAULT_RECIPE,
+    overrides: Sequence[str] = (),
+    given: dict[str, Any] | None = None,
+    check: Callable[[Recipe], list[str]] | None = None,
+) -> Recipe:
+    """The recipe `name` with command-line values in place of its own.
+
+    overrides: "section.key=value" strings; values are YAML.
+    given: values of options by dotted key; those that are None are left alone.
+    check: further problems of a valid recipe (for example of the model's own options).
+    Raises RecipeError listing every problem.
+    """
+    path = find_recipe(name)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} must hold keys such as 'name:' and 'finetune:', not {type(content).__name__}")
+    problems: list[str] = []
+    places: dict[str, str] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            problems.append(f"'{override}' is not of the form section.key=value, e.g. finetune.lr=1e-4")
+            continue
+        try:
+            _set(content, key.strip(), _scalar(text))
+            places[key.strip()] = "command line"
+        except (yaml.YAMLError, TypeError) as error:
+            problems.append(f"command line: {override}: {error}")
+    for key, value in (given or {}).items():
+        if value is not None:
+            _set(content, key, value)
+            places[key] = "command line"
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError("\n".join(problems + list(_messages(error, str(path), places)))) from None
+    problems += check(recipe) if check else []
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return recipe
+
+
+def differing_keys(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Lines "key: theirs -> ours" of all keys whose values differ."""
+    left, right = dict(_flatten(theirs)), dict(_flatten(ours))
+    return [
+        f"{key}: {left.get(key, 'absent')} -> {right.get(key, 'absent')}"
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key, "absent") != right.get(key, "absent")
+    ]
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML text."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _scalar(text: str) -> Any:
+    """A YAML value, where 1e-4 is a number as everywhere else (YAML 1.1 wants 1.0e-4)."""
+    try:
+        return float(text) if "e" in text.lower() else yaml.safe_load(text)
+    except ValueError:
+        return yaml.safe_load(text)
+
+
+def _set(content: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise TypeError(f"'{section}' is a value, not a section")
+    content[last] = value
+
+
+def _flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def all_keys(schema: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    """Dotted names of every recipe key."""
+    keys: list[str] = []
+    for name, field in schema.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys += all_keys(inner, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def nearest_key(key: str) -> str:
+    """ " (did you mean '...'?)" for a misspelt or unqualified key; empty where nothing is near."""
+    known = all_keys()
+    same_end = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    section = key.rpartition(".")[0]
+    inside = [name for name in known if name.rpartition(".")[0] == section]
+    found = same_end or difflib.get_close_matches(key, inside, 1) or difflib.get_close_matches(key, known, 1)
+    return f" (did you mean '{found[-1]}'?)" if found else ""
+
+
+def _nearest(word: str, known: Any) -> str:
+    found = difflib.get_close_matches(word, list(known), 1, cutoff=0.5)
+    return f" (did you mean '{found[0]}'?)" if found else ""
+
+
+def _messages(error: ValidationError, path: str, places: dict[str, str]) -> Iterator[str]:
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        place = places.get(key, path)
+        if problem["type"] == "extra_forbidden":
+            yield f"{place}: unknown key '{key}'{nearest_key(key)}"
+        elif not key:
+            yield f"{place}: {problem['msg']}"
+        else:
+            remedy = problem["msg"][:1].lower() + problem["msg"][1:].removeprefix("Value error, ")
+            yield f"{place}: {key} = {problem['input']!r}: {remedy}"
+
+
+def parse_sampling(overrides: Sequence[str], flags: dict[str, Any]) -> dict[str, Any]:
+    """Values of SamplingRecipe from "key=value" strings and flags, those that are None left out.
+
+    Raises RecipeError listing every problem.
+    """
+    values = {key: value for key, value in flags.items() if value is not None}
+    problems: list[str] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or key not in SamplingRecipe.model_fields:
+            near = _nearest(key, SamplingRecipe.model_fields)
+            problems.append(f"command line: '{override}' sets no sampling key{near}; write for example sigma_max=20")
+        else:
+            values[key] = _scalar(text)
+    try:
+        SamplingRecipe.model_validate(values)
+    except ValidationError as error:
+        problems += _messages(error, "command line", {})
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return values

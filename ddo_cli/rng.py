@@ -1,0 +1,60 @@
+"""Generators made from seeds, so that no random number depends on process count, batch size or order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def seed_from(*key: int | str) -> int:
+    """A 63-bit seed that depends on every part of the key, e.g. ("finetune", seed, round, step, row)."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+BLOCK = 32  # training rows that share a generator
+
+
+class RowRng:
+    """Random numbers of the rows of a batch, each row's a function of its own seed or number only.
+
+    Numbers are drawn on the CPU, where a generator gives the same stream whatever the accelerator.
+    Torch's CPU generator keeps 32 bits of a seed, as EDM's per-image generators do.
+    """
+
+    def __init__(self, seeds: Sequence[int], rows_per_seed: int = 1, rows: slice = slice(None)):
+        """One generator per seed, for `rows_per_seed` consecutive rows each; `rows` picks from all of them."""
+        self.generators = [torch.Generator().manual_seed(int(seed) % 2**32) for seed in seeds]
+        self.rows_per_seed, self.rows = rows_per_seed, rows
+
+    @classmethod
+    def for_rows(cls, *key: int | str, rows: range) -> RowRng:
+        """Numbers of training rows: `key` names the stream and step, `rows` are consecutive global row numbers.
+
+        Rows come in fixed blocks with a generator each: cheaper than one per row, and still the same numbers however
+        the batch is shared among processes and micro-batches.
+        """
+        first = rows.start // BLOCK
+        blocks = range(first, (rows.stop - 1) // BLOCK + 1)
+        own = slice(rows.start - first * BLOCK, rows.stop - first * BLOCK)
+        return cls([seed_from(*key, block) for block in blocks], BLOCK, own)
+
+    def randn(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normal numbers, (B, *shape)."""
+        return self._draw(torch.randn, shape, dtype)
+
+    def rand(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
+        """Uniform numbers in [0, 1), (B, *shape)."""
+        return self._draw(torch.rand, shape, dtype)
+
+    def _draw(self, draw: Callable[..., Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        size = (self.rows_per_seed, *shape)
+        return torch.cat([draw(size, generator=g, dtype=dtype) for g in self.generators])[self.rows]
+
+
+def permutation(n: int, *key: int | str) -> Tensor:
+    """A random order of range(n), (n,)."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_from(*key) % 2**32))

@@ -1,0 +1,97 @@
+"""A run's directory: its lock, its resolved recipe, and how far it has come."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from ddo_cli import dist
+from ddo_cli.errors import RunError
+from ddo_cli.files import read_json, sweep, write_json, write_text
+from ddo_cli.recipe import Recipe, differing_keys, to_yaml
+
+
+class RunDir:
+    """Paths and state of one run. `state.json` is replaced after each stage; a killed run continues from it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.recipe_file = path / "recipe.yaml"
+        self.state_file = path / "state.json"
+        self.log_file = path / "log.jsonl"
+        self.final = path / "final.safetensors"
+
+    def state(self) -> dict[str, Any]:
+        """What `advance` wrote last; empty for a new run."""
+        return read_json(self.state_file) if self.state_file.is_file() else {}
+
+    def advance(self, **changes: Any) -> dict[str, Any]:
+        """Replaces the given keys of the state (main process only); returns the state."""
+        state = {**self.state(), **changes}
+        if dist.is_main():
+            write_json(self.state_file, state)
+        return dist.from_main(state)
+
+    def claim(self, command: str, recipe: Recipe, **identity: Any) -> None:
+        """Takes a new directory, or continues one with the same command, recipe and identity (e.g. hashes of inputs).
+
+        Raises RunError listing what differs.
+        """
+        if dist.is_main():
+            if self.recipe_file.is_file():
+                self._compare(command, recipe, identity)
+            elif any(entry.name != self.state_file.name and entry.name[0] != "." for entry in self.path.iterdir()):
+                raise RunError(f"{self.path} is not empty and holds no run; choose another --out")
+            else:
+                # The recipe goes last: a directory with one has a complete identity.
+                write_json(self.state_file, {"command": command, **identity})
+                write_text(self.recipe_file, to_yaml(recipe))
+            sweep(self.path)
+        dist.barrier()
+
+    def _compare(self, command: str, recipe: Recipe, identity: dict[str, Any]) -> None:
+        state = self.state()
+        try:
+            saved = yaml.safe_load(self.recipe_file.read_text())
+        except yaml.YAMLError as error:
+            raise RunError(f"{self.recipe_file} is damaged ({error}); choose another --out") from None
+        lines = differing_keys(
+            {"command": command, **identity}, {key: state.get(key) for key in ("command", *identity)}
+        )
+        lines += differing_keys(recipe.model_dump(mode="json"), saved)
+        if lines:
+            raise RunError(
+                f"{self.path} belongs to another run; choose another --out, or give the same options to continue it. "
+                "Differences (there -> now):\n  " + "\n  ".join(lines)
+            )
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[RunDir]:
+    """The run directory, held by this process (and the others of its torchrun). The lock ends with the process.
+
+    Raises RunError if another process holds it.
+    """
+    run = RunDir(path)
+    if not dist.is_main():
+        dist.barrier()
+        yield run
+        return
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file; choose another --out")
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"{path} is in use by another process; wait for it, or choose another --out") from None
+    try:
+        dist.barrier()
+        yield run
+    finally:
+        lock.release()

@@ -1,0 +1,265 @@
+"""The training loop: accumulate, clip, step, average, log, save. It knows neither objective nor model kind.
+
+Everything that happens in step k is a function of the weights before it and of k: batches and noise come from
+generators keyed by (seed, step, row). So the state to save is weights, optimizer, average and k, and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ddo_cli import checkpoint, console, dist
+from ddo_cli.errors import NumericsError, RunError, UsageError
+from ddo_cli.files import write_text
+from ddo_cli.recipe import TrainRecipe
+from ddo_cli.training.ema import ema_decay, update_ema
+from ddo_cli.training.lr import learning_rate
+
+
+class Rows(NamedTuple):
+    """The rows of one forward pass: positions start..stop - 1 of the global batch of step `step`."""
+
+    step: int
+    start: int
+    stop: int
+
+
+class Loss(NamedTuple):
+    """Mean loss of some rows, and the means of what is logged beside it."""
+
+    loss: Tensor
+    log: dict[str, Tensor]
+
+
+class Plan(NamedTuple):
+    """What one call of `fit` does."""
+
+    title: str
+    steps: int
+    recipe: TrainRecipe
+    loss: Callable[[nn.Module, Rows], Loss]  # mean over the rows; the module is the DDP wrapper under torchrun
+    state_file: Path  # what resuming needs
+    log_file: Path
+    log_tags: dict[str, Any]  # repeated on every line of the log, e.g. the round
+    ema_ramp: float | None = None
+    evaluate_at: frozenset[int] = frozenset()  # steps after which `evaluate` is called
+    evaluate: Callable[[int, dict[str, Tensor]], str] | None = None  # (step, averaged weights) -> short text to show
+    check: Callable[[int, dict[str, float]], None] | None = None  # stops the run by raising NumericsError
+    dropout: bool = False  # DDO needs it off: with it, r is not 0 for equal weights
+    owner: str = ""  # identifies the run; a saved state of another is refused
+
+
+def local_rows(batch: int, micro_batch: int | None) -> list[tuple[int, int]]:
+    """(start, stop) of each forward pass of this process: a contiguous share of the global batch, cut in equal pieces.
+
+    Raises UsageError if the batch cannot be shared evenly, since DDP averages processes with equal weight.
+    """
+    world = dist.world_size()
+    if batch % world:
+        raise UsageError(f"batch = {batch} cannot be shared by {world} processes; use a multiple of {world}")
+    share = batch // world
+    micro = min(micro_batch or share, share)
+    if share % micro:
+        raise UsageError(f"micro_batch = {micro} does not divide the {share} images of one process; use a divisor")
+    first = dist.rank() * share
+    return [(start, start + micro) for start in range(first, first + share, micro)]
+
+
+def fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor]:
+    """Trains `model` in place for plan.steps steps and returns the averaged weights.
+
+    Continues from plan.state_file where there is one, bit for bit on a CPU.
+    Raises NumericsError on a loss or gradient that is not finite.
+    """
+    recipe = plan.recipe
+    # A fixed order of parameters makes the saved optimizer state independent of how torch groups them.
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=recipe.lr, betas=(recipe.adam_beta1, recipe.adam_beta2))
+    ema = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    meter = _Meter(plan, device)
+    step = _restore(plan, model, optimizer, ema, meter)
+    _trim_log(plan, step)
+    wrapped = dist.wrap(model, device)
+    _set_mode(wrapped, plan)
+    pieces = local_rows(recipe.batch, recipe.micro_batch)
+    shown = ""
+    if step in plan.evaluate_at and plan.evaluate is not None:
+        shown = plan.evaluate(step, ema)  # a killed process may not have finished it
+        _set_mode(wrapped, plan)
+    with console.progress(plan.title, plan.steps * recipe.batch, "images", step * recipe.batch) as bar:
+        while step < plan.steps:
+            n_images = (step + 1) * recipe.batch
+            rate = learning_rate(recipe, n_images, plan.steps * recipe.batch)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
+            for number, (start, stop) in enumerate(pieces):
+                with _synchronised(wrapped, last=number + 1 == len(pieces)), autocast(device, recipe.precision):
+                    loss = plan.loss(wrapped, Rows(step, start, stop))
+                (loss.loss / len(pieces)).backward()
+                meter.add(loss, 1 / len(pieces))
+            norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.grad_clip or math.inf)
+            if not bool(torch.isfinite(norm)):
+                # With no finite gradient there is no step to take; weights and saved state are those of before.
+                raise NumericsError(
+                    f"{plan.title}: the gradient of step {step} is not finite (loss {loss.loss.item():.4g}); "
+                    f"the state before it is in {plan.state_file}; lower the learning rate ({rate:g})"
+                )
+            optimizer.step()
+            step += 1
+            update_ema(ema, model, ema_decay(recipe.batch, recipe.ema_half_life, n_images, plan.ema_ramp))
+            meter.count(norm)
+            if step % recipe.log_every == 0 or step == plan.steps:
+                record = meter.flush(step, n_images, rate)
+                if plan.check is not None:
+                    plan.check(step, record)
+            bar.advance(recipe.batch, f"{meter.text} {shown}")
+            due_now = step in plan.evaluate_at and plan.evaluate is not None
+            if step % recipe.save_every == 0 or due_now or step == plan.steps:
+                _save(plan, model, optimizer, ema, meter, step)
+            if due_now and plan.evaluate is not None:
+                shown = plan.evaluate(step, ema)
+                _set_mode(wrapped, plan)
+    return ema
+
+
+def _set_mode(module: nn.Module, plan: Plan) -> None:
+    module.train(plan.dropout)
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """bf16 network passes where asked; tf32 is a switch of matrix products, set once by `set_precision`."""
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def set_precision(precision: str) -> None:
+    """TensorFloat-32 matrix products and convolutions on or off."""
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    if precision != "float32":
+        console.warn(f"precision {precision}: log-ratios are small differences; the papers train in float32")
+
+
+@contextlib.contextmanager
+def _synchronised(module: nn.Module, last: bool) -> Iterator[None]:
+    """Gradients are averaged over processes once per step, at its last backward pass."""
+    if last or not isinstance(module, nn.parallel.DistributedDataParallel):
+        yield
+    else:
+        with module.no_sync():
+            yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Logging
+
+
+class _Meter:
+    """Means between two lines of the log, over micro-batches, steps and processes."""
+
+    def __init__(self, plan: Plan, device: torch.device):
+        self.plan, self.device = plan, device
+        self.sums: dict[str, Tensor] = {}
+        self.steps = 0
+        self.started = time.monotonic()
+        self.text = ""
+
+    def add(self, loss: Loss, weight: float) -> None:
+        for key, value in {"loss": loss.loss.detach(), **loss.log}.items():
+            self.sums[key] = self.sums.get(key, torch.zeros((), device=self.device)) + weight * value.detach()
+
+    def count(self, norm: Tensor) -> None:
+        self.sums["grad_norm"] = self.sums.get("grad_norm", torch.zeros((), device=self.device)) + norm.detach()
+        self.steps += 1
+
+    def flush(self, step: int, n_images: int, rate: float) -> dict[str, float]:
+        keys = list(self.sums)
+        means = dist.all_reduce_sum(torch.stack([self.sums[key] for key in keys])) / dist.world_size() / self.steps
+        record = dict(zip(keys, means.tolist(), strict=True))
+        now = time.monotonic()
+        speed = self.steps * self.plan.recipe.batch / max(now - self.started, 1e-9)
+        line = {
+            **self.plan.log_tags,
+            "step": step,
+            "n_images": n_images,
+            "lr": rate,
+            "images_per_second": round(speed, 2),
+        }
+        if dist.is_main():
+            with open(self.plan.log_file, "a") as file:
+                file.write(json.dumps({**line, **record}) + "\n")
+        self.text = _shown(record)
+        self.sums, self.steps, self.started = {}, 0, now
+        return record
+
+
+def _shown(record: dict[str, float]) -> str:
+    names = {"loss": "loss", "r_real": "r real", "r_fake": "fake", "accuracy": "acc"}
+    return " ".join(f"{label} {record[key]:.3g}" for key, label in names.items() if key in record)
+
+
+def _trim_log(plan: Plan, step: int) -> None:
+    """Drops lines that a killed process wrote after its last save: their steps are about to be taken again."""
+    if not dist.is_main() or not plan.log_file.is_file():
+        return
+    kept = []
+    for line in plan.log_file.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # a line that the kill cut short
+            record = json.loads(line)
+            if record["step"] <= step or any(record.get(key) != value for key, value in plan.log_tags.items()):
+                kept.append(line + "\n")
+    write_text(plan.log_file, "".join(kept))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving and resuming
+
+
+def _save(
+    plan: Plan, model: nn.Module, optimizer: torch.optim.Adam, ema: dict[str, Tensor], meter: _Meter, step: int
+) -> None:
+    if dist.is_main():
+        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        tensors |= {f"ema.{name}": tensor for name, tensor in ema.items()}
+        for number, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{number}.{key}": value for key, value in moments.items()}
+        tensors |= {f"meter.{name}": tensor for name, tensor in meter.sums.items()}
+        header = {"kind": "train-state", "step": step, "metered_steps": meter.steps, "owner": plan.owner}
+        checkpoint.save(plan.state_file, tensors, header)
+    dist.barrier()
+
+
+def _restore(plan: Plan, model: nn.Module, optimizer: torch.optim.Adam, ema: dict[str, Tensor], meter: _Meter) -> int:
+    dist.barrier()
+    if not plan.state_file.is_file():
+        return 0
+    saved = checkpoint.load(plan.state_file, kind="train-state")
+    if saved.header["owner"] != plan.owner:
+        raise RunError(f"{plan.state_file} belongs to another run; remove it or choose another --out")
+    groups: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "adam": {}, "meter": {}}
+    for name, tensor in saved.tensors.items():
+        group, _, rest = name.partition(".")
+        groups[group][rest] = tensor
+    model.load_state_dict(groups["model"])
+    for name, tensor in groups["ema"].items():
+        ema[name].copy_(tensor)
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in groups["adam"].items():
+        number, _, key = name.partition(".")
+        moments.setdefault(int(number), {})[key] = tensor
+    state = optimizer.state_dict()
+    optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
+    meter.sums = {name: tensor.to(meter.device) for name, tensor in groups["meter"].items()}
+    meter.steps = saved.header["metered_steps"]
+    return int(saved.header["step"])

@@ -1,0 +1,151 @@
+"""The command line as users meet it: one message, exit code 2, JSON on stdout, nothing lost."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_checkpoint
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+
+def ddo(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "ddo_cli", *arguments],
+        capture_output=True, text=True, cwd=cwd, env=environment, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("ckpt") / "m.safetensors")
+
+
+def test_help_does_not_import_torch(tmp_path):
+    code = "import sys; sys.argv=['ddo','--help']\nfrom ddo_cli.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'pydantic', 'matplotlib', 'numpy'} & set(sys.modules), 'a slow import'"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for command in ("sample", "finetune-ddo", "pretrain", "fid", "info", "recipes", "train-extractor"):
+        assert command in done.stdout
+
+
+def test_sample_then_info_and_fid(ckpt, tmp_path):
+    found = json.loads(ddo("sample", "--ckpt", ckpt, "--num", "6", "--json", cwd=tmp_path).stdout)
+    assert {"out", "num_images", "nfe", "images_per_second", "checkpoint_sha256", "seeds"} <= found.keys()
+    assert found["seeds"] == "0-5"
+    assert Image.open(tmp_path / "samples" / "000005.png").mode == "RGB"
+    held = json.loads(ddo("info", "samples", "--json", cwd=tmp_path).stdout)
+    assert held["holds"] == "sample set"
+    assert held["checkpoint_sha256"] == found["checkpoint_sha256"]
+    done = ddo("fid", "samples/", "--json", cwd=tmp_path)
+    assert json.loads(done.stdout)["num_images"] == 6
+    assert "not an FID" in done.stderr  # the fallback names itself
+    assert "rank-deficient" in done.stderr
+
+
+BAD = {
+    "missing": (["sample", "--ckpt", "none.safetensors"], "none.safetensors does not exist"),
+    "classes": (["sample", "--ckpt", "CKPT", "--classes", "3,12"], "--classes 12 is out of range"),
+    "letters": (["sample", "--ckpt", "CKPT", "--classes", "a"], "--classes a cannot be read"),
+    "sampler": (["sample", "--ckpt", "CKPT", "--sampler", "hein"], "sampler = 'hein'"),
+    "type": (["sample", "--num", "many"], "'many' is not a valid int"),
+    "option": (["sample", "--nun", "3"], "--nun"),
+    "format": (["sample", "--ckpt", "CKPT", "--format", "gif"], "--format gif is not known"),
+    "alpha": (["finetune-ddo", "--ckpt", "CKPT", "--alpha", "-1"], "finetune.alpha = -1.0"),
+    "beta": (["finetune-ddo", "--ckpt", "CKPT", "--beta", "0"], "finetune.beta = 0.0"),
+    "key": (["finetune-ddo", "--ckpt", "CKPT", "finetune.roundz=3"], "did you mean 'finetune.rounds'?"),
+    "draw": (["finetune-ddo", "--ckpt", "CKPT", "finetune.draw={p_men: 1}"], "did you mean 'p_mean'?"),
+    "recipe": (["finetune-ddo", "--recipe", "quickstrat"], "did you mean 'quickstart'?"),
+    "kind": (["sample", "--ckpt", "embedded:extractor-digits32"], "kind 'extractor' where a 'model' is needed"),
+    "model option": (["pretrain", "model.options={widht: [8]}"], "model.options.widht"),
+    "device": (["sample", "--ckpt", "CKPT", "--device", "tpu"], "--device tpu is not known"),
+    "nothing there": (["fid", "nowhere"], "nowhere"),
+    "no run": (["info", "."], "ddo did not write it"),
+    "no model file": (["finetune-ddo", "--ckpt", "CKPT", "--model-file", "mine.py"], "mine.py does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_get_one_message_and_exit_code_2(ckpt, tmp_path, case):
+    arguments, message = BAD[case]
+    done = ddo(*(ckpt if part == "CKPT" else part for part in arguments), "--json", cwd=tmp_path, code=2)
+    assert message in done.stderr.replace("\n", " ")
+    assert message in json.loads(done.stdout)["error"]["message"]
+    assert not list(tmp_path.iterdir())  # nothing was written
+
+
+def test_truncated_checkpoint(ckpt, tmp_path):
+    (tmp_path / "cut.safetensors").write_bytes(Path(ckpt).read_bytes()[:5000])
+    assert "not a whole safetensors file" in ddo("sample", "--ckpt", "cut.safetensors", cwd=tmp_path, code=2).stderr
+
+
+def test_wrong_image_inside_a_zip_is_named(ckpt, tmp_path):
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        for name, size in (("a.png", 32), ("b.png", 31)):
+            Image.fromarray(np.zeros((size, size, 3), dtype=np.uint8)).save(tmp_path / name)
+            archive.write(tmp_path / name, name)
+    done = ddo("finetune-ddo", "--ckpt", ckpt, "--data", "data.zip", cwd=tmp_path, code=2)
+    assert "b.png" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_data_that_does_not_fit_the_model(ckpt, tmp_path):
+    done = ddo("finetune-ddo", "--ckpt", ckpt, "--data", "embedded:digits8", cwd=tmp_path, code=2)
+    assert "embedded:digits8" in done.stderr
+
+
+def test_no_space_left(ckpt, tmp_path):
+    """A full device: the message says so, and nothing takes its final name."""
+    code = (
+        "import errno, sys, ddo_cli.files as files\n"
+        "def full(*_): raise OSError(errno.ENOSPC, 'No space left on device', 'somewhere/shard')\n"
+        "files.os.fsync = full\n"
+        "from ddo_cli.cli import main\nmain()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "sample", "--ckpt", ckpt, "--num", "2"],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "No space left on device; make room and run the same command again" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not [path for path in (tmp_path / "samples").iterdir() if path.name != ".lock"]
+
+
+def test_a_user_s_model_from_file_to_samples(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "from ddo_cli.models.registry import register\n"
+        "from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions\n"
+        "from ddo_cli.models.codec import PointCodec\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.layer = torch.nn.Linear(2, 2)\n"
+        "    def forward(self, x, c_noise, label):\n"
+        "        return self.layer(x)\n"
+        "@register('mine', DiffusionOptions, DiffusionDrawOptions)\n"
+        "def build(shape, num_classes, options, draw):\n"
+        "    return DiffusionModel(Net(), PointCodec(), shape, num_classes, options, draw)\n"
+    )
+    settings = ["model={name: mine}", "pretrain.images=512", "pretrain.batch=64"]
+    done = ddo("pretrain", "--recipe", "toy2d", "--model-file", "mine.py", "--json", *settings, cwd=tmp_path)
+    final = json.loads(done.stdout)["final"]
+    sample = ["sample", "--ckpt", final, "--format", "npz", "--num", "10"]
+    assert "model.file" in ddo(*sample, cwd=tmp_path, code=2).stderr  # the remedy
+    ddo(*sample, "--model-file", "mine.py", cwd=tmp_path)
+    assert np.load(tmp_path / "samples" / "samples.npz")["arr_0"].shape == (10, 2)

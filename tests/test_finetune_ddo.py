@@ -1,0 +1,205 @@
+"""The engine: resume equals uninterrupted, one process equals two, promotion, refusals. Both kinds of model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU, KINDS, make_checkpoint, tiny_recipe, torchrun
+
+from ddo_cli import checkpoint, files, rundir
+from ddo_cli.engines import finetune_ddo
+from ddo_cli.errors import NumericsError, RunError, UsageError
+from ddo_cli.objectives.ddo import ddo_loss
+
+
+class KilledError(BaseException):
+    """Stands in for SIGKILL: nothing catches it."""
+
+
+def kill_at_write(monkeypatch, number: int, before: bool) -> None:
+    """Ends the process at its n-th file: before the rename, or right after it."""
+    count, rename = 0, os.replace
+
+    def replace(source, target):
+        nonlocal count
+        count += 1
+        if count == number and before:
+            raise KilledError
+        rename(source, target)
+        if count == number:
+            raise KilledError
+
+    monkeypatch.setattr(files.os, "replace", replace)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def finished(request, tmp_path_factory):
+    """An uninterrupted run: (kind, reference, directory, result)."""
+    path = tmp_path_factory.mktemp(request.param)
+    ckpt = make_checkpoint(path / "ref.safetensors", request.param)
+    result = finetune_ddo.run(tiny_recipe(ckpt, request.param), path / "run", device=CPU)
+    return request.param, ckpt, path / "run", result
+
+
+def test_layout_of_a_run(finished):
+    _, ckpt, out, result = finished
+    expected = ["recipe.yaml", "state.json", "log.jsonl", "final.safetensors", "report.html", "curves.png"]
+    for name in expected:
+        assert (out / name).is_file(), name
+    for number in (1, 2):
+        here = out / f"round-{number:02d}"
+        assert sorted(p.name for p in (here / "checkpoints").iterdir()) == [
+            "step-000003.safetensors",
+            "step-000006.safetensors",
+        ]
+        assert (here / "best.safetensors").is_file()
+        assert (here / "grid.png").is_file()
+        assert not list(here.glob("train-state*"))  # optimizer state does not cross rounds
+    assert result["metric"] == "fd_embedded"
+    assert [record["round"] for record in result["rounds"]] == [1, 2]
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [(line["round"], line["step"]) for line in lines] == [(1, 2), (1, 4), (1, 6), (2, 2), (2, 4), (2, 6)]
+    assert {"loss", "r_real", "r_fake", "margin", "r_std", "accuracy", "grad_norm", "lr"} <= lines[0].keys()
+    header = checkpoint.read_header(out / "final.safetensors", kind="model")
+    promoted = [record["round"] for record in result["rounds"] if record["promoted"]]
+    assert [link["round"] for link in header["provenance"]] == promoted or not promoted
+    assert header["config"] == checkpoint.read_header(ckpt)["config"]
+
+
+def test_scores_never_rise_and_final_is_the_best(finished):
+    _, ckpt, out, result = finished
+    scores = [result["reference_score"], *(record["score"] for record in result["rounds"])]
+    assert scores == sorted(scores, reverse=True)
+    assert result["final_score"] == scores[-1]
+    last = (out / "round-02" / "best.safetensors").read_bytes()
+    assert (out / "final.safetensors").read_bytes() == last
+    if not any(record["promoted"] for record in result["rounds"]):
+        assert last == Path(ckpt).read_bytes()
+
+
+def test_first_loss_is_that_of_a_zero_ratio(finished):
+    """At the start of each round r = 0 and the loss is (1 + alpha) log 2; two steps in it is still close."""
+    _, _, out, _ = finished
+    for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()):
+        if line["step"] == 2:
+            assert line["loss"] == pytest.approx(2 * 0.693147, abs=0.2)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("number", [1, 3, 7, 12, 15, 20, 27, 34])
+def test_resume_equals_uninterrupted(finished, tmp_path, monkeypatch, number, before):
+    kind, ckpt, reference, _ = finished
+    recipe = tiny_recipe(ckpt, kind)
+    with monkeypatch.context() as patch:
+        kill_at_write(patch, number, before)
+        with pytest.raises(KilledError):
+            finetune_ddo.run(recipe, tmp_path / "run", device=CPU)
+    result = finetune_ddo.run(recipe, tmp_path / "run", device=CPU)
+    assert (tmp_path / "run" / "final.safetensors").read_bytes() == (reference / "final.safetensors").read_bytes()
+    assert result["final_score"] == json.loads((reference / "state.json").read_text())["result"]["final_score"]
+    ours, theirs = ((path / "log.jsonl").read_text().splitlines() for path in (tmp_path / "run", reference))
+    assert [json.loads(line)["loss"] for line in ours] == [json.loads(line)["loss"] for line in theirs]
+    assert not list((tmp_path / "run").rglob("*.part"))
+
+
+def test_finished_run_answers_again_and_changes_nothing(finished):
+    kind, ckpt, out, result = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert finetune_ddo.run(tiny_recipe(ckpt, kind), out, device=CPU) == result
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_another_recipe_is_refused_with_its_differing_keys(finished):
+    kind, ckpt, out, _ = finished
+    with pytest.raises(RunError, match=r"finetune\.alpha: 1\.0 -> 2\.0"):
+        finetune_ddo.run(tiny_recipe(ckpt, kind, "finetune.alpha=2.0"), out, device=CPU)
+
+
+def test_another_reference_is_refused(finished, tmp_path):
+    kind, ckpt, out, _ = finished
+    changed = Path(ckpt).read_bytes()
+    make_checkpoint(Path(ckpt), kind, seed=1)
+    try:
+        with pytest.raises(RunError, match="reference_sha256"):
+            finetune_ddo.run(tiny_recipe(ckpt, kind), out, device=CPU)
+    finally:
+        Path(ckpt).write_bytes(changed)
+
+
+def test_micro_batches_give_the_same_losses(finished, tmp_path):
+    kind, ckpt, out, _ = finished
+    finetune_ddo.run(tiny_recipe(ckpt, kind, "finetune.micro_batch=2"), tmp_path / "run", device=CPU)
+    whole, cut = (
+        [json.loads(x)["loss"] for x in (p / "log.jsonl").read_text().splitlines()] for p in (out, tmp_path / "run")
+    )
+    # Round 1 from equal references; other batch sizes round differently.
+    torch.testing.assert_close(torch.tensor(cut[:3]), torch.tensor(whole[:3]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(finished, tmp_path):
+    _, _, out, _ = finished
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((out / "recipe.yaml").read_text())
+    options = ["--recipe", str(recipe), "--out", str(tmp_path / "run"), "--device", "cpu", "--json"]
+    done = torchrun("-m", "ddo_cli", "finetune-ddo", *options)
+    found = json.loads(done.stdout)
+    one = json.loads((out / "state.json").read_text())["result"]
+    for name in ("shard-000000.safetensors", "shard-000001.safetensors"):
+        path = Path("round-01") / "samples" / name
+        assert (tmp_path / "run" / path).read_bytes() == (out / path).read_bytes()
+    losses = [
+        torch.tensor([json.loads(x)["loss"] for x in (p / "log.jsonl").read_text().splitlines()][:3])
+        for p in (out, tmp_path / "run")
+    ]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+    assert found["reference_score"] == pytest.approx(one["reference_score"], rel=1e-6)  # few images, singular
+
+
+def test_second_process_is_refused(finished):
+    _, _, out, _ = finished
+    code = (
+        "import sys; from pathlib import Path; from ddo_cli import rundir; from ddo_cli.errors import RunError\n"
+        "try:\n    with rundir.locked(Path(sys.argv[1])): sys.exit(5)\n"
+        "except RunError as error: sys.exit(7 if 'in use' in str(error) else 6)"
+    )
+    with rundir.locked(out):
+        assert subprocess.run([sys.executable, "-c", code, str(out)], check=False).returncode == 7
+    assert subprocess.run([sys.executable, "-c", code, str(out)], check=False).returncode == 5
+
+
+def test_divergence_stops_the_run_and_names_the_last_good_checkpoint(finished, tmp_path):
+    kind, ckpt, _, _ = finished
+    recipe = tiny_recipe(ckpt, kind, "finetune.lr=10.0", "finetune.max_denoising_ratio=1.01")
+    with pytest.raises(NumericsError, match="last good checkpoint is"):
+        finetune_ddo.run(recipe, tmp_path / "run", device=CPU)
+
+
+def test_non_finite_loss_stops_the_run(finished, tmp_path, monkeypatch):
+    kind, ckpt, _, _ = finished
+
+    def broken(*args, **kwargs):
+        found = ddo_loss(*args, **kwargs)
+        return found._replace(loss=found.loss * torch.nan)
+
+    monkeypatch.setattr(finetune_ddo, "ddo_loss", broken)
+    with pytest.raises(NumericsError, match="gradient of step 0 is not finite"):
+        finetune_ddo.run(tiny_recipe(ckpt, kind), tmp_path / "run", device=CPU)
+
+
+def test_uneven_batches_are_refused_before_anything_is_written(finished, tmp_path):
+    kind, ckpt, _, _ = finished
+    with pytest.raises(UsageError, match="micro_batch = 3 does not divide"):
+        finetune_ddo.run(tiny_recipe(ckpt, kind, "finetune.micro_batch=3"), tmp_path / "run", device=CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_writes_nothing(finished, tmp_path):
+    kind, ckpt, _, _ = finished
+    found = finetune_ddo.run(tiny_recipe(ckpt, kind), tmp_path / "run", device=CPU, dry_run=True)
+    assert found["steps_per_round"] == 6
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,78 @@
+"""base < maths < parts < engines < cli: imports go downwards only (read from the sources, nothing is run)."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "ddo_cli"
+BASE, MATHS, PARTS, ENGINES, CLI = range(5)
+PART_PACKAGES = {"models", "data", "training", "metrics"}
+
+
+def place(module: str) -> tuple[int, str]:
+    """(layer, part package) of a dotted module name below ddo_cli."""
+    names = module.split(".")[1:]
+    if not names or names[0] in ("cli", "__main__"):
+        return (CLI if names else BASE), ""
+    if names[0] in ("likelihood", "objectives", "diffusion") or names == ["metrics", "frechet"]:
+        return MATHS, ""
+    if names[0] in PART_PACKAGES:
+        return PARTS, names[0]
+    if names[0] in ("engines", "assets"):
+        return ENGINES, names[1] if len(names) > 1 else ""
+    return BASE, ""
+
+
+def imports(path: Path):
+    """(importing module, imported module, imported name or "")."""
+    module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((module, alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from ((module, node.module, alias.name) for alias in node.names)
+
+
+def problems(triples) -> list[str]:
+    found = []
+    for module, target, name in triples:
+        if target.split(".")[0] != "ddo_cli":
+            continue
+        if (PACKAGE.parent / target.replace(".", "/") / f"{name}.py").is_file() or (
+            PACKAGE.parent / target.replace(".", "/") / name / "__init__.py"
+        ).is_file():
+            target = f"{target}.{name}"  # `from package import module`
+        (layer, part), (other_layer, other_part) = place(module), place(target)
+        if other_layer > layer:
+            found.append(f"{module} imports {target} from a layer above")
+        if layer == other_layer == PARTS and part != other_part:
+            found.append(f"{module} imports {target}: part packages do not import one another")
+    return found
+
+
+def test_imports_go_downwards():
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert len(files) > 30
+    assert problems(triple for path in files for triple in imports(path)) == []
+
+
+def test_the_rule_finds_a_breach():
+    assert problems([("ddo_cli.rng", "ddo_cli.likelihood", "Draw")])
+    assert problems([("ddo_cli.models.codec", "ddo_cli.data.pairs", "Pairs")])
+    assert problems([("ddo_cli.diffusion.samplers", "ddo_cli.engines", "sample")])
+    assert not problems([("ddo_cli.engines.sample", "ddo_cli.data.samples", "Writer")])
+
+
+def test_only_console_prints():
+    for path in PACKAGE.rglob("*.py"):
+        if path.name in ("console.py",):
+            continue
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        names = [node.func.id for node in calls if isinstance(node.func, ast.Name)]
+        assert "print" not in names, f"{path} prints; use ddo_cli.console"
+
+
+def test_only_dist_calls_torch_distributed():
+    for path in PACKAGE.rglob("*.py"):
+        targets = [f"{target}.{name}" for _, target, name in imports(path)]
+        if path.name != "dist.py":
+            assert not [target for target in targets if target.startswith("torch.distributed")], path

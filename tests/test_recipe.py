@@ -1,0 +1,128 @@
+"""Recipes: every problem at once, the nearest name, values as given."""
+
+import pytest
+import yaml
+
+from ddo_cli import recipe as recipes
+from ddo_cli.engines import pretrain
+from ddo_cli.errors import RecipeError
+from ddo_cli.models import registry
+from ddo_cli.recipe import Recipe, SamplingRecipe, load, parse_sampling
+
+NAMES = sorted(recipes.recipe_names())
+
+
+def write(path, content):
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def test_all_problems_are_reported_together(tmp_path):
+    path = write(
+        tmp_path / "x.yaml",
+        {"name": "x", "finetune": {"bach": 3, "alpha": -1.0, "beta": "high"}, "sampling": {"steps": 0}, "modle": {}},
+    )
+    with pytest.raises(RecipeError) as caught:
+        load(path, ["finetune.lr=0", "nonsense"])
+    message = str(caught.value)
+    assert f"{path}: unknown key 'finetune.bach' (did you mean 'finetune.batch'?)" in message
+    assert f"{path}: unknown key 'modle'" in message
+    assert "finetune.alpha = -1.0: input should be greater than 0" in message
+    assert "finetune.beta = 'high'" in message
+    assert "sampling.steps = 0" in message
+    assert "command line: finetune.lr = 0" in message
+    assert "'nonsense' is not of the form" in message
+    assert len(message.splitlines()) == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [("finetune.lr=1e-4", 1e-4), ("finetune.lr=3.5E-5", 3.5e-5), ("finetune.lr=2", 2.0), ("finetune.lr=0.5", 0.5)],
+)
+def test_numbers_of_overrides(override, value):
+    assert load("quickstart", [override]).finetune.lr == value
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("lr=1e-4", "did you mean 'finetune.lr'"),  # the section is missing
+        ("finetune.roundz=2", "did you mean 'finetune.rounds'"),
+        ("sampling.step=2", "did you mean 'sampling.steps'"),
+    ],
+)
+def test_nearest_key(override, hint):
+    with pytest.raises(RecipeError, match=hint):
+        load("quickstart", [override])
+
+
+def test_flags_beat_the_file_and_none_leaves_it():
+    found = load("quickstart", [], {"finetune.alpha": 2.5, "finetune.beta": None})
+    assert found.finetune.alpha == 2.5
+    assert found.finetune.beta == load("quickstart").finetune.beta
+
+
+def test_integers_are_not_rounded_and_strings_not_converted():
+    with pytest.raises(RecipeError, match=r"finetune\.rounds = 2\.5"):
+        load("quickstart", ["finetune.rounds=2.5"])
+    with pytest.raises(RecipeError, match=r"finetune\.rounds = '2'"):
+        load("quickstart", ["finetune.rounds='2'"])
+
+
+def test_unknown_recipe_suggests():
+    with pytest.raises(RecipeError, match="did you mean 'quickstart'"):
+        load("quickstrt")
+
+
+@pytest.mark.parametrize("text", ["- a list", "a: [unclosed", "\x00"])
+def test_files_that_are_no_recipes(tmp_path, text):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=r"x\.yaml"):
+        load(str(path))
+
+
+def test_saved_recipe_reads_back(tmp_path):
+    found = load("quickstart", ["finetune.lr=1e-5"])
+    path = tmp_path / "saved.yaml"
+    path.write_text(recipes.to_yaml(found))
+    assert load(str(path)) == found
+
+
+def test_differing_keys_name_both_values():
+    ours, theirs = Recipe().model_dump(), Recipe(seed=3).model_dump()
+    assert recipes.differing_keys(ours, theirs) == ["seed: 3 -> 0"]
+
+
+def test_sampling_flags():
+    assert parse_sampling(["sigma_max=20"], {"steps": 5, "sampler": None}) == {"steps": 5, "sigma_max": 20}
+    with pytest.raises(RecipeError, match="did you mean 'sigma_max'"):
+        parse_sampling(["sigma_mx=20"], {})
+    with pytest.raises(RecipeError, match="steps = 0"):
+        parse_sampling([], {"steps": 0})
+    with pytest.raises(RecipeError, match="must be below"):
+        parse_sampling(["sigma_max=1", "sigma_min=2"], {})
+
+
+def test_merged_sampling_keeps_what_is_not_given():
+    assert SamplingRecipe(steps=4, rho=5.0).merged(steps=9, sampler=None) == SamplingRecipe(steps=9, rho=5.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_loads_and_its_model_builds(name):
+    found = load(
+        name, check=lambda recipe: registry.problems(recipe.model.name, recipe.model.options, recipe.model.draw)
+    )
+    assert found.name == name
+    text = recipes.recipe_names()[name].read_text()
+    assert text.startswith("# "), "the header says what the recipe is for"
+    assert f"--recipe {name}" in text or "ddo finetune-ddo" in text, "the header gives the launch line"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if load(name).data.source.startswith("embedded:")])
+def test_embedded_recipes_run_dry(name, tmp_path):
+    from conftest import CPU
+
+    found = pretrain.run(load(name), tmp_path / "run", device=CPU, dry_run=True)
+    assert found["parameters"] > 0
+    assert not (tmp_path / "run").exists()

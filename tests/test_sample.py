@@ -1,0 +1,171 @@
+"""A sample set: each image a function of its seed; order, interruption and process count change nothing."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, KINDS, make_checkpoint, torchrun
+from PIL import Image
+
+from ddo_cli import files
+from ddo_cli.data.samples import open_samples, parse_seeds, spell_seeds
+from ddo_cli.engines import sample
+from ddo_cli.errors import DataError, RunError, UsageError
+from ddo_cli.likelihood import generate, labels_of
+from ddo_cli.models import registry
+from ddo_cli.recipe import SamplingRecipe
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def ckpt(request, tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("ckpt") / "m.safetensors", request.param)
+
+
+def content(path):
+    """Bytes of every visible file."""
+    return {p.name: p.read_bytes() for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith(".")}
+
+
+def test_any_order_of_seeds_gives_the_same_files(ckpt, tmp_path):
+    seeds = list(range(20))
+    sample.run(ckpt, seeds, tmp_path / "a", device=CPU)
+    sample.run(ckpt, list(np.random.default_rng(0).permutation(seeds)), tmp_path / "b", device=CPU)
+    assert len(content(tmp_path / "a")) == 22  # images, manifest, grid
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+@pytest.mark.parametrize("form", ["png", "npz", "shards"])
+@pytest.mark.parametrize("number", [1, 2, 5, 11])
+def test_an_interrupted_set_continues(ckpt, tmp_path, monkeypatch, form, number):
+    seeds = range(20)
+    sample.run(ckpt, seeds, tmp_path / "whole", form=form, device=CPU)
+    count, rename = 0, os.replace
+
+    def replace(source, target):
+        nonlocal count
+        count += 1
+        if count == number:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", replace)
+        try:
+            sample.run(ckpt, seeds, tmp_path / "cut", form=form, device=CPU)
+        except KeyboardInterrupt:
+            assert number <= 25
+    sample.run(ckpt, seeds, tmp_path / "cut", form=form, device=CPU)
+    whole, cut = content(tmp_path / "whole"), content(tmp_path / "cut")
+    if form == "npz":  # a zip records the time of day
+        ours, theirs = (np.load(tmp_path / name / "samples.npz") for name in ("cut", "whole"))
+        assert all(np.array_equal(ours[key], theirs[key]) for key in ("arr_0", "labels", "seeds"))
+        whole.pop("samples.npz")
+        cut.pop("samples.npz")
+    assert whole == cut
+
+
+def test_another_batch_size_changes_rounding_only(ckpt):
+    model, _ = registry.load_model(ckpt, CPU)
+    seeds = range(64)
+    sets = {}
+    for batch in (1, 7, 64):
+        made = list(generate(model, seeds, SamplingRecipe(batch=batch), batch=batch))
+        sets[batch] = torch.cat([b.items for b in made])
+        assert torch.equal(torch.cat([b.label for b in made]), labels_of(seeds, 10))
+    for batch in (1, 7):
+        apart = (sets[batch].int() - sets[64].int()).abs()
+        assert (apart > 0).float().mean() < 1e-4
+        # A different token is 16 grey levels away, a pixel one.
+        assert apart.max() <= (1 if len(model.shape) and model.shape[0] == 3 else 255)
+
+
+def test_place_in_the_batch_does_not_matter(ckpt):
+    model, _ = registry.load_model(ckpt, CPU)
+    spec = SamplingRecipe(batch=8)
+    left = next(iter(generate(model, range(8), spec, batch=8))).items
+    right = next(iter(generate(model, range(3, 11), spec, batch=8))).items
+    assert torch.equal(left[3:], right[:5])
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_set(ckpt, tmp_path):
+    sample.run(ckpt, range(20), tmp_path / "one", device=CPU)
+    options = ["--ckpt", ckpt, "--num-images", "20", "--out", str(tmp_path / "two"), "--device", "cpu", "--json"]
+    done = torchrun("-m", "ddo_cli", "sample", *options)
+    assert json.loads(done.stdout)["num_images"] == 20
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_report_of_a_set(ckpt, tmp_path):
+    found = sample.run(ckpt, range(4, 12), tmp_path / "set", form="npz", device=CPU)
+    assert found["num_images"] == 8
+    assert found["seeds"] == "4-11"
+    assert found["nfe"] in (5, 64)  # heun with 3 steps; one pass a pixel
+    stored = np.load(tmp_path / "set" / "samples.npz")
+    assert stored["arr_0"].dtype == np.uint8
+    assert stored["labels"].tolist() == [4, 5, 6, 7, 8, 9, 0, 1]  # balanced, and a function of the seed
+    assert sample.run(ckpt, range(4, 12), tmp_path / "set", form="npz", device=CPU)["nfe"] == found["nfe"]
+
+
+def test_shards_read_back(ckpt, tmp_path):
+    sample.run(ckpt, range(20), tmp_path / "set", form="shards", device=CPU)
+    found = open_samples(tmp_path / "set")
+    assert found.seeds.tolist() == list(range(20))
+    (tmp_path / "set" / "shard-000001.safetensors").write_bytes(b"damaged")
+    with pytest.raises(DataError, match="damaged shard"):
+        open_samples(tmp_path / "set")
+
+
+def test_classes(ckpt, tmp_path):
+    sample.run(ckpt, range(6), tmp_path / "set", classes=[3, 5], device=CPU)
+    manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    assert manifest["labels"] == [3, 5, 3, 5, 3, 5]
+    with pytest.raises(UsageError, match="--classes 10 is out of range; this model has classes 0 to 9"):
+        sample.run(ckpt, range(6), tmp_path / "other", classes=[3, 10], device=CPU)
+
+
+def test_a_directory_with_another_set_is_refused(ckpt, tmp_path):
+    sample.run(ckpt, range(6), tmp_path / "set", device=CPU)
+    with pytest.raises(RunError, match="seeds: 0-5 -> 0-6"):
+        sample.run(ckpt, range(7), tmp_path / "set", device=CPU)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("important")
+    with pytest.raises(RunError, match="not empty"):
+        sample.run(ckpt, range(7), tmp_path / "full", device=CPU)
+    assert (tmp_path / "full" / "thesis.tex").read_text() == "important"
+
+
+def test_settings_without_effect_are_refused(tmp_path):
+    diffusion = make_checkpoint(tmp_path / "d.safetensors", "diffusion")
+    transformer = make_checkpoint(tmp_path / "t.safetensors", "autoregressive")
+    with pytest.raises(UsageError, match=r"sampling\.top_k = 5 has no effect"):
+        sample.run(diffusion, range(2), tmp_path / "x", sampling={"top_k": 5}, device=CPU)
+    with pytest.raises(UsageError, match=r"sampling\.steps = 5 has no effect"):
+        sample.run(transformer, range(2), tmp_path / "x", sampling={"steps": 5}, device=CPU)
+    with pytest.raises(UsageError, match="s_churn"):
+        sample.run(diffusion, range(2), tmp_path / "x", sampling={"sampler": "dpmpp-2m", "s_churn": 4.0}, device=CPU)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp-2m"])
+def test_every_sampler_draws_from_a_checkpoint(tmp_path, sampler):
+    ckpt = make_checkpoint(tmp_path / "d.safetensors")
+    found = sample.run(ckpt, range(2), tmp_path / sampler, sampling={"sampler": sampler, "steps": 4}, device=CPU)
+    assert found["nfe"] == {"euler": 4, "heun": 7, "dpmpp-2m": 4}[sampler]
+    assert Image.open(tmp_path / sampler / "000001.png").size == (32, 32)
+
+
+def test_guidance_counts_both_passes(tmp_path):
+    ckpt = make_checkpoint(tmp_path / "d.safetensors")
+    settings = {"cfg_scale": 2.0, "sampler": "euler", "steps": 3}
+    assert sample.run(ckpt, range(2), tmp_path / "x", sampling=settings, device=CPU)["nfe"] == 6
+
+
+def test_seed_lists():
+    assert parse_seeds("0-3,7") == [0, 1, 2, 3, 7]
+    assert spell_seeds([0, 1, 2, 3, 7]) == "0-3,7"
+    for bad in ("", "a", "3-1", "1,1", "1-2-3"):
+        with pytest.raises(ValueError, match=r".*"):
+            parse_seeds(bad)
