@@ -58,7 +58,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
         if "reference" not in state:
             console.info(f"scoring the reference {recipe.model.ckpt}")
             scoring.picture(reference.model, out / "reference.png")
-            repeats = [scoring.run(reference.model, repeat) for repeat in range(scoring.repeats)]
+            repeats = _repeats(scoring, reference.model, out / "reference-scores.json", [])
             state = run_dir.advance(reference={"repeats": repeats, "score": _mean(repeats, scoring.key)}, rounds=[])
         console.info(f"reference: {scoring.key} {state['reference']['score']:.4g}")
         del reference  # each round loads its own
@@ -195,7 +195,7 @@ class _Round:
         key = self.scoring.key
         step, first = min(progress.candidates.items(), key=lambda item: item[1][key])
         candidate = registry.load_model(self._candidate_file(int(step)), self.device)
-        repeats = [first, *(self.scoring.run(candidate.model, repeat) for repeat in range(1, self.scoring.repeats))]
+        repeats = _repeats(self.scoring, candidate.model, self.path / "best-scores.json", [first])
         score = _mean(repeats, key)
         promoted = score < before["score"]
         best = self.path / "best.safetensors"
@@ -260,6 +260,18 @@ def _reference_file(recipe: Recipe, run_dir: rundir.RunDir, rounds_done: int) ->
 def _copy(source: str | Path, target: Path) -> None:
     with replacing(target) as temporary:
         shutil.copyfile(checkpoint.resolve(source), temporary)
+
+
+def _repeats(
+    scoring: Scoring, model: LikelihoodModel, file: Path, known: list[dict[str, float]]
+) -> list[dict[str, float]]:
+    """Figures of every range of sampling seeds; each is kept in `file`, since a large score takes hours."""
+    found = dist.from_main(read_json(file) if file.is_file() else known)
+    for repeat in range(len(found), scoring.repeats):
+        found = [*found, scoring.run(model, repeat)]
+        if dist.is_main():
+            write_json(file, found)
+    return found
 
 
 def _mean(repeats: list[dict[str, float]], key: str) -> float:
