@@ -104,7 +104,7 @@ def sample(
         device=_device(device),
         dry_run=dry_run,
     )
-    console.result(found, _lines(found) + ("" if dry_run else f"\n{'grid':<18} {out / 'grid.png'}"))
+    console.result(found, _lines(found))
 
 
 @app.command("finetune-ddo")

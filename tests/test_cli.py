@@ -62,7 +62,7 @@ BAD = {
     "classes": (["sample", "--ckpt", "CKPT", "--classes", "3,12"], "--classes 12 is out of range"),
     "letters": (["sample", "--ckpt", "CKPT", "--classes", "a"], "--classes a cannot be read"),
     "sampler": (["sample", "--ckpt", "CKPT", "--sampler", "hein"], "sampler = 'hein'"),
-    "type": (["sample", "--num", "many"], "'many' is not a valid int"),
+    "type": (["sample", "--num", "many"], "Invalid value for '--num'"),
     "option": (["sample", "--nun", "3"], "--nun"),
     "format": (["sample", "--ckpt", "CKPT", "--format", "gif"], "--format gif is not known"),
     "alpha": (["finetune-ddo", "--ckpt", "CKPT", "--alpha", "-1"], "finetune.alpha = -1.0"),

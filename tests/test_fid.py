@@ -6,8 +6,9 @@ import torch
 from conftest import torchrun
 
 from ddo_cli import checkpoint, files
-from ddo_cli.data import images
-from ddo_cli.data.images import ItemSet, open_images
+from ddo_cli.data import embedded
+from ddo_cli.data.images import open_images
+from ddo_cli.data.items import ItemSet
 from ddo_cli.engines import fid
 from ddo_cli.errors import DataError
 from ddo_cli.metrics import stats
@@ -124,7 +125,7 @@ def test_scorer_takes_images_arrays_and_moments(sets, extractor):
 
 def test_embedded_default(monkeypatch):
     """The default reference and extractor; a further draw of the data is as near as a model can get."""
-    monkeypatch.setattr(images, "NUM_GENERATED", 2000)
+    monkeypatch.setattr(embedded, "NUM_GENERATED", 2000)
     held_out = fid.run("embedded:digits32-b", device=torch.device("cpu"), batch=512)
     assert held_out["extractor"] == "embedded-digits32"
     assert held_out["reference"] == "embedded:digits32"

@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 
 from ddo_cli.data import images as module
 from ddo_cli.data.digits import render_digits
-from ddo_cli.data.images import ItemSet, check_fits, embedded_sets, open_images
+from ddo_cli.data.embedded import embedded_sets
+from ddo_cli.data.images import open_images
+from ddo_cli.data.items import ItemSet, check_fits
 from ddo_cli.errors import DataError
 
 

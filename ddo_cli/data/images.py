@@ -7,26 +7,23 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ddo_cli import console
-from ddo_cli.checkpoint import ASSETS, EMBEDDED
+from ddo_cli.checkpoint import EMBEDDED
 from ddo_cli.data import samples
-from ddo_cli.data.digits import render_digits
-from ddo_cli.diffusion.mixture import toy2d
+from ddo_cli.data.embedded import embedded_names, open_embedded
+from ddo_cli.data.items import INDEX, ItemSet, choice, count_classes, describe, item_set
 from ddo_cli.errors import DataError
 from ddo_cli.likelihood import NO_LABEL
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-INDEX = "dataset.json"  # labels of EDM's and StyleGAN's archives
-NUM_GENERATED = 16384  # items of an embedded set that can be made in any number
 NPZ_ITEMS = ("arr_0", "samples", "images")
 NPZ_LABELS = ("label", "labels", "arr_1")
 MANY = 4000  # files; from here on they are decoded by several threads, with progress
@@ -36,26 +33,13 @@ MODES = {"1": "L", "L": "L", "RGB": "RGB", "P": "RGB", "YCbCr": "RGB", "CMYK": "
 NPZ_ERRORS = (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
-class ItemSet(NamedTuple):
-    """Items in a fixed order, with their labels.
-
-    items: uint8 images (N, C, H, W) or float32 points (N, d); labels: int64 (N,), -1 = none; name: as given by the
-    user; num_classes: one more than the largest label, or the number of class folders; 0 = no labels.
-    """
-
-    items: np.ndarray
-    labels: np.ndarray
-    name: str
-    num_classes: int
-
-
 def open_images(source: str, num: int | None = None) -> ItemSet:
     """The items of a source.
 
     source: a folder of images (sorted by name; labels from dataset.json, or else from two or more top-level subfolders
     when every image lies in one); a zip of images (labels from dataset.json); an .npz (arr_0, samples or images: uint8,
     channels first or last, or float points (N, d); label, labels or arr_1); a sample set that ddo wrote; or
-    "embedded:<name>", see `embedded_sets`.
+    "embedded:<name>", see `embedded.embedded_sets`.
     num: use this many. Embedded sets that are generated are made in this number; of any other, a random choice that is
     always the same (numpy's RandomState(0), as EDM does), in the set's order.
     Raises DataError naming the first item that cannot be used.
@@ -64,102 +48,19 @@ def open_images(source: str, num: int | None = None) -> ItemSet:
         raise DataError(f"{source}: num = {num} must be at least 1")
     path = Path(source)
     if source.startswith(EMBEDDED):
-        return _open_embedded(source, num)
+        return open_embedded(source, num)
     if path.is_dir():
         manifest = _sample_manifest(path)
         if manifest is not None:
             return _open_samples(source, path, manifest, num)
         return _open_folder(source, path, num)
     if not path.is_file():
-        raise DataError(f"{source} does not exist; give a folder, a .zip or .npz file, or one of {_embedded_names()}")
+        raise DataError(f"{source} does not exist; give a folder, a .zip or .npz file, or one of {embedded_names()}")
     if path.suffix.lower() == ".zip":
         return _open_zip(source, path, num)
     if path.suffix.lower() == ".npz":
         return _open_npz(source, path, num)
     raise DataError(f"{source} is neither a folder nor a .zip or .npz file; put images into a folder and give that")
-
-
-def check_fits(items: ItemSet, shape: Sequence[int], num_classes: int) -> None:
-    """Raises DataError unless a model of items of this shape and with so many classes (0: none) can learn the set."""
-    if items.items.shape[1:] != tuple(shape):
-        raise DataError(
-            f"{items.name} holds {_describe(items.items.shape[1:])} where the model needs {_describe(tuple(shape))}; "
-            "convert the images, or choose a model of their size"
-        )
-    if not num_classes:
-        return
-    if len(items.labels) and items.labels.min() < 0:
-        raise DataError(
-            f"{items.name} has items without label where the model has {num_classes} classes; add labels "
-            f"({INDEX}, or a subfolder per class), or choose an unconditional model"
-        )
-    if items.num_classes > num_classes:
-        raise DataError(
-            f"{items.name} has {items.num_classes} classes where the model has {num_classes}; choose a model with as "
-            "many classes, or correct the labels"
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Embedded sets
-
-
-def _digits32(seed: int) -> Callable[[int | None], tuple[np.ndarray, np.ndarray]]:
-    def make(num: int | None) -> tuple[np.ndarray, np.ndarray]:
-        levels, labels = _digits()
-        images, rows = render_digits(levels, num or NUM_GENERATED, seed)
-        return images, labels[rows]
-
-    return make
-
-
-def _digits8(num: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Level k of 0..16 is stored as round(255 k / 16); no k falls on a half."""
-    levels, labels = _digits()
-    chosen = _choice("embedded:digits8", len(levels), num)
-    images = np.rint(levels[chosen, None].astype(np.float64) * 255 / 16).astype(np.uint8)
-    return images, labels[chosen]
-
-
-def _toy2d(seed: int) -> Callable[[int | None], tuple[np.ndarray, np.ndarray]]:
-    def make(num: int | None) -> tuple[np.ndarray, np.ndarray]:
-        points = toy2d().sample(num or NUM_GENERATED, torch.Generator().manual_seed(seed))
-        return points.to(torch.float32).numpy(), np.full(len(points), NO_LABEL)
-
-    return make
-
-
-# The "-b" sets are further draws of the same distribution: a perfect model's distance is theirs.
-_EMBEDDED: dict[str, Callable[[int | None], tuple[np.ndarray, np.ndarray]]] = {
-    "digits32": _digits32(seed=0),
-    "digits32-b": _digits32(seed=1),
-    "digits8": _digits8,
-    "toy2d": _toy2d(seed=0),
-    "toy2d-b": _toy2d(seed=1),
-}
-
-
-def embedded_sets() -> list[str]:
-    """Names of the sets that come with the package, to be given as "embedded:<name>"."""
-    return list(_EMBEDDED)
-
-
-def _open_embedded(source: str, num: int | None) -> ItemSet:
-    make = _EMBEDDED.get(source.removeprefix(EMBEDDED))
-    if make is None:
-        raise DataError(f"{source} does not come with this program; known: {_embedded_names()}")
-    items, labels = make(num)
-    return _item_set(source, items, labels)
-
-
-def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """Levels uint8 (1797, 8, 8) and classes int64 (1797,)."""
-    with np.load(ASSETS / "digits.npz") as content:
-        return content["levels"], content["labels"].astype(np.int64)
-
-
-def _embedded_names() -> str:
-    return ", ".join(EMBEDDED + name for name in _EMBEDDED)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,8 +148,8 @@ def _indexed_labels(files: _Files) -> np.ndarray:
 
 def _decoded(files: _Files, labels: np.ndarray, num: int | None) -> ItemSet:
     """Decodes the chosen files straight into one array."""
-    num_classes = _count_classes(labels)
-    chosen = _choice(files.source, len(files.names), num)
+    num_classes = count_classes(labels)
+    chosen = choice(files.source, len(files.names), num)
     names = [files.names[row] for row in chosen]
     first = _decode(files, names[0])
     items = np.empty((len(names), *first.shape), dtype=np.uint8)
@@ -259,8 +160,8 @@ def _decoded(files: _Files, labels: np.ndarray, num: int | None) -> ItemSet:
             image = _decode(files, name)
             if image.shape != first.shape:
                 raise DataError(
-                    f"{files.source}: {name} is {_describe(image.shape)} where the first image, {names[0]}, is "
-                    f"{_describe(first.shape)}; all images must have one size and mode: convert or remove it"
+                    f"{files.source}: {name} is {describe(image.shape)} where the first image, {names[0]}, is "
+                    f"{describe(first.shape)}; all images must have one size and mode: convert or remove it"
                 )
             items[row] = image
         return len(part)
@@ -329,7 +230,7 @@ def _open_npz(source: str, path: Path, num: int | None) -> ItemSet:
         )
     elif labels.min() < NO_LABEL or labels.max() >= 2**31:
         raise DataError(f"{source}: {label_key} holds {labels.min()}..{labels.max()}; classes count from 0, -1 is none")
-    return _item_set(source, items, labels.astype(np.int64), num)
+    return item_set(source, items, labels.astype(np.int64), num)
 
 
 def _npz_items(where: str, items: np.ndarray) -> np.ndarray:
@@ -366,7 +267,7 @@ def _open_samples(source: str, path: Path, manifest: dict[str, Any], num: int | 
     """A set in any of the formats that `ddo sample` writes."""
     if manifest["format"] == "shards":
         opened = samples.open_samples(path)  # checks the set as a whole
-        return _item_set(source, opened.items, opened.labels, num)
+        return item_set(source, opened.items, opened.labels, num)
     if not manifest.get("complete"):
         raise DataError(f"{source} is an unfinished sample set; run the command that made it again, it continues")
     if manifest["format"] == "npz":
@@ -379,34 +280,3 @@ def _open_samples(source: str, path: Path, manifest: dict[str, Any], num: int | 
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise DataError(f"{source}: {samples.MANIFEST} is damaged ({error}); remove the set and sample again") from None
     return _decoded(_Files(source, names, lambda name: (path / name).read_bytes(), None), labels, num)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shared
-
-
-def _item_set(source: str, items: np.ndarray, labels: np.ndarray, num: int | None = None) -> ItemSet:
-    chosen = _choice(source, len(items), num) if num is not None and num != len(items) else slice(None)
-    return ItemSet(items[chosen], labels.astype(np.int64)[chosen], source, _count_classes(labels))
-
-
-def _choice(source: str, total: int, num: int | None) -> np.ndarray:
-    """Rows to use, in increasing order."""
-    if num is None or num == total:
-        return np.arange(total)
-    if num > total:
-        raise DataError(f"{source} holds {total} items, fewer than the {num} asked for; lower num or leave it out")
-    rows = np.arange(total)
-    np.random.RandomState(0).shuffle(rows)
-    return np.sort(rows[:num])
-
-
-def _count_classes(labels: np.ndarray) -> int:
-    return int(labels.max(initial=NO_LABEL)) + 1
-
-
-def _describe(shape: Sequence[int]) -> str:
-    if len(shape) != 3:
-        return f"points of {' x '.join(map(str, shape))} numbers"
-    kind = {1: "grey", 3: "RGB"}.get(shape[0], f"{shape[0]}-channel")
-    return f"{shape[2]}x{shape[1]} {kind}"

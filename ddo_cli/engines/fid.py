@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ddo_cli import console
-from ddo_cli.data.images import ItemSet
+from ddo_cli.data.items import ItemSet
 from ddo_cli.engines.scoring import open_comparable, open_reference
 from ddo_cli.metrics.features import Extractor, Metric, select_extractor
 from ddo_cli.metrics.scorer import FrechetScorer, moments_of, own_batches

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ddo_cli import checkpoint, console, dist, rundir
-from ddo_cli.data.images import ItemSet, check_fits, open_images
+from ddo_cli.data.images import open_images
+from ddo_cli.data.items import ItemSet, check_fits
 from ddo_cli.data.pairs import Pairs, Shuffled
 from ddo_cli.data.samples import open_samples
 from ddo_cli.engines import finetune_report, sample
@@ -150,11 +151,19 @@ class _Round:
                 )
 
         plan = loop.Plan(
-            title=self.title, steps=steps, recipe=settings, loss=self._loss(model, ref.model),
-            state_file=self.path / TRAIN_STATE, log_file=self.run_dir.log_file,
-            log_tags={"round": self.number}, evaluate_at=frozenset([*range(every, steps, every), steps]),
-            evaluate=evaluate, check=check, owner=f"round {self.number} of {ref.checkpoint.sha256}",
-        )  # fmt: skip
+            title=self.title,
+            steps=steps,
+            recipe=settings,
+            loss=self._loss(model, ref.model),
+            state_file=self.path / TRAIN_STATE,
+            log_file=self.run_dir.log_file,
+            log_tags={"round": self.number},
+            last_good=lambda: self._last_good(ref_file),
+            evaluate_at=frozenset([*range(every, steps, every), steps]),
+            evaluate=evaluate,
+            check=check,
+            owner=f"round {self.number} of {ref.checkpoint.sha256}",
+        )
         loop.fit(model, plan, self.device)
         return progress
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ddo_cli import checkpoint, console, dist, rundir
-from ddo_cli.data.images import check_fits, open_images
+from ddo_cli.data.images import open_images
+from ddo_cli.data.items import check_fits
 from ddo_cli.data.pairs import Shuffled
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.files import write_json
@@ -62,10 +63,20 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             log_lik = wrapped(model.encode(items.to(device)), label.to(device), draw)
             return loop.Loss(-log_lik.mean() / math.prod(model.shape), {})
 
+        state_file = out / "train-state.safetensors"
         plan = loop.Plan(
-            title="pretraining", steps=steps, recipe=settings, loss=loss, state_file=out / "train-state.safetensors",
-            log_file=run_dir.log_file, log_tags={}, ema_ramp=settings.ema_ramp, dropout=True, owner=recipe.name,
-        )  # fmt: skip
+            title="pretraining",
+            steps=steps,
+            recipe=settings,
+            loss=loss,
+            state_file=state_file,
+            log_file=run_dir.log_file,
+            log_tags={},
+            last_good=lambda: state_file,
+            ema_ramp=settings.ema_ramp,
+            dropout=True,
+            owner=recipe.name,
+        )
         ema = loop.fit(model, plan, device)
         header = {
             "kind": "model",
@@ -76,7 +87,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
         result = _finish(recipe, model, ema, header, run_dir, Scoring(recipe, real, recipe.sampling, device))
         run_dir.advance(result=result)
         if dist.is_main():
-            plan.state_file.unlink(missing_ok=True)
+            state_file.unlink(missing_ok=True)
     return result
 
 

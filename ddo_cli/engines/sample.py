@@ -60,12 +60,23 @@ def run(
         if manifest is None:
             speed = _draw(model, writer, missing, spec, classes, device, title)
             manifest = writer.finish()
-        grid = out / "grid.png"
+        grid = grid_path(out)
         if dist.is_main() and not grid.is_file():
             first = writer.seeds[:GRID_ITEMS]
             made = generate(model, first, spec, batch=spec.batch, classes=classes, device=device)
             pictures.contact_sheet(np.concatenate([batch.items.numpy() for batch in made]), grid)
-    return {**found, "nfe": manifest["nfe"], "images_per_second": round(speed, 2), "seeds": manifest["seeds"]}
+    return {
+        **found,
+        "nfe": manifest["nfe"],
+        "images_per_second": round(speed, 2),
+        "seeds": manifest["seeds"],
+        "grid": str(grid),
+    }
+
+
+def grid_path(out: Path) -> Path:
+    """The contact sheet of a set: beside its directory, where no other program takes it for a sample."""
+    return out.with_name(f"{out.name}-grid.png")
 
 
 def _draw(

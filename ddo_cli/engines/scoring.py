@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ddo_cli import console, dist, pictures
-from ddo_cli.data.images import ItemSet, open_images
+from ddo_cli.data.images import open_images
+from ddo_cli.data.items import ItemSet
 from ddo_cli.diffusion.mixture import toy2d
 from ddo_cli.errors import DataError, UsageError
 from ddo_cli.likelihood import Batch, LikelihoodModel, generate, num_batches

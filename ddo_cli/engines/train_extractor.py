@@ -58,6 +58,7 @@ def run(data: str, out: Path, *, held_out: str | None, images: int, seed: int, d
     plan = loop.Plan(
         title="extractor", steps=-(-images // settings.batch), recipe=settings, loss=loss,
         state_file=work / "train-state.safetensors", log_file=work / "log.jsonl", log_tags={},
+        last_good=lambda: work / "train-state.safetensors",
         owner=f"{data} {images} {seed}",
     )  # fmt: skip
     ema = loop.fit(network, plan, device)

@@ -50,6 +50,7 @@ class Plan(NamedTuple):
     state_file: Path  # what resuming needs
     log_file: Path
     log_tags: dict[str, Any]  # repeated on every line of the log, e.g. the round
+    last_good: Callable[[], Path | str]  # what to fall back on when the loss is not finite
     ema_ramp: float | None = None
     evaluate_at: frozenset[int] = frozenset()  # steps after which `evaluate` is called
     evaluate: Callable[[int, dict[str, Tensor]], str] | None = None  # (step, averaged weights) -> short text to show
@@ -112,7 +113,8 @@ def fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor]
                 # With no finite gradient there is no step to take; weights and saved state are those of before.
                 raise NumericsError(
                     f"{plan.title}: the gradient of step {step} is not finite (loss {loss.loss.item():.4g}); "
-                    f"the state before it is in {plan.state_file}; lower the learning rate ({rate:g})"
+                    f"the last good checkpoint is {plan.last_good()}; lower the learning rate ({rate:g}) and choose "
+                    "another --out"
                 )
             optimizer.step()
             step += 1

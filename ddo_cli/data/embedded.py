@@ -1,0 +1,77 @@
+"""The image sets that come with the package, made when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from ddo_cli.checkpoint import ASSETS, EMBEDDED
+from ddo_cli.data.digits import render_digits
+from ddo_cli.data.items import ItemSet, choice, item_set
+from ddo_cli.diffusion.mixture import toy2d
+from ddo_cli.errors import DataError
+from ddo_cli.likelihood import NO_LABEL
+
+NUM_GENERATED = 16384  # items of a set that can be made in any number
+
+
+def _digits32(seed: int) -> Callable[[int | None], tuple[np.ndarray, np.ndarray]]:
+    def make(num: int | None) -> tuple[np.ndarray, np.ndarray]:
+        levels, labels = _digits()
+        images, rows = render_digits(levels, num or NUM_GENERATED, seed)
+        return images, labels[rows]
+
+    return make
+
+
+def _digits8(num: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Level k of 0..16 is stored as round(255 k / 16); no k falls on a half."""
+    levels, labels = _digits()
+    chosen = choice("embedded:digits8", len(levels), num)
+    images = np.rint(levels[chosen, None].astype(np.float64) * 255 / 16).astype(np.uint8)
+    return images, labels[chosen]
+
+
+def _toy2d(seed: int) -> Callable[[int | None], tuple[np.ndarray, np.ndarray]]:
+    def make(num: int | None) -> tuple[np.ndarray, np.ndarray]:
+        points = toy2d().sample(num or NUM_GENERATED, torch.Generator().manual_seed(seed))
+        return points.to(torch.float32).numpy(), np.full(len(points), NO_LABEL)
+
+    return make
+
+
+# The "-b" sets are further draws of the same distribution: a perfect model's distance is theirs.
+_EMBEDDED: dict[str, Callable[[int | None], tuple[np.ndarray, np.ndarray]]] = {
+    "digits32": _digits32(seed=0),
+    "digits32-b": _digits32(seed=1),
+    "digits8": _digits8,
+    "toy2d": _toy2d(seed=0),
+    "toy2d-b": _toy2d(seed=1),
+}
+
+
+def embedded_sets() -> list[str]:
+    """Names of the sets that come with the package, to be given as "embedded:<name>"."""
+    return list(_EMBEDDED)
+
+
+def open_embedded(source: str, num: int | None) -> ItemSet:
+    """The set "embedded:<name>". Raises DataError if there is none."""
+    make = _EMBEDDED.get(source.removeprefix(EMBEDDED))
+    if make is None:
+        raise DataError(f"{source} does not come with this program; known: {embedded_names()}")
+    items, labels = make(num)
+    return item_set(source, items, labels)
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """Levels uint8 (1797, 8, 8) and classes int64 (1797,)."""
+    with np.load(ASSETS / "digits.npz") as content:
+        return content["levels"], content["labels"].astype(np.int64)
+
+
+def embedded_names() -> str:
+    """The same for messages."""
+    return ", ".join(EMBEDDED + name for name in _EMBEDDED)

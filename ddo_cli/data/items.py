@@ -1,0 +1,77 @@
+"""A set of items in memory, and the checks that every source of items shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ddo_cli.errors import DataError
+from ddo_cli.likelihood import NO_LABEL
+
+INDEX = "dataset.json"  # labels of EDM's and StyleGAN's archives
+
+
+class ItemSet(NamedTuple):
+    """Items in a fixed order, with their labels.
+
+    items: uint8 images (N, C, H, W) or float32 points (N, d); labels: int64 (N,), -1 = none; name: as given by the
+    user; num_classes: one more than the largest label, or the number of class folders; 0 = no labels.
+    """
+
+    items: np.ndarray
+    labels: np.ndarray
+    name: str
+    num_classes: int
+
+
+def check_fits(items: ItemSet, shape: Sequence[int], num_classes: int) -> None:
+    """Raises DataError unless a model of items of this shape and with so many classes (0: none) can learn the set."""
+    if items.items.shape[1:] != tuple(shape):
+        raise DataError(
+            f"{items.name} holds {describe(items.items.shape[1:])} where the model needs {describe(tuple(shape))}; "
+            "convert the images, or choose a model of their size"
+        )
+    if not num_classes:
+        return
+    if len(items.labels) and items.labels.min() < 0:
+        raise DataError(
+            f"{items.name} has items without label where the model has {num_classes} classes; add labels "
+            f"({INDEX}, or a subfolder per class), or choose an unconditional model"
+        )
+    if items.num_classes > num_classes:
+        raise DataError(
+            f"{items.name} has {items.num_classes} classes where the model has {num_classes}; choose a model with as "
+            "many classes, or correct the labels"
+        )
+
+
+def item_set(source: str, items: np.ndarray, labels: np.ndarray, num: int | None = None) -> ItemSet:
+    """The set, or `num` of its items as `choice` picks them."""
+    chosen = choice(source, len(items), num) if num is not None and num != len(items) else slice(None)
+    return ItemSet(items[chosen], labels.astype(np.int64)[chosen], source, count_classes(labels))
+
+
+def choice(source: str, total: int, num: int | None) -> np.ndarray:
+    """Rows to use, in increasing order."""
+    if num is None or num == total:
+        return np.arange(total)
+    if num > total:
+        raise DataError(f"{source} holds {total} items, fewer than the {num} asked for; lower num or leave it out")
+    rows = np.arange(total)
+    np.random.RandomState(0).shuffle(rows)
+    return np.sort(rows[:num])
+
+
+def count_classes(labels: np.ndarray) -> int:
+    """One more than the largest label; 0 without labels."""
+    return int(labels.max(initial=NO_LABEL)) + 1
+
+
+def describe(shape: Sequence[int]) -> str:
+    """An item's shape for people, e.g. "32x32 RGB"."""
+    if len(shape) != 3:
+        return f"points of {' x '.join(map(str, shape))} numbers"
+    kind = {1: "grey", 3: "RGB"}.get(shape[0], f"{shape[0]}-channel")
+    return f"{shape[2]}x{shape[1]} {kind}"
