@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import numpy as np
@@ -138,13 +139,13 @@ def test_two_processes_equal_one(sets, extractor):
     code = (
         "import sys, json; from ddo_cli import dist; from ddo_cli.engines import fid\n"
         "found = fid.run(sys.argv[1], sys.argv[2], extractor=sys.argv[3], device=dist.init('cpu'), batch=64)\n"
-        "print(f\"value {found['fd_embedded']!r} {found['num_images']}\", flush=True); dist.shutdown()\n"
+        "print(f\"value {found['fd_embedded']!r} {found['num_images']};\", flush=True); dist.shutdown()\n"
     )
     script = sets / "run.py"
     script.write_text(code)
     args = [str(script), str(sets / "other.npz"), str(sets / "ref.npz"), extractor]
     done = torchrun(*args)
-    lines = sorted(line.split("value ")[1] for line in done.stdout.splitlines() if "value " in line)
+    lines = re.findall(r"value (\S+ \d+);", done.stdout)  # the processes may share a line
     assert len(lines) == 2, done.stderr
     assert lines[0] == lines[1]
     value, num = lines[0].split()

@@ -1,0 +1,156 @@
+"""Averages, schedules, batches, logs and reports."""
+
+import base64
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU
+from torch.testing import assert_close
+
+from ddo_cli import dist, files, pictures, report
+from ddo_cli.data.pairs import Pairs, Shuffled
+from ddo_cli.engines import pretrain, train_extractor
+from ddo_cli.errors import DataError, UsageError
+from ddo_cli.metrics.features import load_extractor
+from ddo_cli.recipe import TrainRecipe, load
+from ddo_cli.training.ema import ema_decay, update_ema
+from ddo_cli.training.loop import local_rows
+from ddo_cli.training.lr import learning_rate
+
+
+def test_ema_halves_after_its_half_life():
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema = {"weight": torch.ones(1, 1)}
+    torch.nn.init.zeros_(model.weight)
+    for _ in range(10):
+        update_ema(ema, model, ema_decay(batch=50, half_life=500, n_images=10**9))
+    assert_close(ema["weight"].item(), 0.5)
+
+
+def test_ema_ramp_limits_the_half_life():
+    assert ema_decay(100, 1e9, n_images=2000, ramp=0.05) == 0.5  # half-life 100 images
+    assert ema_decay(100, 0, n_images=2000) == 0.0  # the weights themselves
+
+
+def test_buffers_are_copied_not_averaged():
+    model = torch.nn.BatchNorm1d(2)
+    ema = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.running_mean.fill_(3.0)
+    model.num_batches_tracked.fill_(7)
+    update_ema(ema, model, 0.5)
+    assert ema["running_mean"].tolist() == [3.0, 3.0]
+    assert ema["num_batches_tracked"].item() == 7
+
+
+def test_learning_rates():
+    recipe = TrainRecipe(lr=2.0, warmup=100)
+    assert [learning_rate(recipe, n, 1000) for n in (50, 100, 1000)] == [1.0, 2.0, 2.0]
+    recipe = TrainRecipe(lr=2.0, warmup=100, schedule="cosine")
+    assert learning_rate(recipe, 50, 300) == 1.0
+    assert learning_rate(recipe, 200, 300) == pytest.approx(1.0)  # halfway down
+    assert learning_rate(recipe, 300, 300) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_processes_share_a_batch_without_gap_or_overlap(monkeypatch, world):
+    rows = []
+    for rank in range(world):
+        monkeypatch.setattr(dist, "world_size", lambda: world)
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        rows += [row for start, stop in local_rows(16, 2) for row in range(start, stop)]
+    assert rows == list(range(16))
+
+
+def test_batches_that_cannot_be_shared(monkeypatch):
+    monkeypatch.setattr(dist, "world_size", lambda: 3)
+    with pytest.raises(UsageError, match="batch = 16 cannot be shared by 3 processes; use a multiple of 3"):
+        local_rows(16, None)
+
+
+def test_every_epoch_sees_every_item_once_in_another_order():
+    items = np.arange(10)
+    stream = Shuffled(items, items, "key", 0)
+    first, second = stream.rows(0, 10).items.tolist(), stream.rows(10, 20).items.tolist()
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    # Any position can be looked up alone, across an epoch's end, and in any order.
+    assert stream.rows(7, 13).items.tolist() == first[7:] + second[:3]
+    assert Shuffled(items, items, "key", 0).rows(12, 13).items.tolist() == second[2:3]
+    assert Shuffled(items, items, "key", 1).rows(0, 10).items.tolist() != first
+
+
+def test_pairs_keep_labels_beside_their_items():
+    items = np.arange(6)
+    pairs = Pairs(Shuffled(items, 10 * items, "r"), Shuffled(items + 100, items, "f"))
+    real, fake = pairs.rows(2, 9)
+    assert (real.label == 10 * real.items).all()
+    assert (fake.label == fake.items - 100).all()
+
+
+def test_report_is_one_file_with_its_pictures_inside(tmp_path):
+    pictures.contact_sheet(np.zeros((5, 3, 8, 8), dtype=np.uint8), tmp_path / "grid.png")
+    pictures.contact_sheet(np.random.default_rng(0).normal(size=(5, 2)), tmp_path / "points.png")
+    pictures.curves({"a": [pictures.Curve("x", [0, 1], [1, 2])]}, tmp_path / "curves.png", "images")
+    pictures.densities({"p": np.ones((4, 4))}, (0, 1, 0, 1), tmp_path / "density.png")
+    names = ["grid.png", "points.png", "curves.png", "density.png", "missing.png"]
+    shown = [report.Picture(tmp_path / name, f"<{name}>") for name in names]
+    report.write_report(tmp_path / "r.html", "title & more", "s", ["a", "b"], [["1", "<2>"]], shown, "name: x")
+    text = (tmp_path / "r.html").read_text()
+    assert text.count("data:image/png;base64,") == 4  # the missing one is left out
+    assert base64.b64encode((tmp_path / "grid.png").read_bytes()).decode() in text
+    assert "<2>" not in text
+    assert "title &amp; more" in text
+    assert "http" not in text
+    assert "<script" not in text
+
+
+def test_pretrain_resumes_to_the_same_bytes(tmp_path, monkeypatch):
+    settings = ["model.options={width: 8, depth: 1}", "pretrain.images=640", "pretrain.batch=64"]
+    recipe = load("toy2d", [*settings, "pretrain.save_every=2", "pretrain.log_every=3"])
+    whole = pretrain.run(recipe, tmp_path / "whole", device=CPU)
+    count, rename = 0, os.replace
+
+    def replace(source, target):
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.run(recipe, tmp_path / "cut", device=CPU)
+    cut = pretrain.run(recipe, tmp_path / "cut", device=CPU)
+    assert (tmp_path / "cut" / "final.safetensors").read_bytes() == (
+        tmp_path / "whole" / "final.safetensors"
+    ).read_bytes()
+    assert cut["score"] == whole["score"]
+    losses = [
+        [json.loads(x)["loss"] for x in (tmp_path / d / "log.jsonl").read_text().splitlines()] for d in ("cut", "whole")
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4  # steps 3, 6, 9, 10
+    assert not (tmp_path / "cut" / "train-state.safetensors").exists()
+
+
+def test_pretraining_lowers_the_divergence(tmp_path):
+    scores = []
+    for images in (64, 40_000):
+        recipe = load("toy2d", [f"pretrain.images={images}", "pretrain.batch=64", "pretrain.ema_half_life=500"])
+        scores.append(pretrain.run(recipe, tmp_path / str(images), device=CPU)["score"])
+    assert scores[1] < 0.8 * scores[0]
+
+
+def test_extractor_learns_the_digits(tmp_path):
+    out = tmp_path / "x.safetensors"
+    found = train_extractor.run("embedded:digits8", out, held_out=None, images=12_800, seed=0, device=CPU)
+    assert found["heldout_accuracy"] > 0.8  # chance is 0.1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.safetensors"]
+    assert load_extractor(str(out)).key == "fd_embedded"
+    np.savez(tmp_path / "plain.npz", images=np.zeros((4, 8, 8, 3), dtype=np.uint8))
+    with pytest.raises(DataError, match="without a label"):
+        train_extractor.run(str(tmp_path / "plain.npz"), out, held_out=None, images=64, seed=0, device=CPU)
