@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -36,8 +38,22 @@ def init(device: str | None = None) -> torch.device:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
     if world_size() > 1 and not torch_dist.is_initialized():
-        torch_dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        with _stdout_to_stderr():
+            torch_dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return torch.device(device)
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Gloo reports its connections on stdout, where `--json` promises one object and nothing else."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
 def shutdown() -> None:
