@@ -8,6 +8,8 @@ The header's only metadata entry is "ddo": JSON with sorted keys, so that equal 
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,9 +56,20 @@ def resolve(path: str | Path) -> Path:
 
 def save(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Writes a weight file atomically. Equal tensors and header give equal bytes."""
+    write_tensors(path, tensors, {"ddo": json.dumps(header, sort_keys=True)})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file atomically. Raises OSError where the system refuses, e.g. for want of space."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(contiguous, temporary, metadata={"ddo": json.dumps(header, sort_keys=True)})
+        try:
+            save_file(contiguous, temporary, metadata=metadata)
+        except SafetensorError as error:  # it wraps the system's error in a text
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def read_header(path: str | Path, kind: str | None = None) -> dict[str, Any]:

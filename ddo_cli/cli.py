@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+INTERRUPTED = "interrupted; the same command continues where it can"
+MAX_SEED = 2**32 - 1  # generators keep 32 bits
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
@@ -58,7 +62,7 @@ def sample(
     ckpt: Annotated[str, typer.Option(help="Weights: a safetensors file or embedded:<name>.")] = "embedded:digits32",
     # torchrun takes --num for an abbreviation of an option of its own; the longer name passes.
     num: Annotated[int, typer.Option("--num", "--num-images", min=1, help="How many.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="First seed.")] = 0,
     seeds: Annotated[str | None, typer.Option(help="Seeds such as 0-49999 or 3,7,10-20.")] = None,
     classes: Annotated[
         str | None,
@@ -198,13 +202,14 @@ def train_extractor(
     images: Annotated[int, typer.Option(min=1, help="Images to train on, repeats counted.")] = 100_000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
     device: Device = None,
+    dry_run: DryRun = False,
     json_: Json = False,
 ) -> None:
     """Train a small classifier whose features measure a Fréchet distance where Inception does not fit."""
     console.use_json(json_)
     from ddo_cli.engines import train_extractor as engine
 
-    found = engine.run(data, out, held_out=held_out, images=images, seed=seed, device=_device(device))
+    found = engine.run(data, out, held_out=held_out, images=images, seed=seed, device=_device(device), dry_run=dry_run)
     console.result(found, _lines(found))
 
 
@@ -336,14 +341,21 @@ def main() -> None:
     except _ClickException as error:
         _fail("usage", f"{error.format_message()} (ddo --help lists the options)", 2)
     except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted", "interrupted; the same command continues where it can", 130)
+        _fail("interrupted", INTERRUPTED, 130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.strerror is None:
             raise
-        remedy = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "change its permissions"
+        remedies = {
+            errno.ENOSPC: "make room and run the same command again, it continues",
+            errno.EDQUOT: "make room and run the same command again, it continues",
+            errno.EACCES: "change its permissions, or choose another place",
+            errno.EROFS: "choose another place",
+        }
         place = error.filename or "the output directory"
-        _fail("disk", f"{place}: {error.strerror}; {remedy} and run the same command again, it continues", 2)
+        _fail("disk", f"{place}: {error.strerror}; {remedies.get(error.errno or 0, 'choose another path')}", 2)
     else:
+        if code == 130:  # newer Typer turns Ctrl-C into an exit code
+            _fail("interrupted", INTERRUPTED, 130)
         if "torch" in sys.modules:
             from ddo_cli import dist
 
@@ -352,6 +364,8 @@ def main() -> None:
 
 
 def _fail(kind: str, message: str, code: int) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(1)  # the main process's message comes first, before torchrun ends them all
     console.error(kind, message)
     sys.stdout.flush()
     sys.stderr.flush()

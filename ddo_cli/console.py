@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -15,10 +16,10 @@ from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
-_out = Console(highlight=False)
+_out = Console(highlight=False, emoji=False)
 if not _out.is_terminal:
-    _out = Console(highlight=False, width=120)  # a log or a pipe has no width of its own
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
+    _out = Console(highlight=False, emoji=False, width=120)  # a log or a pipe has no width of its own
+_err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 _json_only = False
 _active: Progress | None = None
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where stderr is not a terminal
@@ -52,9 +53,9 @@ def warn(message: str) -> None:
 
 
 def error(kind: str, message: str) -> None:
-    """An error on stderr; with --json also as an object on stdout."""
-    if _json_only:
-        _out.print(json.dumps({"error": {"kind": kind, "message": message}}), markup=False, soft_wrap=True)
+    """An error on stderr; with --json also as an object on stdout, from the main process."""
+    if _json_only and _is_main():
+        _print_json({"error": {"kind": kind, "message": message}})
     _err.print(f"[red]error:[/red] {_escape(message)}")
 
 
@@ -63,12 +64,18 @@ def result(content: Mapping[str, Any], summary: str | None = None, table: Table 
     if not _is_main():
         return
     if _json_only:
-        _out.print(json.dumps(content), markup=False, soft_wrap=True)
+        _print_json(content)
         return
     if table is not None:
         _out.print(table)
     if summary is not None:
         _out.print(summary, markup=False, soft_wrap=True)
+
+
+def _print_json(content: Mapping[str, Any]) -> None:
+    # Not through Rich, which would wrap and highlight.
+    sys.stdout.write(json.dumps(content) + "\n")
+    sys.stdout.flush()
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

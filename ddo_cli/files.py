@@ -49,10 +49,13 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file of a run. Raises RunError if it is missing or damaged."""
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The content of a JSON file of a run. Raises RunError if it is missing, damaged, or not of this kind."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        if not isinstance(content, kind):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return content
     except FileNotFoundError:
         raise RunError(f"{path} does not exist; is its directory one that ddo wrote?") from None
     except (ValueError, UnicodeDecodeError) as error:

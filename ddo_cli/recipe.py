@@ -7,6 +7,7 @@ One recipe serves every command: `pretrain` reads `model` and `pretrain`, `finet
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -68,10 +69,11 @@ class SamplingRecipe(Section):
         return self
 
     def merged(self, **given: Any) -> SamplingRecipe:
-        """This recipe with the given values that are not None in place of its own; checked anew."""
-        return SamplingRecipe(
-            **{**self.model_dump(), **{key: value for key, value in given.items() if value is not None}}
-        )
+        """This recipe with the given values that are not None in place of its own. Raises RecipeError."""
+        try:
+            return SamplingRecipe(**(self.model_dump() | {k: value for k, value in given.items() if value is not None}))
+        except ValidationError as error:
+            raise RecipeError("\n".join(_messages(error, "sampling", {}))) from None
 
 
 class MetricRecipe(Section):
@@ -79,8 +81,8 @@ class MetricRecipe(Section):
 
     name: Literal["fd_embedded", "fid", "js"] = "fd_embedded"
     ref: str | None = None  # reference images or statistics; None: the training data
-    num_images: int = Field(4096, ge=2)  # images per score
-    repeats: int = Field(3, ge=1)  # sampling-seed ranges averaged for promoted models; candidates use the first
+    num_images: int = Field(4096, ge=2, le=250_000)  # images per score
+    repeats: int = Field(3, ge=1, le=4)  # sampling-seed ranges averaged for promoted models; candidates use the first
     weights: str | None = None  # Inception weights of `fid`
     extractor: str | None = None  # of fd_embedded: one of `ddo train-extractor` instead of the embedded one
 
@@ -117,7 +119,7 @@ class FinetuneRecipe(TrainRecipe):
     beta: float = Field(0.05, gt=0)  # scale of the log-ratio; goes about as 1 / dimension
     divide_by_alpha: bool = False  # loss / max(alpha, 1), as VAR's trainer does
     images_per_round: int = Field(7680, ge=1)
-    num_fake: int = Field(4096, ge=1)  # samples of the reference per round
+    num_fake: int = Field(4096, ge=1, le=100_000_000)  # samples of the reference per round
     draw: dict[str, Any] = Field(default_factory=dict)  # training randomness in place of the reference's (p_std, ...)
     eval_every: int = Field(3840, ge=1)  # images between candidates of a round
     max_denoising_ratio: float = Field(2.0, gt=1)  # stop when the plain loss on real images exceeds this x reference's
@@ -180,27 +182,20 @@ def load(
     """
     path = find_recipe(name)
     try:
-        content = yaml.safe_load(path.read_text())
+        content = _parse_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold keys such as 'name:' and 'finetune:', not {type(content).__name__}")
-    problems: list[str] = []
-    places: dict[str, str] = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            problems.append(f"'{override}' is not of the form section.key=value, e.g. finetune.lr=1e-4")
-            continue
+    content = {key: value for key, value in content.items() if value is not None}  # a section without keys
+    values, problems = _parse_overrides(overrides)
+    values |= {key: value for key, value in (given or {}).items() if value is not None}
+    for key, value in values.items():
         try:
-            _set(content, key.strip(), _scalar(text))
-            places[key.strip()] = "command line"
-        except (yaml.YAMLError, TypeError) as error:
-            problems.append(f"command line: {override}: {error}")
-    for key, value in (given or {}).items():
-        if value is not None:
             _set(content, key, value)
-            places[key] = "command line"
+        except TypeError as error:
+            problems.append(f"command line: {key}={value}: {error}")
+    places = dict.fromkeys(values, "command line")
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
@@ -226,20 +221,42 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
-def _scalar(text: str) -> Any:
-    """A YAML value, where 1e-4 is a number as everywhere else (YAML 1.1 wants 1.0e-4)."""
-    try:
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)
-    except ValueError:
-        return yaml.safe_load(text)
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, as everywhere else; YAML 1.1 wants 1.0e-4."""
+
+
+_FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
+
+
+def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Values by key of "key=value" strings, and what is wrong with the others."""
+    values: dict[str, Any] = {}
+    problems = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            problems.append(f"'{override}' is not of the form section.key=value, e.g. finetune.lr=1e-4")
+            continue
+        try:
+            values[key.strip()] = _parse_yaml(text)
+        except yaml.YAMLError as error:
+            problems.append(f"command line: '{override}' is not YAML: {' '.join(str(error).split())}")
+    return values, problems
 
 
 def _set(content: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for section in sections:
-        content = content.setdefault(section, {})
+        if content.get(section) is None:
+            content[section] = {}
+        content = content[section]
         if not isinstance(content, dict):
-            raise TypeError(f"'{section}' is a value, not a section")
+            raise TypeError(f"'{section}' is a value, not a section; write {section}.<key>=value")
     content[last] = value
 
 
@@ -296,15 +313,12 @@ def parse_sampling(overrides: Sequence[str], flags: dict[str, Any]) -> dict[str,
 
     Raises RecipeError listing every problem.
     """
-    values = {key: value for key, value in flags.items() if value is not None}
-    problems: list[str] = []
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or key not in SamplingRecipe.model_fields:
-            near = _nearest(key, SamplingRecipe.model_fields)
-            problems.append(f"command line: '{override}' sets no sampling key{near}; write for example sigma_max=20")
-        else:
-            values[key] = _scalar(text)
+    values, problems = _parse_overrides(overrides)
+    for key in values.keys() - SamplingRecipe.model_fields.keys():
+        near = _nearest(key, SamplingRecipe.model_fields)
+        problems.append(f"command line: '{key}' is no sampling key{near}; write for example sigma_max=20")
+        del values[key]
+    values |= {key: value for key, value in flags.items() if value is not None}
     try:
         SamplingRecipe.model_validate(values)
     except ValidationError as error:

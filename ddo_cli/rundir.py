@@ -58,7 +58,9 @@ class RunDir:
         state = self.state()
         try:
             saved = yaml.safe_load(self.recipe_file.read_text())
-        except yaml.YAMLError as error:
+            if not isinstance(saved, dict):
+                raise ValueError(f"it holds a {type(saved).__name__}")
+        except (yaml.YAMLError, ValueError) as error:
             raise RunError(f"{self.recipe_file} is damaged ({error}); choose another --out") from None
         lines = differing_keys(
             {"command": command, **identity}, {key: state.get(key) for key in ("command", *identity)}

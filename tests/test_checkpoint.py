@@ -78,7 +78,7 @@ def test_tensors_that_do_not_fit_the_header(tmp_path):
 def test_draw_options_can_be_replaced_but_not_misspelt(tmp_path):
     path = make_checkpoint(tmp_path / "m.safetensors")
     assert registry.load_model(path, CPU, {"p_std": 1.6}).model.draw_options.p_std == 1.6
-    with pytest.raises(RecipeError, match=r"model\.draw\.p_sdt .*did you mean 'p_std'"):
+    with pytest.raises(RecipeError, match=r"finetune\.draw\.p_sdt .*did you mean 'p_std'"):
         registry.load_model(path, CPU, {"p_sdt": 1.6})
 
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -74,6 +76,14 @@ BAD = {
     "model option": (["pretrain", "model.options={widht: [8]}"], "model.options.widht"),
     "device": (["sample", "--ckpt", "CKPT", "--device", "tpu"], "--device tpu is not known"),
     "nothing there": (["fid", "nowhere"], "nowhere"),
+    "null section": (["finetune-ddo", "--ckpt", "CKPT", "finetune=5", "--rounds", "2"], "is a value, not a section"),
+    "yaml": (["sample", "--ckpt", "CKPT", "steps=["], "is not YAML"),
+    "bounds": (["sample", "--ckpt", "CKPT", "sigma_min=100"], "must be below"),
+    "seed": (["sample", "--ckpt", "CKPT", "--seed", "18446744073709551616"], "--seed"),
+    "seeds": (["sample", "--ckpt", "CKPT", "--seeds", "0-18446744073709551616"], "seeds end at"),
+    "long": (["sample", "--ckpt", "CKPT", "--out", "x" * 300], "File name too long"),
+    "widths": (["pretrain", "model.options={widths: [-4, 8]}"], "model.options.widths"),
+    "extractor": (["pretrain", "metric.extractor=nope.safetensors"], "nope.safetensors does not exist"),
     "no run": (["info", "."], "ddo did not write it"),
     "no model file": (["finetune-ddo", "--ckpt", "CKPT", "--model-file", "mine.py"], "mine.py does not exist"),
 }
@@ -106,6 +116,55 @@ def test_wrong_image_inside_a_zip_is_named(ckpt, tmp_path):
 def test_data_that_does_not_fit_the_model(ckpt, tmp_path):
     done = ddo("finetune-ddo", "--ckpt", ckpt, "--data", "embedded:digits8", cwd=tmp_path, code=2)
     assert "embedded:digits8" in done.stderr
+
+
+def test_a_bare_section_and_a_plain_exponent(ckpt, tmp_path):
+    """YAML as people write it: `finetune:` without keys, and 1e-4 without a point."""
+    (tmp_path / "mine.yaml").write_text("name: mine\nfinetune:\npretrain:\n  lr: 1e-4\n")
+    done = ddo(
+        "finetune-ddo", "--recipe", "mine.yaml", "--ckpt", ckpt, "--rounds", "1", "--dry-run", "--json", cwd=tmp_path
+    )
+    assert json.loads(done.stdout)["rounds"] == 1
+
+
+def test_interruption_says_so(ckpt, tmp_path):
+    command = [sys.executable, "-m", "ddo_cli", "sample", "--ckpt", ckpt, "--num", "100000", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    started = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
+    )
+    while not (tmp_path / "samples" / "000000.png").is_file():
+        assert started.poll() is None
+        time.sleep(0.1)
+    started.send_signal(signal.SIGINT)
+    out, err = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert json.loads(out)["error"]["kind"] == "interrupted"
+    assert "the same command continues" in err
+    assert "Traceback" not in err
+
+
+def test_names_reach_json_unchanged(ckpt, tmp_path):
+    done = ddo("sample", "--ckpt", ckpt, "--num", "1", "--out", ":fire: [x]", "--json", cwd=tmp_path)
+    assert json.loads(done.stdout)["out"] == ":fire: [x]"
+
+
+@pytest.mark.parametrize("form", ["png", "shards"])
+def test_a_full_disk_below_the_library(ckpt, tmp_path, form):
+    """safetensors wraps the system's error in one of its own."""
+    code = (
+        "import ddo_cli.checkpoint as checkpoint\n"
+        "from safetensors import SafetensorError\n"
+        "def full(*_, **__): raise SafetensorError('I/O error: No space left on device (os error 28)')\n"
+        "checkpoint.save_file = full\n"
+        "from ddo_cli.cli import main\nmain()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "sample", "--ckpt", ckpt, "--num", "2", "--format", form],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "No space left on device; make room" in done.stderr
 
 
 def test_no_space_left(ckpt, tmp_path):

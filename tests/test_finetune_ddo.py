@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from conftest import CPU, KINDS, make_checkpoint, tiny_recipe, torchrun
 
 from ddo_cli import checkpoint, files, rundir
 from ddo_cli.engines import finetune_ddo
-from ddo_cli.errors import NumericsError, RunError, UsageError
+from ddo_cli.errors import CheckpointError, NumericsError, RunError, UsageError
 from ddo_cli.objectives.ddo import ddo_loss
 
 
@@ -105,7 +106,7 @@ def test_resume_equals_uninterrupted(finished, tmp_path, monkeypatch, number, be
             finetune_ddo.run(recipe, tmp_path / "run", device=CPU)
     result = finetune_ddo.run(recipe, tmp_path / "run", device=CPU)
     assert (tmp_path / "run" / "final.safetensors").read_bytes() == (reference / "final.safetensors").read_bytes()
-    assert result["final_score"] == json.loads((reference / "state.json").read_text())["result"]["final_score"]
+    assert result["final_score"] == json.loads((reference / "state.json").read_text())["rounds"][-1]["score"]
     ours, theirs = ((path / "log.jsonl").read_text().splitlines() for path in (tmp_path / "run", reference))
     assert [json.loads(line)["loss"] for line in ours] == [json.loads(line)["loss"] for line in theirs]
     assert not list((tmp_path / "run").rglob("*.part"))
@@ -147,13 +148,12 @@ def test_micro_batches_give_the_same_losses(finished, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(finished, tmp_path):
-    _, _, out, _ = finished
+    _, _, out, one = finished
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text((out / "recipe.yaml").read_text())
     options = ["--recipe", str(recipe), "--out", str(tmp_path / "run"), "--device", "cpu", "--json"]
     done = torchrun("-m", "ddo_cli", "finetune-ddo", *options)
     found = json.loads(done.stdout)
-    one = json.loads((out / "state.json").read_text())["result"]
     for name in ("shard-000000.safetensors", "shard-000001.safetensors"):
         path = Path("round-01") / "samples" / name
         assert (tmp_path / "run" / path).read_bytes() == (out / path).read_bytes()
@@ -208,3 +208,42 @@ def test_dry_run_writes_nothing(finished, tmp_path):
     found = finetune_ddo.run(tiny_recipe(ckpt, kind), tmp_path / "run", device=CPU, dry_run=True)
     assert found["steps_per_round"] == 6
     assert not (tmp_path / "run").exists()
+
+
+def test_changed_data_is_refused(finished, tmp_path, monkeypatch):
+    kind, ckpt, out, _ = finished
+    opened = finetune_ddo.open_images
+
+    def changed(*args):
+        found = opened(*args)
+        return found._replace(items=255 - found.items)
+
+    monkeypatch.setattr(finetune_ddo, "open_images", changed)
+    with pytest.raises(RunError, match="data_sha256"):
+        finetune_ddo.run(tiny_recipe(ckpt, kind), out, device=CPU)
+
+
+def test_a_mistake_in_the_metric_claims_nothing(finished, tmp_path):
+    kind, ckpt, _, _ = finished
+    with pytest.raises(CheckpointError, match=r"nope\.safetensors does not exist"):
+        finetune_ddo.run(tiny_recipe(ckpt, kind, "metric.extractor=nope.safetensors"), tmp_path / "run", device=CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_moved_run_answers_with_its_new_place_and_restores_a_lost_final(finished, tmp_path):
+    kind, ckpt, out, result = finished
+    shutil.copytree(out, tmp_path / "moved")
+    (tmp_path / "moved" / "final.safetensors").unlink()
+    found = finetune_ddo.run(tiny_recipe(ckpt, kind), tmp_path / "moved", device=CPU)
+    assert found["final"] == str(tmp_path / "moved" / "final.safetensors")
+    assert found["final_score"] == result["final_score"]
+    assert Path(found["final"]).read_bytes() == (out / "final.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("name", "text"), [("state.json", "[]"), ("recipe.yaml", "foo"), ("state.json", "{")])
+def test_damaged_files_of_a_run(finished, tmp_path, name, text):
+    kind, ckpt, out, _ = finished
+    shutil.copytree(out, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(text)
+    with pytest.raises(RunError, match="damaged"):
+        finetune_ddo.run(tiny_recipe(ckpt, kind), tmp_path / "run", device=CPU)

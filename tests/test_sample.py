@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,3 +171,42 @@ def test_seed_lists():
     for bad in ("", "a", "3-1", "1,1", "1-2-3"):
         with pytest.raises(ValueError, match=r".*"):
             parse_seeds(bad)
+
+
+@pytest.mark.parametrize("form", ["png", "npz", "shards"])
+def test_a_lost_file_of_a_finished_set_is_drawn_again(tmp_path, form):
+    ckpt = make_checkpoint(tmp_path / "d.safetensors")
+    sample.run(ckpt, range(10), tmp_path / "set", form=form, device=CPU)
+    lost = {"png": "000003.png", "npz": "samples.npz", "shards": "shard-000000.safetensors"}[form]
+    before = content(tmp_path / "set")
+    (tmp_path / "set" / lost).unlink()
+    sample.run(ckpt, range(10), tmp_path / "set", form=form, device=CPU)
+    after = content(tmp_path / "set")
+    assert after.keys() == before.keys()
+    assert form == "npz" or after == before
+
+
+def test_the_grid_is_that_of_the_set(tmp_path):
+    ckpt = make_checkpoint(tmp_path / "d.safetensors")
+    one = sample.run(ckpt, range(4), tmp_path / "set", device=CPU)["grid"]
+    before = Path(one).read_bytes()
+    shutil.rmtree(tmp_path / "set")
+    sample.run(ckpt, range(50, 54), tmp_path / "set", device=CPU)
+    assert Path(one).read_bytes() != before
+
+
+def test_a_damaged_part_is_named_and_then_drawn_again(tmp_path):
+    ckpt = make_checkpoint(tmp_path / "d.safetensors")
+    sample.run(ckpt, range(10), tmp_path / "set", device=CPU)
+    (tmp_path / "set" / "000003.png").unlink()
+    (tmp_path / "set" / ".part-shard-000000.safetensors").write_bytes(b"junk")
+    with pytest.raises(DataError, match="run the same command again"):
+        sample.run(ckpt, range(10), tmp_path / "set", device=CPU)
+    sample.run(ckpt, range(10), tmp_path / "set", device=CPU)
+    assert (tmp_path / "set" / "000003.png").is_file()
+
+
+def test_guidance_of_a_model_that_never_dropped_labels_warns(tmp_path, capsys):
+    ckpt = make_checkpoint(tmp_path / "d.safetensors")
+    sample.run(ckpt, range(2), tmp_path / "x", sampling={"cfg_scale": 2.0}, device=CPU)
+    assert "never trained" in capsys.readouterr().err

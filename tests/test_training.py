@@ -151,6 +151,13 @@ def test_extractor_learns_the_digits(tmp_path):
     assert found["heldout_accuracy"] > 0.8  # chance is 0.1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.safetensors"]
     assert load_extractor(str(out)).key == "fd_embedded"
+    again = train_extractor.run("embedded:digits8", out, held_out=None, images=12_800, seed=0, device=CPU)
+    assert again == found  # finished: nothing to do
+    with pytest.raises(UsageError, match="holds something else"):
+        train_extractor.run("embedded:digits8", out, held_out=None, images=12_800, seed=1, device=CPU)
+    out = tmp_path / "y.safetensors"
+    with pytest.raises(UsageError, match="is a directory"):
+        train_extractor.run("embedded:digits8", tmp_path, held_out=None, images=64, seed=0, device=CPU)
     np.savez(tmp_path / "plain.npz", images=np.zeros((4, 8, 8, 3), dtype=np.uint8))
     with pytest.raises(DataError, match="without a label"):
         train_extractor.run(str(tmp_path / "plain.npz"), out, held_out=None, images=64, seed=0, device=CPU)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,13 @@ class ItemSet(NamedTuple):
     labels: np.ndarray
     name: str
     num_classes: int
+
+
+def digest(items: ItemSet) -> str:
+    """Hex SHA-256 of items and labels: whether a continued run still sees the same data."""
+    found = hashlib.sha256(np.ascontiguousarray(items.items).data)
+    found.update(np.ascontiguousarray(items.labels).data)
+    return found.hexdigest()
 
 
 def check_fits(items: ItemSet, shape: Sequence[int], num_classes: int) -> None:

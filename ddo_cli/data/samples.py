@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ddo_cli import dist
+from ddo_cli.checkpoint import write_tensors
 from ddo_cli.errors import DataError, RunError
 from ddo_cli.files import read_json, replacing, write_json
 from ddo_cli.likelihood import Batch, num_batches
@@ -28,6 +29,7 @@ from ddo_cli.recipe import differing_keys
 
 Format = Literal["png", "npz", "shards"]
 MANIFEST = "manifest.json"
+MAX_SEED = 2**32 - 1  # generators keep 32 bits
 
 
 class SampleSet(NamedTuple):
@@ -64,14 +66,13 @@ class Writer:
         tensors = {"labels": batch.label, "seeds": batch.seeds, "nfe": torch.tensor(batch.nfe)}
         if self.form != "png":
             tensors["items"] = batch.items
-        with replacing(self._shard(batch.number)) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        write_tensors(self._shard(batch.number), tensors)
 
     def finish(self) -> dict[str, Any]:
         """Completes the manifest (and the npz) once every process has written its batches; returns the manifest."""
         dist.barrier()
         if dist.is_main():
-            shards = [load_file(self._shard(number)) for number in range(num_batches(len(self.seeds), self.batch))]
+            shards = [self._read(number) for number in range(num_batches(len(self.seeds), self.batch))]
             labels = torch.cat([shard["labels"] for shard in shards])
             self.manifest |= {"complete": True, "nfe": max(int(shard["nfe"]) for shard in shards)}
             if self.form == "npz":
@@ -86,18 +87,36 @@ class Writer:
         return self.complete() or {}
 
     def complete(self) -> dict[str, Any] | None:
-        """The manifest of a set that is complete."""
+        """The manifest of a set that is complete, with every file where it belongs."""
         found = read_json(self.out / MANIFEST)
-        if not found["complete"]:
+        if not found.get("complete") or not all(path.is_file() for path in self._files()):
             return None
         if dist.is_main() and self.form != "shards":
             for part in self.out.glob(".part-*"):
                 part.unlink()
         return found
 
+    def _files(self) -> list[Path]:
+        """What the set consists of, beside its manifest."""
+        if self.form == "npz":
+            return [self.out / "samples.npz"]
+        if self.form == "png":
+            return [self.out / f"{seed:06d}.png" for seed in self.seeds]
+        return [self._shard(number) for number in range(num_batches(len(self.seeds), self.batch))]
+
     def _shard(self, number: int) -> Path:
         # Parts of the other formats are hidden: they are gone when the set is complete.
         return self.out / f"{'' if self.form == 'shards' else '.part-'}shard-{number:06d}.safetensors"
+
+    def _read(self, number: int) -> dict[str, Tensor]:
+        """One part. A damaged one is removed, so that the same command draws it anew."""
+        try:
+            return load_file(self._shard(number))
+        except (SafetensorError, OSError) as error:
+            self._shard(number).unlink(missing_ok=True)
+            raise DataError(
+                f"{self._shard(number)} was damaged ({error}) and is removed; run the same command again"
+            ) from None
 
     def _has(self, number: int) -> bool:
         return self._shard(number).is_file()
@@ -142,6 +161,8 @@ def parse_seeds(text: str) -> list[int]:
     seeds: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
+        if max(int(first), int(last or 0)) > MAX_SEED:
+            raise ValueError(f"seeds end at {MAX_SEED}")
         seeds += range(int(first), int(last) + 1) if dash else [int(first)]
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError("no seed, or one given twice")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ddo_cli import checkpoint, console, dist, rundir
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import ItemSet, check_fits
+from ddo_cli.data.items import ItemSet, check_fits, digest
 from ddo_cli.data.pairs import Pairs, Shuffled
 from ddo_cli.data.samples import open_samples
 from ddo_cli.engines import finetune_report, sample
@@ -30,7 +30,7 @@ from ddo_cli.recipe import Recipe, SamplingRecipe
 from ddo_cli.rng import RowRng
 from ddo_cli.training import loop
 
-FAKE_SEED_STRIDE = 1_000_000  # fake sets of different rounds, and the seeds of scores, do not overlap
+FIRST_FAKE_SEED = 1_000_000  # beyond the seeds of scores
 
 TRAIN_STATE = "train-state.safetensors"
 
@@ -47,15 +47,17 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     check_fits(real, reference.model.shape, reference.model.num_classes)
     spec = _sampling(recipe, reference)
     loop.local_rows(recipe.finetune.batch, recipe.finetune.micro_batch)
+    scoring = Scoring(recipe, real, spec, device)
     if dry_run:
         return _dry_run(recipe, out, reference.model)
     loop.set_precision(recipe.finetune.precision)
     with rundir.locked(out) as run_dir:
-        run_dir.claim("finetune-ddo", recipe, reference_sha256=reference.checkpoint.sha256)
-        if "result" in (state := dist.from_main(run_dir.state())):
+        identity = {"reference_sha256": reference.checkpoint.sha256, "data_sha256": digest(real), **scoring.identity}
+        run_dir.claim("finetune-ddo", recipe, **identity)
+        state = dist.from_main(run_dir.state())
+        if state.get("finished") and run_dir.final.is_file():
             console.info(f"{out} is finished; nothing to do")
-            return state["result"]
-        scoring = Scoring(recipe, real, spec, device)
+            return _result(recipe, run_dir, state, scoring.key)
         if "reference" not in state:
             console.info(f"scoring the reference {recipe.model.ckpt}")
             scoring.picture(reference.model, out / "reference.png")
@@ -67,12 +69,11 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             this_round = _Round(number, recipe, run_dir, real, spec, scoring, device)
             state = run_dir.advance(rounds=[*state["rounds"], this_round.run(state)])
             this_round.drop_train_state()
-        result = _result(recipe, run_dir, state, scoring.key)
         if dist.is_main():
             _copy(_reference_file(recipe, run_dir, len(state["rounds"])), run_dir.final)
             finetune_report.write(run_dir, recipe, state, scoring.key)
-        run_dir.advance(result=result)
-    return result
+        state = run_dir.advance(finished=True)
+        return _result(recipe, run_dir, state, scoring.key)
 
 
 class _Progress(NamedTuple):
@@ -109,7 +110,7 @@ class _Round:
         return self._promote(ref_file, progress, before)
 
     def _draw_fake_set(self, ref_file: str | Path) -> None:
-        first = self.number * FAKE_SEED_STRIDE
+        first = FIRST_FAKE_SEED + (self.number - 1) * self.recipe.finetune.num_fake  # rounds do not overlap
         seeds = range(first, first + self.recipe.finetune.num_fake)
         sampling = self.spec.model_dump()
         title = f"{self.title} fake set"
@@ -219,7 +220,6 @@ class _Round:
             "score": score if promoted else before["score"],
             "best_images": images,
             "promoted": promoted,
-            "checkpoint": str(best),
             "candidate_score": score,
             "repeats": repeats if promoted else before["repeats"],
             "candidates": progress.candidates,
@@ -275,7 +275,7 @@ def _repeats(
     scoring: Scoring, model: LikelihoodModel, file: Path, known: list[dict[str, float]]
 ) -> list[dict[str, float]]:
     """Figures of every range of sampling seeds; each is kept in `file`, since a large score takes hours."""
-    found = dist.from_main(read_json(file) if file.is_file() else known)
+    found = dist.from_main(read_json(file, list) if file.is_file() else known)
     for repeat in range(len(found), scoring.repeats):
         found = [*found, scoring.run(model, repeat)]
         if dist.is_main():
@@ -291,14 +291,20 @@ def _result(recipe: Recipe, run_dir: rundir.RunDir, state: dict[str, Any], key: 
     rounds = state["rounds"]
     if not any(record["promoted"] for record in rounds):
         console.warn(f"no round improved on the reference: {run_dir.final} is the reference {recipe.model.ckpt} itself")
-    kept = ("round", "score", "best_images", "promoted", "checkpoint")
+    kept = ("round", "score", "best_images", "promoted")
     return {
         "out": str(run_dir.path),
         "final": str(run_dir.final),
         "metric": key,
         "reference_score": state["reference"]["score"],
         "final_score": rounds[-1]["score"],
-        "rounds": [{name: record[name] for name in kept} for record in rounds],
+        "rounds": [
+            {
+                **{name: record[name] for name in kept},
+                "checkpoint": str(_reference_file(recipe, run_dir, record["round"])),
+            }
+            for record in rounds
+        ],
     }
 
 

@@ -40,13 +40,13 @@ def _run_directory(place: Path) -> dict[str, Any]:
     weights = {name: sha256(place / name) for name in files if "train-state" not in name}
     rounds = [{key: record[key] for key in ("round", "score", "promoted")} for record in state.get("rounds", [])]
     return {
-        "holds": f"run of {state['command']}",
+        "holds": f"run of {state.get('command', 'an unknown command')}",
         "path": str(place),
-        "finished": "result" in state,
+        "finished": bool(state.get("finished")),
         "reference_sha256": state.get("reference_sha256"),
         "reference_score": state.get("reference", {}).get("score"),
         "rounds": rounds,
-        "result": state.get("result"),
+        "score": state.get("score"),
         "sha256": weights,
     }
 

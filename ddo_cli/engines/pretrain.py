@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ddo_cli import checkpoint, console, dist, rundir
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import check_fits
+from ddo_cli.data.items import check_fits, digest
 from ddo_cli.data.pairs import Shuffled
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.files import write_json
@@ -38,6 +38,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     model = registry.build(config).to(device)
     check_fits(real, model.shape, model.num_classes)
     model.check_sampling(recipe.sampling)
+    scoring = Scoring(recipe, real, recipe.sampling, device)
     parameters = sum(p.numel() for p in model.parameters())
     if dry_run:
         return {
@@ -46,10 +47,11 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
         }  # fmt: skip
     loop.set_precision(settings.precision)
     with rundir.locked(out) as run_dir:
-        run_dir.claim("pretrain", recipe)
-        if "result" in (state := dist.from_main(run_dir.state())):
+        run_dir.claim("pretrain", recipe, data_sha256=digest(real), **scoring.identity)
+        state = dist.from_main(run_dir.state())
+        if state.get("finished") and run_dir.final.is_file():
             console.info(f"{out} is finished; nothing to do")
-            return state["result"]
+            return _result(run_dir, state)
         console.info(f"pretrain {config['name']}: {parameters:,} parameters, {steps} steps of {settings.batch} images")
         stream = Shuffled(real.items, real.labels, "pretrain", recipe.seed)
 
@@ -84,22 +86,17 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             "sampling": recipe.sampling.model_dump(mode="json", exclude_none=True),
             "provenance": [{"command": "pretrain", "recipe": recipe.model_dump(mode="json"), "steps": steps}],
         }
-        result = _finish(recipe, model, ema, header, run_dir, Scoring(recipe, real, recipe.sampling, device))
-        run_dir.advance(result=result)
+        score = _finish(model, ema, header, run_dir, scoring)
+        state = run_dir.advance(finished=True, metric=scoring.key, score=score)
         if dist.is_main():
             state_file.unlink(missing_ok=True)
-    return result
+        return _result(run_dir, state)
 
 
 def _finish(
-    recipe: Recipe,
-    model: Any,
-    ema: dict[str, Tensor],
-    header: dict[str, Any],
-    run_dir: rundir.RunDir,
-    scoring: Scoring,
-) -> dict[str, Any]:
-    """Scores the averaged weights, draws their picture and writes the checkpoint."""
+    model: Any, ema: dict[str, Tensor], header: dict[str, Any], run_dir: rundir.RunDir, scoring: Scoring
+) -> float:
+    """Scores the averaged weights, draws their picture and writes the checkpoint; returns the mean score."""
     model.load_state_dict(ema)
     model.eval()
     figures = [scoring.run(model, repeat) for repeat in range(scoring.repeats)]
@@ -107,5 +104,9 @@ def _finish(
     if dist.is_main():
         write_json(run_dir.path / "metrics.json", figures)
         checkpoint.save(run_dir.final, ema, header)
-    score = sum(figure[scoring.key] for figure in figures) / len(figures)
-    return {"out": str(run_dir.path), "final": str(run_dir.final), "metric": scoring.key, "score": score}
+    return sum(figure[scoring.key] for figure in figures) / len(figures)
+
+
+def _result(run_dir: rundir.RunDir, state: dict[str, Any]) -> dict[str, Any]:
+    paths = {"out": str(run_dir.path), "final": str(run_dir.final)}
+    return {**paths, "metric": state["metric"], "score": state["score"]}

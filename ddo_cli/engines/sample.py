@@ -13,6 +13,7 @@ import torch
 from ddo_cli import console, dist, pictures, rundir
 from ddo_cli.data.samples import Format, Writer
 from ddo_cli.errors import UsageError
+from ddo_cli.files import sweep
 from ddo_cli.likelihood import LikelihoodModel, generate, num_batches
 from ddo_cli.models import registry
 from ddo_cli.recipe import SamplingRecipe
@@ -51,7 +52,14 @@ def run(
     found = {"out": str(out), "num_images": len(seeds), "checkpoint_sha256": file.sha256, "sampler": spec.sampler}
     if dry_run:
         return {**found, "batches": num_batches(len(seeds), spec.batch), "steps": spec.steps, "dry_run": True}
+    if spec.cfg_scale not in (None, 1.0) and not model.draw_options.label_drop:
+        console.warn(
+            f"cfg_scale = {spec.cfg_scale}: this model was trained without dropping labels (label_drop 0), so its "
+            "unconditional half was never trained"
+        )
     with rundir.locked(out):
+        if dist.is_main():
+            sweep(out)
         writer = Writer(out, form, seeds, spec.batch, made_by)
         # Files appear while processes read the directory: what is missing is for the main process to say.
         missing = dist.from_main(writer.missing())
@@ -61,7 +69,7 @@ def run(
             speed = _draw(model, writer, missing, spec, classes, device, title)
             manifest = writer.finish()
         grid = grid_path(out)
-        if dist.is_main() and not grid.is_file():
+        if dist.is_main() and (missing or not grid.is_file()):
             first = writer.seeds[:GRID_ITEMS]
             made = generate(model, first, spec, batch=spec.batch, classes=classes, device=device)
             pictures.contact_sheet(np.concatenate([batch.items.numpy() for batch in made]), grid)
@@ -76,7 +84,7 @@ def run(
 
 def grid_path(out: Path) -> Path:
     """The contact sheet of a set: beside its directory, where no other program takes it for a sample."""
-    return out.with_name(f"{out.name}-grid.png")
+    return out.parent / f"{out.resolve().name}-grid.png" if out.name else out.resolve().with_suffix(".grid.png")
 
 
 def _draw(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,10 @@ class Scoring:
     """The recipe's metric, with the reference statistics computed once. Lower is better."""
 
     def __init__(self, recipe: Recipe, real: ItemSet, spec: SamplingRecipe, device: torch.device):
+        """Opens everything, so that a mistake shows at once; features of the reference wait for the first score."""
         self.metric, self.spec, self.device = recipe.metric, spec, device
         self.density: DensityScorer | None = None
-        self.frechet: FrechetScorer | None = None
+        self.identity: dict[str, str] = {}  # hashes that a continued run compares
         metric = recipe.metric
         if metric.name == "js":
             if not real.name.startswith("embedded:toy2d"):
@@ -39,9 +41,15 @@ class Scoring:
             self.key = "js"
         else:
             extractor = select_extractor(metric.name, metric.weights, metric.extractor, device)
-            ref = real if metric.ref is None else open_reference(metric.ref, extractor)
-            self.frechet = FrechetScorer(extractor, ref, self.spec.batch)
+            self.extractor = extractor
+            self.reference = real if metric.ref is None else open_reference(metric.ref, extractor)
             self.key = extractor.key
+            self.identity = {"extractor_sha256": extractor.sha256}
+
+    @cached_property
+    def frechet(self) -> FrechetScorer:
+        """The scorer with the reference's statistics."""
+        return FrechetScorer(self.extractor, self.reference, self.spec.batch)
 
     @property
     def repeats(self) -> int:
@@ -51,8 +59,7 @@ class Scoring:
     def run(self, model: LikelihoodModel, repeat: int) -> dict[str, float]:
         """The metric's figures, `self.key` among them, on the seeds of one repeat. Equal on every process."""
         if self.density is not None:
-            return self.density.score(model, self.spec)
-        assert self.frechet is not None, "one of the two scorers is built"
+            return dist.from_main(self.density.score(model, self.spec))
         seeds = range(repeat * self.metric.num_images, (repeat + 1) * self.metric.num_images)
         own = dist.shard(range(num_batches(len(seeds), self.spec.batch)))
         made = generate(model, seeds, self.spec, batch=self.spec.batch, only=own, device=self.device)

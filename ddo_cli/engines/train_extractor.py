@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddo_cli import checkpoint, console, dist
+from ddo_cli import checkpoint, console, dist, rundir
 from ddo_cli.data.images import open_images
 from ddo_cli.data.pairs import Examples, Shuffled
-from ddo_cli.errors import DataError
+from ddo_cli.errors import DataError, UsageError
 from ddo_cli.metrics.digit_net import DigitNet
 from ddo_cli.recipe import TrainRecipe
 from ddo_cli.rng import permutation, seed_from
@@ -25,16 +29,37 @@ MAX_NOISE = (
 )
 
 
-def run(data: str, out: Path, *, held_out: str | None, images: int, seed: int, device: torch.device) -> dict[str, Any]:
+def run(
+    data: str,
+    out: Path,
+    *,
+    held_out: str | None,
+    images: int,
+    seed: int,
+    device: torch.device,
+    dry_run: bool = False,
+) -> dict[str, Any]:
     """Trains on the labelled images of `data` (several sources separated by commas) and writes `out`.
 
     held_out: images for the accuracy; None: a tenth of the data, not trained on.
-    Raises DataError if an image has no label.
+    Raises DataError if an image has no label, UsageError if `out` is there and not this extractor.
     """
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a directory; give the weight file to write")
     train = _examples(data)
+    link = {"command": "train-extractor", "data": data, "held_out": held_out, "images": images, "seed": seed}
+    link["data_sha256"] = hashlib.sha256(train.items.numpy().data).hexdigest()
+    if out.is_file():
+        header = checkpoint.read_header(out)
+        if header.get("provenance") != [link]:
+            raise UsageError(f"--out {out} holds something else; choose another name, or remove it")
+        console.info(f"{out} is finished; nothing to do")
+        return {"out": str(out), "heldout_accuracy": header["accuracy"], "num_images": header["num_images"]}
     if held_out is None:
         order = permutation(len(train.items), "held-out", seed)
         cut = len(order) // 10
+        if not cut:
+            raise DataError(f"{data} holds {len(order)} images; a tenth is held out, so give at least 10 or --held-out")
         test, train = _rows(train, order[:cut]), _rows(train, order[cut:])
     else:
         test = _examples(held_out)
@@ -53,30 +78,54 @@ def run(data: str, out: Path, *, held_out: str | None, images: int, seed: int, d
         x = items.to(device) / 127.5 - 1
         return loop.Loss(F.cross_entropy(wrapped(x), label.to(device)), {})
 
-    work = out.with_name(f".{out.name}.training")
-    work.mkdir(parents=True, exist_ok=True)
+    steps = -(-images // settings.batch)
+    if dry_run:
+        return {"out": str(out), "dry_run": True, "num_images": len(train.items), "steps": steps}
+    with rundir.locked(out.with_name(f".{out.name}.training")) as work:
+        accuracy = _train(network, loss, len(train.items), test, out, link, work.path, steps, settings, device)
+    if dist.is_main():
+        shutil.rmtree(work.path)
+    return {"out": str(out), "heldout_accuracy": accuracy, "num_images": len(train.items)}
+
+
+def _train(
+    network: DigitNet,
+    loss: Callable[[nn.Module, loop.Rows], loop.Loss],
+    num_images: int,
+    test: Examples,
+    out: Path,
+    link: dict[str, Any],
+    work: Path,
+    steps: int,
+    settings: TrainRecipe,
+    device: torch.device,
+) -> float:
+    """Trains, writes the checkpoint, and returns the accuracy on `test`."""
     plan = loop.Plan(
-        title="extractor", steps=-(-images // settings.batch), recipe=settings, loss=loss,
-        state_file=work / "train-state.safetensors", log_file=work / "log.jsonl", log_tags={},
+        title="extractor",
+        steps=steps,
+        recipe=settings,
+        loss=loss,
+        state_file=work / "train-state.safetensors",
+        log_file=work / "log.jsonl",
+        log_tags={},
         last_good=lambda: work / "train-state.safetensors",
-        owner=f"{data} {images} {seed}",
-    )  # fmt: skip
+        owner=json.dumps(link, sort_keys=True),
+    )
     ema = loop.fit(network, plan, device)
     network.load_state_dict(ema)
     accuracy = _accuracy(network.eval(), test, device)
     if dist.is_main():
         header = {
             "kind": "extractor",
-            "config": {"name": "digit-net", "options": {"num_classes": num_classes}},
-            "provenance": [{"command": "train-extractor", "data": data, "images": images, "seed": seed}],
+            "config": {"name": "digit-net", "options": {"num_classes": network.classifier.out_features}},
+            "provenance": [link],
             "accuracy": accuracy,
+            "num_images": num_images,
         }
         checkpoint.save(out, ema, header)
-        for file in work.iterdir():
-            file.unlink()
-        work.rmdir()
     console.info(f"{out}: accuracy {accuracy:.4f} on {len(test.items)} held-out images")
-    return {"out": str(out), "heldout_accuracy": accuracy, "num_images": len(train.items)}
+    return accuracy
 
 
 def _examples(sources: str) -> Examples:
@@ -84,6 +133,8 @@ def _examples(sources: str) -> Examples:
     items, labels = [], []
     for source in sources.split(","):
         found = open_images(source)
+        if found.items.ndim != 4:
+            raise DataError(f"{source} holds points; an extractor is trained on images")
         if (found.labels < 0).any():
             raise DataError(f"{source} has images without a label; an extractor is trained as a classifier")
         for start in range(0, len(found.items), 4096):

@@ -155,7 +155,8 @@ def load_inception(path: str, device: torch.device | str = "cpu") -> InceptionEx
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever the bytes lead it to
-        raise CheckpointError(f"{path} cannot be read as a file of tensors ({_short(error)}); {remedy}") from None
+        what = type(error).__name__  # torch's own text advises to load without restriction
+        raise CheckpointError(f"{path} cannot be read as a file of tensors ({what}); {remedy}") from None
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise CheckpointError(f"{path} holds something else than tensors by name; {remedy}")
     state = dict(content)  # without the metadata of OrderedDict, so that files from before torch 0.4.1 load too

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
@@ -150,8 +150,8 @@ class PatchUNetOptions(DiffusionOptions):
     """Constructor options of the network; see PatchUNet."""
 
     patch: int = Field(4, ge=1)
-    widths: tuple[int, ...] = (64, 96)
-    depths: tuple[int, ...] = (1, 2)
+    widths: tuple[PositiveInt, ...] = (64, 96)
+    depths: tuple[PositiveInt, ...] = (1, 2)
     emb_width: int = Field(128, ge=1)
 
 

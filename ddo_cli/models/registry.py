@@ -95,14 +95,14 @@ def find(name: str) -> Entry:
     return _entries[name]
 
 
-def problems(name: str, options: dict[str, Any], draw: dict[str, Any]) -> list[str]:
-    """What is wrong with a recipe's model section, one line each."""
+def problems(name: str, options: dict[str, Any], draw: dict[str, Any], draw_key: str = "model.draw") -> list[str]:
+    """What is wrong with a model's options, one line each. draw_key: the recipe key that the draw options come from."""
     try:
         entry = find(name)
     except RecipeError as error:
         return [str(error)]
     found = []
-    for section, schema, values in (("options", entry.options, options), ("draw", entry.draw_options, draw)):
+    for section, schema, values in (("model.options", entry.options, options), (draw_key, entry.draw_options, draw)):
         try:
             schema.model_validate(values)
         except ValidationError as error:
@@ -112,7 +112,7 @@ def problems(name: str, options: dict[str, Any], draw: dict[str, Any]) -> list[s
                 hint = f" (did you mean '{near[0]}'?)" if near else f"; known: {', '.join(schema.model_fields)}"
                 unknown = problem["type"] == "extra_forbidden"
                 text = f"unknown key{hint}" if unknown else f"{problem['input']!r}: {problem['msg']}"
-                found.append(f"model.{section}.{key} of {name}: {text}")
+                found.append(f"{section}.{key} of {name}: {text}")
     return found
 
 
@@ -122,8 +122,9 @@ def build(config: dict[str, Any], draw: dict[str, Any] | None = None) -> Likelih
     Raises RecipeError listing what is wrong with the options.
     """
     draw_values = {**config["draw"], **(draw or {})}
-    if found := problems(config["name"], config["options"], draw_values):
-        raise RecipeError("\n".join(found))
+    if found := problems(config["name"], config["options"], draw_values, "finetune.draw"):
+        remedy = f"; the weights are those of a {config['name']}: give options of that model, or a recipe made for it"
+        raise RecipeError("\n".join(found) + remedy)
     entry = find(config["name"])
     try:
         return entry.build(

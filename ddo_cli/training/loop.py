@@ -231,12 +231,13 @@ def _trim_log(plan: Plan, step: int) -> None:
 def _save(
     plan: Plan, model: nn.Module, optimizer: torch.optim.Adam, ema: dict[str, Tensor], meter: _Meter, step: int
 ) -> None:
+    meters = {name: dist.all_reduce_sum(tensor.clone()) / dist.world_size() for name, tensor in meter.sums.items()}
     if dist.is_main():
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         tensors |= {f"ema.{name}": tensor for name, tensor in ema.items()}
         for number, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{number}.{key}": value for key, value in moments.items()}
-        tensors |= {f"meter.{name}": tensor for name, tensor in meter.sums.items()}
+        tensors |= {f"meter.{name}": tensor for name, tensor in meters.items()}
         header = {"kind": "train-state", "step": step, "metered_steps": meter.steps, "owner": plan.owner}
         checkpoint.save(plan.state_file, tensors, header)
     dist.barrier()
