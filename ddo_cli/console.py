@@ -31,11 +31,6 @@ def use_json(only_json: bool) -> None:
     _json_only = only_json
 
 
-def json_only() -> bool:
-    """Whether the command was given --json."""
-    return _json_only
-
-
 def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
