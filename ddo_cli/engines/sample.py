@@ -65,11 +65,12 @@ def run(
         missing = dist.from_main(writer.missing())
         manifest = dist.from_main(writer.complete())
         speed = 0.0
+        is_new = manifest is None
         if manifest is None:
             speed = _draw(model, writer, missing, spec, classes, device, title)
             manifest = writer.finish()
         grid = grid_path(out)
-        if dist.is_main() and (missing or not grid.is_file()):
+        if dist.is_main() and (is_new or not grid.is_file()):
             first = writer.seeds[:GRID_ITEMS]
             made = generate(model, first, spec, batch=spec.batch, classes=classes, device=device)
             pictures.contact_sheet(np.concatenate([batch.items.numpy() for batch in made]), grid)
@@ -84,7 +85,8 @@ def run(
 
 def grid_path(out: Path) -> Path:
     """The contact sheet of a set: beside its directory, where no other program takes it for a sample."""
-    return out.parent / f"{out.resolve().name}-grid.png" if out.name else out.resolve().with_suffix(".grid.png")
+    place = out if out.name else out.resolve()  # "." has no name of its own
+    return place.with_name(f"{place.name}-grid.png")
 
 
 def _draw(
