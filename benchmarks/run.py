@@ -9,9 +9,14 @@ from collections.abc import Callable
 import torch
 
 from ddo_cli.data.images import open_images
+from ddo_cli.data.pairs import Shuffled
+from ddo_cli.diffusion import noise
+from ddo_cli.diffusion.guidance import GradientGuide
 from ddo_cli.likelihood import generate, repeat_draw
-from ddo_cli.models import registry
+from ddo_cli.metrics.discrimination import noisy
+from ddo_cli.models import discriminators, registry
 from ddo_cli.objectives.ddo import ddo_loss
+from ddo_cli.objectives.discriminator import discriminator_loss
 from ddo_cli.recipe import SamplingRecipe, load
 from ddo_cli.rng import RowRng
 
@@ -85,6 +90,85 @@ def sampling_against_one_by_one() -> None:
     print(f"  largest difference {int(apart.max())} of 255 in {float((apart > 0).float().mean()):.1e} of the values")
 
 
+def default_discriminator() -> torch.nn.Module:
+    """The quickstart's discriminator with weights that do not vanish; its speed does not depend on training."""
+    settings = load("quickstart").discriminator
+    config = discriminators.config_of("discriminator", settings.name, (3, 32, 32), 10, settings.options)
+    network = discriminators.build("discriminator", config)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return network
+
+
+def discriminator_step_against_its_network() -> None:
+    """A whole training step (batch, noise, loss, Adam) against the network's forward and backward pass alone."""
+    model, _ = registry.load_model("embedded:digits32", torch.device("cpu"))
+    data = open_images("embedded:digits32", 4 * BATCH)
+    stream = Shuffled(data.items, data.labels, "bench")
+    network = default_discriminator()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-6, weight_decay=1e-7)
+    rows = stream.rows(0, 2 * BATCH)
+    x0, label = model.encode(rows.items), rows.label
+    t = noise.importance_sampled_time(torch.rand(2 * BATCH))
+    states = noisy(x0, t, torch.randn(x0.shape))
+
+    def bare() -> None:
+        logit = network(states, t, label)
+        discriminator_loss(logit[:BATCH], logit[BATCH:]).loss.backward()
+
+    def step() -> None:
+        found = stream.rows(0, 2 * BATCH)
+        rng = RowRng.for_rows("bench", 0, rows=range(2 * BATCH))
+        times = noise.importance_sampled_time(rng.rand(dtype=torch.float64))
+        x = noisy(model.encode(found.items), times, rng.randn(model.shape))
+        logit = network(x, times, found.label)
+        optimizer.zero_grad()
+        discriminator_loss(logit[:BATCH], logit[BATCH:]).loss.backward()
+        optimizer.step()
+
+    step_time, bare_time = alternating(step, bare)
+    speed = 2 * BATCH / step_time
+    print(f"discriminator step / its network alone: {step_time / bare_time:.3f} ({speed:.0f} images/s)")
+
+
+def guided_against_unguided() -> None:
+    """8 Euler steps, 7 of them guided; the floor is the passes alone: the model's forward, and at each guided step the
+    discriminator's forward and its backward to the input."""
+    model, file = registry.load_model("embedded:digits32", torch.device("cpu"))
+    model.requires_grad_(False)
+    spec = SamplingRecipe(**file.header["sampling"])
+    network = default_discriminator().requires_grad_(False)
+    guide = GradientGuide(network, weight=1.0)
+    num = 256
+    x, label = torch.randn(num, *model.shape), torch.arange(num) % 10
+    sigma, t = torch.tensor(1.0), torch.full((num,), 0.26, dtype=torch.float64)
+    counts = {}
+
+    def sampling(guides: list[GradientGuide]) -> Callable[[], None]:
+        def run() -> None:
+            batch = next(generate(model, range(num), spec, batch=num, guides=guides))
+            counts[bool(guides)] = batch.disc_nfe
+
+        return run
+
+    def model_pass() -> None:
+        with torch.no_grad():
+            model.denoise(x, sigma, label)
+
+    def disc_pass() -> None:
+        x_vp = x.clone().requires_grad_()
+        torch.autograd.grad(network(x_vp, t, label).sum(), x_vp)
+
+    guided_time, plain_time = alternating(sampling([guide]), sampling([]), repeats=7)
+    model_time, disc_time = alternating(model_pass, disc_pass, repeats=7)
+    steps = spec.steps or 18
+    floor = (steps * model_time + counts[True] * disc_time) / (steps * model_time)
+    print(f"guided / unguided sampling: {guided_time / plain_time:.3f} (passes alone: {floor:.3f})")
+    print(f"  {counts[True]} of {steps} steps guided; {num / guided_time:.0f} against {num / plain_time:.0f} images/s")
+
+
 if __name__ == "__main__":
     ddo_step_against_plain_step()
     sampling_against_one_by_one()
+    discriminator_step_against_its_network()
+    guided_against_unguided()

@@ -57,8 +57,9 @@ def _stdout_to_stderr() -> Iterator[None]:
 
 
 def shutdown() -> None:
-    """Leaves the group."""
+    """Leaves the group, once every process has come so far."""
     if torch_dist.is_initialized():
+        torch_dist.barrier()
         torch_dist.destroy_process_group()
 
 

@@ -20,6 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from ddo_cli.diffusion.guidance import Guide
 from ddo_cli.errors import UsageError
 from ddo_cli.recipe import SamplingRecipe
 from ddo_cli.rng import RowRng
@@ -64,6 +65,7 @@ class Sampled(NamedTuple):
 
     x: Tensor
     nfe: int
+    disc_nfe: int = 0  # evaluations of a guiding discriminator or classifier, each a forward and a backward pass
 
 
 class LikelihoodModel(nn.Module, ABC):
@@ -102,11 +104,11 @@ class LikelihoodModel(nn.Module, ABC):
         """log_lik(prediction) - log_lik(ref_prediction), (B,), in the form that does not cancel, float32."""
 
     @abstractmethod
-    def sample(self, label: Tensor, rng: RowRng, spec: SamplingRecipe) -> Sampled:
-        """New examples, one per label and generator."""
+    def sample(self, label: Tensor, rng: RowRng, spec: SamplingRecipe, guides: Sequence[Guide] = ()) -> Sampled:
+        """New examples, one per label and generator. guides: applied in their order, the last one outermost."""
 
     @abstractmethod
-    def log_density(self, x: Tensor, label: Tensor, spec: SamplingRecipe) -> Tensor:
+    def log_density(self, x: Tensor, label: Tensor, spec: SamplingRecipe, guides: Sequence[Guide] = ()) -> Tensor:
         """Log density of what `sample` draws, (B,) in nats, by whatever exact means the model has."""
 
     def forward(self, x: Tensor, label: Tensor, draw: Any, ref_prediction: Tensor | None = None) -> Tensor:
@@ -128,6 +130,14 @@ class LikelihoodModel(nn.Module, ABC):
                     f"(it reads: {', '.join(sorted(self.sampling_fields))})"
                 )
 
+    def check_guides(self, spec: SamplingRecipe, guides: Sequence[Guide]) -> None:
+        """Raises UsageError if this model cannot be sampled with these guides."""
+        if guides:
+            raise UsageError(
+                f"guides change a denoiser, and a {type(self).__name__} has none; use a diffusion model, or sample it "
+                "without guidance"
+            )
+
 
 def drop_labels(label: Tensor, draw: Draw) -> Tensor:
     """Labels with -1 on the dropped rows, (B,)."""
@@ -146,6 +156,7 @@ class Batch(NamedTuple):
     label: Tensor  # (b,)
     seeds: Tensor  # (b,)
     nfe: int
+    disc_nfe: int = 0
 
 
 def labels_of(seeds: Sequence[int], num_classes: int, classes: Sequence[int] | None = None) -> Tensor:
@@ -169,6 +180,7 @@ def generate(
     *,
     batch: int,
     classes: Sequence[int] | None = None,
+    guides: Sequence[Guide] = (),
     only: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
@@ -180,12 +192,13 @@ def generate(
 
     only: numbers of the batches to make (for several processes, or to continue); all by default.
     """
+    model.check_guides(spec, guides)
     ordered = sorted(seeds)
     size = min(batch, len(ordered))
     for number in range(num_batches(len(ordered), batch)) if only is None else only:
         own = ordered[number * batch : (number + 1) * batch]
         padded = own + [own[-1]] * (size - len(own))
         label = labels_of(padded, model.num_classes, classes)
-        sampled = model.sample(label.to(device), RowRng(padded), spec)
+        sampled = model.sample(label.to(device), RowRng(padded), spec, guides)
         items = model.decode(sampled.x).cpu()[: len(own)]
-        yield Batch(number, items, label[: len(own)], torch.tensor(own), sampled.nfe)
+        yield Batch(number, items, label[: len(own)], torch.tensor(own), sampled.nfe, sampled.disc_nfe)

@@ -14,12 +14,13 @@ from ddo_cli.files import replacing
 
 
 class Curve(NamedTuple):
-    """One line of a plot."""
+    """One line of a plot. band: lower and upper ends of a shaded strip around it."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     marker: str = ""
+    band: tuple[Sequence[float], Sequence[float]] | None = None
 
 
 def contact_sheet(items: np.ndarray, path: Path, columns: int | None = None) -> None:
@@ -27,19 +28,36 @@ def contact_sheet(items: np.ndarray, path: Path, columns: int | None = None) -> 
     if items.ndim == 2:
         _scatter(items, path)
         return
-    n, channels, height, width = items.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    rows, scale = -(-n // columns), max(1, 64 // max(height, width))
-    gap = 2
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, dtype=np.uint8)
-    for number, item in enumerate(items):
-        top, left = number // columns * (height + gap), number % columns * (width + gap)
-        sheet[top : top + height, left : left + width] = item.transpose(1, 2, 0)
-    image = Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
+    n, _, height, width = items.shape
+    sheet, scale = _tiled(items, columns or math.ceil(math.sqrt(n))), max(1, 64 // max(height, width))
+    image = Image.fromarray(sheet)
     with replacing(path) as temporary:
         image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(
             temporary, format="png"
         )
+
+
+def _tiled(items: np.ndarray, columns: int) -> np.ndarray:
+    """Images uint8 (N, C, H, W) side by side, uint8 (rows, columns) of grey or (rows, columns, 3)."""
+    n, channels, height, width = items.shape
+    rows, gap = -(-n // columns), 2
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, dtype=np.uint8)
+    for number, item in enumerate(items):
+        top, left = number // columns * (height + gap), number % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = item.transpose(1, 2, 0)
+    return sheet[..., 0] if channels == 1 else sheet
+
+
+def image_rows(rows: dict[str, np.ndarray], path: Path) -> None:
+    """Rows of as many images each, uint8 (N, C, H, W), one under the other with its name above."""
+    strips = {title: _tiled(items, len(items)) for title, items in rows.items()}
+    height, width = next(iter(strips.values())).shape[:2]
+    figure, axes = _figure(1, size=(8, 8 * height / width + 0.35), rows=len(rows))
+    for axis, (title, strip) in zip(axes, strips.items(), strict=True):
+        axis.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.set_title(title, fontsize=10)
+        axis.set_axis_off()
+    _save(figure, path)
 
 
 def _scatter(points: np.ndarray, path: Path) -> None:
@@ -54,10 +72,29 @@ def densities(panels: dict[str, np.ndarray], extent: tuple[float, float, float, 
     top = max(float(panel.max()) for panel in panels.values())
     figure, axes = _figure(len(panels), size=(3.2, 3.4))
     for axis, (title, panel) in zip(axes, panels.items(), strict=True):
-        axis.imshow(panel, extent=extent, origin="lower", vmin=0, vmax=top, cmap="magma")
         axis.set_title(title)
-        axis.set_xticks([])
-        axis.set_yticks([])
+        _density(axis, panel, extent, top)
+    _save(figure, path)
+
+
+def _density(axis: Any, panel: np.ndarray, extent: tuple[float, float, float, float], top: float) -> None:
+    axis.imshow(panel, extent=extent, origin="lower", vmin=0, vmax=top, cmap="magma")
+    axis.set(xticks=[], yticks=[])
+
+
+def points_and_densities(
+    points: dict[str, np.ndarray],
+    panels: dict[str, np.ndarray],
+    extent: tuple[float, float, float, float],
+    path: Path,
+) -> None:
+    """Scatter plots (N, 2) above densities on a grid, in columns of the same name."""
+    figure, axes = _figure(len(points), size=(3.2, 3.4), rows=2)
+    top = max(float(panel.max()) for panel in panels.values())
+    for axis, under, (title, cloud) in zip(axes, axes[len(points) :], points.items(), strict=False):
+        axis.scatter(cloud[:, 0], cloud[:, 1], s=1, alpha=0.4, linewidths=0)
+        axis.set(title=title, xlim=extent[:2], ylim=extent[2:], aspect="equal", xticks=[], yticks=[])
+        _density(under, panels[title], extent, top)
     _save(figure, path)
 
 
@@ -66,7 +103,9 @@ def curves(panels: dict[str, list[Curve]], path: Path, x_label: str) -> None:
     figure, axes = _figure(len(panels), size=(4.2, 3.2))
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         for line in lines:
-            axis.plot(line.x, line.y, marker=line.marker or None, label=line.label)
+            (drawn,) = axis.plot(line.x, line.y, marker=line.marker or None, label=line.label)
+            if line.band is not None:
+                axis.fill_between(line.x, *line.band, color=drawn.get_color(), alpha=0.2, linewidth=0)
         axis.set_title(title)
         axis.set_xlabel(x_label)
         axis.grid(alpha=0.3)
@@ -75,14 +114,15 @@ def curves(panels: dict[str, list[Curve]], path: Path, x_label: str) -> None:
     _save(figure, path)
 
 
-def _figure(panels: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+def _figure(panels: int, size: tuple[float, float], rows: int = 1) -> tuple[Any, list[Any]]:
+    """A figure of rows of panels, each of this size in inches, and its axes row by row."""
     # Figure without pyplot: no global state and no window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(size[0] * panels, size[1]), layout="constrained")
+    figure = Figure(figsize=(size[0] * panels, size[1] * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+    return figure, list(figure.subplots(rows, panels, squeeze=False).flat)
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -1,7 +1,8 @@
 """Schema of every recipe key, YAML files and key=value overrides. All problems of a recipe are reported together.
 
-One recipe serves every command: `pretrain` reads `model` and `pretrain`, `finetune-ddo` reads `finetune`, both read
-`data`, `sampling` and `metric`. Counts of training are in images, as in the papers, not in steps.
+One recipe serves every command: `pretrain` reads `model` and `pretrain`, `finetune-ddo` reads `finetune`, `train-disc`
+reads `discriminator` and stores `guidance` for `guide-sample`; all read `data`, `sampling` and `metric`. Counts of
+training are in images, as in the papers, not in steps.
 """
 
 from __future__ import annotations
@@ -48,11 +49,14 @@ class SamplingRecipe(Section):
     """How samples are drawn. None: the model's default. A key that the model does not read is an error."""
 
     batch: int = Field(256, ge=1)  # images per network pass; another batch changes rounding only
-    sampler: Literal["euler", "heun", "dpmpp-2m"] | None = None
+    sampler: Literal["euler", "heun", "dpmpp-2m", "ddim", "ddpm"] | None = None
     steps: int | None = Field(None, ge=1, le=10_000)
+    spacing: Literal["karras", "vp"] | None = (
+        None  # of noise levels; None: vp (as DDPM's) for ddim and ddpm, else karras
+    )
     sigma_min: float | None = Field(None, gt=0)
     sigma_max: float | None = Field(None, gt=0)
-    rho: float | None = Field(None, gt=0)  # curvature of the Karras noise levels
+    rho: float | None = Field(None, gt=0)  # curvature of Karras spacing
     s_churn: float | None = Field(None, ge=0)  # EDM's stochasticity (heun and euler)
     s_min: float | None = Field(None, ge=0)
     s_max: float | None = Field(None, gt=0)
@@ -98,6 +102,7 @@ class TrainRecipe(Section):
     ema_half_life: float = Field(500.0, ge=0)  # images; 0: no averaging
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)  # added to the gradient, as Adam's (not AdamW's)
     grad_clip: float | None = Field(None, gt=0)  # largest gradient norm
     precision: Precision = "float32"  # of the network passes; log-ratios are float32 always
     log_every: int = Field(10, ge=1)  # steps
@@ -125,6 +130,69 @@ class FinetuneRecipe(TrainRecipe):
     max_denoising_ratio: float = Field(2.0, gt=1)  # stop when the plain loss on real images exceeds this x reference's
 
 
+class DiscriminatorRecipe(TrainRecipe):
+    """Training of a real-or-generated discriminator (arXiv 2211.17091). Defaults: the published CIFAR-10 run."""
+
+    name: str = "time-encoder"  # a registered discriminator
+    options: dict[str, Any] = Field(default_factory=dict)  # its constructor options
+    conditional: bool = True  # sees the label, where the model has classes
+    fake: str | None = None  # generated images; None: drawn from model.ckpt and kept in the run
+    num_fake: int = Field(50_000, ge=1, le=100_000_000)  # images to draw
+    held_out: int = Field(1024, ge=16)  # real images, and as many generated ones, that are not trained on
+    time: Literal["importance", "uniform", "model"] = "importance"  # density of t; model: of the model's own sigma
+    t_min: float = Field(1e-5, gt=0, lt=1)  # smallest t of importance and uniform
+    images: int = Field(500_000, ge=1)  # real images at most, repeats counted, with as many generated ones
+    eval_every: int = Field(25_000, ge=1)  # images between checkpoints, each with its held-out loss
+    patience: int = Field(4, ge=1)  # stop after so many checkpoints in a row without a better held-out loss
+    select: Literal["bce", "fid"] = "bce"  # final checkpoint: best held-out loss, or best metric of guided samples
+    lr: float = Field(3e-4, gt=0)
+    weight_decay: float = Field(1e-7, ge=0)
+    ema_half_life: float = Field(0.0, ge=0)
+
+
+class ClassifierRecipe(TrainRecipe):
+    """Training of a noisy-image classifier: for classifier guidance, or as the trunk under a discriminator."""
+
+    name: str = "time-encoder-classifier"  # a registered classifier
+    options: dict[str, Any] = Field(default_factory=dict)  # its constructor options
+    held_out: int = Field(1024, ge=16)  # images for the accuracy
+    time: Literal["importance", "uniform", "model"] = "uniform"  # density of t, as for discriminators
+    t_min: float = Field(1e-5, gt=0, lt=1)
+    images: int = Field(500_000, ge=1)
+    lr: float = Field(3e-4, gt=0)
+    weight_decay: float = Field(1e-7, ge=0)
+    ema_half_life: float = Field(0.0, ge=0)
+
+
+class GuidanceRecipe(Section):
+    """How a discriminator guides sampling (arXiv 2211.17091)."""
+
+    dg_weight: float = Field(1.0, ge=0)  # of a step's predictor; 0 = off, 1 aims at the data, more goes beyond
+    dg_weight_2nd: float = Field(0.0, ge=0)  # of its corrector (heun)
+    time_min: float = Field(0.01, ge=0, le=1)  # guided only at VP times in [time_min, time_max]
+    time_max: float = Field(1.0, ge=0, le=1)
+    decay: Literal["constant", "linear", "cosine"] = "constant"  # weight over time, chosen by us
+    boost: bool = False  # churn and doubled weight for samples whose log-ratio is negative
+    boost_churn_period: int = Field(5, ge=1)  # steps
+    boost_weight_period: int = Field(2, ge=1)  # steps
+    boost_churn: float = Field(4.0, ge=0)  # S_churn of boosted samples
+
+    @model_validator(mode="after")
+    def _ordered(self) -> GuidanceRecipe:
+        if self.time_min >= self.time_max:
+            raise ValueError(f"time_min = {self.time_min} must be below time_max = {self.time_max}")
+        if self.boost and not self.dg_weight:
+            raise ValueError("boost = true needs dg_weight above 0, since it acts on the log-ratio that guides")
+        return self
+
+    def merged(self, **given: Any) -> GuidanceRecipe:
+        """This recipe with the given values that are not None in place of its own. Raises RecipeError."""
+        try:
+            return GuidanceRecipe(**(self.model_dump() | {k: v for k, v in given.items() if v is not None}))
+        except ValidationError as error:
+            raise RecipeError("\n".join(_messages(error, "command line", {}))) from None
+
+
 class Recipe(Section):
     """A whole recipe file."""
 
@@ -136,6 +204,9 @@ class Recipe(Section):
     metric: MetricRecipe = MetricRecipe()
     pretrain: PretrainRecipe = PretrainRecipe()
     finetune: FinetuneRecipe = FinetuneRecipe()
+    discriminator: DiscriminatorRecipe = DiscriminatorRecipe()
+    guidance: GuidanceRecipe = GuidanceRecipe()
+    classifier: ClassifierRecipe = ClassifierRecipe()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,7 +358,7 @@ def nearest_key(key: str) -> str:
     section = key.rpartition(".")[0]
     inside = [name for name in known if name.rpartition(".")[0] == section]
     found = same_end or difflib.get_close_matches(key, inside, 1) or difflib.get_close_matches(key, known, 1)
-    return f" (did you mean '{found[-1]}'?)" if found else ""
+    return f" (did you mean {' or '.join(repr(name) for name in found)}?)" if found else ""
 
 
 def _nearest(word: str, known: Any) -> str:

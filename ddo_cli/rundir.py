@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
 from ddo_cli import dist
 from ddo_cli.errors import RunError
@@ -65,6 +66,8 @@ class RunDir:
         lines = differing_keys(
             {"command": command, **identity}, {key: state.get(key) for key in ("command", *identity)}
         )
+        with contextlib.suppress(ValidationError):  # keys that are newer than the run had their defaults
+            saved = Recipe.model_validate(saved).model_dump(mode="json")
         lines += differing_keys(recipe.model_dump(mode="json"), saved)
         if lines:
             raise RunError(

@@ -66,3 +66,43 @@ def torchrun(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess
     )
     assert done.returncode == 0, done.stderr
     return done
+
+
+TINY_ENCODER = {"widths": [8], "depths": [1], "emb_width": 16}
+
+
+def tiny_disc_recipe(ckpt: str, *overrides: str) -> Recipe:
+    """Twelve steps of a discriminator of 32 x 32 images, evaluated every four."""
+    settings = [
+        "data={source: embedded:digits32, num: 96}",
+        "sampling={sampler: euler, steps: 2, batch: 16}",
+        "metric={name: fd_embedded, num_images: 32, repeats: 1}",
+        f"discriminator={{options: {TINY_ENCODER}, num_fake: 64, held_out: 16, images: 96, eval_every: 32, batch: 8, "
+        "lr: 1.0e-3, patience: 9, ema_half_life: 16.0, log_every: 2, save_every: 2}",
+        "guidance={dg_weight: 2.0}",
+    ]
+    return load("quickstart", [*settings, *overrides], {"model.ckpt": ckpt})
+
+
+def make_discriminator(path: Path, ckpt: str, seed: int = 0, scale: float = 0.1, **changes) -> str:
+    """A random discriminator of `ckpt`, as `ddo train-disc` would leave it. changes: of its header's trained_on."""
+    from ddo_cli.models import discriminators
+
+    model, file = registry.load_model(ckpt, CPU)
+    name, options = ("time-encoder", TINY_ENCODER) if len(model.shape) == 3 else ("time-mlp", {"width": 16, "depth": 2})
+    config = discriminators.config_of("discriminator", name, model.shape, model.num_classes, options)
+    torch.manual_seed(seed)
+    network = discriminators.build("discriminator", config)
+    for parameter in network.parameters():  # the head starts at zero, which would be no guidance
+        torch.nn.init.normal_(parameter, std=scale)
+    recipe = tiny_disc_recipe(ckpt)
+    header = {
+        "kind": "discriminator",
+        "config": config,
+        "process": discriminators.PROCESS,
+        "trained_on": {"model": ckpt, "model_sha256": file.sha256, "sampling": None, **changes},
+        "guidance": recipe.guidance.model_dump(mode="json"),
+        "provenance": [{"command": "train-disc", "recipe": recipe.model_dump(mode="json")}],
+    }
+    checkpoint.save(path, network.state_dict(), header)
+    return str(path)

@@ -119,7 +119,7 @@ def test_users_own_model(tmp_path):
     config = registry.config_of("my-net", (3, 8, 8), 0, {"width": 6}, {})
     assert config["options"]["width"] == 6
     assert registry.build(config).shape == (3, 8, 8)
-    registry._entries.pop("my-net")
+    registry._catalog.entries.pop("my-net")
 
 
 def test_user_files_that_fail(tmp_path):

@@ -27,7 +27,7 @@ class Known:
     def parameters(self):
         return iter(())
 
-    def log_density(self, x, label, spec):
+    def log_density(self, x, label, spec, guides=()):
         assert (label == -1).all()
         return self.mixture.log_prob(x) + math.log(self.scale)
 

@@ -4,10 +4,16 @@ import math
 
 import pytest
 import torch
+from conftest import CPU, make_checkpoint
+from torch import nn
 from torch.testing import assert_close
 
-from ddo_cli.diffusion import guidance, samplers
-from ddo_cli.diffusion.samplers import karras_sigmas
+from ddo_cli.diffusion import guidance, noise, samplers
+from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
+from ddo_cli.diffusion.samplers import Churn, karras_sigmas, vp_sigmas
+from ddo_cli.errors import UsageError
+from ddo_cli.models import registry
+from ddo_cli.recipe import SamplingRecipe
 from ddo_cli.rng import RowRng
 
 
@@ -130,3 +136,210 @@ def test_classifier_free_guidance_extrapolates():
     assert_close(guidance.classifier_free(conditional, unconditional, 1.0)(x, torch.ones(())), x + 1)
     assert_close(guidance.classifier_free(conditional, unconditional, 2.5)(x, torch.ones(())), x + 2.5)
     assert_close(guidance.classifier_free(conditional, unconditional, 0.0)(x, torch.ones(())), x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VP spacing, DDIM and DDPM
+
+
+def unchurned(rng):
+    """What ddpm draws its noise from."""
+    return Churn(0.0, 0.0, math.inf, 1.0, rng)
+
+
+def test_vp_sigmas_are_evenly_spaced_in_time():
+    sigmas = vp_sigmas(20, 0.002, 80)
+    assert sigmas.dtype == torch.float64
+    assert_close(sigmas[[0, -2, -1]], torch.tensor([80, 0.002, 0], dtype=torch.float64), rtol=1e-12, atol=0)
+    steps = noise.time_of(sigmas[:-1]).diff()
+    assert_close(steps, torch.full((19,), -(0.933511143 - 0.000039842) / 19, dtype=torch.float64), rtol=1e-8, atol=0)
+    assert_close(vp_sigmas(1, 0.002, 80), torch.tensor([80, 0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("sigmas", [karras_sigmas(12, 0.002, 80), vp_sigmas(12, 0.002, 80)])
+def test_ddim_is_euler_in_the_variance_exploding_frame(sigmas):
+    x = stream(3, (2, 3, 4, 4)).double() * sigmas[0]
+    rng = FixedNoise()
+    found = samplers.SAMPLERS["ddim"](analytic, x, sigmas, unchurned(rng))
+    assert_close(found, samplers.euler(analytic, x, sigmas), rtol=1e-12, atol=1e-12)
+    assert rng.k == 0  # nothing was drawn
+
+
+def textbook(x_vp, alpha_bar, rng, ancestral):
+    """DDPM with variance beta-tilde (arXiv 2006.11239, eq. 7) or DDIM (arXiv 2010.02502, eq. 12), in VP coordinates.
+
+    alpha_bar: of steps 1, ..., T, decreasing.
+    """
+    for i in reversed(range(len(alpha_bar))):
+        a = alpha_bar[i]
+        a_next = alpha_bar[i - 1] if i else torch.ones((), dtype=torch.float64)
+        alpha, beta = a / a_next, 1 - a / a_next
+        x0 = analytic(x_vp / a.sqrt(), ((1 - a) / a).sqrt())
+        if ancestral:
+            mean = a_next.sqrt() * beta / (1 - a) * x0 + alpha.sqrt() * (1 - a_next) / (1 - a) * x_vp
+            variance = (1 - a_next) / (1 - a) * beta
+            x_vp = mean + variance.sqrt() * rng.randn(x_vp.shape[1:], torch.float64) if i else mean
+        else:
+            eps = (x_vp - a.sqrt() * x0) / (1 - a).sqrt()
+            x_vp = a_next.sqrt() * x0 + (1 - a_next).sqrt() * eps
+    return x_vp
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_parity_with_the_textbook_in_vp_coordinates(name):
+    # DDPM's thousand steps, every 20th; a spacing that no schedule of ours has.
+    alpha_bar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)[::20]
+    x_vp = stream(3, (2, 3, 4, 4)).double()
+    rng = FixedNoise()
+    expected = textbook(x_vp, alpha_bar, rng, name == "ddpm")
+    sigmas = torch.cat([((1 - alpha_bar) / alpha_bar).sqrt().flip(0), torch.zeros(1, dtype=torch.float64)])
+    own_rng = FixedNoise()
+    found = samplers.SAMPLERS[name](analytic, x_vp / alpha_bar[-1].sqrt(), sigmas, unchurned(own_rng))
+    # The denoiser is float32; its input differs in the last bits of float64, so that its answer may round otherwise.
+    assert_close(found, expected, rtol=0, atol=1e-5)
+    assert own_rng.k == rng.k == (49 if name == "ddpm" else 0)  # none at the last step
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_an_ancestral_step_ends_at_the_next_noise_level(eta):
+    class One:
+        def randn(self, shape, dtype):
+            return torch.ones(1, *shape, dtype=dtype)
+
+    def nothing(x, sigma, stage="predictor"):
+        return torch.zeros_like(x)
+
+    sigma, sigma_next = 3.0, 2.0
+    sigmas = torch.tensor([sigma, sigma_next], dtype=torch.float64)
+    # With D = 0 the state is scaled by sigma_down / sigma, and sigma_up times the noise is added.
+    at_zero = torch.zeros(1, 1, dtype=torch.float64)
+    up = samplers.ancestral(nothing, at_zero, sigmas, unchurned(One()), eta).item()
+    down = samplers.ancestral(nothing, at_zero + sigma, sigmas, unchurned(One()), eta).item() - up
+    assert up**2 + down**2 == pytest.approx(sigma_next**2, rel=1e-12)
+    assert up == pytest.approx(eta * 2 * math.sqrt(5) / 3, rel=1e-12)
+    if eta == 1:
+        assert down == pytest.approx(sigma_next**2 / sigma, rel=1e-12)
+
+
+class OneRowEach:
+    """Stands in for RowRng: the k-th draw, k = 1, 2, ..., is 1 in row k and 0 elsewhere."""
+
+    def __init__(self, rows):
+        self.rows, self.k = rows, 0
+
+    def randn(self, shape, dtype):
+        self.k += 1
+        draw = torch.zeros(self.rows, *shape, dtype=dtype)
+        draw[self.k] = 1
+        return draw
+
+
+def variance_of(name, n):
+    """Variance of samples of N(0, 0.5^2), exactly: each row follows one of the independent sources of randomness."""
+    sigmas = vp_sigmas(n, 0.002, 80)
+    x = torch.zeros(n + 1, 1, dtype=torch.float64)
+    x[0] = math.sqrt(0.25 + 80**2)
+    found = samplers.SAMPLERS[name](gaussian, x, sigmas, unchurned(OneRowEach(n + 1)))
+    return found.square().sum().item()
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_ancestral_samplers_reach_the_variance_of_gaussian_data(name):
+    errors = [abs(variance_of(name, n) - 0.25) for n in (200, 400, 800)]
+    assert errors[2] < 0.02 * 0.25
+    # Both are first order: each doubling of the steps halves the error.
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1)
+    assert errors[1] / errors[2] == pytest.approx(2, rel=0.1)
+
+
+def test_first_order_and_multistep_samplers_have_no_corrector():
+    stages = []
+
+    def denoise(x, sigma, stage="predictor"):
+        stages.append(stage)
+        return gaussian(x, sigma)
+
+    for name in ("euler", "dpmpp-2m", "ddim", "ddpm"):
+        samplers.SAMPLERS[name](denoise, torch.ones(1, 1).double(), karras_sigmas(3, 0.1, 1.0), unchurned(RowRng([0])))
+    assert stages == ["predictor"] * 12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options of a recipe
+
+
+class Recording(DiffusionModel):
+    """The model of `gaussian`, which keeps the noise levels it was asked for."""
+
+    def __init__(self):
+        super().__init__(nn.Identity(), None, (1,), 0, DiffusionOptions(), DiffusionDrawOptions())
+        self.levels = []
+
+    def denoise(self, x, sigma, label):
+        self.levels.append(sigma)
+        return gaussian(x, sigma)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing", "expected"),
+    [
+        ("ddim", None, vp_sigmas),
+        ("ddpm", None, vp_sigmas),
+        ("euler", None, karras_sigmas),
+        ("dpmpp-2m", None, karras_sigmas),
+        (None, "karras", karras_sigmas),
+        ("ddim", "karras", karras_sigmas),
+        ("euler", "vp", vp_sigmas),
+    ],
+)
+def test_each_sampler_has_its_spacing_unless_told_otherwise(sampler, spacing, expected):
+    model = Recording()
+    model.sample(torch.tensor([-1]), RowRng([0]), SamplingRecipe(sampler=sampler, spacing=spacing, steps=5))
+    found = torch.stack(model.levels).unique().flip(0)  # heun visits a level twice
+    assert_close(found, expected(5, 0.002, 80)[:-1])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return registry.load_model(make_checkpoint(tmp_path_factory.mktemp("model") / "tiny.safetensors"), CPU).model
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"sampler": "ddim", "s_churn": 10.0}, r"s_churn = 10.0 needs sampler heun or euler; ddim has no churn"),
+        ({"sampler": "ddpm", "s_churn": 10.0}, r"ddpm has no churn"),
+        ({"sampler": "dpmpp-2m", "s_churn": 10.0}, r"dpmpp-2m has no churn"),
+        ({"spacing": "vp", "rho": 7.0}, r"rho = 7.0 curves Karras noise levels; set sampling.spacing = karras"),
+        ({"sampler": "ddim", "rho": 7.0}, r"rho = 7.0 curves Karras noise levels"),
+        ({"sigma_max": 0.001}, r"sigma_min = 0.002 must be below sampling.sigma_max = 0.001"),
+    ],
+)
+def test_options_that_do_nothing_are_refused(tiny, options, complaint):
+    with pytest.raises(UsageError, match=complaint):
+        tiny.check_sampling(SamplingRecipe(**options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"s_churn": 10.0},
+        {"sampler": "euler", "s_churn": 10.0, "spacing": "vp"},
+        {"sampler": "ddim", "s_churn": 0.0},
+        {"sampler": "ddpm", "spacing": "karras", "rho": 5.0},
+        {"cfg_scale": 2.0},
+    ],
+)
+def test_options_that_fit_are_accepted(tiny, options):
+    tiny.check_sampling(SamplingRecipe(**options))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_batch_does_not_change_an_ancestral_sample(tiny, sampler):
+    spec = SamplingRecipe(sampler=sampler, steps=3)
+    together = tiny.sample(torch.tensor([1, 2, 3]), RowRng([11, 12, 13]), spec)
+    alone = tiny.sample(torch.tensor([2]), RowRng([12]), spec)
+    assert together.nfe == 3
+    # The network is float32, and its kernels sum in another order for another batch.
+    assert_close(together.x[1:2], alone.x, rtol=1e-4, atol=1e-4)

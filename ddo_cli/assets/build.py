@@ -11,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ddo_cli import console, dist
+from ddo_cli import checkpoint, console, dist
 from ddo_cli.checkpoint import ASSETS
+from ddo_cli.diffusion.mixture import toy2d_wrong
 from ddo_cli.engines import pretrain, train_extractor
 from ddo_cli.files import replacing
+from ddo_cli.models import registry
+from ddo_cli.models.mixture_model import MixtureModel
 from ddo_cli.recipe import load
 
 REFERENCES = {"digits32": "quickstart", "digits8": "digits8-ar", "toy2d": "toy2d"}  # asset -> recipe that trains it
@@ -26,6 +29,7 @@ def main() -> None:
     """Builds the data, the extractor that the scores need, and then the references."""
     device = dist.init("cpu")
     _digits(ASSETS / "digits.npz")
+    _wrong_mixture(ASSETS / "toy2d-wrong.safetensors")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         train_extractor.run(
@@ -46,6 +50,18 @@ def main() -> None:
 def _install(source: Path, target: Path) -> None:
     with replacing(target) as temporary:
         shutil.copyfile(source, temporary)
+
+
+def _wrong_mixture(path: Path) -> None:
+    """The model of recipes/toy2d-dg.yaml: an exact score of the wrong density."""
+    recipe = load("toy2d-dg")
+    mixture = toy2d_wrong()
+    config = registry.config_of("mixture", (2,), 0, {"components": len(mixture.weights)}, recipe.model.draw)
+    model = registry.build(config)
+    assert isinstance(model, MixtureModel)
+    sampling = recipe.sampling.model_dump(mode="json", exclude_none=True)
+    header = {"kind": "model", "config": config, "sampling": sampling, "provenance": [{"command": "toy2d_wrong"}]}
+    checkpoint.save(path, model.set(mixture).state_dict(), header)
 
 
 def _digits(path: Path) -> None:

@@ -55,6 +55,21 @@ def check_fits(items: ItemSet, shape: Sequence[int], num_classes: int) -> None:
         )
 
 
+def check_balance(real: ItemSet, fake: ItemSet, num_classes: int) -> None:
+    """Raises DataError if a class occurs in one set only: a discriminator that sees labels would know it by them alone.
+
+    num_classes: of the labels that the discriminator sees; 0: none, and nothing to check.
+    """
+    for name, have, other in ((real.name, real, fake), (fake.name, fake, real)):
+        counts = np.bincount(have.labels, minlength=num_classes) if num_classes else np.ones(1)
+        if (counts == 0).any():
+            missing = ", ".join(map(str, np.flatnonzero(counts == 0)[:5]))
+            raise DataError(
+                f"{name} has no item of class {missing}, which {other.name} has or the model draws; give a set with "
+                "every class, or set discriminator.conditional=false"
+            )
+
+
 def item_set(source: str, items: np.ndarray, labels: np.ndarray, num: int | None = None) -> ItemSet:
     """The set, or `num` of its items as `choice` picks them."""
     chosen = choice(source, len(items), num) if num is not None and num != len(items) else slice(None)

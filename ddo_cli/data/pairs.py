@@ -22,18 +22,20 @@ class Shuffled:
     """An endless stream over a set: epoch after epoch, each in its own random order.
 
     Position p of the stream is row order(p // n)[p % n]; any process can look up any position.
+    only: the rows to use; None: all.
     """
 
-    def __init__(self, items: np.ndarray, labels: np.ndarray, *key: int | str):
-        self.items, self.labels, self.key = items, labels, key
+    def __init__(self, items: np.ndarray, labels: np.ndarray, *key: int | str, only: np.ndarray | None = None):
+        self.items, self.labels, self.key, self.only = items, labels, key, only
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.items if self.only is None else self.only)
 
     def rows(self, start: int, stop: int) -> Examples:
         """Positions start..stop - 1 of the stream."""
         index = np.concatenate([self._slice(epoch, start, stop) for epoch in self._epochs(start, stop)])
+        index = index if self.only is None else self.only[index]
         return Examples(torch.from_numpy(self.items[index]), torch.from_numpy(self.labels[index]))
 
     def _epochs(self, start: int, stop: int) -> range:
@@ -55,3 +57,16 @@ class Pairs(NamedTuple):
     def rows(self, start: int, stop: int) -> tuple[Examples, Examples]:
         """Real and fake examples of stream positions start..stop - 1."""
         return self.real.rows(start, stop), self.fake.rows(start, stop)
+
+
+class Split(NamedTuple):
+    """Rows to train on and rows held out, in random but fixed order."""
+
+    train: np.ndarray
+    held_out: np.ndarray
+
+
+def split(num: int, held_out: int, side: str, seed: int) -> Split:
+    """The rows of one side, "real" or "fake". A function of its arguments, so other commands find the same rows."""
+    order = permutation(num, "held-out", side, seed).numpy()
+    return Split(order[held_out:], order[:held_out])

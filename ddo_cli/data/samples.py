@@ -63,7 +63,7 @@ class Writer:
             for item, seed in zip(batch.items, batch.seeds.tolist(), strict=True):
                 with replacing(self.out / f"{seed:06d}.png") as temporary:
                     to_image(item.numpy()).save(temporary, format="png")
-        tensors = {"labels": batch.label, "seeds": batch.seeds, "nfe": torch.tensor(batch.nfe)}
+        tensors = {"labels": batch.label, "seeds": batch.seeds, "nfe": torch.tensor([batch.nfe, batch.disc_nfe])}
         if self.form != "png":
             tensors["items"] = batch.items
         write_tensors(self._shard(batch.number), tensors)
@@ -74,7 +74,8 @@ class Writer:
         if dist.is_main():
             shards = [self._read(number) for number in range(num_batches(len(self.seeds), self.batch))]
             labels = torch.cat([shard["labels"] for shard in shards])
-            self.manifest |= {"complete": True, "nfe": max(int(shard["nfe"]) for shard in shards)}
+            passes = torch.stack([shard["nfe"] for shard in shards]).amax(0)
+            self.manifest |= {"complete": True, "nfe": int(passes[0]), "disc_nfe": int(passes[1])}
             if self.form == "npz":
                 items = torch.cat([shard["items"] for shard in shards]).numpy()
                 with replacing(self.out / "samples.npz") as temporary, open(temporary, "wb") as file:
@@ -154,6 +155,12 @@ def open_samples(path: Path) -> SampleSet:
     if len(columns[0]) != manifest["num"]:
         raise DataError(f"{path} holds {len(columns[0])} items where its manifest says {manifest['num']}; sample again")
     return SampleSet(columns[0], columns[1], columns[2], manifest)
+
+
+def manifest_of(path: Path) -> dict[str, Any]:
+    """The manifest of a sample set; empty where `path` is something else."""
+    file = path / MANIFEST
+    return read_json(file) if file.is_file() else {}
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ddo_cli.diffusion import guidance, precond, samplers
+from ddo_cli.diffusion.guidance import Guide
 from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, drop_labels
 from ddo_cli.recipe import SamplingRecipe
@@ -54,7 +56,19 @@ class DiffusionModel(LikelihoodModel):
 
     DrawOptions = DiffusionDrawOptions
     sampling_fields = frozenset(
-        {"sampler", "steps", "sigma_min", "sigma_max", "rho", "s_churn", "s_min", "s_max", "s_noise", "cfg_scale"}
+        {
+            "sampler",
+            "steps",
+            "spacing",
+            "sigma_min",
+            "sigma_max",
+            "rho",
+            "s_churn",
+            "s_min",
+            "s_max",
+            "s_noise",
+            "cfg_scale",
+        }
     )
 
     def __init__(
@@ -119,33 +133,58 @@ class DiffusionModel(LikelihoodModel):
     # -----------------------------------------------------------------------------------------------------------------
     # Sampling
 
-    def sample(self, label: Tensor, rng: RowRng, spec: SamplingRecipe) -> Sampled:
-        """Samples in model space, float64. Each row draws its latent first, then its churn noise step by step."""
-        steps = 18 if spec.steps is None else spec.steps
+    def sample(
+        self,
+        label: Tensor,
+        rng: RowRng,
+        spec: SamplingRecipe,
+        guides: Sequence[Guide] = (),
+        x0: Tensor | None = None,
+    ) -> Sampled:
+        """Samples in model space, float64. Each row draws its latent first, then the sampler's noise step by step.
+
+        x0: items (B, ...) in model space that are noised to spec.sigma_max and sampled from there (SDEdit, arXiv
+        2108.01073). spec.steps stays the number of steps from that level down, where SDEdit keeps the upper part of a
+        fixed schedule out: with few steps, as our models take, a low level would be left with one of them, and a curve
+        over levels would show the integrator's error. So every level costs the same.
+        """
         latent = rng.randn(self.shape).to(label.device, torch.float64)
-        sigmas = self._sigmas(steps, spec).to(label.device)
+        sigmas = self.sigmas(spec).to(label.device)
+        trace = samplers.Trace()
         churn = samplers.Churn(
             s_churn=spec.s_churn or 0.0,
             s_min=spec.s_min or 0.0,
             s_max=math.inf if spec.s_max is None else spec.s_max,
             s_noise=1.0 if spec.s_noise is None else spec.s_noise,
             rng=rng,
+            boost=self._boost(guides),
+            trace=trace,
         )
-        calls = 0
+        denoise = self.steered(label, spec, guides, trace)
+        x = latent * sigmas[0]
+        if x0 is not None:
+            x = x + x0.to(x)
+        x = samplers.SAMPLERS[spec.sampler or "heun"](denoise, x, sigmas, churn)
+        return Sampled(x, trace.nfe, trace.disc_nfe)
+
+    def steered(
+        self, label: Tensor, spec: SamplingRecipe, guides: Sequence[Guide], trace: samplers.Trace
+    ) -> samplers.Denoiser:
+        """The denoiser of a batch with the recipe's classifier-free guidance and every guide, counting in `trace`."""
 
         def bound(own_label: Tensor) -> samplers.Denoiser:
             def denoise(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
-                nonlocal calls
-                calls += 1
-                return self.denoise(x, sigma, own_label).to(torch.float64)
+                trace.nfe += 1
+                return self.denoise(x, sigma, own_label).to(x.dtype)
 
             return denoise
 
         denoise = bound(label)
         if spec.cfg_scale is not None and spec.cfg_scale != 1:
             denoise = guidance.classifier_free(denoise, bound(torch.full_like(label, NO_LABEL)), spec.cfg_scale)
-        x = samplers.SAMPLERS[spec.sampler or "heun"](denoise, latent * sigmas[0], sigmas, churn)
-        return Sampled(x, calls)
+        for guide in guides:
+            denoise = guide.steer(denoise, label, trace)
+        return denoise
 
     def check_sampling(self, spec: SamplingRecipe) -> None:
         """Adds to the contract's check: noise levels inside the model's range, churn only where a sampler has it."""
@@ -154,19 +193,29 @@ class DiffusionModel(LikelihoodModel):
         high = self.options.sigma_max if spec.sigma_max is None else spec.sigma_max
         if low >= high:
             raise UsageError(f"sampling.sigma_min = {low} must be below sampling.sigma_max = {high}")
-        if spec.sampler == "dpmpp-2m" and spec.s_churn:
-            raise UsageError(f"sampling.s_churn = {spec.s_churn} needs sampler heun or euler; dpmpp-2m has no churn")
+        if spec.s_churn and (spec.sampler or "heun") not in samplers.CHURNED:
+            raise UsageError(
+                f"sampling.s_churn = {spec.s_churn} needs sampler heun or euler; {spec.sampler} has no churn"
+            )
+        if spec.rho is not None and self._spacing(spec) == "vp":
+            raise UsageError(f"sampling.rho = {spec.rho} curves Karras noise levels; set sampling.spacing = karras")
         if spec.cfg_scale not in (None, 1.0) and not self.num_classes:
             raise UsageError(f"sampling.cfg_scale = {spec.cfg_scale} needs a class-conditional model; leave it out")
 
+    def check_guides(self, spec: SamplingRecipe, guides: Sequence[Guide]) -> None:
+        """Any guide steers a denoiser; boosting needs a sampler that churns."""
+        if self._boost(guides) and (spec.sampler or "heun") not in samplers.CHURNED:
+            raise UsageError(f"boost churns samples, which sampler {spec.sampler} cannot do; use heun or euler")
+
     @torch.inference_mode(False)  # a caller's inference mode would forbid the derivatives
     @torch.no_grad()
-    def log_density(self, x: Tensor, label: Tensor, spec: SamplingRecipe) -> Tensor:
+    def log_density(self, x: Tensor, label: Tensor, spec: SamplingRecipe, guides: Sequence[Guide] = ()) -> Tensor:
         """log p(x) in nats, (B,), by the probability-flow ODE with the exact divergence (arXiv 2011.13456, eq. 39).
 
         The density that a sampler without churn approaches as its steps grow, from sigma_min up to a normal of
-        deviation sigma_max; labels and cfg_scale are honoured. For low dimensions: a backward pass per dimension.
-        Raises UsageError if `spec` asks for churn, which no ODE describes.
+        deviation sigma_max; labels, cfg_scale and guides are honoured (a guide with its predictor's weight).
+        For low dimensions: a backward pass per dimension.
+        Raises UsageError if `spec` asks for churn or a guide boosts, which no ODE describes.
 
         With F of the preconditioning, y = x / sqrt(sigma^2 + sigma_data^2) and the angle sigma = sigma_data tan(theta),
         the ODE dx/dsigma = (x - D) / sigma reads dy/dtheta = -F(y; theta): bounded, and smooth at both ends. We take
@@ -178,11 +227,14 @@ class DiffusionModel(LikelihoodModel):
         sigma_data = self.options.sigma_data
         low = self.options.sigma_min if spec.sigma_min is None else spec.sigma_min
         high = self.options.sigma_max if spec.sigma_max is None else spec.sigma_max
+        if self._boost(guides):
+            raise UsageError("boost depends on a sampler's steps: the density exists for the ODE only; leave it out")
+        denoise = self.steered(label, spec, guides, samplers.Trace())
         first, last = (math.atan(sigma / sigma_data) ** (1 / 3) for sigma in (low, high))
         h = (last - first) / DENSITY_STEPS
 
         def slope(state: tuple[Tensor, Tensor], u: float) -> tuple[Tensor, Tensor]:
-            f, trace = self._f_and_trace(state[0], sigma_data * math.tan(u**3), label, spec)
+            f, trace = self._f_and_trace(state[0], sigma_data * math.tan(u**3), denoise)
             return -3 * u**2 * f, -3 * u**2 * trace  # dtheta = 3 u^2 du
 
         def moved(state: tuple[Tensor, Tensor], by: float, along: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -205,17 +257,14 @@ class DiffusionModel(LikelihoodModel):
         )
         return log_prior + log_det + dim * math.log(end / start)
 
-    def _f_and_trace(self, y: Tensor, sigma: float, label: Tensor, spec: SamplingRecipe) -> tuple[Tensor, Tensor]:
+    def _f_and_trace(self, y: Tensor, sigma: float, denoise: samplers.Denoiser) -> tuple[Tensor, Tensor]:
         """F at x = y sqrt(sigma^2 + sigma_data^2), of y's shape, and the trace of its Jacobian dF/dy, (B,)."""
         level = torch.tensor(sigma, dtype=torch.float64, device=y.device)
         c = precond.edm(level, self.options.sigma_data)
         with torch.enable_grad():
             y = y.detach().requires_grad_()
             x = y / c.c_in
-            denoised = self.denoise(x, level, label)
-            if spec.cfg_scale not in (None, 1.0):
-                base = self.denoise(x, level, torch.full_like(label, NO_LABEL))
-                denoised = base + spec.cfg_scale * (denoised - base)
+            denoised = denoise(x, level)
             f = ((denoised - c.c_skip * x) / c.c_out).flatten(1)  # (B, d)
             trace = torch.zeros(len(y), dtype=y.dtype, device=y.device)
             for i in range(f.shape[1]):
@@ -223,10 +272,18 @@ class DiffusionModel(LikelihoodModel):
                 trace = trace + gradient.flatten(1)[:, i]
         return f.detach().view_as(y), trace.detach()
 
-    def _sigmas(self, steps: int, spec: SamplingRecipe) -> Tensor:
-        return samplers.karras_sigmas(
-            steps,
-            self.options.sigma_min if spec.sigma_min is None else spec.sigma_min,
-            self.options.sigma_max if spec.sigma_max is None else spec.sigma_max,
-            7.0 if spec.rho is None else spec.rho,
-        )
+    @staticmethod
+    def _boost(guides: Sequence[Guide]) -> samplers.Boost | None:
+        return next((boost for guide in guides if (boost := getattr(guide, "boost", None))), None)
+
+    def _spacing(self, spec: SamplingRecipe) -> str:
+        return spec.spacing or ("vp" if spec.sampler in ("ddim", "ddpm") else "karras")
+
+    def sigmas(self, spec: SamplingRecipe) -> Tensor:
+        """Decreasing noise levels of a sampling run, ending in 0, (steps + 1,), float64."""
+        steps = 18 if spec.steps is None else spec.steps
+        low = self.options.sigma_min if spec.sigma_min is None else spec.sigma_min
+        high = self.options.sigma_max if spec.sigma_max is None else spec.sigma_max
+        if self._spacing(spec) == "vp":
+            return samplers.vp_sigmas(steps, low, high)
+        return samplers.karras_sigmas(steps, low, high, 7.0 if spec.rho is None else spec.rho)

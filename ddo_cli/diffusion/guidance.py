@@ -1,10 +1,37 @@
-"""Guides wrap a denoiser and return a denoiser, so they compose."""
+"""Guides wrap a denoiser and return a denoiser, so they compose. Each has a weight of its own.
+
+The order matters: autoguidance scales everything inside it, so it comes before the guides that add a gradient.
+A score s changes a denoiser D = x + sigma^2 s, so adding w grad_x L to the score adds w sigma^2 grad_x L to D.
+"""
 
 from __future__ import annotations
 
+import math
+from typing import Literal, NamedTuple, Protocol
+
+import torch
 from torch import Tensor
 
-from ddo_cli.diffusion.samplers import Denoiser
+from ddo_cli.diffusion import noise
+from ddo_cli.diffusion.samplers import Boost, Denoiser, Trace, rows_of
+
+Decay = Literal["constant", "linear", "cosine"]
+
+
+class Potential(Protocol):
+    """What a gradient guide climbs: (B,) from x_vp = x / sqrt(1 + sigma^2), VP time t (B,) float64, and label (B,).
+
+    Discriminator guidance: the logit, an estimate of log p_data - log p_model at that time. Classifier guidance:
+    log p(label | x_vp).
+    """
+
+    def __call__(self, x_vp: Tensor, t: Tensor, label: Tensor) -> Tensor: ...
+
+
+class Guide(Protocol):
+    """Anything that changes a denoiser. `label` (B,) is that of the batch; passes are counted in `trace`."""
+
+    def steer(self, denoise: Denoiser, label: Tensor, trace: Trace) -> Denoiser: ...
 
 
 def classifier_free(conditional: Denoiser, unconditional: Denoiser, cfg_scale: float) -> Denoiser:
@@ -15,3 +42,101 @@ def classifier_free(conditional: Denoiser, unconditional: Denoiser, cfg_scale: f
         return base + cfg_scale * (conditional(x, sigma, stage) - base)
 
     return denoise
+
+
+class Network(Protocol):
+    """The denoiser of a further model, D(x; sigma, label)."""
+
+    def denoise(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor: ...
+
+
+class AutoGuide(NamedTuple):
+    """D_bad + scale (D - D_bad), D_bad a worse version of the model (arXiv 2406.02507); 1 is the model itself."""
+
+    bad: Network
+    scale: float
+
+    def steer(self, denoise: Denoiser, label: Tensor, trace: Trace) -> Denoiser:
+        """The guided denoiser."""
+        if self.scale == 1:
+            return denoise
+
+        def guided(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
+            trace.nfe += 1
+            base = self.bad.denoise(x, sigma, label).to(x.dtype)
+            return base + self.scale * (denoise(x, sigma, stage) - base)
+
+        return guided
+
+
+class GradientGuide(NamedTuple):
+    """D + w sigma^2 grad_x L(x / sqrt(1 + sigma^2), tau(sigma)): discriminator guidance (arXiv 2211.17091, eq. 8).
+
+    weight, weight_2nd: w of a step's predictor and of its corrector (the published runs leave the corrector unguided).
+    time_min, time_max: w is 0 for samples whose own VP time lies outside.
+    decay: constant, or w times t (linear) or (1 - cos(pi t)) / 2 (cosine); chosen by us.
+    boost: see `samplers.Boost`; it reads L as a log-ratio, so it is for discriminators only.
+    Where w is 0 for the whole batch the potential is not evaluated. L is climbed as it is: the published code takes the
+    log of a probability clipped to [1e-5, 1 - 1e-5], which leaves samples beyond |L| = 11.5 without guidance.
+    """
+
+    potential: Potential
+    weight: float = 1.0
+    weight_2nd: float = 0.0
+    time_min: float = 0.01
+    time_max: float = 1.0
+    decay: Decay = "constant"
+    boost: Boost | None = None
+
+    def steer(self, denoise: Denoiser, label: Tensor, trace: Trace) -> Denoiser:
+        """The guided denoiser."""
+        step = -1
+
+        def guided(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
+            nonlocal step
+            is_predictor = stage == "predictor"
+            step += is_predictor
+            denoised = denoise(x, sigma, stage)
+            t = noise.time_of(sigma).to(x.device).expand(len(x))  # (B,)
+            inside = (t >= self.time_min) & (t <= self.time_max)
+            weight = self.weight if is_predictor else self.weight_2nd
+            if weight == 0 or not bool(inside.any()):
+                if is_predictor and self.boost is not None:
+                    trace.log_ratio = None
+                return denoised
+            trace.disc_nfe += 1
+            value, direction = climb(self.potential, x, sigma, label)
+            w = weight * _decay(self.decay, t)  # (B,) float64
+            if is_predictor and self.boost is not None:
+                trace.log_ratio = torch.where(inside, value, math.inf)
+                if step % self.boost.weight_period == 0:
+                    w = torch.where(trace.log_ratio < 0, self.boost.factor * w, w)
+            return torch.where(rows_of(inside, x), denoised + rows_of(w, x) * direction, denoised)
+
+        return guided
+
+
+def climb(potential: Potential, x: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """L (B,) and sigma^2 grad_x L, of x's shape and type. sigma: scalar or (B,).
+
+    The chain rule's factor is m = 1 / sqrt(1 + sigma^2), since L sees m x. One backward pass; the potential is
+    evaluated in float32 unless a caller differentiates through it (then x carries a graph, and its type is kept).
+    """
+    differentiated = torch.is_grad_enabled() and x.requires_grad
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode
+        sigma = sigma.to(x.device, torch.float64)
+        scale = rows_of(noise.scale_of(sigma), x)
+        t = noise.time_of(sigma).expand(len(x)).clone()
+        x_vp = scale * x if differentiated else (scale * x).detach().to(torch.float32).clone().requires_grad_()
+        value = potential(x_vp, t, label)
+        (gradient,) = torch.autograd.grad(value.sum(), x_vp, create_graph=differentiated)
+    factor = rows_of(sigma.square(), x) * scale
+    return value.detach(), (factor * gradient).to(x.dtype)
+
+
+def _decay(kind: Decay, t: Tensor) -> Tensor:
+    if kind == "linear":
+        return t
+    if kind == "cosine":
+        return (1 - torch.cos(math.pi * t)) / 2
+    return torch.ones_like(t)

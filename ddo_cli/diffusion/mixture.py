@@ -95,3 +95,14 @@ def toy2d() -> GaussianMixture:
     raw = GaussianMixture(means, covs, weights)
     scale = 0.5 / (raw.cov().trace() / 2).sqrt()
     return GaussianMixture((means - raw.mean()) * scale, covs * scale**2, weights)
+
+
+def toy2d_wrong() -> GaussianMixture:
+    """Another mixture, for a model of `toy2d` that is wrong: a ring of eight round blobs around a ninth.
+
+    Chosen by us: it covers toy2d's support, so that the log-ratio is moderate where data lie, and shares no shape.
+    """
+    angle = 2 * math.pi / 8 * torch.arange(8.0).double()
+    ring = 0.75 * torch.stack([angle.cos(), angle.sin()], dim=1)  # (8, 2)
+    means = torch.cat([ring, torch.zeros(1, 2, dtype=torch.float64)])
+    return GaussianMixture(means, torch.full((9,), 0.2, dtype=torch.float64))

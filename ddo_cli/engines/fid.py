@@ -38,9 +38,9 @@ def run(
     # Both sides are opened before the first network pass, so that a mistake costs no wait.
     images = open_comparable(source)
     reference = open_reference(name, chosen)
-    _warn_if_few(source, len(images.items), chosen)
+    warn_if_few(source, len(images.items), chosen)
     if isinstance(reference, ItemSet):
-        _warn_if_few(name, len(reference.items), chosen)
+        warn_if_few(name, len(reference.items), chosen)
     scorer = FrechetScorer(chosen, reference, batch)
     scores = scorer.score_moments(moments_of(chosen, own_batches(images.items, batch)))
     return {
@@ -52,7 +52,8 @@ def run(
     }
 
 
-def _warn_if_few(name: str, num: int, extractor: Extractor) -> None:
+def warn_if_few(name: str, num: int, extractor: Extractor) -> None:
+    """Warns where a distance of `num` images means little, or cannot be compared."""
     if num <= extractor.num_features:
         console.warn(
             f"{name}: {num} images for {extractor.num_features} features leave the covariance rank-deficient, and the "

@@ -254,9 +254,8 @@ class _Round:
 
 def _sampling(recipe: Recipe, reference: registry.Loaded) -> SamplingRecipe:
     """The recipe's sampling, where it leaves something open the reference's own."""
-    own = SamplingRecipe(**reference.checkpoint.header.get("sampling", {}))
     given = {key: getattr(recipe.sampling, key) for key in recipe.sampling.model_fields_set}
-    spec = own.merged(**given)
+    spec = sample.spec_of(reference.checkpoint, **given)
     reference.model.check_sampling(spec)
     return spec
 

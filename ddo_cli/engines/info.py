@@ -28,7 +28,11 @@ def run(path: str) -> dict[str, Any]:
         "num_tensors": len(file.tensors),
         "num_parameters": sum(tensor.numel() for tensor in file.tensors.values()),
     }
-    found |= {key: file.header[key] for key in ("config", "sampling", "step", "owner") if key in file.header}
+    found |= {
+        key: file.header[key]
+        for key in ("config", "process", "trained_on", "guidance", "heldout", "sampling", "step", "owner")
+        if key in file.header
+    }
     if "provenance" in file.header:
         found["provenance"] = [_link(link) for link in file.header["provenance"]]
     return found
@@ -46,7 +50,7 @@ def _run_directory(place: Path) -> dict[str, Any]:
         "reference_sha256": state.get("reference_sha256"),
         "reference_score": state.get("reference", {}).get("score"),
         "rounds": rounds,
-        "score": state.get("score"),
+        **{key: state[key] for key in ("score", "heldout_bce", "heldout_accuracy", "settled") if key in state},
         "sha256": weights,
     }
 
@@ -55,7 +59,8 @@ def _link(link: dict[str, Any]) -> dict[str, Any]:
     """One step of a provenance chain, with its recipe's name instead of the whole recipe."""
     short = {key: value for key, value in link.items() if key != "recipe"}
     recipe = link.get("recipe", {})
-    section = recipe.get("finetune" if link["command"] == "finetune-ddo" else "pretrain", {})
+    sections = {"finetune-ddo": "finetune", "pretrain": "pretrain", "train-disc": "discriminator"}
+    section = recipe.get(sections.get(link["command"], ""), {})
     keys = ("alpha", "beta", "lr", "batch", "images", "images_per_round")
     return {**short, "recipe": recipe.get("name"), **{key: section[key] for key in keys if key in section}}
 

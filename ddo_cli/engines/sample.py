@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from ddo_cli import console, dist, pictures, rundir
+from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.data.samples import Format, Writer
+from ddo_cli.diffusion.guidance import Guide
 from ddo_cli.errors import UsageError
 from ddo_cli.files import sweep
 from ddo_cli.likelihood import LikelihoodModel, generate, num_batches
@@ -29,6 +31,8 @@ def run(
     form: Format = "png",
     classes: Sequence[int] | None = None,
     sampling: dict[str, Any] | None = None,
+    guides: Sequence[Guide] = (),
+    guidance: dict[str, Any] | None = None,
     device: torch.device,
     title: str = "sampling",
     dry_run: bool = False,
@@ -36,11 +40,13 @@ def run(
     """Draws one item per seed into `out` and returns what layout promises of `sample --json`.
 
     sampling: values of SamplingRecipe in place of the checkpoint's own.
+    guides: applied to the model; guidance: what identifies them, for the set's manifest.
     Continues a set that an earlier run left unfinished; a finished one is left as it is.
     """
     model, file = registry.load_model(ckpt, device)
-    spec = SamplingRecipe(**file.header.get("sampling", {})).merged(**(sampling or {}))
+    spec = spec_of(file, **(sampling or {}))
     model.check_sampling(spec)
+    model.check_guides(spec, guides)
     _check_classes(model, classes)
     if form == "png" and len(model.shape) != 3:
         raise UsageError(f"--format png needs images; this model draws items of shape {model.shape}: use shards or npz")
@@ -48,15 +54,12 @@ def run(
         "checkpoint_sha256": file.sha256,
         "sampling": spec.model_dump(mode="json"),
         "classes": list(classes) if classes else None,
+        **({"guidance": guidance} if guidance else {}),
     }
     found = {"out": str(out), "num_images": len(seeds), "checkpoint_sha256": file.sha256, "sampler": spec.sampler}
     if dry_run:
         return {**found, "batches": num_batches(len(seeds), spec.batch), "steps": spec.steps, "dry_run": True}
-    if spec.cfg_scale not in (None, 1.0) and not model.draw_options.label_drop:
-        console.warn(
-            f"cfg_scale = {spec.cfg_scale}: this model was trained without dropping labels (label_drop 0), so its "
-            "unconditional half was never trained"
-        )
+    warn_if_never_unconditional(model, spec)
     with rundir.locked(out):
         if dist.is_main():
             sweep(out)
@@ -67,20 +70,35 @@ def run(
         speed = 0.0
         is_new = manifest is None
         if manifest is None:
-            speed = _draw(model, writer, missing, spec, classes, device, title)
+            speed = _draw(model, writer, missing, spec, classes, guides, device, title)
             manifest = writer.finish()
         grid = grid_path(out)
         if dist.is_main() and (is_new or not grid.is_file()):
             first = writer.seeds[:GRID_ITEMS]
-            made = generate(model, first, spec, batch=spec.batch, classes=classes, device=device)
+            made = generate(model, first, spec, batch=spec.batch, classes=classes, guides=guides, device=device)
             pictures.contact_sheet(np.concatenate([batch.items.numpy() for batch in made]), grid)
     return {
         **found,
         "nfe": manifest["nfe"],
+        **({"disc_nfe": manifest["disc_nfe"]} if guides else {}),
         "images_per_second": round(speed, 2),
         "seeds": manifest["seeds"],
         "grid": str(grid),
     }
+
+
+def spec_of(file: Checkpoint, **given: Any) -> SamplingRecipe:
+    """The checkpoint's own sampling settings, with the given values that are not None in their place."""
+    return SamplingRecipe(**file.header.get("sampling", {})).merged(**given)
+
+
+def warn_if_never_unconditional(model: LikelihoodModel, spec: SamplingRecipe) -> None:
+    """Warns of classifier-free guidance with a model that has always seen labels."""
+    if spec.cfg_scale not in (None, 1.0) and not model.draw_options.label_drop:
+        console.warn(
+            f"cfg_scale = {spec.cfg_scale}: this model was trained without dropping labels (label_drop 0), so its "
+            "unconditional half was never trained"
+        )
 
 
 def grid_path(out: Path) -> Path:
@@ -95,6 +113,7 @@ def _draw(
     missing: list[int],
     spec: SamplingRecipe,
     classes: Sequence[int] | None,
+    guides: Sequence[Guide],
     device: torch.device,
     title: str,
 ) -> float:
@@ -105,7 +124,10 @@ def _draw(
         console.info(f"{writer.out}: continues, {done} of {len(writer.seeds)} items are there")
     drawn, start = 0, time.monotonic()
     with console.progress(title, len(own) * spec.batch, "items") as bar:
-        for batch in generate(model, writer.seeds, spec, batch=spec.batch, classes=classes, only=own, device=device):
+        made = generate(
+            model, writer.seeds, spec, batch=spec.batch, classes=classes, guides=guides, only=own, device=device
+        )
+        for batch in made:
             writer.write(batch)
             drawn += len(batch.items)
             bar.advance(spec.batch)

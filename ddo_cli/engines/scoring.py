@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from ddo_cli import console, dist, pictures
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet
+from ddo_cli.diffusion.guidance import Guide
 from ddo_cli.diffusion.mixture import toy2d
 from ddo_cli.errors import DataError, UsageError
 from ddo_cli.likelihood import Batch, LikelihoodModel, generate, num_batches
@@ -56,13 +57,13 @@ class Scoring:
         """Scores that a promoted model gets; densities have no sampling noise, so one is enough."""
         return 1 if self.density is not None else self.metric.repeats
 
-    def run(self, model: LikelihoodModel, repeat: int) -> dict[str, float]:
+    def run(self, model: LikelihoodModel, repeat: int, guides: Sequence[Guide] = ()) -> dict[str, float]:
         """The metric's figures, `self.key` among them, on the seeds of one repeat. Equal on every process."""
         if self.density is not None:
-            return dist.from_main(self.density.score(model, self.spec))
+            return dist.from_main(self.density.score(model, self.spec, guides))
         seeds = range(repeat * self.metric.num_images, (repeat + 1) * self.metric.num_images)
         own = dist.shard(range(num_batches(len(seeds), self.spec.batch)))
-        made = generate(model, seeds, self.spec, batch=self.spec.batch, only=own, device=self.device)
+        made = generate(model, seeds, self.spec, batch=self.spec.batch, guides=guides, only=own, device=self.device)
         with console.progress(f"{self.key} {repeat + 1}/{self.repeats}", len(own), "batches") as bar:
             return self.frechet.score(_counted(made, bar))
 

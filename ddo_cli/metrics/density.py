@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ddo_cli.diffusion.guidance import Guide
 from ddo_cli.diffusion.mixture import GaussianMixture
 from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import NO_LABEL, LikelihoodModel
@@ -56,25 +58,30 @@ class DensityScorer:
         self.extent = (left, left + 2 * half, bottom, bottom + 2 * half)
         self.log_data = self._normalised(data.log_prob(self.points))[0]  # (size^2,)
 
-    def score(self, model: LikelihoodModel, spec: SamplingRecipe) -> dict[str, float]:
+    def score(self, model: LikelihoodModel, spec: SamplingRecipe, guides: Sequence[Guide] = ()) -> dict[str, float]:
         """js, forward_kl = KL(data || model) and reverse_kl = KL(model || data) in nats, and mass, see `Densities`."""
-        log_model, mass = self._normalised(self._log_model(model, spec))
+        return self.score_and_densities(model, spec, guides)[0]
+
+    def densities(self, model: LikelihoodModel, spec: SamplingRecipe, guides: Sequence[Guide] = ()) -> Densities:
+        """What `score` compares, for pictures."""
+        return self.score_and_densities(model, spec, guides)[1]
+
+    def score_and_densities(
+        self, model: LikelihoodModel, spec: SamplingRecipe, guides: Sequence[Guide] = ()
+    ) -> tuple[dict[str, float], Densities]:
+        """Both at the price of one."""
+        log_model, mass = self._normalised(self._log_model(model, spec, guides))
         log_mean = torch.logaddexp(self.log_data, log_model) - np.log(2)
-        js = (self._kl(self.log_data, log_mean) + self._kl(log_model, log_mean)) / 2
-        return {
-            "js": js,
+        score = {
+            "js": (self._kl(self.log_data, log_mean) + self._kl(log_model, log_mean)) / 2,
             "forward_kl": self._kl(self.log_data, log_model),
             "reverse_kl": self._kl(log_model, self.log_data),
             "mass": mass,
         }
-
-    def densities(self, model: LikelihoodModel, spec: SamplingRecipe) -> Densities:
-        """What `score` compares, for pictures."""
-        log_model, mass = self._normalised(self._log_model(model, spec))
         p_data, p_model = (log_p.exp().view(self.size, self.size).numpy() for log_p in (self.log_data, log_model))
-        return Densities(self.extent, p_data, p_model, mass)
+        return score, Densities(self.extent, p_data, p_model, mass)
 
-    def _log_model(self, model: LikelihoodModel, spec: SamplingRecipe) -> Tensor:
+    def _log_model(self, model: LikelihoodModel, spec: SamplingRecipe, guides: Sequence[Guide]) -> Tensor:
         """log density of the model at the grid's points, (size^2,)."""
         if model.shape != (2,) or model.num_classes:
             raise UsageError(
@@ -82,10 +89,10 @@ class DensityScorer:
                 f"{model.shape} and {model.num_classes} classes"
             )
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        chunks = [
-            model.log_density(points.to(device), torch.full((len(points),), NO_LABEL, device=device), spec).cpu()
-            for points in self.points.split(CHUNK)
-        ]
+        chunks = []
+        for points in self.points.split(CHUNK):
+            label = torch.full((len(points),), NO_LABEL, device=device)
+            chunks.append(model.log_density(points.to(device), label, spec, guides).cpu())
         return torch.cat(chunks).to(torch.float64)
 
     def _normalised(self, log_p: Tensor) -> tuple[Tensor, float]:

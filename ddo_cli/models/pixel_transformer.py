@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from ddo_cli.diffusion.guidance import Guide
 from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, drop_labels
 from ddo_cli.models.codec import LevelCodec
@@ -101,12 +103,13 @@ class PixelTransformer(LikelihoodModel):
     # Sampling
 
     @torch.no_grad()
-    def sample(self, label: Tensor, rng: RowRng, spec: SamplingRecipe) -> Sampled:
+    def sample(self, label: Tensor, rng: RowRng, spec: SamplingRecipe, guides: Sequence[Guide] = ()) -> Sampled:
         """Tokens (B, L), one uniform number per token; nfe counts a pass over one position as an evaluation.
 
         Keys and values of earlier pixels are kept, so a pass costs one position. Token i of a row is the inverse of
         its cumulative distribution at the row's i-th uniform number: no row depends on another.
         """
+        self.check_guides(spec, guides)
         uniform = rng.rand((self.length,), dtype=torch.float64).to(label.device)  # (B, L)
         guided = _is_guided(spec)
         labels = torch.cat([label, torch.full_like(label, NO_LABEL)]) if guided else label  # (B or 2B,)
@@ -132,8 +135,9 @@ class PixelTransformer(LikelihoodModel):
             raise UsageError(f"sampling.cfg_scale = {spec.cfg_scale} needs a class-conditional model; leave it out")
 
     @torch.no_grad()
-    def log_density(self, x: Tensor, label: Tensor, spec: SamplingRecipe) -> Tensor:
+    def log_density(self, x: Tensor, label: Tensor, spec: SamplingRecipe, guides: Sequence[Guide] = ()) -> Tensor:
         """log of the probability that `sample` draws x, (B,) nats: exact, with temperature, truncation and guidance."""
+        self.check_guides(spec, guides)
         unconditional = self.logits(x, torch.full_like(label, NO_LABEL)) if _is_guided(spec) else None
         return _of_tokens(sampled_log_prob(self.logits(x, label), unconditional, spec), x).sum(1)
 

@@ -17,8 +17,6 @@ A user's Python file (`model.file` of a recipe, `--model-file` of a command) reg
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -26,16 +24,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from pydantic import ValidationError
 
 from ddo_cli import checkpoint
 from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.errors import CheckpointError, RecipeError, UsageError
 from ddo_cli.likelihood import DrawOptions, LikelihoodModel, Options
+from ddo_cli.models.catalog import Catalog, option_problems
 
 BUILTIN = {
     "patch-unet": "ddo_cli.models.patch_unet",
     "mlp": "ddo_cli.models.mlp",
+    "mixture": "ddo_cli.models.mixture_model",
     "pixel-transformer": "ddo_cli.models.pixel_transformer",
 }
 
@@ -49,14 +48,16 @@ class Entry(NamedTuple):
 
 
 B = TypeVar("B", bound=Callable[..., LikelihoodModel])
-_entries: dict[str, Entry] = {}
+_catalog: Catalog[Entry] = Catalog(
+    "model.name", BUILTIN, "a model of your own is registered by the Python file given as model.file"
+)
 
 
 def register(name: str, options: type[Options], draw_options: type[DrawOptions]) -> Callable[[B], B]:
     """Decorator of a builder: makes the model known under `name`."""
 
     def add(build: B) -> B:
-        _entries[name] = Entry(options, draw_options, build)
+        _catalog.add(name, Entry(options, draw_options, build))
         return build
 
     return add
@@ -82,17 +83,7 @@ def load_file(path: str | None) -> None:
 
 def find(name: str) -> Entry:
     """The entry registered under `name`. Raises RecipeError naming the nearest."""
-    if name not in _entries and name in BUILTIN:
-        importlib.import_module(BUILTIN[name])
-    if name not in _entries:
-        known = sorted(BUILTIN.keys() | _entries.keys())
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f" (did you mean '{near[0]}'?)" if near else ""
-        raise RecipeError(
-            f"model.name = {name!r} is not a registered model{hint}; known: {', '.join(known)}; "
-            "a model of your own is registered by the Python file given as model.file"
-        )
-    return _entries[name]
+    return _catalog.find(name)
 
 
 def problems(name: str, options: dict[str, Any], draw: dict[str, Any], draw_key: str = "model.draw") -> list[str]:
@@ -101,19 +92,8 @@ def problems(name: str, options: dict[str, Any], draw: dict[str, Any], draw_key:
         entry = find(name)
     except RecipeError as error:
         return [str(error)]
-    found = []
-    for section, schema, values in (("model.options", entry.options, options), (draw_key, entry.draw_options, draw)):
-        try:
-            schema.model_validate(values)
-        except ValidationError as error:
-            for problem in error.errors():
-                key = ".".join(map(str, problem["loc"]))
-                near = difflib.get_close_matches(key, list(schema.model_fields), 1)
-                hint = f" (did you mean '{near[0]}'?)" if near else f"; known: {', '.join(schema.model_fields)}"
-                unknown = problem["type"] == "extra_forbidden"
-                text = f"unknown key{hint}" if unknown else f"{problem['input']!r}: {problem['msg']}"
-                found.append(f"{section}.{key} of {name}: {text}")
-    return found
+    found = option_problems("model.options", name, entry.options, options)
+    return found + option_problems(draw_key, name, entry.draw_options, draw)
 
 
 def build(config: dict[str, Any], draw: dict[str, Any] | None = None) -> LikelihoodModel:

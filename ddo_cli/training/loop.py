@@ -55,6 +55,7 @@ class Plan(NamedTuple):
     evaluate_at: frozenset[int] = frozenset()  # steps after which `evaluate` is called
     evaluate: Callable[[int, dict[str, Tensor]], str] | None = None  # (step, averaged weights) -> short text to show
     check: Callable[[int, dict[str, float]], None] | None = None  # stops the run by raising NumericsError
+    settled: Callable[[], bool] = lambda: False  # asked after each evaluation: whether to stop before `steps`
     dropout: bool = False  # DDO needs it off: with it, r is not 0 for equal weights
     owner: str = ""  # identifies the run; a saved state of another is refused
 
@@ -76,7 +77,7 @@ def local_rows(batch: int, micro_batch: int | None) -> list[tuple[int, int]]:
 
 
 def fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor]:
-    """Trains `model` in place for plan.steps steps and returns the averaged weights.
+    """Trains `model` in place for plan.steps steps, or until plan.settled, and returns the averaged weights.
 
     Continues from plan.state_file where there is one, bit for bit on a CPU.
     Raises NumericsError on a loss or gradient that is not finite.
@@ -84,7 +85,10 @@ def fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor]
     recipe = plan.recipe
     # A fixed order of parameters makes the saved optimizer state independent of how torch groups them.
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=recipe.lr, betas=(recipe.adam_beta1, recipe.adam_beta2))
+    if not parameters:
+        raise UsageError("this model has no trainable parameters; choose another")
+    betas = (recipe.adam_beta1, recipe.adam_beta2)
+    optimizer = torch.optim.Adam(parameters, lr=recipe.lr, betas=betas, weight_decay=recipe.weight_decay)
     ema = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     meter = _Meter(plan, device)
     step = _restore(plan, model, optimizer, ema, meter)
@@ -97,7 +101,7 @@ def fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor]
         shown = plan.evaluate(step, ema)  # a killed process may not have finished it
         _set_mode(wrapped, plan)
     with console.progress(plan.title, plan.steps * recipe.batch, "images", step * recipe.batch) as bar:
-        while step < plan.steps:
+        while step < plan.steps and not plan.settled():
             n_images = (step + 1) * recipe.batch
             rate = learning_rate(recipe, n_images, plan.steps * recipe.batch)
             for group in optimizer.param_groups:
@@ -208,6 +212,7 @@ class _Meter:
 
 def _shown(record: dict[str, float]) -> str:
     names = {"loss": "loss", "r_real": "r real", "r_fake": "fake", "accuracy": "acc"}
+    names |= {"accuracy_real": "acc real", "accuracy_fake": "generated"}
     return " ".join(f"{label} {record[key]:.3g}" for key, label in names.items() if key in record)
 
 

@@ -1,0 +1,115 @@
+"""The linear VP-SDE in which discriminators live, and its relation to the noise levels sigma of a denoiser.
+
+    dx = -beta(t) x / 2 dt + sqrt(beta(t)) dw,   beta(t) = BETA_0 + (BETA_1 - BETA_0) t,   t in [0, 1]
+    B(t) = int_0^t beta,   x_t = m(t) x_0 + s(t) z,   m = exp(-B / 2),   s = sqrt(1 - exp(-B))
+
+Dividing by m turns x_t into x_0 + sigma z with sigma = s / m = sqrt(e^B - 1), so every noise level of a denoiser has
+its time tau(sigma), and a noisy state x of the denoiser is m x = x / sqrt(1 + sigma^2) for the discriminator.
+Score-based SDEs: arXiv 2011.13456, appendix C; importance-sampled times: arXiv 2101.09258, appendix D.
+
+All functions take and return float64 tensors of any shape: near t = 0 the differences below lose float32's digits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+BETA_0, BETA_1 = 0.1, 20.0
+T_MIN = 1e-5  # times below are not trained on
+COSINE_S = 0.008  # offset of the cosine schedule (arXiv 2102.09672, eq. 17)
+_COSINE_F0 = math.cos(COSINE_S / (1 + COSINE_S) * math.pi / 2) ** 2
+
+
+def integrated_beta(t: Tensor) -> Tensor:
+    """B(t)."""
+    t = t.to(torch.float64)
+    return (BETA_1 - BETA_0) * t.square() / 2 + BETA_0 * t
+
+
+def mean_scale(t: Tensor) -> Tensor:
+    """m(t), the factor of x_0."""
+    return torch.exp(-integrated_beta(t) / 2)
+
+
+def std(t: Tensor) -> Tensor:
+    """s(t), the deviation of the noise; m^2 + s^2 = 1."""
+    return torch.sqrt(-torch.expm1(-integrated_beta(t)))
+
+
+def sigma_of(t: Tensor) -> Tensor:
+    """The noise level s / m of time t; the inverse of `time_of`."""
+    return torch.expm1(integrated_beta(t)).sqrt()
+
+
+def time_of(sigma: Tensor) -> Tensor:
+    """tau(sigma), the time whose s / m is sigma."""
+    return _time_of_integrated_beta(torch.log1p(sigma.to(torch.float64).square()))
+
+
+def scale_of(sigma: Tensor) -> Tensor:
+    """m(tau(sigma)) = 1 / sqrt(1 + sigma^2)."""
+    return 1 / (1 + sigma.to(torch.float64).square()).sqrt()
+
+
+def cosine_time_of(t: Tensor) -> Tensor:
+    """The time of the cosine schedule at which the signal is as strong as at time t of the linear one.
+
+    Needed by networks that were trained on the cosine schedule, such as ADM's 64x64 classifier.
+    """
+    return (1 + COSINE_S) * 2 / math.pi * torch.arccos(math.sqrt(_COSINE_F0) * mean_scale(t)) - COSINE_S
+
+
+def likelihood_weight(t: Tensor) -> Tensor:
+    """lambda(t) = beta(t) / s(t)^2, the weight under which score matching bounds the likelihood (arXiv 2101.09258)."""
+    t = t.to(torch.float64)
+    return (BETA_0 + (BETA_1 - BETA_0) * t) / -torch.expm1(-integrated_beta(t))
+
+
+def likelihood_weight_integral(t: Tensor) -> Tensor:
+    """An antiderivative of lambda: ln(e^B - 1)."""
+    return torch.log(torch.expm1(integrated_beta(t)))
+
+
+def importance_sampled_time(u: Tensor, t_min: float = T_MIN) -> Tensor:
+    """t of density lambda(t) / Z on [t_min, 1], for u uniform in [0, 1).
+
+    A plain mean over such times is the lambda-weighted mean over uniform ones divided by Z, so lambda appears nowhere.
+    """
+    low, high = likelihood_weight_integral(torch.tensor([t_min, 1.0], dtype=torch.float64))
+    integral = low + (high - low) * u.to(torch.float64)
+    return _time_of_integrated_beta(torch.nn.functional.softplus(integral, threshold=50))  # B = ln(1 + e^A)
+
+
+class Times(NamedTuple):
+    """Times to train at, (B,) float64, and the weight (B,) of each row's loss; None where it is 1 everywhere."""
+
+    t: Tensor
+    weight: Tensor | None
+
+
+def training_times(
+    law: Literal["importance", "uniform", "model"], u: Tensor, t_min: float, p_mean: float, p_std: float
+) -> Times:
+    """Times for uniform u (B,), increasing in u.
+
+    importance: see `importance_sampled_time`; uniform: on [t_min, 1] with weight lambda over its mean, the same
+    objective with more variance; model: those of sigma = exp(p_mean + p_std n), n standard normal, unweighted.
+    """
+    u = u.to(torch.float64)
+    if law == "importance":
+        return Times(importance_sampled_time(u, t_min), None)
+    if law == "uniform":
+        low, high = likelihood_weight_integral(torch.tensor([t_min, 1.0], dtype=torch.float64))
+        t = t_min + (1 - t_min) * u
+        return Times(t, likelihood_weight(t) * (1 - t_min) / (high - low))
+    n = torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9))
+    return Times(time_of(torch.exp(p_mean + p_std * n)).clamp(max=1.0), None)
+
+
+def _time_of_integrated_beta(b: Tensor) -> Tensor:
+    """The root t >= 0 of B(t) = b, in the form that does not cancel for small b."""
+    return 2 * b / (BETA_0 + torch.sqrt(BETA_0**2 + 2 * (BETA_1 - BETA_0) * b))

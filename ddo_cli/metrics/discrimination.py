@@ -1,0 +1,109 @@
+"""How well a discriminator tells held-out real from generated states, noise level by noise level."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ddo_cli import dist
+from ddo_cli.diffusion import noise
+from ddo_cli.objectives.discriminator import discriminator_loss, reliability
+from ddo_cli.rng import RowRng
+
+LEVELS = 8  # strata of equal probability under the training density of t
+BATCH = 256
+
+
+class _Part(NamedTuple):
+    """What the network said of a batch of one stratum, on the CPU: (b,) each."""
+
+    level: int
+    t: Tensor
+    logit_real: Tensor
+    logit_fake: Tensor
+    weight: Tensor
+
+
+class HeldOut:
+    """Real and generated items that were not trained on, with their noise fixed once and for all.
+
+    Every item is noised once in each of LEVELS strata of the training density, so that the mean over strata is the
+    training objective and two checkpoints are compared on the same states.
+    """
+
+    def __init__(
+        self,
+        real: tuple[Tensor, Tensor],
+        fake: tuple[Tensor, Tensor],
+        times: Callable[[Tensor], noise.Times],
+        seed: int,
+        device: torch.device,
+    ):
+        """real, fake: x0 in model space (N, ...) and labels (N,), as many of each; times: of uniform u."""
+        self.real, self.fake, self.times, self.seed, self.device = real, fake, times, seed, device
+
+    @torch.no_grad()
+    def evaluate(self, network: nn.Module) -> dict[str, Any]:
+        """`bce`, `accuracy`, `calibration_error`, and `levels` with the same for each stratum; equal on every process.
+
+        bce is the mean of the real and the generated rows' cross-entropy in nats: log 2 for a blind network.
+        """
+        size = len(self.real[0])
+        tasks = [(level, start) for level in range(LEVELS) for start in range(0, size, BATCH)]
+        own = [self._logits(network, level, start) for level, start in dist.shard(tasks)]
+        parts = [part for rank in dist.gathered(own) for part in rank]
+        levels = [_summary([part for part in parts if part.level == level]) for level in range(LEVELS)]
+        logit_real = torch.cat([part.logit_real for part in parts])
+        logit_fake = torch.cat([part.logit_fake for part in parts])
+        return {
+            "bce": sum(level["bce"] for level in levels) / LEVELS,
+            "accuracy": sum(level["accuracy_real"] + level["accuracy_fake"] for level in levels) / (2 * LEVELS),
+            "calibration_error": reliability(logit_real, logit_fake).error,
+            "levels": levels,
+        }
+
+    def _logits(self, network: nn.Module, level: int, start: int) -> _Part:
+        stop = min(start + BATCH, len(self.real[0]))
+        rng = RowRng.for_rows("held-out", self.seed, level, rows=range(start, stop))
+        times = self.times((level + rng.rand(dtype=torch.float64)) / LEVELS)  # (b,)
+        t = times.t.to(self.device)
+        found = []
+        for x0, label in (self.real, self.fake):
+            eps = rng.randn(x0.shape[1:]).to(self.device)
+            states = noisy(x0[start:stop].to(self.device), t, eps)
+            found.append(network(states, t, label[start:stop].to(self.device)).cpu())
+        weight = torch.ones_like(times.t) if times.weight is None else times.weight
+        return _Part(level, times.t, found[0], found[1], weight)
+
+
+def noisy(x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """m(t) x0 + s(t) eps, of x0's shape and type. t: (B,)."""
+    m, s = (scale.to(x0.dtype).view(-1, *[1] * (x0.ndim - 1)) for scale in (noise.mean_scale(t), noise.std(t)))
+    return m * x0 + s * eps
+
+
+def _summary(parts: list[_Part]) -> dict[str, Any]:
+    t, logit_real, logit_fake, weight = (torch.cat(column) for column in list(zip(*parts, strict=True))[1:])
+    found = discriminator_loss(logit_real, logit_fake, weight, weight)
+    curve = reliability(logit_real, logit_fake)
+    plain_real, plain_fake = (torch.nn.functional.softplus(z).mean() for z in (-logit_real, logit_fake))
+    return {
+        "sigma_min": float(noise.sigma_of(t.min())),
+        "sigma_max": float(noise.sigma_of(t.max())),
+        "bce": float(found.loss),
+        "bce_real": float(plain_real),
+        "bce_fake": float(plain_fake),
+        "accuracy_real": float(found.accuracy_real),
+        "accuracy_fake": float(found.accuracy_fake),
+        "calibration_error": curve.error,
+        # NaN is not JSON: bins without rows are left out.
+        "reliability": [
+            [p, o, int(n)]
+            for p, o, n in zip(curve.predicted.tolist(), curve.observed.tolist(), curve.num, strict=True)
+            if not math.isnan(p)
+        ],
+    }

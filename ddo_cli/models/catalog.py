@@ -1,0 +1,55 @@
+"""Things that a recipe names: imported when first asked for; a misspelt name is answered with the nearest."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from ddo_cli.errors import RecipeError
+
+E = TypeVar("E")
+
+
+class Catalog(Generic[E]):
+    """Entries by name. key: the recipe key that holds the name; builtin: name -> module that adds it when imported."""
+
+    def __init__(self, key: str, builtin: Mapping[str, str], remedy: str):
+        self.key, self.builtin, self.remedy = key, builtin, remedy
+        self.entries: dict[str, E] = {}
+
+    def add(self, name: str, entry: E) -> None:
+        """Makes `entry` known under `name`."""
+        self.entries[name] = entry
+
+    def find(self, name: str) -> E:
+        """The entry called `name`. Raises RecipeError naming the nearest."""
+        if name not in self.entries and name in self.builtin:
+            importlib.import_module(self.builtin[name])
+        if name not in self.entries:
+            known = sorted(self.builtin.keys() | self.entries.keys())
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            raise RecipeError(f"{self.key} = {name!r} is not known{hint}; known: {', '.join(known)}; {self.remedy}")
+        return self.entries[name]
+
+
+def option_problems(section: str, owner: str, schema: type[BaseModel], values: dict[str, Any]) -> list[str]:
+    """What is wrong with the options of `owner` that a recipe gives under `section`, one line each."""
+    try:
+        schema.model_validate(values)
+    except ValidationError as error:
+        return [_problem(section, owner, schema, problem) for problem in error.errors()]
+    return []
+
+
+def _problem(section: str, owner: str, schema: type[BaseModel], problem: Any) -> str:
+    key = ".".join(map(str, problem["loc"]))
+    if problem["type"] != "extra_forbidden":
+        return f"{section}.{key} of {owner}: {problem['input']!r}: {problem['msg']}"
+    near = difflib.get_close_matches(key, list(schema.model_fields), 1)
+    hint = f" (did you mean '{near[0]}'?)" if near else f"; known: {', '.join(schema.model_fields)}"
+    return f"{section}.{key} of {owner}: unknown key{hint}"

@@ -1,0 +1,317 @@
+"""The discriminator's engine: it learns, resumes bit for bit, stops when settled, refuses what cannot work."""
+
+import json
+import math
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, make_checkpoint, tiny_disc_recipe, torchrun
+
+from ddo_cli import checkpoint, files
+from ddo_cli.data.pairs import split
+from ddo_cli.diffusion import noise
+from ddo_cli.engines import sample, train_disc
+from ddo_cli.errors import CheckpointError, DataError, RecipeError, RunError, UsageError
+from ddo_cli.metrics.discrimination import LEVELS, HeldOut, noisy
+from ddo_cli.models import discriminators
+
+
+class KilledError(BaseException):
+    """Stands in for SIGKILL."""
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("ckpt") / "m.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(ckpt, tmp_path_factory):
+    """An uninterrupted run: (directory, result)."""
+    out = tmp_path_factory.mktemp("disc") / "run"
+    return out, train_disc.run(tiny_disc_recipe(ckpt), out, device=CPU)
+
+
+def test_layout_of_a_run(finished, ckpt):
+    out, result = finished
+    for name in ("recipe.yaml", "final.safetensors", "best.safetensors", "report.html", "training.png", "levels.png"):
+        assert (out / name).is_file(), name
+    assert sorted(p.stem for p in (out / "checkpoints").iterdir()) == ["step-000004", "step-000008", "step-000012"]
+    assert not (out / "train-state.safetensors").exists()
+    assert {"out", "final", "heldout_bce", "heldout_accuracy", "settled"} <= result.keys()
+    header = checkpoint.read_header(out / "final.safetensors", kind="discriminator")
+    assert header["trained_on"]["model_sha256"] == checkpoint.load(ckpt).sha256
+    assert header["trained_on"]["num_fake"] == 64
+    assert header["process"]["name"] == "vp-linear"
+    assert header["guidance"]["dg_weight"] == 2.0
+    assert header["config"]["num_classes"] == 10
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert {"loss", "accuracy_real", "accuracy_fake", "logit_real", "lr"} <= lines[0].keys()
+
+
+def test_best_has_the_best_held_out_loss(finished):
+    out, result = finished
+    evaluations = json.loads((out / "metrics.json").read_text())["evaluations"]
+    assert result["heldout_bce"] == min(found["bce"] for found in evaluations.values())
+    step = checkpoint.read_header(out / "best.safetensors")["step"]
+    assert evaluations[str(step)]["bce"] == result["heldout_bce"]
+    levels = evaluations[str(step)]["levels"]
+    assert len(levels) == LEVELS
+    assert [level["sigma_min"] for level in levels] == sorted(level["sigma_min"] for level in levels)
+    assert {"bce_real", "bce_fake", "accuracy_real", "accuracy_fake", "reliability"} <= levels[0].keys()
+    assert result["heldout_bce"] == pytest.approx(sum(level["bce"] for level in levels) / LEVELS)
+
+
+@pytest.mark.parametrize("number", [3, 9, 12, 14, 17, 20, 24])
+def test_a_killed_run_ends_with_the_same_bytes(finished, ckpt, tmp_path, monkeypatch, number):
+    out, _ = finished
+    count, rename = 0, os.replace
+
+    def replace(source, target):
+        nonlocal count
+        count += 1
+        if count == number:
+            raise KilledError
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", replace)
+        with pytest.raises(KilledError):
+            train_disc.run(tiny_disc_recipe(ckpt), tmp_path / "run", device=CPU)
+    train_disc.run(tiny_disc_recipe(ckpt), tmp_path / "run", device=CPU)
+    for name in ("final.safetensors", "best.safetensors", "metrics.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (out / name).read_bytes(), name
+
+
+def test_a_finished_run_says_so_and_another_recipe_is_refused(finished, ckpt, capsys):
+    out, result = finished
+    assert train_disc.run(tiny_disc_recipe(ckpt), out, device=CPU) == result
+    assert "nothing to do" in capsys.readouterr().err
+    with pytest.raises(RunError, match=r"discriminator\.lr: 0\.001 -> 0\.01"):
+        train_disc.run(tiny_disc_recipe(ckpt, "discriminator.lr=0.01"), out, device=CPU)
+
+
+@pytest.mark.slow
+def test_two_processes_agree_with_one(finished, ckpt, tmp_path):
+    out, result = finished
+    recipe = tmp_path / "r.yaml"
+    shutil.copy(out / "recipe.yaml", recipe)
+    options = ["--recipe", str(recipe), "--out", str(tmp_path / "two"), "--device", "cpu", "--json"]
+    done = torchrun("-m", "ddo_cli", "train-disc", *options)
+    found = json.loads(done.stdout)
+    assert found["heldout_bce"] == pytest.approx(result["heldout_bce"], abs=1e-6)
+    # Biases in front of a normalisation have no gradient but rounding, which Adam blows up: weights are not compared.
+    ours, theirs = ([json.loads(line) for line in (path / "log.jsonl").open()] for path in (out, tmp_path / "two"))
+    assert [line["loss"] for line in theirs] == pytest.approx([line["loss"] for line in ours], abs=1e-5)
+
+
+def test_it_learns_to_tell_noise_from_digits(tmp_path):
+    ckpt = make_checkpoint(tmp_path / "m.safetensors")  # random weights: samples look nothing like data
+    recipe = tiny_disc_recipe(
+        ckpt, "discriminator.images=3200", "discriminator.eval_every=800", "discriminator.lr=1e-2"
+    )
+    found = train_disc.run(recipe, tmp_path / "run", device=CPU)
+    assert found["heldout_bce"] < 0.6 < math.log(2)
+    assert found["heldout_accuracy"] > 0.6
+
+
+def test_training_stops_when_the_held_out_loss_has_settled(ckpt, tmp_path, capsys):
+    # With a learning rate this small nothing changes but rounding: no evaluation is better by more than that.
+    recipe = tiny_disc_recipe(ckpt, "discriminator.lr=1e-30", "discriminator.images=960", "discriminator.patience=2")
+    found = train_disc.run(recipe, tmp_path / "run", device=CPU)
+    assert found["settled"]
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 3  # the first, and two without a better loss
+    assert "no better than a coin" in capsys.readouterr().err
+
+
+def test_a_loss_that_still_falls_is_said(tmp_path, capsys):
+    ckpt = make_checkpoint(tmp_path / "m.safetensors")
+    recipe = tiny_disc_recipe(ckpt, "discriminator.lr=1e-2", "discriminator.images=120", "discriminator.eval_every=24")
+    assert not train_disc.run(recipe, tmp_path / "run", device=CPU)["settled"]
+    assert "still falling" in capsys.readouterr().err
+
+
+def test_held_out_rows_are_never_trained_on():
+    found = split(100, 16, "real", 3)
+    assert len(found.held_out) == 16
+    assert sorted([*found.train, *found.held_out]) == list(range(100))
+    assert not np.array_equal(found.held_out, split(100, 16, "fake", 3).held_out)
+
+
+@pytest.mark.parametrize("law", ["importance", "uniform", "model"])
+def test_every_time_law_trains(ckpt, tmp_path, law):
+    recipe = tiny_disc_recipe(ckpt, f"discriminator.time={law}", "discriminator.images=16")
+    assert math.isfinite(train_disc.run(recipe, tmp_path / "run", device=CPU)["heldout_bce"])
+
+
+def test_selection_by_the_metric_of_guided_samples(ckpt, tmp_path):
+    found = train_disc.run(tiny_disc_recipe(ckpt, "discriminator.select=fid"), tmp_path / "run", device=CPU)
+    scores = json.loads((tmp_path / "run" / "guided-scores.json").read_text())
+    assert scores.keys() == {"4", "8", "12"}
+    assert found["best_images"] == 8 * int(min(scores, key=scores.get))
+    assert found["selected_by"] == "fid"
+
+
+def test_a_given_set_of_the_model_is_used(ckpt, finished, tmp_path):
+    sample.run(ckpt, range(64), tmp_path / "set", sampling={"sampler": "euler", "steps": 2}, device=CPU)
+    recipe = tiny_disc_recipe(ckpt, f"discriminator.fake={tmp_path / 'set'}")
+    train_disc.run(recipe, tmp_path / "run", device=CPU)
+    assert not (tmp_path / "run" / "samples").exists()
+    header = checkpoint.read_header(tmp_path / "run" / "final.safetensors")
+    assert header["trained_on"]["sampling"]["steps"] == 2
+
+
+def test_a_set_of_another_model_is_refused(ckpt, tmp_path, capsys):
+    other = make_checkpoint(tmp_path / "other.safetensors", seed=1)
+    sample.run(other, range(64), tmp_path / "set", device=CPU)
+    recipe = tiny_disc_recipe(ckpt, f"discriminator.fake={tmp_path / 'set'}")
+    with pytest.raises(DataError, match=r"drawn by another model .*--force"):
+        train_disc.run(recipe, tmp_path / "run", device=CPU)
+    assert not (tmp_path / "run").exists()
+    train_disc.run(recipe, tmp_path / "run", device=CPU, force=True)
+    assert "used nevertheless" in capsys.readouterr().err
+
+
+def npz(path, labels, size=32):
+    images = np.random.default_rng(0).integers(0, 255, (len(labels), size, size, 3), dtype=np.uint8)
+    np.savez(path, arr_0=images, labels=np.array(labels))
+    return str(path)
+
+
+def test_sets_that_cannot_be_told_apart_in_a_useful_way(ckpt, tmp_path):
+    def run(*overrides):
+        train_disc.run(tiny_disc_recipe(ckpt, *overrides), tmp_path / "run", device=CPU, force=True)
+
+    one_class = npz(tmp_path / "one.npz", [3] * 64)
+    with pytest.raises(DataError, match=r"no item of class 0, 1, 2"):
+        run(f"discriminator.fake={one_class}")
+    run(f"discriminator.fake={one_class}", "discriminator.conditional=false", "discriminator.images=8")
+    few = npz(tmp_path / "few.npz", list(range(10)))
+    with pytest.raises(DataError, match=r"96 real and 10 generated.*lower discriminator\.held_out to at most 5"):
+        run(f"discriminator.fake={few}")
+    small = npz(tmp_path / "small.npz", list(range(10)) * 7, size=16)
+    with pytest.raises(DataError, match="holds 16x16 RGB where the model needs 32x32 RGB"):
+        run(f"discriminator.fake={small}")
+    with pytest.raises(DataError, match="by heart"):
+        run("data.num=16384", "discriminator.num_fake=40")
+    with pytest.raises(DataError, match="does not exist"):
+        run("discriminator.fake=nowhere")
+
+
+def test_an_autoregressive_model_is_refused(tmp_path):
+    transformer = make_checkpoint(tmp_path / "t.safetensors", "autoregressive")
+    recipe = tiny_disc_recipe(transformer, "data={source: embedded:digits8}", "sampling={batch: 8}")
+    with pytest.raises(UsageError, match="needs a diffusion model"):
+        train_disc.run(recipe, tmp_path / "run", device=CPU)
+
+
+def test_misspelt_networks_and_options(ckpt, tmp_path):
+    with pytest.raises(RecipeError, match="did you mean 'time-encoder'"):
+        train_disc.run(tiny_disc_recipe(ckpt, "discriminator.name=time-encodr"), tmp_path / "run", device=CPU)
+    with pytest.raises(RecipeError, match="did you mean 'widths'"):
+        train_disc.run(tiny_disc_recipe(ckpt, "discriminator.options={width: 3}"), tmp_path / "run", device=CPU)
+    overrides = ("discriminator.name=time-mlp", "discriminator.options={}")
+    with pytest.raises(RecipeError, match=r"it needs points of shape \(d,\)"):
+        train_disc.run(tiny_disc_recipe(ckpt, *overrides), tmp_path / "run", device=CPU)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks
+
+
+@pytest.mark.parametrize(("shape", "patch"), [((3, 32, 32), 4), ((1, 28, 28), 2), ((4, 8, 8), 1), ((3, 64, 64), 4)])
+def test_the_default_network_takes_any_square_state(shape, patch):
+    config = discriminators.config_of("discriminator", "time-encoder", shape, 0, {"widths": [8, 16]})
+    network = discriminators.build("discriminator", config)
+    assert network.patch == patch
+    logit = network(torch.randn(2, *shape), torch.tensor([0.1, 0.9], dtype=torch.float64), torch.tensor([-1, -1]))
+    assert logit.tolist() == [0.0, 0.0]  # untrained: no guidance
+
+
+def test_labels_reach_a_conditional_network_and_no_other():
+    x, t = torch.randn(2, 3, 32, 32), torch.full((2,), 0.3, dtype=torch.float64)
+    for num_classes, differ in ((10, True), (0, False)):
+        torch.manual_seed(0)
+        config = discriminators.config_of("discriminator", "time-encoder", (3, 32, 32), num_classes, {"widths": [8]})
+        config["options"]["depths"] = [1]
+        network = discriminators.build("discriminator", config)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        one, other = (network(x, t, torch.full((2,), label)) for label in (1, 2))
+        assert (not torch.equal(one, other)) == differ
+
+
+def test_a_discriminator_on_a_frozen_trunk(tmp_path):
+    options = {"widths": [16], "depths": [1], "emb_width": 16}
+    config = discriminators.config_of("classifier", "time-encoder-classifier", (3, 32, 32), 10, options)
+    torch.manual_seed(0)
+    trunk = discriminators.build("classifier", config)
+    header = {"kind": "classifier", "config": config, "process": discriminators.PROCESS}
+    checkpoint.save(tmp_path / "trunk.safetensors", trunk.state_dict(), header)
+    ckpt = make_checkpoint(tmp_path / "m.safetensors")
+    recipe = tiny_disc_recipe(
+        ckpt, "discriminator.name=trunk",
+        f"discriminator.options={{trunk: {tmp_path / 'trunk.safetensors'}, widths: [8], depths: [1], emb_width: 16}}",
+    )  # fmt: skip
+    train_disc.run(recipe, tmp_path / "run", device=CPU)
+    found = discriminators.load("discriminator", tmp_path / "run" / "final.safetensors", CPU)
+    assert all(name.startswith("head.") for name in found.checkpoint.tensors)  # the trunk is not copied
+    x = torch.randn(2, 3, 32, 32, requires_grad=True)
+    t, label = torch.full((2,), 0.3, dtype=torch.float64), torch.tensor([1, 2])
+    (gradient,) = torch.autograd.grad(found.network(x, t, label).sum(), x)
+    assert gradient.abs().sum() > 0  # through the trunk
+    same = discriminators.load("classifier", tmp_path / "trunk.safetensors", CPU).network
+    with torch.no_grad():
+        torch.testing.assert_close(same(x, t), trunk(x, t))
+    checkpoint.save(tmp_path / "trunk.safetensors", {k: v + 1 for k, v in trunk.state_dict().items()}, header)
+    with pytest.raises(CheckpointError, match="has changed since"):
+        discriminators.load("discriminator", tmp_path / "run" / "final.safetensors", CPU)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Held-out figures
+
+
+def held_out(network_of_law, size=600):
+    """Figures of a known network on two Gaussians, real N(1, 1) and generated N(-1, 1), in one dimension."""
+    g = torch.Generator().manual_seed(0)
+    real, fake = (torch.randn(size, 1, generator=g) + mean for mean in (1.0, -1.0))
+    label = torch.full((size,), -1)
+
+    def times(u):
+        return noise.training_times("importance", u, 1e-3, 0, 1)
+
+    return HeldOut((real, label), (fake, label), times, 0, CPU).evaluate(network_of_law)
+
+
+class Optimal(torch.nn.Module):
+    """The exact log-ratio: x_t ~ N(+-m, 1) in VP coordinates, so it is 2 m x."""
+
+    def __init__(self, gain=1.0):
+        super().__init__()
+        self.gain = gain
+
+    def forward(self, x, t, label):
+        return self.gain * (2 * noise.mean_scale(t).to(x.dtype) * x.squeeze(1))
+
+
+def test_figures_of_the_optimal_discriminator():
+    found = held_out(Optimal())
+    # The lowest level is nearly clean: accuracy Phi(1) = 0.841; 1,200 rows give a standard error of 0.011.
+    assert found["levels"][0]["accuracy_real"] == pytest.approx(0.841, abs=0.04)
+    assert found["levels"][-1]["accuracy_real"] == pytest.approx(0.5, abs=0.1)
+    assert found["calibration_error"] < 0.03
+    assert found["bce"] < held_out(Optimal(2.0))["bce"]
+    assert found["bce"] < held_out(Optimal(0.5))["bce"]
+    assert held_out(Optimal(4.0))["calibration_error"] > 0.08  # overconfident
+    assert held_out(Optimal(0.0))["bce"] == pytest.approx(math.log(2))
+
+
+def test_noisy_states_have_the_forward_process_moments():
+    t = torch.full((4000,), 0.3, dtype=torch.float64)
+    x = noisy(torch.full((4000, 1), 2.0), t, torch.randn(4000, 1, generator=torch.Generator().manual_seed(0)))
+    assert x.mean().item() == pytest.approx(2 * noise.mean_scale(t[0]).item(), abs=0.05)
+    assert x.std().item() == pytest.approx(noise.std(t[0]).item(), abs=0.05)
