@@ -141,6 +141,7 @@ class DiscriminatorRecipe(TrainRecipe):
     held_out: int = Field(1024, ge=16)  # real images, and as many generated ones, that are not trained on
     time: Literal["importance", "uniform", "model"] = "importance"  # density of t; model: of the model's own sigma
     t_min: float = Field(1e-5, gt=0, lt=1)  # smallest t of importance and uniform
+    weighting: Literal["none", "likelihood"] = "none"  # likelihood: every density of t has the objective of importance
     images: int = Field(500_000, ge=1)  # real images at most, repeats counted, with as many generated ones
     eval_every: int = Field(25_000, ge=1)  # images between checkpoints, each with its held-out loss
     patience: int = Field(4, ge=1)  # stop after so many checkpoints in a row without a better held-out loss
@@ -156,7 +157,7 @@ class ClassifierRecipe(TrainRecipe):
     name: str = "time-encoder-classifier"  # a registered classifier
     options: dict[str, Any] = Field(default_factory=dict)  # its constructor options
     held_out: int = Field(1024, ge=16)  # images for the accuracy
-    time: Literal["importance", "uniform", "model"] = "uniform"  # density of t, as for discriminators
+    time: Literal["importance", "uniform", "model"] = "uniform"  # density of t; rows are not weighted
     t_min: float = Field(1e-5, gt=0, lt=1)
     images: int = Field(500_000, ge=1)
     lr: float = Field(3e-4, gt=0)

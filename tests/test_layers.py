@@ -11,7 +11,7 @@ PART_PACKAGES = {"models", "data", "training", "metrics"}
 def place(module: str) -> tuple[int, str]:
     """(layer, part package) of a dotted module name below ddo_cli."""
     names = module.split(".")[1:]
-    if not names or names[0] in ("cli", "__main__"):
+    if not names or names[0] in ("cli", "commands", "__main__"):
         return (CLI if names else BASE), ""
     if names[0] in ("likelihood", "objectives", "diffusion") or names == ["metrics", "frechet"]:
         return MATHS, ""

@@ -143,3 +143,27 @@ def test_a_mean_over_importance_sampled_times_is_the_weighted_mean_over_uniform_
     weighted = (noise.likelihood_weight(t) * f(t) * t * length).mean()
     ends = noise.likelihood_weight_integral(torch.tensor([noise.T_MIN, 1.0], dtype=torch.float64))
     assert_close(drawn, weighted / (ends[1] - ends[0]), rtol=0, atol=1e-7)  # midpoint rule: (24 / 1e5)^2
+
+
+def mean_of(law, function, n=200_000):
+    """E[weight f(t)] by the midpoint rule in u."""
+    times = law.times((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    weight = torch.ones(n, dtype=torch.float64) if times.weight is None else times.weight
+    return (weight * function(times.t)).mean().item()
+
+
+@pytest.mark.parametrize("name", ["uniform", "model"])
+def test_weighted_laws_have_the_importance_sampled_objective(name):
+    # t_min keeps the uniform law's weights within reach of the rule; p_std wide enough to cover both ends.
+    law = noise.TimeLaw(name, weighted=True, t_min=0.01, p_mean=0.5, p_std=3.0)
+    importance = noise.TimeLaw("importance", t_min=0.01)
+    for function in (torch.ones_like, torch.sin, lambda t: (3 * t).exp()):
+        assert mean_of(law, function) == pytest.approx(mean_of(importance, function), rel=2e-3)
+
+
+def test_laws_without_weights():
+    assert mean_of(noise.TimeLaw("uniform", t_min=0.2), lambda t: t) == pytest.approx(0.6)
+    model = noise.TimeLaw("model", p_mean=-0.4, p_std=1.2)
+    log_sigma = noise.sigma_of(model.times(torch.linspace(0.01, 0.99, 99)).t).log()
+    torch.testing.assert_close(log_sigma[49].item(), -0.4)  # the median
+    assert (log_sigma.diff() > 0).all()

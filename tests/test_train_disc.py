@@ -142,8 +142,10 @@ def test_held_out_rows_are_never_trained_on():
 
 
 @pytest.mark.parametrize("law", ["importance", "uniform", "model"])
-def test_every_time_law_trains(ckpt, tmp_path, law):
-    recipe = tiny_disc_recipe(ckpt, f"discriminator.time={law}", "discriminator.images=16")
+@pytest.mark.parametrize("weighting", ["none", "likelihood"])
+def test_every_time_law_trains(ckpt, tmp_path, law, weighting):
+    settings = (f"discriminator.time={law}", f"discriminator.weighting={weighting}", "discriminator.images=16")
+    recipe = tiny_disc_recipe(ckpt, *settings)
     assert math.isfinite(train_disc.run(recipe, tmp_path / "run", device=CPU)["heldout_bce"])
 
 
@@ -275,16 +277,14 @@ def test_a_discriminator_on_a_frozen_trunk(tmp_path):
 # Held-out figures
 
 
-def held_out(network_of_law, size=600):
+def held_out(network, size=600):
     """Figures of a known network on two Gaussians, real N(1, 1) and generated N(-1, 1), in one dimension."""
     g = torch.Generator().manual_seed(0)
     real, fake = (torch.randn(size, 1, generator=g) + mean for mean in (1.0, -1.0))
     label = torch.full((size,), -1)
 
-    def times(u):
-        return noise.training_times("importance", u, 1e-3, 0, 1)
-
-    return HeldOut((real, label), (fake, label), times, 0, CPU).evaluate(network_of_law)
+    law = noise.TimeLaw("importance", t_min=1e-3)
+    return HeldOut((real, label), (fake, label), law, 0, CPU).evaluate(network)
 
 
 class Optimal(torch.nn.Module):

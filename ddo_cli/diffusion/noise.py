@@ -84,30 +84,45 @@ def importance_sampled_time(u: Tensor, t_min: float = T_MIN) -> Tensor:
     return _time_of_integrated_beta(torch.nn.functional.softplus(integral, threshold=50))  # B = ln(1 + e^A)
 
 
+class TimeLaw(NamedTuple):
+    """Density of the times to train at.
+
+    name: "importance": lambda / Z, see `importance_sampled_time`; "uniform" on [t_min, 1]; "model": the times of
+    sigma = exp(p_mean + p_std n), n standard normal.
+    weighted: rows carry the weight that makes the objective the importance-sampled one, with more variance.
+    """
+
+    name: Literal["importance", "uniform", "model"]
+    weighted: bool = False
+    t_min: float = T_MIN
+    p_mean: float = 0.0
+    p_std: float = 1.0
+
+    def times(self, u: Tensor) -> Times:
+        """Times for u (B,) uniform in [0, 1), increasing in u."""
+        u = u.to(torch.float64)
+        low, high = likelihood_weight_integral(torch.tensor([self.t_min, 1.0], dtype=torch.float64))  # ln sigma^2
+        if self.name == "importance":
+            return Times(importance_sampled_time(u, self.t_min), None)
+        if self.name == "uniform":
+            t = self.t_min + (1 - self.t_min) * u
+            return Times(t, likelihood_weight(t) * (1 - self.t_min) / (high - low) if self.weighted else None)
+        n = torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9))
+        log_sigma = self.p_mean + self.p_std * n
+        t = time_of(log_sigma.exp()).clamp(max=1.0)
+        if not self.weighted:
+            return Times(t, None)
+        # lambda = d(ln sigma^2) / dt, so the importance-sampled law is uniform in ln sigma between its ends.
+        density = torch.exp(-n.square() / 2) / (math.sqrt(2 * math.pi) * self.p_std)
+        inside = (2 * log_sigma >= low) & (2 * log_sigma <= high)
+        return Times(t, inside * 2 / ((high - low) * density))
+
+
 class Times(NamedTuple):
-    """Times to train at, (B,) float64, and the weight (B,) of each row's loss; None where it is 1 everywhere."""
+    """Times (B,) float64, and the weight (B,) of each row's loss; None where it is 1 everywhere."""
 
     t: Tensor
     weight: Tensor | None
-
-
-def training_times(
-    law: Literal["importance", "uniform", "model"], u: Tensor, t_min: float, p_mean: float, p_std: float
-) -> Times:
-    """Times for uniform u (B,), increasing in u.
-
-    importance: see `importance_sampled_time`; uniform: on [t_min, 1] with weight lambda over its mean, the same
-    objective with more variance; model: those of sigma = exp(p_mean + p_std n), n standard normal, unweighted.
-    """
-    u = u.to(torch.float64)
-    if law == "importance":
-        return Times(importance_sampled_time(u, t_min), None)
-    if law == "uniform":
-        low, high = likelihood_weight_integral(torch.tensor([t_min, 1.0], dtype=torch.float64))
-        t = t_min + (1 - t_min) * u
-        return Times(t, likelihood_weight(t) * (1 - t_min) / (high - low))
-    n = torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9))
-    return Times(time_of(torch.exp(p_mean + p_std * n)).clamp(max=1.0), None)
 
 
 def _time_of_integrated_beta(b: Tensor) -> Tensor:

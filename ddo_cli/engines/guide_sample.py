@@ -20,7 +20,7 @@ def run(
     seeds: Sequence[int],
     out: Path,
     *,
-    form: Format = "png",
+    form: Format | None = None,
     classes: Sequence[int] | None = None,
     sampling: dict[str, Any] | None = None,
     guidance: dict[str, Any] | None = None,

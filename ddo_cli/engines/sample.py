@@ -28,7 +28,7 @@ def run(
     seeds: Sequence[int],
     out: Path,
     *,
-    form: Format = "png",
+    form: Format | None = None,
     classes: Sequence[int] | None = None,
     sampling: dict[str, Any] | None = None,
     guides: Sequence[Guide] = (),
@@ -40,6 +40,7 @@ def run(
     """Draws one item per seed into `out` and returns what layout promises of `sample --json`.
 
     sampling: values of SamplingRecipe in place of the checkpoint's own.
+    form: None: png for images, npz for points.
     guides: applied to the model; guidance: what identifies them, for the set's manifest.
     Continues a set that an earlier run left unfinished; a finished one is left as it is.
     """
@@ -48,6 +49,7 @@ def run(
     model.check_sampling(spec)
     model.check_guides(spec, guides)
     _check_classes(model, classes)
+    form = form or ("png" if len(model.shape) == 3 else "npz")
     if form == "png" and len(model.shape) != 3:
         raise UsageError(f"--format png needs images; this model draws items of shape {model.shape}: use shards or npz")
     made_by = {

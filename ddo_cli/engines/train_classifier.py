@@ -60,20 +60,19 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             console.info(f"{out} is finished; nothing to do")
             return _result(run_dir, state)
         rows = split(len(real.items), settings.held_out, "classifier", recipe.seed)
+        law = _law(settings, base)
         stream = Shuffled(real.items, real.labels, "classifier", recipe.seed, only=rows.train)
 
         def loss(wrapped: nn.Module, part: loop.Rows) -> loop.Loss:
             first = part.step * settings.batch
             items, label = stream.rows(first + part.start, first + part.stop)
             rng = RowRng.for_rows("classifier", recipe.seed, part.step, rows=range(part.start, part.stop))
-            t, weight = _times(settings, base, rng.rand(dtype=torch.float64).to(device))
+            t = law.times(rng.rand(dtype=torch.float64).to(device)).t
             states = noisy(base.encode(items.to(device)), t, rng.randn(base.shape).to(device))
             logits = wrapped(states, t)  # (B, classes)
             label = label.to(device)
-            row_loss = F.cross_entropy(logits, label, reduction="none")
-            row_loss = row_loss if weight is None else row_loss * weight.to(row_loss.dtype)
             right = (logits.detach().argmax(1) == label).to(torch.float32).mean()
-            return loop.Loss(row_loss.mean(), {"accuracy": right})
+            return loop.Loss(F.cross_entropy(logits, label), {"accuracy": right})
 
         plan = loop.Plan(
             title="classifier",
@@ -101,9 +100,9 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
         return _result(run_dir, run_dir.advance(finished=True, heldout_accuracy=accuracy, levels=levels))
 
 
-def _times(settings: ClassifierRecipe, base: DiffusionModel, u: Tensor) -> noise.Times:
+def _law(settings: ClassifierRecipe, base: DiffusionModel) -> noise.TimeLaw:
     draw = base.draw_options
-    return noise.training_times(settings.time, u, settings.t_min, draw.p_mean, draw.p_std)
+    return noise.TimeLaw(settings.time, False, settings.t_min, draw.p_mean, draw.p_std)
 
 
 @torch.no_grad()
@@ -116,13 +115,13 @@ def _accuracies(
     device: torch.device,
 ) -> list[dict[str, float]]:
     """Accuracy on held-out images in strata of equal probability under the training density of t."""
-    found = []
+    law, found = _law(settings, base), []
     for level in range(LEVELS):
         right, sigmas = 0, []
         for start in range(0, len(x0), BATCH):
             part = x0[start : start + BATCH]
             rng = RowRng.for_rows("classifier held-out", level, rows=range(start, start + len(part)))
-            t, _ = _times(settings, base, (level + rng.rand(dtype=torch.float64)) / LEVELS)
+            t = law.times((level + rng.rand(dtype=torch.float64)) / LEVELS).t
             states = noisy(part.to(device), t.to(device), rng.randn(base.shape).to(device))
             right += int((network(states, t.to(device)).argmax(1).cpu() == label[start : start + BATCH]).sum())
             sigmas.append(noise.sigma_of(t))

@@ -121,6 +121,9 @@ class _Training:
     ):
         self.recipe, self.settings, self.run_dir, self.device = recipe, recipe.discriminator, run_dir, device
         self.base, self.network, self.header = base, network, header
+        draw = base.draw_options
+        weighted = self.settings.weighting == "likelihood"
+        self.law = noise.TimeLaw(self.settings.time, weighted, self.settings.t_min, draw.p_mean, draw.p_std)
         streams, held = [], []
         for side, items in (("real", real), ("fake", fake)):
             rows = split(len(items.items), self.settings.held_out, side, recipe.seed)
@@ -128,16 +131,11 @@ class _Training:
             index = rows.held_out
             held.append((base.encode(torch.from_numpy(items.items[index])), torch.from_numpy(items.labels[index])))
         self.pairs = Pairs(*streams)
-        self.held_out = HeldOut(held[0], held[1], self.times, recipe.seed, device)
+        self.held_out = HeldOut(held[0], held[1], self.law, recipe.seed, device)
         self.file = run_dir.path / "metrics.json"
         self.evaluations: dict[str, dict[str, Any]] = dist.from_main(
             read_json(self.file)["evaluations"] if self.file.is_file() else {}
         )
-
-    def times(self, u: Tensor) -> noise.Times:
-        """Training times of uniform u."""
-        draw = self.base.draw_options
-        return noise.training_times(self.settings.time, u, self.settings.t_min, draw.p_mean, draw.p_std)
 
     def run(self) -> None:
         """Trains until the held-out loss has settled, or the images are used up."""
@@ -170,7 +168,7 @@ class _Training:
         rng = RowRng.for_rows("disc", self.recipe.seed, rows.step, rows=range(rows.start, rows.stop))
         u = rng.rand((2,), dtype=torch.float64).T.flatten()  # (2n,), real rows first
         eps = rng.randn((2, *self.base.shape)).transpose(0, 1).flatten(0, 1)  # (2n, ...)
-        t, weight = self.times(u.to(self.device))
+        t, weight = self.law.times(u.to(self.device))
         x0 = self.base.encode(torch.cat([real.items, fake.items]).to(self.device))
         label = torch.cat([real.label, fake.label]).to(self.device)
         logit = wrapped(noisy(x0, t, eps.to(self.device)), t, label)  # (2n,)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -39,12 +38,12 @@ class HeldOut:
         self,
         real: tuple[Tensor, Tensor],
         fake: tuple[Tensor, Tensor],
-        times: Callable[[Tensor], noise.Times],
+        law: noise.TimeLaw,
         seed: int,
         device: torch.device,
     ):
-        """real, fake: x0 in model space (N, ...) and labels (N,), as many of each; times: of uniform u."""
-        self.real, self.fake, self.times, self.seed, self.device = real, fake, times, seed, device
+        """real, fake: x0 in model space (N, ...) and labels (N,), as many of each."""
+        self.real, self.fake, self.law, self.seed, self.device = real, fake, law, seed, device
 
     @torch.no_grad()
     def evaluate(self, network: nn.Module) -> dict[str, Any]:
@@ -69,7 +68,7 @@ class HeldOut:
     def _logits(self, network: nn.Module, level: int, start: int) -> _Part:
         stop = min(start + BATCH, len(self.real[0]))
         rng = RowRng.for_rows("held-out", self.seed, level, rows=range(start, stop))
-        times = self.times((level + rng.rand(dtype=torch.float64)) / LEVELS)  # (b,)
+        times = self.law.times((level + rng.rand(dtype=torch.float64)) / LEVELS)  # (b,)
         t = times.t.to(self.device)
         found = []
         for x0, label in (self.real, self.fake):

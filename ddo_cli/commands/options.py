@@ -1,0 +1,144 @@
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ddo_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ddo_cli.recipe import Recipe
+
+MAX_SEED = 2**32 - 1  # generators keep 32 bits
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
+Device = Annotated[str | None, typer.Option(help="cuda or cpu. Default: cuda where there is one.")]
+ModelFile = Annotated[str | None, typer.Option(help="Python file that registers your own model.")]
+RecipeName = Annotated[str, typer.Option(help="A recipe by name (see `ddo recipes`) or a YAML file.")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="Real images: a folder, zip, npz, or embedded:<name>."),
+]
+Out = Annotated[Path | None, typer.Option(help="Directory of the run. Default: runs/<recipe>.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Any recipe key, e.g. finetune.ema_half_life=500."),
+]
+Num = Annotated[int, typer.Option("--num", "--num-images", min=1, help="How many.")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="First seed.")]
+Seeds = Annotated[str | None, typer.Option(help="Seeds such as 0-49999 or 3,7,10-20.")]
+Classes = Annotated[str | None, typer.Option(help="Only these classes, e.g. 3,5. Default: all, balanced.")]
+Sampler = Annotated[str | None, typer.Option(help="euler, heun (EDM), dpmpp-2m, ddim or ddpm.")]
+Steps = Annotated[int | None, typer.Option(help="Sampling steps.")]
+Churn = Annotated[float | None, typer.Option(help="EDM's stochasticity.")]
+CfgScale = Annotated[float | None, typer.Option(help="Classifier-free guidance, 1 = off.")]
+Batch = Annotated[int | None, typer.Option(help="Images per network pass.")]
+Form = Annotated[
+    str | None, typer.Option("--format", help="png, npz or shards. Default: png for images, npz for points.")
+]
+SamplingKeys = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Other sampling keys, e.g. sigma_max=20 top_k=5."),
+]
+GuideCkpt = Annotated[str | None, typer.Option(help="Autoguidance: a worse version of the model.")]
+Guidance = Annotated[float, typer.Option(help="Scale of autoguidance, 1 = off.")]
+Disc = Annotated[
+    str | None,
+    typer.Option(help="Discriminator of `ddo train-disc`. Default: the newest below runs/."),
+]
+GuidedCkpt = Annotated[
+    str | None, typer.Option(help="Model to guide. Default: the one that the discriminator was trained against.")
+]
+DgWeight = Annotated[
+    float | None,
+    typer.Option(help="Weight of the guidance in a step's predictor, 0 = off. Default: the recipe's."),
+]
+DgWeight2nd = Annotated[float | None, typer.Option("--dg-weight-2nd", help="Weight in its corrector (heun).")]
+TimeMin = Annotated[float | None, typer.Option(help="Guide only at VP times from here on, in [0, 1].")]
+TimeMax = Annotated[float | None, typer.Option(help="Guide only at VP times up to here, in [0, 1].")]
+Force = Annotated[bool, typer.Option("--force", help="Use a discriminator that was trained for another model.")]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options -> values
+
+
+def recipe_of(name: str, overrides: list[str] | None, given: dict[str, Any], own_model: bool = False) -> Recipe:
+    """The resolved recipe. own_model: the recipe's model section is used, so its options are checked as well."""
+    from ddo_cli import recipe as recipes_
+    from ddo_cli.models import registry
+
+    def check(recipe: Recipe) -> list[str]:
+        registry.load_file(recipe.model.file)
+        return registry.problems(recipe.model.name, recipe.model.options, recipe.model.draw)
+
+    return recipes_.load(name, overrides or [], given, check if own_model else None)
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of --device. Raises UsageError where there is no such device."""
+    import torch
+
+    from ddo_cli import dist
+
+    if name not in (None, "cpu", "cuda"):
+        raise UsageError(f"--device {name} is not known; use cuda or cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device here; leave the option out or use cpu")
+    return dist.init(name)
+
+
+def choice(option: str, value: str | None, known: tuple[str, ...]) -> Any:
+    """The value, if it is one of the known ones or None. Raises UsageError."""
+    if value is not None and value not in known:
+        raise UsageError(f"{option} {value} is not known; use one of {', '.join(known)}")
+    return value
+
+
+def parsed(option: str, text: str | None, parse: Any, remedy: str) -> Any:
+    """What `parse` makes of an option's text; None without one. Raises UsageError with the remedy."""
+    try:
+        return None if text is None else parse(text)
+    except ValueError as error:
+        raise UsageError(f"{option} {text} cannot be read ({error}); {remedy}") from None
+
+
+def seeds_of(text: str | None, first: int, num: int) -> Any:
+    """The seeds of --seeds, or else `num` of them from --seed on."""
+    from ddo_cli.data.samples import parse_seeds
+
+    return parsed("--seeds", text, parse_seeds, "write seeds such as 0-49999 or 3,7,10-20") or range(first, first + num)
+
+
+def classes_of(text: str | None) -> Any:
+    """The classes of --classes."""
+    return parsed("--classes", text, numbers, "write classes such as 3,5")
+
+
+def numbers(text: str) -> list[int]:
+    """ "3,5" -> [3, 5]."""
+    return [int(part) for part in text.split(",")]
+
+
+def floats(text: str) -> list[float]:
+    """ "0.5,1" -> [0.5, 1.0]."""
+    return [float(part) for part in text.split(",")]
+
+
+def lines_of(found: Mapping[str, Any], indent: str = "") -> str:
+    """One "key value" line per entry; nested values indented."""
+    lines = []
+    for key, value in found.items():
+        if isinstance(value, Mapping) and value:
+            lines += [f"{indent}{key}", lines_of(value, indent + "  ")]
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            lines += [f"{indent}{key}", *(lines_of(entry, indent + "  ") for entry in value)]
+        else:
+            text = f"{value:.6g}" if isinstance(value, float) else str(value)
+            lines.append(f"{indent}{key:<{max(18 - len(indent), 1)}} {text}")
+    return "\n".join(lines)

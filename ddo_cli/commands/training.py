@@ -1,0 +1,214 @@
+"""Commands that train: `finetune-ddo`, `train-disc`, `pretrain`, `train-classifier`, `train-extractor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ddo_cli import console
+from ddo_cli.commands.options import (
+    Data,
+    Device,
+    DryRun,
+    Json,
+    ModelFile,
+    Out,
+    Overrides,
+    RecipeName,
+    device_of,
+    lines_of,
+    recipe_of,
+)
+
+
+def finetune_ddo(
+    recipe: RecipeName = "quickstart",
+    ckpt: Annotated[
+        str | None,
+        typer.Option(help="Reference to improve: a safetensors file or embedded:<name>."),
+    ] = None,
+    data: Data = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds of self-play.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Weight of the fake term.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Scale of the log-ratio.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Real images per step, over all processes.")] = None,
+    images_per_round: Annotated[int | None, typer.Option(help="Real images per round.")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Images between candidates.")] = None,
+    num_fake: Annotated[int | None, typer.Option(help="Samples of the reference per round.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, tf32 or bf16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    out: Out = None,
+    model_file: ModelFile = None,
+    overrides: Overrides = None,
+    device: Device = None,
+    dry_run: DryRun = False,
+    json_: Json = False,
+) -> None:
+    """Finetune a model in rounds of self-play with the DDO loss. Run again to continue."""
+    console.use_json(json_)
+    given = {
+        "seed": seed, "data.source": data, "model.ckpt": ckpt, "model.file": model_file,
+        "finetune.rounds": rounds, "finetune.alpha": alpha, "finetune.beta": beta, "finetune.lr": lr,
+        "finetune.batch": batch, "finetune.images_per_round": images_per_round, "finetune.eval_every": eval_every,
+        "finetune.num_fake": num_fake, "finetune.precision": precision,
+    }  # fmt: skip
+    from ddo_cli import rundir
+    from ddo_cli.engines import finetune_ddo as engine
+    from ddo_cli.engines import finetune_report
+
+    settings = recipe_of(recipe, overrides, given)
+    found = engine.run(settings, out or Path("runs") / settings.name, device=device_of(device), dry_run=dry_run)
+    if dry_run:
+        console.result(found, lines_of(found))
+        return
+    columns, rows = finetune_report.table_of(rundir.RunDir(Path(found["out"])), found["metric"])
+    shown = {"final": found["final"], "report": str(Path(found["out"]) / "report.html")}
+    console.result(found, lines_of(shown), console.table("DDO by round (lower is better)", columns, rows))
+
+
+def train_disc(
+    recipe: RecipeName = "quickstart",
+    ckpt: Annotated[
+        str | None,
+        typer.Option(help="Model to guide later: a safetensors file or embedded:<name>."),
+    ] = None,
+    data: Data = None,
+    fake: Annotated[
+        str | None,
+        typer.Option(help="Samples of the model, as `ddo sample` drew them. Default: drawn here, and kept."),
+    ] = None,
+    num_fake: Annotated[int | None, typer.Option(help="Samples to draw.")] = None,
+    images: Annotated[int | None, typer.Option(help="Real images at most, repeats counted.")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Images between checkpoints.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Real images per step, over all processes.")] = None,
+    select: Annotated[
+        str | None, typer.Option(help="Final checkpoint by held-out bce, or fid of guided samples.")
+    ] = None,
+    conditional: Annotated[
+        bool | None, typer.Option("--conditional/--unconditional", help="Whether it sees labels.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the run. Default: runs/<recipe>-disc."),
+    ] = None,
+    model_file: ModelFile = None,
+    overrides: Overrides = None,
+    force: Annotated[bool, typer.Option("--force", help="Use a --fake set of another model.")] = False,
+    device: Device = None,
+    dry_run: DryRun = False,
+    json_: Json = False,
+) -> None:
+    """Train a discriminator of real against generated images, for `ddo guide-sample`. Run again to continue."""
+    console.use_json(json_)
+    given = {
+        "seed": seed, "data.source": data, "model.ckpt": ckpt, "model.file": model_file, "discriminator.fake": fake,
+        "discriminator.num_fake": num_fake, "discriminator.images": images, "discriminator.lr": lr,
+        "discriminator.batch": batch, "discriminator.select": select, "discriminator.conditional": conditional,
+        "discriminator.eval_every": eval_every,
+    }  # fmt: skip
+    from ddo_cli.engines import train_disc as engine
+
+    settings = recipe_of(recipe, overrides, given)
+    out = out or engine.default_out(settings, ckpt)
+    found = engine.run(settings, out, device=device_of(device), force=force, dry_run=dry_run)
+    if dry_run:
+        console.result(found, lines_of(found))
+        return
+    columns, rows = engine.table_of(Path(found["out"]))
+    shown = {**found, "report": str(Path(found["out"]) / "report.html")}
+    console.result(found, lines_of(shown), console.table("Held-out images by noise level", columns, rows))
+
+
+def pretrain(
+    recipe: RecipeName = "quickstart",
+    data: Data = None,
+    images: Annotated[int | None, typer.Option(help="Images to train on, repeats counted.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images per step, over all processes.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, tf32 or bf16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the run. Default: runs/<recipe>-pretrain."),
+    ] = None,
+    model_file: ModelFile = None,
+    overrides: Overrides = None,
+    device: Device = None,
+    dry_run: DryRun = False,
+    json_: Json = False,
+) -> None:
+    """Train a model by maximum likelihood, to have a reference. Run again to continue."""
+    console.use_json(json_)
+    given = {
+        "seed": seed, "data.source": data, "model.file": model_file, "pretrain.images": images, "pretrain.lr": lr,
+        "pretrain.batch": batch, "pretrain.precision": precision,
+    }  # fmt: skip
+    from ddo_cli.engines import pretrain as engine
+
+    settings = recipe_of(recipe, overrides, given, own_model=True)
+    out = out or Path("runs") / f"{settings.name}-pretrain"
+    found = engine.run(settings, out, device=device_of(device), dry_run=dry_run)
+    console.result(found, lines_of(found))
+
+
+def train_classifier(
+    recipe: RecipeName = "quickstart",
+    ckpt: Annotated[
+        str | None,
+        typer.Option(help="Model to guide later: a safetensors file or embedded:<name>."),
+    ] = None,
+    data: Data = None,
+    images: Annotated[int | None, typer.Option(help="Images to train on, repeats counted.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images per step, over all processes.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the run. Default: runs/<recipe>-classifier."),
+    ] = None,
+    model_file: ModelFile = None,
+    overrides: Overrides = None,
+    device: Device = None,
+    dry_run: DryRun = False,
+    json_: Json = False,
+) -> None:
+    """Train a classifier of noisy images, for classifier guidance or under a discriminator. Run again to continue."""
+    console.use_json(json_)
+    given = {
+        "seed": seed, "data.source": data, "model.ckpt": ckpt, "model.file": model_file, "classifier.images": images,
+        "classifier.lr": lr, "classifier.batch": batch,
+    }  # fmt: skip
+    from ddo_cli.engines import train_classifier as engine
+
+    settings = recipe_of(recipe, overrides, given)
+    out = out or Path("runs") / f"{settings.name}-classifier"
+    found = engine.run(settings, out, device=device_of(device), dry_run=dry_run)
+    console.result(found, lines_of(found))
+
+
+def train_extractor(
+    data: Annotated[str, typer.Option(help="Labelled images: a folder, zip, npz, or embedded:<name>.")],
+    out: Annotated[Path, typer.Option(help="The weight file to write.")],
+    held_out: Annotated[
+        str | None,
+        typer.Option(help="Images for the accuracy. Default: a tenth of the data."),
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="Images to train on, repeats counted.")] = 100_000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    device: Device = None,
+    dry_run: DryRun = False,
+    json_: Json = False,
+) -> None:
+    """Train a small classifier whose features measure a Fréchet distance where Inception does not fit."""
+    console.use_json(json_)
+    from ddo_cli.engines import train_extractor as engine
+
+    found = engine.run(
+        data, out, held_out=held_out, images=images, seed=seed, device=device_of(device), dry_run=dry_run
+    )
+    console.result(found, lines_of(found))
