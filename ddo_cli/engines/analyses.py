@@ -54,8 +54,8 @@ def gain(subject: Subject, settings: Settings) -> Finding:
         places = ", ".join(f"{level['sigma_min']:.2g} to {level['sigma_max']:.2g}" for level in harmful)
         console.warn(
             f"guidance of weight {subject.guide.weight:g} leads the score away from held-out data's at sigma {places}: "
-            "it is too strong (see best_weight), overfitted, or mends the errors of a sampler of few steps, which the "
-            "gain does not count"
+            "it is too strong (see best_weight), overfitted, or trained on samples of few steps, whose errors it mends "
+            "as well and the gain does not count"
         )
     summary = {key: value for key, value in found.items() if key != "levels"}
     content = {**found, "weight": subject.guide.weight, "num_items": len(x0)}

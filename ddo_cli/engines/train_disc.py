@@ -77,7 +77,7 @@ def run(
             console.info(f"{out} is finished; nothing to do")
             return _result(run_dir, state)
         fake = given or disc_data.draw(recipe, spec, run_dir, label_use, real, device)
-        header = _header(recipe, loaded, config, spec, fake)
+        header = _header(recipe, loaded, config, spec, real, fake)
         training = _Training(recipe, run_dir, base, network, real, fake, header, device)
         training.run()
         return _result(run_dir, _finish(training, scoring))
@@ -272,7 +272,7 @@ def _scores(training: _Training, scoring: Scoring) -> dict[int, float]:
 
 
 def _header(
-    recipe: Recipe, loaded: registry.Loaded, config: dict[str, Any], spec: SamplingRecipe, fake: ItemSet
+    recipe: Recipe, loaded: registry.Loaded, config: dict[str, Any], spec: SamplingRecipe, real: ItemSet, fake: ItemSet
 ) -> dict[str, Any]:
     """What `guide-sample` checks and starts from."""
     settings = recipe.discriminator
@@ -280,6 +280,7 @@ def _header(
     trained_on = {
         "model": recipe.model.ckpt,
         "model_sha256": loaded.checkpoint.sha256,
+        "data_sha256": digest(real),
         "fake_sha256": digest(fake),
         "num_fake": len(fake.items),
         "sampling": drawn,
