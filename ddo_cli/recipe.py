@@ -189,7 +189,10 @@ class GuidanceRecipe(Section):
     def merged(self, **given: Any) -> GuidanceRecipe:
         """This recipe with the given values that are not None in place of its own. Raises RecipeError."""
         try:
-            return GuidanceRecipe(**(self.model_dump() | {k: v for k, v in given.items() if v is not None}))
+            values = self.model_dump() | {k: v for k, v in given.items() if v is not None}
+            if given.get("dg_weight") == 0 and not given.get("boost"):
+                values["boost"] = False  # stored with the discriminator, and nothing to boost
+            return GuidanceRecipe(**values)
         except ValidationError as error:
             raise RecipeError("\n".join(_messages(error, "command line", {}))) from None
 
@@ -374,7 +377,7 @@ def _messages(error: ValidationError, path: str, places: dict[str, str]) -> Iter
         if problem["type"] == "extra_forbidden":
             yield f"{place}: unknown key '{key}'{nearest_key(key)}"
         elif not key:
-            yield f"{place}: {problem['msg']}"
+            yield f"{place}: {problem['msg'].removeprefix('Value error, ')}"
         else:
             remedy = problem["msg"][:1].lower() + problem["msg"][1:].removeprefix("Value error, ")
             yield f"{place}: {key} = {problem['input']!r}: {remedy}"

@@ -86,6 +86,8 @@ def tiny_disc_recipe(ckpt: str, *overrides: str) -> Recipe:
 
 def make_discriminator(path: Path, ckpt: str, seed: int = 0, scale: float = 0.1, **changes) -> str:
     """A random discriminator of `ckpt`, as `ddo train-disc` would leave it. changes: of its header's trained_on."""
+    from ddo_cli.data.images import open_images
+    from ddo_cli.data.items import digest
     from ddo_cli.models import discriminators
 
     model, file = registry.load_model(ckpt, CPU)
@@ -100,7 +102,13 @@ def make_discriminator(path: Path, ckpt: str, seed: int = 0, scale: float = 0.1,
         "kind": "discriminator",
         "config": config,
         "process": discriminators.PROCESS,
-        "trained_on": {"model": ckpt, "model_sha256": file.sha256, "sampling": None, **changes},
+        "trained_on": {
+            "model": ckpt,
+            "model_sha256": file.sha256,
+            "data_sha256": digest(open_images(recipe.data.source, recipe.data.num)),
+            "sampling": None,
+            **changes,
+        },
         "guidance": recipe.guidance.model_dump(mode="json"),
         "provenance": [{"command": "train-disc", "recipe": recipe.model_dump(mode="json")}],
     }

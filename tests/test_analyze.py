@@ -17,7 +17,8 @@ from scipy.integrate import quad
 from torch.testing import assert_close
 
 from ddo_cli import checkpoint
-from ddo_cli.data.items import ItemSet
+from ddo_cli.data.images import open_images
+from ddo_cli.data.items import ItemSet, digest
 from ddo_cli.data.pairs import split
 from ddo_cli.diffusion import denoiser, noise
 from ddo_cli.diffusion.guidance import GradientGuide, climb
@@ -297,7 +298,9 @@ def toy_disc(tmp_path_factory):
     file = checkpoint.load(path)
     recipe = load("toy2d", ["data.num=200", "discriminator={held_out: 32}"])
     link = {"command": "train-disc", "recipe": recipe.model_dump(mode="json")}
-    checkpoint.save(path, file.tensors, {**file.header, "provenance": [link]})
+    toy = digest(open_images("embedded:toy2d", 200))
+    trained_on = {**file.header["trained_on"], "data_sha256": toy}
+    checkpoint.save(path, file.tensors, {**file.header, "trained_on": trained_on, "provenance": [link]})
     return str(path)
 
 
@@ -433,11 +436,12 @@ def flat(value, key=""):
 
 def test_held_out_rows_are_those_that_training_left_out(disc, ckpt):
     recipe, base = tiny_disc_recipe(ckpt), registry.load_model(ckpt, CPU).model
-    real, rows = analyze._held_out(recipe, None, base, disc)
+    known = checkpoint.read_header(disc)["trained_on"]["data_sha256"]
+    real, rows = analyze._held_out(recipe, None, known, base, disc)
     assert len(real.items) == 96
     assert rows.tolist() == split(96, 16, "real", recipe.seed).held_out.tolist()
-    same = analyze._held_out(recipe, "embedded:digits32", base, disc)[1]
-    assert same.tolist() == rows.tolist()
+    with pytest.raises(DataError, match=r"has changed since .* was trained on it"):
+        analyze._held_out(recipe, None, "another", base, disc)
 
 
 def test_another_set_is_held_out_as_a_whole(disc, tmp_path):

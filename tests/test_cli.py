@@ -41,7 +41,9 @@ def test_help_does_not_import_torch(tmp_path):
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    names = "sample finetune-ddo train-disc guide-sample edit analyze pretrain train-classifier fid info recipes"
+    names = (
+        "sample finetune-ddo train-disc guide-sample edit analyze pretrain train-classifier fid info recipes convert"
+    )
     for command in [*names.split(), "train-extractor"]:
         assert command in done.stdout
 

@@ -10,9 +10,10 @@ from conftest import CPU, make_checkpoint, make_discriminator, torchrun
 
 from ddo_cli import checkpoint
 from ddo_cli.data.samples import open_samples
+from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.engines import guide_sample, guides, sample
 from ddo_cli.engines.guides import Others
-from ddo_cli.errors import CheckpointError, RecipeError, UsageError
+from ddo_cli.errors import CheckpointError, NumericsError, RecipeError, RunError, UsageError
 from ddo_cli.files import write_json
 from ddo_cli.models import discriminators, registry
 
@@ -62,7 +63,7 @@ def test_churn_and_guidance_free_runs_agree(ckpt, disc, tmp_path):
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp-2m", "ddim", "ddpm"])
 def test_every_sampler_is_guided(ckpt, disc, tmp_path, sampler):
     settings = {"sampler": sampler, "steps": 4}
-    found = run(disc, tmp_path / "guided", sampling=settings, guidance={"dg_weight_2nd": 1.0})
+    found = run(disc, tmp_path / "guided", sampling=settings, guidance={"dg_weight_2nd": float(sampler == "heun")})
     plain = run(disc, tmp_path / "plain", sampling=settings, guidance={"dg_weight": 0.0})
     assert found["nfe"] == plain["nfe"] == (7 if sampler == "heun" else 4)
     assert 3 <= found["disc_nfe"] <= found["nfe"]  # the last level lies below the window
@@ -238,7 +239,7 @@ def test_all_guides_together(ckpt, disc, tmp_path):
     assert found["disc_nfe"] == 5  # classifier at every step, discriminator inside its window
     assert found["guidance"]["autoguidance"]["scale"] == 1.5
     assert found["guidance"]["classifier"]["weight"] == 2.0
-    none = run(disc, tmp_path / "none", sampling=settings, others=Others(bad, 1.0, classifier, 0.0))
+    none = run(disc, tmp_path / "none", sampling=settings, others=Others(None, 1.0, classifier, 0.0))
     assert (none["nfe"], none["disc_nfe"]) == (6, 2)
     run(disc, tmp_path / "plain", sampling=settings)
     assert torch.equal(items(tmp_path / "none"), items(tmp_path / "plain"))  # every weight can be switched off alone
@@ -274,3 +275,80 @@ def test_autoguidance_of_plain_sampling(ckpt, tmp_path):
     checkpoint.save(tmp_path / "small.safetensors", registry.build(small).state_dict(), header)
     with pytest.raises(UsageError, match="autoguidance needs a version of the same model"):
         guides.of_plain_sampling(Others(str(tmp_path / "small.safetensors"), 2.0), ckpt, CPU)
+
+
+def test_options_without_effect_are_refused(ckpt, disc, tmp_path):
+    with pytest.raises(UsageError, match="--dg-weight-2nd is of heun's correctors, and sampler euler has none"):
+        run(disc, tmp_path / "x", sampling={"sampler": "euler"}, guidance={"dg_weight_2nd": 1.0})
+    with pytest.raises(UsageError, match="--boost-churn-period 3 has no effect without --boost"):
+        run(disc, tmp_path / "x", guidance={"boost_churn_period": 3})
+    for others in (Others(guidance=2.0), Others(guide_ckpt=ckpt), Others(classifier_weight=3.0)):
+        with pytest.raises(UsageError, match=r"need one another|needs --classifier"):
+            run(disc, tmp_path / "x", others=others)
+    for others in (Others(ckpt, float("nan")), Others(classifier_weight=float("inf"))):
+        with pytest.raises(UsageError, match="is not a finite number"):
+            run(disc, tmp_path / "x", others=others)
+    with pytest.raises(UsageError, match=r"holds none of the sampler's times"):
+        run(disc, tmp_path / "x", guidance={"time_min": 0.96})
+    assert not (tmp_path / "x").exists()
+
+
+def test_samples_that_diverge_stop_the_run(disc, tmp_path):
+    with pytest.raises(NumericsError, match="samples are not finite"):
+        run(disc, tmp_path / "x", guidance={"dg_weight": 1e308})
+    assert not list((tmp_path / "x").glob("shard-*"))
+
+
+def test_plain_and_guided_sets_are_never_mixed(ckpt, disc, tmp_path):
+    run(disc, tmp_path / "guided")
+    with pytest.raises(RunError, match="holds another sample set"):
+        sample.run(ckpt, range(6), tmp_path / "guided", form="shards", device=CPU)
+    sample.run(ckpt, range(6), tmp_path / "plain", form="shards", device=CPU)
+    with pytest.raises(RunError, match="holds another sample set"):
+        run(disc, tmp_path / "plain")
+
+
+def test_weight_0_switches_a_stored_boost_off(disc, tmp_path):
+    stored = checkpoint.read_header(disc)["guidance"]
+    boosted = rewritten(disc, tmp_path / "d.safetensors", guidance={**stored, "boost": True})
+    assert run(boosted, tmp_path / "set", guidance={"dg_weight": 0.0})["disc_nfe"] == 0
+
+
+def test_a_damaged_run_is_left_out(ckpt, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_discriminator(Path("runs") / "good" / "final.safetensors", ckpt)
+    write_json(Path("runs") / "good" / "state.json", {"command": "train-disc", "finished": True})
+    (Path("runs") / "broken").mkdir()
+    (Path("runs") / "broken" / "state.json").write_text("{")
+    assert run(None, tmp_path / "set")["discriminator"] == "runs/good/final.safetensors"
+    assert "left out" in capsys.readouterr().err
+
+
+def test_one_pass_each_way_per_guided_evaluation_and_no_graph_through_the_model(ckpt, disc, tmp_path, monkeypatch):
+    counts = {"forward": 0, "backward": 0}
+    load, grad, denoise = discriminators.load, torch.autograd.grad, DiffusionModel.denoise
+
+    def counted_load(*arguments):
+        loaded = load(*arguments)
+        assert not any(parameter.requires_grad for parameter in loaded.network.parameters())
+        loaded.network.register_forward_hook(lambda *_: counts.update(forward=counts["forward"] + 1))
+        return loaded
+
+    def counted_grad(*arguments, **options):
+        counts["backward"] += 1
+        return grad(*arguments, **options)
+
+    def watched(self, x, sigma, label):
+        denoised = denoise(self, x, sigma, label)
+        assert not x.requires_grad
+        assert not denoised.requires_grad
+        return denoised
+
+    monkeypatch.setattr(discriminators, "load", counted_load)
+    monkeypatch.setattr(torch.autograd, "grad", counted_grad)
+    monkeypatch.setattr(DiffusionModel, "denoise", watched)
+    found = run(
+        disc, tmp_path / "set", num=4, sampling={"sampler": "heun", "steps": 5}, guidance={"dg_weight_2nd": 1.0}
+    )
+    made = 2  # batches: the set's, and the contact sheet's
+    assert counts == {"forward": made * found["disc_nfe"], "backward": made * found["disc_nfe"]}

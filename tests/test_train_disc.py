@@ -11,12 +11,14 @@ import torch
 from conftest import CPU, make_checkpoint, tiny_disc_recipe, torchrun
 
 from ddo_cli import checkpoint, files
+from ddo_cli.data.images import open_images
 from ddo_cli.data.pairs import split
 from ddo_cli.diffusion import noise
-from ddo_cli.engines import sample, train_disc
+from ddo_cli.engines import disc_data, sample, train_disc
 from ddo_cli.errors import CheckpointError, DataError, RecipeError, RunError, UsageError
 from ddo_cli.metrics.discrimination import LEVELS, HeldOut, noisy
 from ddo_cli.models import discriminators
+from ddo_cli.recipe import load
 
 
 class KilledError(BaseException):
@@ -82,6 +84,7 @@ def test_a_killed_run_ends_with_the_same_bytes(finished, ckpt, tmp_path, monkeyp
         with pytest.raises(KilledError):
             train_disc.run(tiny_disc_recipe(ckpt), tmp_path / "run", device=CPU)
     train_disc.run(tiny_disc_recipe(ckpt), tmp_path / "run", device=CPU)
+    assert (tmp_path / "run" / "report.html").is_file()
     for name in ("final.safetensors", "best.safetensors", "metrics.json"):
         assert (tmp_path / "run" / name).read_bytes() == (out / name).read_bytes(), name
 
@@ -92,6 +95,19 @@ def test_a_finished_run_says_so_and_another_recipe_is_refused(finished, ckpt, ca
     assert "nothing to do" in capsys.readouterr().err
     with pytest.raises(RunError, match=r"discriminator\.lr: 0\.001 -> 0\.01"):
         train_disc.run(tiny_disc_recipe(ckpt, "discriminator.lr=0.01"), out, device=CPU)
+
+
+@pytest.mark.parametrize("lost", [["final.safetensors"], ["final.safetensors", "checkpoints"]])
+def test_a_lost_file_of_a_finished_run_is_made_again(finished, ckpt, tmp_path, monkeypatch, lost):
+    out, result = finished
+    shutil.copytree(out, tmp_path / "run")
+    for name in lost:
+        path = tmp_path / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if len(lost) == 1:  # everything needed is there: nothing is trained
+        monkeypatch.setattr(train_disc.loop, "fit", None)
+    assert train_disc.run(tiny_disc_recipe(ckpt), tmp_path / "run", device=CPU)["heldout_bce"] == result["heldout_bce"]
+    assert (tmp_path / "run" / "final.safetensors").read_bytes() == (out / "final.safetensors").read_bytes()
 
 
 @pytest.mark.slow
@@ -127,10 +143,11 @@ def test_training_stops_when_the_held_out_loss_has_settled(ckpt, tmp_path, capsy
     assert "no better than a coin" in capsys.readouterr().err
 
 
-def test_a_loss_that_still_falls_is_said(tmp_path, capsys):
+def test_a_loss_that_still_falls_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_disc, "STILL_FALLING", -1.0)  # nothing counts as settled
     ckpt = make_checkpoint(tmp_path / "m.safetensors")
-    recipe = tiny_disc_recipe(ckpt, "discriminator.lr=1e-2", "discriminator.images=120", "discriminator.eval_every=24")
-    assert not train_disc.run(recipe, tmp_path / "run", device=CPU)["settled"]
+    settings = ("discriminator.images=3200", "discriminator.eval_every=800", "discriminator.lr=1e-2")
+    assert not train_disc.run(tiny_disc_recipe(ckpt, *settings), tmp_path / "run", device=CPU)["settled"]
     assert "still falling" in capsys.readouterr().err
 
 
@@ -147,6 +164,46 @@ def test_every_time_law_trains(ckpt, tmp_path, law, weighting):
     settings = (f"discriminator.time={law}", f"discriminator.weighting={weighting}", "discriminator.images=16")
     recipe = tiny_disc_recipe(ckpt, *settings)
     assert math.isfinite(train_disc.run(recipe, tmp_path / "run", device=CPU)["heldout_bce"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["guidance.boost=true", "sampling.sampler=ddim"], "which sampler ddim cannot do"),
+        (["guidance.time_min=0.97"], "holds none of the sampler's times"),
+    ],
+)
+def test_guidance_is_checked_before_training(ckpt, tmp_path, overrides, message):
+    recipe = tiny_disc_recipe(ckpt, "discriminator.select=fid", *overrides)
+    with pytest.raises(UsageError, match=message):
+        train_disc.run(recipe, tmp_path / "run", device=CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_classes_are_checked_before_drawing(ckpt, tmp_path):
+    missing = npz(tmp_path / "nine.npz", list(range(9)) * 8)
+    with pytest.raises(DataError, match="no item of class 9"):
+        train_disc.run(tiny_disc_recipe(ckpt, f"data={{source: {missing}}}"), tmp_path / "run", device=CPU)
+    with pytest.raises(DataError, match=r"generated set of 8 .* has no item of class 8, 9"):
+        disc_data.check_classes(open_images("embedded:digits32", 96), 8, 10)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("bce", "settled"),
+    [
+        ([0.60, 0.545, 0.54, 0.535, 0.53], True),  # the second half brought 9 % of what has been learnt
+        ([0.68, 0.65, 0.60, 0.55, 0.54], False),  # a decayed learning rate flattens every end
+        ([0.69, 0.68, 0.67, 0.66, 0.65], False),
+    ],
+)
+def test_settled_is_judged_by_the_second_half(bce, settled):
+    class Run(train_disc._Training):
+        def __init__(self):
+            self.settings = load("quickstart").discriminator
+            self.evaluations = {str(100 * (i + 1)): {"bce": value} for i, value in enumerate(bce)}
+
+    assert Run().has_settled() == settled
 
 
 def test_selection_by_the_metric_of_guided_samples(ckpt, tmp_path):
@@ -224,6 +281,18 @@ def test_misspelt_networks_and_options(ckpt, tmp_path):
 # Networks
 
 
+def test_the_default_network_sees_the_whole_of_a_large_image():
+    config = discriminators.config_of("discriminator", "time-encoder", (3, 256, 256), 0, {})
+    network = discriminators.build("discriminator", config)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x = torch.zeros(1, 3, 256, 256, requires_grad=True)
+    features = network.features(x, torch.full((1,), 0.3, dtype=torch.float64))
+    assert features.shape[2] == 8
+    (gradient,) = torch.autograd.grad(features[:, :, 4, 4].square().sum(), x)
+    assert gradient[..., 48, 48].abs().sum() > 0  # 88 pixels away
+
+
 @pytest.mark.parametrize(("shape", "patch"), [((3, 32, 32), 4), ((1, 28, 28), 2), ((4, 8, 8), 1), ((3, 64, 64), 4)])
 def test_the_default_network_takes_any_square_state(shape, patch):
     config = discriminators.config_of("discriminator", "time-encoder", shape, 0, {"widths": [8, 16]})
@@ -269,6 +338,8 @@ def test_a_discriminator_on_a_frozen_trunk(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(same(x, t), trunk(x, t))
     checkpoint.save(tmp_path / "trunk.safetensors", {k: v + 1 for k, v in trunk.state_dict().items()}, header)
+    with pytest.raises(RunError, match=r"config\.options\.trunk_sha256"):  # nor does a run go on with another trunk
+        train_disc.run(recipe, tmp_path / "run", device=CPU)
     with pytest.raises(CheckpointError, match="has changed since"):
         discriminators.load("discriminator", tmp_path / "run" / "final.safetensors", CPU)
 

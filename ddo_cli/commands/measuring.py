@@ -1,4 +1,4 @@
-"""Commands that measure and describe: `fid`, `analyze`, `info`, `recipes`."""
+"""Commands that measure, describe and convert: `fid`, `analyze`, `convert`, `info`, `recipes`."""
 
 from __future__ import annotations
 
@@ -111,6 +111,25 @@ def analyze(
     if "gain" in found:
         table = console.table("Gain by noise level", *engine.table_of(Path(found["out"])))
     console.result(found, lines_of(found), table)
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="EDM .pkl, ADM classifier or DG discriminator .pt.")],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    model: Annotated[str | None, typer.Option(help="Of a discriminator: the converted model that it guides.")] = None,
+    trunk: Annotated[
+        str | None, typer.Option(help="Of a discriminator: the converted classifier that it stands on.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read the file again and compare every tensor.")] = False,
+    dry_run: DryRun = False,
+    json_: Json = False,
+) -> None:
+    """Convert published weights to safetensors, without running the code inside them."""
+    console.use_json(json_)
+    from ddo_cli.engines import convert as engine
+
+    found = engine.run(source, out, model=model, trunk=trunk, verify=verify, dry_run=dry_run)
+    console.result(found, lines_of(found))
 
 
 def info(

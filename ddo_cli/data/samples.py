@@ -29,6 +29,7 @@ from ddo_cli.recipe import differing_keys
 
 Format = Literal["png", "npz", "shards"]
 MANIFEST = "manifest.json"
+FOUND_LATER = ("complete", "nfe", "disc_nfe", "labels")  # keys of a manifest that say nothing of how the set is made
 MAX_SEED = 2**32 - 1  # generators keep 32 bits
 
 
@@ -128,7 +129,7 @@ class Writer:
         if dist.is_main():
             self.out.mkdir(parents=True, exist_ok=True)
             if path.is_file():
-                found = {key: value for key, value in read_json(path).items() if key in self.manifest}
+                found = {key: value for key, value in read_json(path).items() if key not in FOUND_LATER}
                 if lines := differing_keys(self.manifest, found):
                     raise RunError(
                         f"{self.out} holds another sample set; choose another --out or remove it. Differences "

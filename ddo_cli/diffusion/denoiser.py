@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ddo_cli.diffusion import guidance, precond, samplers
 from ddo_cli.diffusion.guidance import Guide
-from ddo_cli.errors import UsageError
+from ddo_cli.errors import NumericsError, UsageError
 from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, drop_labels
 from ddo_cli.recipe import SamplingRecipe
 from ddo_cli.rng import RowRng
@@ -165,6 +165,11 @@ class DiffusionModel(LikelihoodModel):
         if x0 is not None:
             x = x + x0.to(x)
         x = samplers.SAMPLERS[spec.sampler or "heun"](denoise, x, sigmas, churn)
+        if not bool(x.isfinite().all()):
+            raise NumericsError(
+                f"{int((~x.isfinite().flatten(1).all(1)).sum())} of {len(x)} samples are not finite; the model or a "
+                "guide diverges: lower the weights of guidance, narrow its window, or take more steps"
+            )
         return Sampled(x, trace.nfe, trace.disc_nfe)
 
     def steered(

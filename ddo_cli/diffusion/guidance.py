@@ -116,6 +116,14 @@ class GradientGuide(NamedTuple):
         return guided
 
 
+def potential_at(potential: Potential, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
+    """L at a state, (B,), without its gradient. sigma: scalar or (B,)."""
+    sigma = sigma.to(x.device, torch.float64)
+    with torch.no_grad():
+        x_vp = (rows_of(noise.scale_of(sigma), x) * x).to(torch.float32)
+        return potential(x_vp, noise.time_of(sigma).expand(len(x)), label)
+
+
 def climb(potential: Potential, x: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """L (B,) and sigma^2 grad_x L, of x's shape and type. sigma: scalar or (B,).
 

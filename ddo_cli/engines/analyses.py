@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddo_cli import console, dist, pictures
-from ddo_cli.diffusion.guidance import Guide, Potential, climb
+from ddo_cli.diffusion.guidance import Guide, Potential, potential_at
 from ddo_cli.diffusion.samplers import Denoiser, Trace
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.engines.subject import Finding, Settings, Subject
@@ -101,7 +101,7 @@ class Recorder:
         def overheard(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
             if stage == "predictor":
                 self.sigmas.append(float(sigma.mean()))
-                self.log_ratios.append(climb(self.potential, x, sigma, label)[0].cpu())
+                self.log_ratios.append(potential_at(self.potential, x, sigma, label).cpu())
             return denoise(x, sigma, stage)
 
         return overheard
@@ -160,7 +160,7 @@ def _of_data(subject: Subject, levels: Sequence[float]) -> dict[str, list[float]
         rng = RowRng.for_rows("trajectory", subject.recipe.seed, step, rows=range(len(x0)))
         x = x0 + level * rng.randn(x0.shape[1:], dtype=torch.float64).to(subject.device)
         sigma = torch.tensor(level, dtype=torch.float64, device=subject.device)
-        found.append(climb(subject.guide.potential, x, sigma, label)[0].cpu())
+        found.append(potential_at(subject.guide.potential, x, sigma, label).cpu())
     return _quartiles(levels, torch.stack(found))
 
 

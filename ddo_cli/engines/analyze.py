@@ -13,13 +13,13 @@ from pydantic import ValidationError
 
 from ddo_cli import console, dist, rundir
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import ItemSet, check_fits
+from ddo_cli.data.items import ItemSet, check_fits, digest
 from ddo_cli.data.pairs import split
 from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.engines import analyses, guides, sample
 from ddo_cli.engines.regeneration import regeneration
 from ddo_cli.engines.subject import Finding, Settings, Subject
-from ddo_cli.errors import CheckpointError, DataError, UsageError
+from ddo_cli.errors import CheckpointError, DataError, RunError, UsageError
 from ddo_cli.files import read_json, write_json
 from ddo_cli.models import discriminators
 from ddo_cli.recipe import Recipe
@@ -60,7 +60,7 @@ def run(
     base.check_sampling(spec)
     guides.warn_of_other_sampler(chosen.discriminator, spec)
     recipe = _recipe_of(chosen.discriminator)
-    real, rows = _held_out(recipe, data, base, file.path)
+    real, rows = _held_out(recipe, data, file.header["trained_on"].get("data_sha256"), base, file.path)
     guide = guides.discriminator_guide(chosen.discriminator.network, chosen.settings, len(base.shape))
     subject = Subject(base, guide, spec, recipe or Recipe(), real, rows, device)
     names = select(what, subject)
@@ -79,6 +79,7 @@ def run(
     }  # fmt: skip
     found = {}
     with rundir.locked(out):
+        _refuse_foreign(out)
         for name in names:
             finding = ANALYSES[name](subject, settings)
             if dist.is_main():
@@ -88,6 +89,14 @@ def run(
             found[name] = finding.summary
         dist.barrier()
     return {**shown, **found}
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Raises RunError unless the directory is empty or holds analyses only."""
+    known = {f"{name}{end}" for name in ANALYSES for end in (".json", ".png")}
+    others = sorted(entry.name for entry in out.iterdir() if entry.name not in known and not entry.name.startswith("."))
+    if dist.from_main(others):
+        raise RunError(f"{out} holds {others[0]}, which is no analysis; choose another --out")
 
 
 def table_of(out: Path) -> tuple[list[str], list[tuple[str, ...]]]:
@@ -175,18 +184,29 @@ def _recipe_of(found: discriminators.Loaded) -> Recipe | None:
         ) from None
 
 
-def _held_out(recipe: Recipe | None, data: str | None, base: DiffusionModel, file: str) -> tuple[ItemSet, np.ndarray]:
-    """Real items, and which of them the discriminator was not trained on. Raises DataError or UsageError."""
+def _held_out(
+    recipe: Recipe | None, data: str | None, trained_sha256: str | None, base: DiffusionModel, file: str
+) -> tuple[ItemSet, np.ndarray]:
+    """Real items, and which of them the discriminator was not trained on: known by the hash of what it was trained on.
+
+    Raises DataError or UsageError.
+    """
     if recipe is None and data is None:
         raise UsageError(f"{file} does not name the data it was trained on; give real items held out from it by --data")
-    if recipe is not None and data in (None, recipe.data.source):
-        try:
-            real = open_images(recipe.data.source, recipe.data.num)
-        except DataError as error:
-            raise DataError(f"{error} (the data that {file} was trained on; others can be given by --data)") from None
+    try:
+        real = open_images(data or recipe.data.source, recipe.data.num if recipe and not data else None)  # type: ignore[union-attr]
+    except DataError as error:
+        if data is not None:
+            raise
+        raise DataError(f"{error} (the data that {file} was trained on; others can be given by --data)") from None
+    if recipe is not None and digest(real) == trained_sha256:
         rows = split(len(real.items), recipe.discriminator.held_out, "real", recipe.seed).held_out
+    elif data is None:
+        raise DataError(
+            f"{real.name} has changed since {file} was trained on it, so which items were held out is not known; give "
+            "items that it has not seen by --data"
+        )
     else:
-        real = open_images(str(data))
         rows = np.arange(len(real.items))
         console.info(f"{data}: all {len(rows)} items are taken for held out; the gain is too large on trained ones")
     check_fits(real, base.shape, base.num_classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ddo_cli import console, rundir
@@ -40,6 +41,12 @@ def given_set(
     check_sizes(len(real.items), len(fake.items), source, settings.held_out)
     check_balance(real, fake, label_use)
     return fake
+
+
+def check_classes(real: ItemSet, num_fake: int, label_use: int) -> None:
+    """Raises DataError if `num_fake` samples of all classes and the real set cannot have the same classes."""
+    labels = np.arange(num_fake) % max(label_use, 1)
+    check_balance(real, ItemSet(labels, labels, f"a generated set of {num_fake} (num_fake)", label_use), label_use)
 
 
 def draw(

@@ -12,6 +12,8 @@ from ddo_cli import console
 from ddo_cli.data.samples import Format
 from ddo_cli.engines import guides, sample
 from ddo_cli.engines.guides import Others
+from ddo_cli.errors import UsageError
+from ddo_cli.recipe import GuidanceRecipe
 
 
 def run(
@@ -35,16 +37,29 @@ def run(
     guidance: values of GuidanceRecipe in place of those stored with the discriminator.
     With weight 0 and no other guide the items are those of `ddo sample`, bit for bit.
     """
-    chosen = guides.choose(disc, ckpt, guidance or {}, device=device, force=force)
+    given = guidance or {}
+    chosen = guides.choose(disc, ckpt, given, device=device, force=force)
     base = guides.diffusion_model(chosen.model)
     file, settings = chosen.discriminator.checkpoint, chosen.settings
-    guides.warn_of_other_sampler(chosen.discriminator, sample.spec_of(chosen.model.checkpoint, **(sampling or {})))
+    spec = sample.spec_of(chosen.model.checkpoint, **(sampling or {}))
+    _check_effect(settings, given, spec.sampler)
+    guides.warn_of_other_sampler(chosen.discriminator, spec)
     found, record = guides.other_guides(others, base, device)
     guide = guides.discriminator_guide(chosen.discriminator.network, settings, len(base.shape))
+    guides.check_acts(base, guide, spec)
     record |= {"discriminator_sha256": file.sha256, **settings.model_dump(mode="json")}
     console.info(f"{chosen.model.checkpoint.path} guided by {file.path}, weight {settings.dg_weight:g}")
     drawn = sample.run(
-        chosen.model.checkpoint.path, seeds, out, form=form, classes=classes, sampling=sampling,
+        chosen.model, seeds, out, form=form, classes=classes, sampling=sampling,
         guides=[*found, guide], guidance=record, device=device, title="guided sampling", dry_run=dry_run,
     )  # fmt: skip
     return {**drawn, "discriminator": file.path, "dg_weight": settings.dg_weight, "guidance": record}
+
+
+def _check_effect(settings: GuidanceRecipe, given: dict[str, Any], sampler: str | None) -> None:
+    """Raises UsageError for options that the others leave without effect."""
+    if given.get("dg_weight_2nd") and sampler not in (None, "heun"):
+        raise UsageError(f"--dg-weight-2nd is of heun's correctors, and sampler {sampler} has none; leave it out")
+    for key in ("boost_churn_period", "boost_weight_period", "boost_churn"):
+        if given.get(key) is not None and not settings.boost:
+            raise UsageError(f"--{key.replace('_', '-')} {given[key]} has no effect without --boost; add it")

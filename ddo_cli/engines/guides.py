@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,10 +10,11 @@ import torch
 from torch import nn
 
 from ddo_cli import checkpoint, console, dist
+from ddo_cli.diffusion import noise
 from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, Guide
 from ddo_cli.diffusion.samplers import Boost
-from ddo_cli.errors import CheckpointError, UsageError
+from ddo_cli.errors import CheckpointError, RunError, UsageError
 from ddo_cli.files import read_json
 from ddo_cli.models import discriminators, registry
 from ddo_cli.recipe import GuidanceRecipe, SamplingRecipe, differing_keys
@@ -32,12 +34,16 @@ def diffusion_model(loaded: registry.Loaded) -> DiffusionModel:
 
 def finished_discriminators(runs: Path = RUNS) -> list[Path]:
     """The final checkpoints of the finished `ddo train-disc` below `runs`, newest first."""
-    found = [
-        state.with_name("final.safetensors")
-        for state in runs.glob("*/state.json")
-        if (content := read_json(state)).get("command") == "train-disc" and content.get("finished")
-    ]
-    found = [file for file in found if file.is_file()]
+    found = []
+    for state in sorted(runs.glob("*/state.json")):
+        file = state.with_name("final.safetensors")
+        try:
+            content = read_json(state)
+        except RunError as error:
+            console.warn(f"{error}; left out")
+            continue
+        if content.get("command") == "train-disc" and content.get("finished") and file.is_file():
+            found.append(file)
     return dist.from_main(sorted(found, key=lambda file: file.stat().st_mtime, reverse=True))
 
 
@@ -151,6 +157,17 @@ def discriminator_guide(network: nn.Module, settings: GuidanceRecipe, ndim: int 
     )
 
 
+def check_acts(base: DiffusionModel, guide: GradientGuide, spec: SamplingRecipe) -> None:
+    """Raises UsageError if the guide has weight but none of the sampler's noise levels lies in its window."""
+    base.check_guides(spec, [guide])
+    t = noise.time_of(base.sigmas(spec)[:-1])
+    if max(guide.weight, guide.weight_2nd) > 0 and not bool(((t >= guide.time_min) & (t <= guide.time_max)).any()):
+        raise UsageError(
+            f"the window from time_min = {guide.time_min} to time_max = {guide.time_max} holds none of the sampler's "
+            f"times, {float(t.min()):.3g} to {float(t.max()):.3g}; widen it, or set --dg-weight 0"
+        )
+
+
 class Others(NamedTuple):
     """Guides beside the discriminator, given by options. Paths may be None, scales then mean nothing."""
 
@@ -162,6 +179,7 @@ class Others(NamedTuple):
 
 def other_guides(others: Others, base: DiffusionModel, device: torch.device) -> tuple[list[Guide], dict[str, Any]]:
     """The guides, innermost first, and what a sample set's manifest records of them. Raises UsageError."""
+    _check_others(others)
     found: list[Guide] = []
     record: dict[str, Any] = {}
     if others.guide_ckpt is not None:
@@ -188,6 +206,19 @@ def other_guides(others: Others, base: DiffusionModel, device: torch.device) -> 
     return found, record
 
 
+def _check_others(others: Others) -> None:
+    for value, name in ((others.guidance, "--guidance"), (others.classifier_weight, "--classifier-weight")):
+        if not math.isfinite(value):
+            raise UsageError(f"{name} {value} is not a finite number; give a weight")
+    if (others.guide_ckpt is None) != (others.guidance == 1.0):
+        raise UsageError(
+            f"--guidance {others.guidance:g} and --guide-ckpt {others.guide_ckpt} need one another; give both, a scale "
+            "other than 1, or neither"
+        )
+    if others.classifier is None and others.classifier_weight != 1.0:
+        raise UsageError(f"--classifier-weight {others.classifier_weight:g} needs --classifier FILE")
+
+
 class _ClassLogProbability(NamedTuple):
     """log p(label | x_vp, t)."""
 
@@ -206,6 +237,7 @@ class Made(NamedTuple):
 
 def of_plain_sampling(others: Others, ckpt: str, device: torch.device) -> Made:
     """The guides of `ddo sample`, which has no discriminator."""
+    _check_others(others)
     if others.guide_ckpt is None:
         return Made([], {})
     return Made(*other_guides(others, diffusion_model(registry.load_model(ckpt, device)), device))

@@ -24,7 +24,7 @@ GRID_ITEMS = 64
 
 
 def run(
-    ckpt: str | Path,
+    ckpt: str | Path | registry.Loaded,
     seeds: Sequence[int],
     out: Path,
     *,
@@ -44,7 +44,7 @@ def run(
     guides: applied to the model; guidance: what identifies them, for the set's manifest.
     Continues a set that an earlier run left unfinished; a finished one is left as it is.
     """
-    model, file = registry.load_model(ckpt, device)
+    model, file = ckpt if isinstance(ckpt, registry.Loaded) else registry.load_model(ckpt, device)
     spec = spec_of(file, **(sampling or {}))
     model.check_sampling(spec)
     model.check_guides(spec, guides)

@@ -57,6 +57,11 @@ class Scoring:
         """Scores that a promoted model gets; densities have no sampling noise, so one is enough."""
         return 1 if self.density is not None else self.metric.repeats
 
+    def check(self, guides: Sequence[Guide]) -> None:
+        """Raises UsageError if the metric cannot be taken of samples drawn like this."""
+        if self.density is not None and (self.spec.s_churn or any(getattr(guide, "boost", None) for guide in guides)):
+            raise UsageError("metric js is of the density that an ODE draws: leave sampling.s_churn and boost out")
+
     def run(self, model: LikelihoodModel, repeat: int, guides: Sequence[Guide] = ()) -> dict[str, float]:
         """The metric's figures, `self.key` among them, on the seeds of one repeat. Equal on every process."""
         if self.density is not None:

@@ -82,7 +82,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             state_file=out / "train-state.safetensors",
             log_file=run_dir.log_file,
             log_tags={},
-            last_good=lambda: out / "train-state.safetensors",
+            last_good=lambda: "none yet",
             dropout=True,
             owner=recipe.name,
         )
@@ -95,9 +95,11 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             link = {"command": "train-classifier", "recipe": recipe.model_dump(mode="json")}
             header = {"kind": "classifier", "config": config, "process": discriminators.PROCESS, "provenance": [link]}
             checkpoint.save(run_dir.final, network.state_dict(), {**header, "levels": levels})
-            plan.state_file.unlink(missing_ok=True)
         accuracy = sum(level["accuracy"] for level in levels) / len(levels)
-        return _result(run_dir, run_dir.advance(finished=True, heldout_accuracy=accuracy, levels=levels))
+        state = run_dir.advance(finished=True, heldout_accuracy=accuracy, levels=levels)
+        if dist.is_main():
+            plan.state_file.unlink(missing_ok=True)
+        return _result(run_dir, state)
 
 
 def _law(settings: ClassifierRecipe, base: DiffusionModel) -> noise.TimeLaw:

@@ -32,9 +32,9 @@ from ddo_cli.recipe import Recipe, SamplingRecipe
 from ddo_cli.rng import RowRng, seed_from
 from ddo_cli.training import loop
 
-# Share of what has been learnt, log 2 - BCE, that the last fifth of the images may have brought where the held-out loss
-# counts as settled. Chosen by us.
-STILL_FALLING = 0.1
+# Share of what has been learnt, log 2 - BCE, that the second half of the images may have brought where the held-out
+# loss counts as settled. Half of them, because the end of a learning rate's decay is always flat. Chosen by us.
+STILL_FALLING = 0.2
 
 
 def run(
@@ -62,13 +62,18 @@ def run(
     network = discriminators.build("discriminator", config).to(device)
     loop.local_rows(settings.batch, settings.micro_batch)
     scoring = Scoring(recipe, real, spec, device) if settings.select == "fid" else None
+    guide = guides.discriminator_guide(network, recipe.guidance, len(base.shape))
+    if scoring is not None:
+        scoring.check([guide])
+        guides.check_acts(base, guide, spec)
     if given is None:
         disc_data.check_sizes(len(real.items), settings.num_fake, real.name, settings.held_out)
+        disc_data.check_classes(real, settings.num_fake, label_use)
     if dry_run:
         return _dry_run(recipe, out, network, real)
     loop.set_precision(settings.precision)
     with rundir.locked(out) as run_dir:
-        identity = {"model_sha256": loaded.checkpoint.sha256, "data_sha256": digest(real)}
+        identity = {"model_sha256": loaded.checkpoint.sha256, "data_sha256": digest(real), "config": config}
         identity |= {"fake_sha256": digest(given)} if given is not None else {}
         identity |= scoring.identity if scoring is not None else {}
         run_dir.claim("train-disc", recipe, **identity)
@@ -79,7 +84,8 @@ def run(
         fake = given or disc_data.draw(recipe, spec, run_dir, label_use, real, device)
         header = _header(recipe, loaded, config, spec, real, fake)
         training = _Training(recipe, run_dir, base, network, real, fake, header, device)
-        training.run()
+        if not state.get("finished") or len(training.evaluations) < state["evaluations"]:
+            training.run()  # else only a file written at the end was lost
         return _result(run_dir, _finish(training, scoring))
 
 
@@ -131,10 +137,12 @@ class _Training:
             index = rows.held_out
             held.append((base.encode(torch.from_numpy(items.items[index])), torch.from_numpy(items.labels[index])))
         self.pairs = Pairs(*streams)
-        self.held_out = HeldOut(held[0], held[1], self.law, recipe.seed, device)
+        self.held_out = HeldOut(held[0], held[1], self.law, recipe.seed, device, self.settings.micro_batch or 256)
         self.file = run_dir.path / "metrics.json"
+        known = read_json(self.file)["evaluations"] if self.file.is_file() else {}
+        # Without its checkpoint an evaluation is done again.
         self.evaluations: dict[str, dict[str, Any]] = dist.from_main(
-            read_json(self.file)["evaluations"] if self.file.is_file() else {}
+            {step: found for step, found in known.items() if self.candidate(int(step)).is_file()}
         )
 
     def run(self) -> None:
@@ -151,7 +159,7 @@ class _Training:
             state_file=state_file,
             log_file=self.run_dir.log_file,
             log_tags={},
-            last_good=lambda: max((self.run_dir.path / "checkpoints").glob("step-*"), default=state_file),
+            last_good=lambda: max((self.run_dir.path / "checkpoints").glob("step-*"), default="none yet"),
             evaluate_at=frozenset([*range(every, steps - every // 2, every), steps]),
             evaluate=self.evaluate,
             settled=self.settled,
@@ -203,12 +211,12 @@ class _Training:
         return bool(bce) and bce.index(min(bce)) < len(bce) - self.settings.patience
 
     def has_settled(self) -> bool:
-        """Also true where the last fifth of the images brought next to nothing of what has been learnt."""
+        """Also true where the second half of the images brought little of what has been learnt."""
         figures = by_step(self.evaluations)
         last = figures[-1][0]
-        early = [found["bce"] for step, found in figures if step <= 0.8 * last]
+        early = [found["bce"] for step, found in figures if step <= last / 2]
         best = min(found["bce"] for _, found in figures)
-        return self.settled() or bool(early and min(early) - best < STILL_FALLING * (math.log(2) - best))
+        return self.settled() or bool(early and min(early) - best <= STILL_FALLING * (math.log(2) - best))
 
 
 def by_step(evaluations: dict[str, dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
@@ -223,12 +231,13 @@ def _finish(training: _Training, scoring: Scoring | None) -> dict[str, Any]:
     best = min(evaluations, key=lambda step: evaluations[step]["bce"])
     scores = _scores(training, scoring) if scoring is not None else {}
     chosen = min(scores, key=lambda step: scores[step]) if scores else best
-    if not settled:
+    blind = evaluations[best]["accuracy"] < 0.51
+    if not settled and not blind:
         console.warn(
             f"the held-out loss was still falling after {settings.images} images (discriminator.images): the "
             "discriminator is not trained to the end, and guidance may help less or do harm; raise --images"
         )
-    if evaluations[best]["accuracy"] < 0.51:
+    if blind:
         console.warn(
             "on held-out images the discriminator is no better than a coin: there is nothing here for guidance to "
             "mend, or it needs more training (--images, --lr)"
@@ -237,19 +246,21 @@ def _finish(training: _Training, scoring: Scoring | None) -> dict[str, Any]:
         for name, step in (("best", best), ("final", chosen)):
             with replacing(run_dir.path / f"{name}.safetensors") as temporary:
                 shutil.copyfile(training.candidate(step), temporary)
-    state = run_dir.advance(
-        finished=True,
-        heldout_bce=evaluations[chosen]["bce"],
-        heldout_accuracy=evaluations[chosen]["accuracy"],
-        calibration_error=evaluations[chosen]["calibration_error"],
-        settled=settled,
-        best_images=chosen * settings.batch,
-        batch=settings.batch,
-        selected_by=settings.select,
-        scores={str(step): value for step, value in scores.items()},
-    )
+    found = {
+        "heldout_bce": evaluations[chosen]["bce"],
+        "heldout_accuracy": evaluations[chosen]["accuracy"],
+        "calibration_error": evaluations[chosen]["calibration_error"],
+        "settled": settled,
+        "best_images": chosen * settings.batch,
+        "batch": settings.batch,
+        "evaluations": len(evaluations),
+        "selected_by": settings.select,
+        "scores": {str(step): value for step, value in scores.items()},
+    }
     if dist.is_main():
-        disc_report.write(run_dir, recipe, evaluations, chosen, state)
+        disc_report.write(run_dir, recipe, evaluations, chosen, found)
+    state = run_dir.advance(finished=True, **found)
+    if dist.is_main():
         (run_dir.path / "train-state.safetensors").unlink(missing_ok=True)
     return state
 
@@ -307,6 +318,5 @@ def _dry_run(recipe: Recipe, out: Path, network: nn.Module, real: ItemSet) -> di
     return {
         "out": str(out), "dry_run": True, "model": recipe.model.ckpt, "data": real.name,
         "discriminator": settings.name, "parameters": sum(p.numel() for p in network.parameters()),
-        "num_fake": settings.fake or settings.num_fake, "images": settings.images, "batch": settings.batch,
-        "evaluations": -(-settings.images // settings.eval_every),
+        "fake": settings.fake or f"{settings.num_fake} to draw", "images": settings.images, "batch": settings.batch,
     }  # fmt: skip

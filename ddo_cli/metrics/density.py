@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -88,7 +89,7 @@ class DensityScorer:
                 f"metric js needs an unconditional model of points in the plane; this one has items of shape "
                 f"{model.shape} and {model.num_classes} classes"
             )
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = next((p.device for p in chain(model.parameters(), model.buffers())), torch.device("cpu"))
         chunks = []
         for points in self.points.split(CHUNK):
             label = torch.full((len(points),), NO_LABEL, device=device)

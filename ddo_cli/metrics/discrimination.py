@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ddo_cli import dist
 from ddo_cli.diffusion import noise
 from ddo_cli.objectives.discriminator import discriminator_loss, reliability
-from ddo_cli.rng import RowRng
+from ddo_cli.rng import BLOCK, RowRng
 
 LEVELS = 8  # strata of equal probability under the training density of t
 BATCH = 256
@@ -41,9 +41,11 @@ class HeldOut:
         law: noise.TimeLaw,
         seed: int,
         device: torch.device,
+        batch: int = 256,
     ):
-        """real, fake: x0 in model space (N, ...) and labels (N,), as many of each."""
+        """real, fake: x0 in model space (N, ...) and labels (N,), as many of each. batch: of a network pass."""
         self.real, self.fake, self.law, self.seed, self.device = real, fake, law, seed, device
+        self.batch = -(-batch // BLOCK) * BLOCK  # noise comes in blocks of rows
 
     @torch.no_grad()
     def evaluate(self, network: nn.Module) -> dict[str, Any]:
@@ -52,7 +54,7 @@ class HeldOut:
         bce is the mean of the real and the generated rows' cross-entropy in nats: log 2 for a blind network.
         """
         size = len(self.real[0])
-        tasks = [(level, start) for level in range(LEVELS) for start in range(0, size, BATCH)]
+        tasks = [(level, start) for level in range(LEVELS) for start in range(0, size, self.batch)]
         own = [self._logits(network, level, start) for level, start in dist.shard(tasks)]
         parts = [part for rank in dist.gathered(own) for part in rank]
         levels = [_summary([part for part in parts if part.level == level]) for level in range(LEVELS)]
@@ -66,7 +68,7 @@ class HeldOut:
         }
 
     def _logits(self, network: nn.Module, level: int, start: int) -> _Part:
-        stop = min(start + BATCH, len(self.real[0]))
+        stop = min(start + self.batch, len(self.real[0]))
         rng = RowRng.for_rows("held-out", self.seed, level, rows=range(start, stop))
         times = self.law.times((level + rng.rand(dtype=torch.float64)) / LEVELS)  # (b,)
         t = times.t.to(self.device)
@@ -89,13 +91,13 @@ def _summary(parts: list[_Part]) -> dict[str, Any]:
     t, logit_real, logit_fake, weight = (torch.cat(column) for column in list(zip(*parts, strict=True))[1:])
     found = discriminator_loss(logit_real, logit_fake, weight, weight)
     curve = reliability(logit_real, logit_fake)
-    plain_real, plain_fake = (torch.nn.functional.softplus(z).mean() for z in (-logit_real, logit_fake))
+    real, fake = (torch.nn.functional.softplus(z) * weight for z in (-logit_real, logit_fake))
     return {
         "sigma_min": float(noise.sigma_of(t.min())),
         "sigma_max": float(noise.sigma_of(t.max())),
         "bce": float(found.loss),
-        "bce_real": float(plain_real),
-        "bce_fake": float(plain_fake),
+        "bce_real": float(real.mean()),
+        "bce_fake": float(fake.mean()),
         "accuracy_real": float(found.accuracy_real),
         "accuracy_fake": float(found.accuracy_fake),
         "calibration_error": curve.error,

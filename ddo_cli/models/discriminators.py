@@ -24,11 +24,15 @@ from ddo_cli.likelihood import Options
 from ddo_cli.models.catalog import Catalog, option_problems
 
 BUILTIN = {
+    "adm-discriminator": "ddo_cli.models.adm_discriminator",
     "time-encoder": "ddo_cli.models.time_encoder",
     "time-mlp": "ddo_cli.models.time_mlp",
     "trunk": "ddo_cli.models.trunk_discriminator",
 }
-CLASSIFIERS = {"time-encoder-classifier": "ddo_cli.models.time_encoder"}
+CLASSIFIERS = {
+    "adm-classifier": "ddo_cli.models.adm_encoder",
+    "time-encoder-classifier": "ddo_cli.models.time_encoder",
+}
 # What x_vp and t mean to a network. Stored in its file; a file of another process is refused.
 PROCESS = {"name": "vp-linear", "beta_0": noise.BETA_0, "beta_1": noise.BETA_1}
 

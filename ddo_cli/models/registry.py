@@ -35,6 +35,7 @@ BUILTIN = {
     "patch-unet": "ddo_cli.models.patch_unet",
     "mlp": "ddo_cli.models.mlp",
     "mixture": "ddo_cli.models.mixture_model",
+    "edm-unet": "ddo_cli.models.edm_unet",
     "pixel-transformer": "ddo_cli.models.pixel_transformer",
 }
 

@@ -19,7 +19,9 @@ from ddo_cli.models.patch_unet import Stage
 _NUM_FREQUENCIES = 16  # of the time's Fourier features
 _MAX_FREQUENCY = 16.0  # ln(sigma) / 4 spans about [-1.6, 1.3]: the fastest feature has 7 periods there
 _NORM_GROUPS = 8
-_COARSEST = 4  # side at which halving stops, and patches do not grow
+_COARSEST = 4  # smallest side of the coarsest level: patches do not grow beyond it
+_FINE_ENOUGH = 8  # levels are added until the coarsest has at most this side, so that it sees the whole image
+_WIDTHS = (64, 96, 128)  # of the default's levels; further ones are as wide as the last
 
 
 class TimeEncoder(nn.Module):
@@ -121,8 +123,8 @@ class TimeEncoderOptions(Options):
     """Options of `time-encoder`; the defaults have 0.36 M parameters at 32x32."""
 
     patch: int | None = Field(None, ge=1)  # side of a patch; None: 4, or less where the coarsest side would be below 4
-    widths: tuple[PositiveInt, ...] = (64, 96)  # of each level, finest first; the last a multiple of 8
-    depths: tuple[PositiveInt, ...] = (1, 1)  # residual blocks of each level
+    widths: tuple[PositiveInt, ...] | None = None  # of each level, finest first; None: 2 or more levels from 64 to 128
+    depths: tuple[PositiveInt, ...] | None = None  # residual blocks of each level; None: one each
     emb_width: int = Field(128, ge=1)
 
 
@@ -130,18 +132,22 @@ def settings(shape: tuple[int, ...], options: TimeEncoderOptions) -> dict[str, o
     """Constructor arguments for states of this shape. Raises ValueError unless they are square images."""
     if len(shape) != 3 or shape[1] != shape[2]:
         raise ValueError("it needs square images or latents; points need discriminator.name = time-mlp")
+    levels = len(options.widths or (0, 0))
     patch = options.patch
     if patch is None:
-        halvings = 2 ** (len(options.widths) - 1)
+        halvings = 2 ** (levels - 1)
         patch = next(
             (p for p in (4, 2) if shape[1] % (p * halvings) == 0 and shape[1] // (p * halvings) >= _COARSEST), 1
         )
+    while options.widths is None and shape[1] // (patch * 2 ** (levels - 1)) > _FINE_ENOUGH:
+        levels += 1
+    widths = options.widths or tuple(_WIDTHS[min(level, len(_WIDTHS) - 1)] for level in range(levels))
     return {
         "in_channels": shape[0],
         "size": shape[1],
         "patch": patch,
-        "widths": options.widths,
-        "depths": options.depths,
+        "widths": widths,
+        "depths": options.depths or (1,) * len(widths),
         "emb_width": options.emb_width,
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field, PositiveInt, model_validator
@@ -17,14 +17,11 @@ from ddo_cli.models.discriminators import Classifier, register
 from ddo_cli.models.time_encoder import TimeEncoderDiscriminator
 
 
-class TrunkOptions(Options):
-    """Options of `trunk`. The defaults are the published head's width and depth."""
+class TrunkFile(Options):
+    """The frozen classifier under a discriminator; every kind of head adds its own options."""
 
     trunk: str  # the classifier's file; it is not copied into the discriminator's
     trunk_sha256: str  # of that file when the discriminator was configured; filled in where it is not given
-    widths: tuple[PositiveInt, ...] = (128,)
-    depths: tuple[PositiveInt, ...] = (2,)
-    emb_width: int = Field(512, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -32,6 +29,14 @@ class TrunkOptions(Options):
         if "trunk" in values and "trunk_sha256" not in values:
             return {**values, "trunk_sha256": sha256(checkpoint.resolve(values["trunk"]))}
         return values
+
+
+class TrunkOptions(TrunkFile):
+    """Options of `trunk`. The defaults are the published head's width and depth."""
+
+    widths: tuple[PositiveInt, ...] = (128,)
+    depths: tuple[PositiveInt, ...] = (2,)
+    emb_width: int = Field(512, ge=1)
 
 
 class TrunkDiscriminator(nn.Module):
@@ -53,11 +58,18 @@ class TrunkDiscriminator(nn.Module):
         return super()._apply(fn, recurse)
 
 
-@register("trunk", TrunkOptions)
-def build(shape: tuple[int, ...], num_classes: int, options: TrunkOptions) -> TrunkDiscriminator:
-    """The head for the features that the trunk makes of states of this shape.
+class Trunk(NamedTuple):
+    """A frozen classifier, and the channels and side of its features."""
 
-    Raises CheckpointError if the trunk's file is missing, changed, or for states of another shape.
+    network: Classifier
+    channels: int
+    side: int
+
+
+def load_trunk(shape: tuple[int, ...], options: TrunkFile) -> Trunk:
+    """The classifier that the options name.
+
+    Raises CheckpointError if its file is missing or changed, ValueError if it is for states of another shape.
     """
     trunk, file = discriminators.load("classifier", options.trunk, torch.device("cpu"))
     if options.trunk_sha256 != file.sha256:
@@ -70,9 +82,16 @@ def build(shape: tuple[int, ...], num_classes: int, options: TrunkOptions) -> Tr
         raise ValueError(f"the trunk {options.trunk} was made for states of shape {made_for}")
     with torch.no_grad():
         _, channels, side, _ = trunk.features(torch.zeros(1, *shape), torch.ones(1, dtype=torch.float64)).shape  # type: ignore[operator]
+    return Trunk(trunk, channels, side)  # type: ignore[arg-type]
+
+
+@register("trunk", TrunkOptions)
+def build(shape: tuple[int, ...], num_classes: int, options: TrunkOptions) -> TrunkDiscriminator:
+    """The head for the features that the trunk makes of states of this shape. Raises as `load_trunk` does."""
+    trunk = load_trunk(shape, options)
     head = TimeEncoderDiscriminator(
-        in_channels=channels,
-        size=side,
+        in_channels=trunk.channels,
+        size=trunk.side,
         num_classes=num_classes,
         num_outputs=1,
         patch=1,
@@ -80,4 +99,4 @@ def build(shape: tuple[int, ...], num_classes: int, options: TrunkOptions) -> Tr
         depths=options.depths,
         emb_width=options.emb_width,
     )
-    return TrunkDiscriminator(trunk, head.to(memory_format=torch.channels_last))  # type: ignore[arg-type]
+    return TrunkDiscriminator(trunk.network, head.to(memory_format=torch.channels_last))

@@ -1,0 +1,306 @@
+"""Reads a pickle without running any of it: a small machine that knows data, and a list of names it gives a meaning.
+
+Python's own unpickler calls whatever a file names. Here a name in the file is looked up in `GLOBALS`; each entry is a
+function of this module that only stores or checks its arguments. Opcodes outside `Machine` and names outside the list
+are refused, so the worst that a hostile file can do is to be refused or to hold wrong numbers.
+
+Sources: the opcodes' documentation in Python's `pickletools`, and the layout of torch's own tensor pickles.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddo_cli import checkpoint
+from ddo_cli.errors import CheckpointError
+
+_LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before zip files
+_STORAGE_TYPES = {
+    "torch.FloatStorage": torch.float32,
+    "torch.DoubleStorage": torch.float64,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+}
+_DAMAGE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+    EOFError,
+)
+
+
+@dataclass(eq=False)
+class Record:
+    """An object of a class that is not loaded: its name and attributes. source: its code, as text that nobody runs."""
+
+    class_name: str
+    state: dict[Any, Any] | None
+    source: str = ""
+
+
+@dataclass(eq=False)
+class _ScalarType:
+    """A numpy type of numbers; the byte order comes with its state."""
+
+    code: str
+    order: str = ""
+
+
+class _Global(NamedTuple):
+    """A name from the file and the meaning that we give it."""
+
+    name: str
+    call: Callable[..., Any]
+
+
+class _Storage(NamedTuple):
+    """The numbers of a tensor, 1-D."""
+
+    values: Tensor
+
+
+def read_pickle(path: str | Path) -> Any:
+    """The content of a pickle: dicts, lists, tuples, numbers, texts, tensors, and a `Record` for each other object.
+
+    Raises CheckpointError if the file is missing, damaged, or names anything outside the list.
+    """
+    data = checkpoint.resolve(path).read_bytes()
+    return Machine(str(path), data).content()
+
+
+class Machine:
+    """One reading of one file. `path` is for messages."""
+
+    def __init__(self, path: str, data: bytes):
+        self.path, self.data = path, data
+        self.budget = len(data)  # of bytes in storages: a file repeating one would fill the memory
+        self.globals: dict[str, Callable[..., Any]] = {
+            "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
+            "dnnlib.util.EasyDict": _dict,
+            "collections.OrderedDict": _dict,
+            "torch._utils._rebuild_tensor_v2": _tensor,
+            "torch._utils._rebuild_parameter": _parameter,
+            "torch.storage._load_from_bytes": self._storage,
+            "torch.nn.modules.container.ModuleDict": _module_dict,
+            "numpy.core.multiarray.scalar": _scalar,
+            "numpy._core.multiarray.scalar": _scalar,
+            "numpy.dtype": _scalar_type,
+        }
+
+    def content(self) -> Any:
+        """What the pickle holds. Raises CheckpointError."""
+        try:
+            return self.run(io.BytesIO(self.data), self.globals)
+        except _DAMAGE as error:
+            raise CheckpointError(
+                f"{self.path} is not a whole pickle of a known layout ({type(error).__name__}: {str(error)[:200]}); "
+                "download it again, or give a file that `ddo convert` knows"
+            ) from None
+
+    def run(self, stream: io.BytesIO, known: dict[str, Callable[..., Any]], persistent: Any = None) -> Any:
+        """The object of the pickle that begins where `stream` stands; leaves `stream` behind it.
+
+        persistent: function of a persistent id. Raises CheckpointError for what is refused, _DAMAGE for what is broken.
+        """
+        stack: list[Any] = []
+        marks: list[int] = []
+        memo: dict[int, Any] = {}
+
+        def since_mark() -> list[Any]:
+            start = marks.pop()
+            items = stack[start:]
+            del stack[start:]
+            return items
+
+        for opcode, arg, _ in pickletools.genops(stream):
+            match opcode.name:
+                case "PROTO" | "FRAME":
+                    pass
+                case "STOP":
+                    return stack.pop()
+                case "MARK":
+                    marks.append(len(stack))
+                case "NONE":
+                    stack.append(None)
+                case "NEWTRUE" | "NEWFALSE":
+                    stack.append(opcode.name == "NEWTRUE")
+                case (
+                    "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT"
+                    | "SHORT_BINUNICODE" | "BINUNICODE" | "BINUNICODE8"
+                    | "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8"
+                ):  # fmt: skip
+                    stack.append(arg)
+                case "EMPTY_LIST":
+                    stack.append([])
+                case "EMPTY_DICT":
+                    stack.append({})
+                case "EMPTY_SET":
+                    stack.append(set())
+                case "EMPTY_TUPLE":
+                    stack.append(())
+                case "TUPLE":
+                    stack.append(tuple(since_mark()))
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    stack.append(tuple([stack.pop() for _ in range(int(opcode.name[-1]))][::-1]))
+                case "APPEND" | "APPENDS":
+                    items = since_mark() if opcode.name == "APPENDS" else [stack.pop()]
+                    _of(stack[-1], list).extend(items)
+                case "ADDITEMS":
+                    items = since_mark()
+                    _of(stack[-1], set).update(map(_key, items))
+                case "SETITEM" | "SETITEMS":
+                    items = since_mark() if opcode.name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
+                    _of(stack[-1], dict).update(zip(map(_key, items[::2]), items[1::2], strict=True))
+                case "BINPUT" | "LONG_BINPUT":
+                    memo[_of(arg, int)] = stack[-1]
+                case "MEMOIZE":
+                    memo[len(memo)] = stack[-1]
+                case "BINGET" | "LONG_BINGET":
+                    stack.append(memo[_of(arg, int)])
+                case "GLOBAL":
+                    stack.append(self._find(".".join(str(arg).split(" ", 1)), known))
+                case "STACK_GLOBAL":
+                    name, module = _of(stack.pop(), str), _of(stack.pop(), str)
+                    stack.append(self._find(f"{module}.{name}", known))
+                case "REDUCE" | "NEWOBJ":
+                    arguments = _of(stack.pop(), tuple)
+                    stack.append(_of(stack.pop(), _Global).call(*arguments))
+                case "BUILD":
+                    _set_state(stack[-2], stack.pop())
+                case "BINPERSID" if persistent is not None:
+                    stack.append(persistent(stack.pop()))
+                case _:
+                    raise CheckpointError(
+                        f"{self.path}: refused: it uses the pickle operation {opcode.name}, which no weight file that "
+                        "this program knows has need of; nothing was run"
+                    )
+        raise EOFError("the pickle has no end")
+
+    def _find(self, name: str, known: dict[str, Callable[..., Any]]) -> _Global:
+        if name not in known:
+            raise CheckpointError(
+                f"{self.path}: refused: it names {name[:200]!r}, which could run code and has no place in a weight "
+                "file; nothing was run. Do not load this file with another program unless you trust its origin"
+            )
+        return _Global(name, known[name])
+
+    def _storage(self, blob: Any) -> _Storage:
+        """The numbers in a storage saved by torch in its old format: five pickles, a count, and raw little-endian."""
+        stream = io.BytesIO(_of(blob, bytes))
+        self.budget -= len(blob)
+        if self.budget < 0:
+            raise ValueError("storages hold more bytes than the file")
+        types = {name: _refuse_call for name in _STORAGE_TYPES}
+        if self.run(stream, {}) != _LEGACY_MAGIC or self.run(stream, {}) != _LEGACY_PROTOCOL:
+            raise ValueError("a storage is of an unknown format")
+        if _of(self.run(stream, {}), dict)["little_endian"] is not True:
+            raise ValueError("a storage is big-endian")
+        kind, storage_type, key, _, count, view = self.run(stream, types, persistent=lambda found: _of(found, tuple))
+        if kind != "storage" or view is not None or self.run(stream, {}) != [key]:
+            raise ValueError("a storage is of an unknown layout")
+        dtype = _STORAGE_TYPES[_of(storage_type, _Global).name]
+        if int.from_bytes(stream.read(8), "little", signed=True) != _of(count, int):
+            raise ValueError("a storage gives two lengths")
+        raw = bytearray(stream.read())  # a copy that torch may write to
+        if len(raw) != count * dtype.itemsize:
+            raise ValueError(f"a storage of {count} numbers has {len(raw)} bytes")
+        return _Storage(torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype))
+
+
+def _of(value: Any, kind: type) -> Any:
+    """`value`, which must be of exactly this type: a subclass could behave otherwise."""
+    if type(value) is not kind:
+        raise TypeError(f"a {type(value).__name__} where a {kind.__name__} belongs")
+    return value
+
+
+def _key(value: Any) -> Any:
+    """`value` as a key. Plain values only: hashing a deeply nested tuple overflows the interpreter's stack."""
+    if value is not None and type(value) not in (str, int, float, bool, bytes):
+        raise TypeError(f"a {type(value).__name__} as a key")
+    return value
+
+
+def _set_state(target: Any, state: Any) -> None:
+    if type(target) is Record and target.state is None:
+        target.state = _of(state, dict)
+    elif type(target) is _ScalarType and not target.order:
+        target.order = {"<": "<", "|": "|"}[_of(state, tuple)[1]]
+    else:
+        raise TypeError(f"a {type(target).__name__} takes no state")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The meaning of each name
+
+
+def _refuse_call(*arguments: Any) -> Any:
+    raise TypeError("a storage class is called")
+
+
+def _persistent(meta: Any) -> Record:
+    """An object of EDM's code base: class name, attributes, and the source text of its module."""
+    if _of(meta, dict)["type"] != "class":
+        raise ValueError("an object is not described by a class")
+    return Record(_of(meta["class_name"], str), _of(meta["state"], dict), _of(meta["module_src"], str))
+
+
+def _dict(*arguments: Any) -> dict[Any, Any]:
+    if arguments:
+        raise TypeError("a dict is built from arguments")
+    return {}
+
+
+def _module_dict(*arguments: Any) -> Record:
+    if arguments:
+        raise TypeError("a module is built from arguments")
+    return Record("ModuleDict", None)
+
+
+def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Tensor:
+    return _of(data, Tensor)
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any) -> Tensor:
+    values = _of(storage, _Storage).values
+    numbers = [_of(number, int) for number in (offset, *_of(size, tuple), *_of(stride, tuple))]
+    if min(numbers) < 0 or len(size) != len(stride):
+        raise ValueError("a tensor has an impossible size")
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if math.prod(size) > len(values) or (math.prod(size) and last >= len(values)):
+        raise ValueError("a tensor reaches beyond its storage")
+    return values.as_strided(size, stride, offset)
+
+
+def _scalar_type(code: Any, align: Any, copy: Any) -> _ScalarType:
+    if code not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
+        raise ValueError(f"a numpy type {code!r:.50}")
+    return _ScalarType(code)
+
+
+def _scalar(kind: Any, raw: Any) -> int | float | bool:
+    dtype = np.dtype((_of(kind, _ScalarType).order or "<") + kind.code)
+    if len(_of(raw, bytes)) != dtype.itemsize:
+        raise ValueError("a number of the wrong length")
+    value: int | float | bool = np.frombuffer(raw, dtype)[0].item()
+    return value
