@@ -24,6 +24,9 @@ class Known:
     def __init__(self, mixture, scale=1.0):
         self.mixture, self.scale = mixture, scale
 
+    def buffers(self):
+        return iter(())
+
     def parameters(self):
         return iter(())
 

@@ -88,13 +88,14 @@ def train_disc(
     select: Annotated[
         str | None, typer.Option(help="Final checkpoint by held-out bce, or fid of guided samples.")
     ] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, tf32 or bf16.")] = None,
     conditional: Annotated[
         bool | None, typer.Option("--conditional/--unconditional", help="Whether it sees labels.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Directory of the run. Default: runs/<recipe>-disc."),
+        typer.Option(help="Directory of the run. Default: runs/<recipe>-disc, with --ckpt and its hash."),
     ] = None,
     model_file: ModelFile = None,
     overrides: Overrides = None,
@@ -109,7 +110,7 @@ def train_disc(
         "seed": seed, "data.source": data, "model.ckpt": ckpt, "model.file": model_file, "discriminator.fake": fake,
         "discriminator.num_fake": num_fake, "discriminator.images": images, "discriminator.lr": lr,
         "discriminator.batch": batch, "discriminator.select": select, "discriminator.conditional": conditional,
-        "discriminator.eval_every": eval_every,
+        "discriminator.eval_every": eval_every, "discriminator.precision": precision,
     }  # fmt: skip
     from ddo_cli.engines import train_disc as engine
 

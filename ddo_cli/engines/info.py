@@ -19,6 +19,10 @@ def run(path: str) -> dict[str, Any]:
             return {"holds": "sample set", "path": path, **_short(read_json(place / MANIFEST))}
         if (place / "state.json").is_file():
             return _run_directory(place)
+        if (place / "edit.json").is_file():
+            return {"holds": "edited images", "path": path, **read_json(place / "edit.json")}
+        if analyses := [file for file in sorted(place.glob("*.json")) if "analysis" in read_json(file)]:
+            return {"holds": "analyses", "path": path, **_analyses(analyses)}
         raise UsageError(f"{path} is a directory with neither manifest.json nor state.json; ddo did not write it")
     file = checkpoint.load(path)
     found: dict[str, Any] = {
@@ -43,15 +47,27 @@ def _run_directory(place: Path) -> dict[str, Any]:
     files = sorted(str(file.relative_to(place)) for file in place.rglob("*.safetensors") if "shard-" not in file.name)
     weights = {name: sha256(place / name) for name in files if "train-state" not in name}
     rounds = [{key: record[key] for key in ("round", "score", "promoted")} for record in state.get("rounds", [])]
+    found = {
+        "reference_sha256": state.get("reference_sha256"),
+        "reference_score": state.get("reference", {}).get("score"),
+        "rounds": rounds,
+    }
     return {
         "holds": f"run of {state.get('command', 'an unknown command')}",
         "path": str(place),
         "finished": bool(state.get("finished")),
-        "reference_sha256": state.get("reference_sha256"),
-        "reference_score": state.get("reference", {}).get("score"),
-        "rounds": rounds,
+        **{key: value for key, value in found.items() if value},
         **{key: state[key] for key in ("score", "heldout_bce", "heldout_accuracy", "settled") if key in state},
         "sha256": weights,
+    }
+
+
+def _analyses(files: list[Path]) -> dict[str, Any]:
+    """The figures of `ddo analyze` that are numbers, by analysis."""
+    contents = [read_json(file) for file in files]
+    return {
+        content["analysis"]: {key: value for key, value in content.items() if isinstance(value, (int, float))}
+        for content in contents
     }
 
 

@@ -71,7 +71,15 @@ def load_trunk(shape: tuple[int, ...], options: TrunkFile) -> Trunk:
 
     Raises CheckpointError if its file is missing or changed, ValueError if it is for states of another shape.
     """
-    trunk, file = discriminators.load("classifier", options.trunk, torch.device("cpu"))
+    try:
+        trunk, file = discriminators.load("classifier", options.trunk, torch.device("cpu"))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; it is the classifier under a discriminator, which names it by this path: put it there, or start "
+            "the program where the path leads to it"
+        ) from None
+    if not callable(getattr(trunk, "features", None)):
+        raise ValueError(f"the trunk {options.trunk} has no method features(x_vp, t); see models/discriminators.py")
     if options.trunk_sha256 != file.sha256:
         raise CheckpointError(
             f"{options.trunk} has changed since the discriminator was trained on it (sha256 {file.sha256[:12]}, then "
