@@ -17,8 +17,9 @@ from ddo_cli.metrics.discrimination import noisy
 from ddo_cli.models import discriminators, registry
 from ddo_cli.objectives.ddo import ddo_loss
 from ddo_cli.objectives.discriminator import discriminator_loss
-from ddo_cli.recipe import SamplingRecipe, load
+from ddo_cli.recipe import load
 from ddo_cli.rng import RowRng
+from ddo_cli.schema import SamplingRecipe
 
 REPEATS = 15
 BATCH = 64

@@ -48,6 +48,7 @@ app.command()(training.pretrain)
 app.command("train-classifier")(training.train_classifier)
 app.command("train-extractor")(training.train_extractor)
 app.command()(measuring.convert)
+app.command()(measuring.export)
 app.command()(measuring.info)
 app.command()(measuring.recipes)
 

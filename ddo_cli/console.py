@@ -38,7 +38,7 @@ def _is_main() -> bool:
 def info(message: str) -> None:
     """A line of progress on stderr."""
     if _is_main():
-        _err.print(message, markup=False)
+        _err.print(_visible(message), markup=False)
 
 
 def warn(message: str) -> None:
@@ -64,7 +64,13 @@ def result(content: Mapping[str, Any], summary: str | None = None, table: Table 
     if table is not None:
         _out.print(table)
     if summary is not None:
-        _out.print(summary, markup=False, soft_wrap=True)
+        _out.print(_visible(summary), markup=False, soft_wrap=True)
+
+
+def show(table: Table) -> None:
+    """A table among the lines of progress on stderr."""
+    if _is_main():
+        _err.print(table, width=None if _err.is_terminal else 120)  # as wide as results in a log
 
 
 def _print_json(content: Mapping[str, Any]) -> None:
@@ -84,7 +90,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+    return _visible(text).replace("[", r"\[")
+
+
+def _visible(text: str) -> str:
+    """`text` with control characters written out: a name out of a foreign file must not steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,13 @@
 """What a user can get wrong. `cli` turns each into one message on stderr and exit code 2."""
 
+from __future__ import annotations
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """`text` out of a foreign file as it may stand in a message: one line, no control characters, cut at `limit`."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
+    return shown if len(text) <= limit else f"{shown}..."
+
 
 class DdoError(Exception):
     """A mistake of the user or of the surroundings. The message says what is wrong, where, and what to do."""

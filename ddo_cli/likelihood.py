@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ddo_cli.diffusion.guidance import Guide
 from ddo_cli.errors import UsageError
-from ddo_cli.recipe import SamplingRecipe
 from ddo_cli.rng import RowRng
+from ddo_cli.schema import SamplingRecipe
 
 NO_LABEL = -1  # the label of an unconditional row
 
@@ -123,12 +123,16 @@ class LikelihoodModel(nn.Module, ABC):
 
     def check_sampling(self, spec: SamplingRecipe) -> None:
         """Raises UsageError if `spec` sets something that this model cannot honour."""
-        for key in sorted(set(SamplingRecipe.model_fields) - self.sampling_fields - {"batch"}):
+        for key in sorted(set(SamplingRecipe.model_fields) - self.sampling_fields - {"batch", "labels"}):
             if getattr(spec, key) is not None:
                 raise UsageError(
                     f"sampling.{key} = {getattr(spec, key)} has no effect on a {type(self).__name__}; remove it "
                     f"(it reads: {', '.join(sorted(self.sampling_fields))})"
                 )
+
+    def random_labels(self, rng: RowRng) -> Tensor:
+        """Labels drawn from the items' own generators, (B,); `sample` must draw the same from fresh ones."""
+        return rng.randint(self.num_classes)
 
     def check_guides(self, spec: SamplingRecipe, guides: Sequence[Guide]) -> None:
         """Raises UsageError if this model cannot be sampled with these guides."""
@@ -198,7 +202,10 @@ def generate(
     for number in range(num_batches(len(ordered), batch)) if only is None else only:
         own = ordered[number * batch : (number + 1) * batch]
         padded = own + [own[-1]] * (size - len(own))
-        label = labels_of(padded, model.num_classes, classes)
+        if spec.labels == "random" and model.num_classes and not classes:
+            label = model.random_labels(RowRng(padded))
+        else:
+            label = labels_of(padded, model.num_classes, classes)
         sampled = model.sample(label.to(device), RowRng(padded), spec, guides)
         items = model.decode(sampled.x).cpu()[: len(own)]
         yield Batch(number, items, label[: len(own)], torch.tensor(own), sampled.nfe, sampled.disc_nfe)

@@ -26,6 +26,14 @@ class Picture(NamedTuple):
     caption: str
 
 
+class Table(NamedTuple):
+    """A table under a heading of its own."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
 def write_report(
     path: Path,
     title: str,
@@ -34,10 +42,14 @@ def write_report(
     rows: Sequence[Sequence[str]],
     pictures: Sequence[Picture],
     recipe: str,
+    further: Sequence[Table] = (),
 ) -> None:
-    """Writes the page: summary, table, pictures (missing files are left out), and the resolved recipe."""
+    """Writes the page: summary, table, further tables, pictures (missing files are left out), the resolved recipe."""
     body = [f"<h1>{_text(title)}</h1>", f"<p>{_text(summary)}</p>", "<table>", _row("th", columns)]
     body += [_row("td", row) for row in rows] + ["</table>"]
+    for table in further:
+        body += [f"<h2>{_text(table.title)}</h2>", "<table>", _row("th", table.columns)]
+        body += [_row("td", row) for row in table.rows] + ["</table>"]
     for picture in pictures:
         if picture.path.is_file():
             data = base64.b64encode(picture.path.read_bytes()).decode()

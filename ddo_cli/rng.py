@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,6 +51,10 @@ class RowRng:
         """Uniform numbers in [0, 1), (B, *shape)."""
         return self._draw(torch.rand, shape, dtype)
 
+    def randint(self, high: int) -> Tensor:
+        """Uniform integers from 0 to high - 1, (B,) int64."""
+        return self._draw(partial(torch.randint, high), (), torch.int64)
+
     def _draw(self, draw: Callable[..., Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         size = (self.rows_per_seed, *shape)
         return torch.cat([draw(size, generator=g, dtype=dtype) for g in self.generators])[self.rows]
@@ -58,3 +63,9 @@ class RowRng:
 def permutation(n: int, *key: int | str) -> Tensor:
     """A random order of range(n), (n,)."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed_from(*key) % 2**32))
+
+
+def coins(n: int, *key: int | str) -> Tensor:
+    """Tosses of a fair coin, bool (n,)."""
+    generator = torch.Generator().manual_seed(seed_from(*key) % 2**32)
+    return torch.randint(0, 2, (n,), generator=generator).to(torch.bool)

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from ddo_cli import dist
 from ddo_cli.errors import RunError
 from ddo_cli.files import read_json, sweep, write_json, write_text
-from ddo_cli.recipe import Recipe, differing_keys, to_yaml
+from ddo_cli.recipe import differing_keys, to_yaml
+from ddo_cli.schema import Recipe
 
 
 class RunDir:

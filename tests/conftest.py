@@ -13,12 +13,21 @@ import torch
 
 from ddo_cli import checkpoint, console
 from ddo_cli.models import registry
-from ddo_cli.recipe import Recipe, load
+from ddo_cli.recipe import load
+from ddo_cli.schema import Recipe
 
 CPU = torch.device("cpu")
 TINY_UNET = {"patch": 4, "widths": [16], "depths": [1], "emb_width": 16}
 TINY_TRANSFORMER = {"width": 16, "depth": 1, "heads": 2}
 KINDS = ("diffusion", "autoregressive")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Decoded images are kept here, not in the home of who runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from ddo_cli import checkpoint
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet, digest
 from ddo_cli.data.pairs import split
-from ddo_cli.diffusion import denoiser, noise
+from ddo_cli.diffusion import flow, noise, samplers
 from ddo_cli.diffusion.guidance import GradientGuide, climb
 from ddo_cli.diffusion.mixture import GaussianMixture
 from ddo_cli.engines import analyses, analyze, regeneration, scoring
@@ -30,8 +30,9 @@ from ddo_cli.errors import CheckpointError, DataError, NumericsError, UsageError
 from ddo_cli.likelihood import NO_LABEL
 from ddo_cli.metrics import gain as gains
 from ddo_cli.models import discriminators, registry
-from ddo_cli.recipe import MetricRecipe, Recipe, SamplingRecipe, load
+from ddo_cli.recipe import load
 from ddo_cli.rng import RowRng
+from ddo_cli.schema import MetricRecipe, Recipe, SamplingRecipe
 
 ROOT = Path(__file__).parent.parent
 SHIFT, STD_DATA, STD_MODEL = [0.3, -0.2], 0.3, 0.5
@@ -109,7 +110,7 @@ def test_the_gain_is_a_parabola_of_the_weight(weight, share):
 
 
 def test_the_gain_does_not_depend_on_the_weight_and_boost_of_the_guide():
-    one, other = measured(subject(num=64)), measured(subject(num=64, weight=3.0, boost=denoiser.samplers.Boost()))
+    one, other = measured(subject(num=64)), measured(subject(num=64, weight=3.0, boost=samplers.Boost()))
     assert_close(one.by_item(2.0), other.by_item(2.0), rtol=0, atol=0)
 
 
@@ -125,7 +126,7 @@ def test_the_gain_is_what_its_definition_says():
         x = x0 + sigma[:, None] * rng.randn((2,), dtype=torch.float64)
         label = torch.full((40,), NO_LABEL)
         plain, guided = (
-            (x0 - s.base.steered(label, SPEC, guides, denoiser.samplers.Trace())(x, sigma)).square().sum(1)
+            (x0 - s.base.steered(label, SPEC, guides, samplers.Trace())(x, sigma)).square().sum(1)
             for guides in ((), (s.guide,))
         )
         expected = sigma**-3 * (plain - guided) * sigma * (high - low)
@@ -376,7 +377,7 @@ def test_without_weight_guided_is_the_model(disc, tmp_path, monkeypatch, capsys)
 
 
 def test_densities_of_points(toy_disc, tmp_path, monkeypatch):
-    monkeypatch.setattr(denoiser, "DENSITY_STEPS", 2)
+    monkeypatch.setattr(flow, "STEPS", 2)
     monkeypatch.setattr(scoring, "DensityScorer", partial(scoring.DensityScorer, size=62, margin=3.0))
     monkeypatch.setattr(analyses, "TRAJECTORIES", 8)
     monkeypatch.setattr(analyses, "POINTS", 50)

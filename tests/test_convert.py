@@ -10,12 +10,23 @@ import pytest
 import torch
 from conftest import CPU, make_checkpoint
 from test_adm_encoder import TINY, tiny_classifier, tiny_discriminator
-from test_foreign import network, official, official_tensors, persistent, random_model, write  # noqa: F401
+from test_foreign import (  # noqa: F401
+    KINDS,
+    OWN_ADM,
+    network,
+    official,
+    official_tensors,
+    persistent,
+    pickled_network,
+    random_model,
+    write,
+)
 
 from ddo_cli import checkpoint
 from ddo_cli.engines import convert, guide_sample, sample
 from ddo_cli.errors import CheckpointError, UsageError
-from ddo_cli.models import discriminators
+from ddo_cli.models import adm_files, adm_keys, adm_published, discriminators, registry
+from ddo_cli.models.adm_unet import AdmUnet
 
 
 @pytest.fixture
@@ -37,6 +48,111 @@ def test_an_edm_pickle_is_converted_verified_and_sampled(pickled, tmp_path):
     assert header["provenance"][0]["source"] == "edm.pkl"
     drawn = sample.run(str(tmp_path / "edm.safetensors"), range(2), tmp_path / "set", device=CPU)
     assert drawn["nfe"] == 35
+
+
+@pytest.mark.parametrize(
+    ("kind", "inner", "steps"), [("VPPrecond", "SongUNet", 18), ("iDDPMPrecond", "DhariwalUNet", 256)]
+)
+def test_what_is_told_of_an_edm_pickle(official, tmp_path, kind, inner, steps):  # noqa: F811
+    content, model = pickled_network(official, kind, inner)
+    found = convert.run(write(tmp_path / "a.pkl", content), tmp_path / "a.safetensors", verify=True)
+    assert found["classes_found"] == f"{kind} around {inner}"
+    assert (found["network"], found["num_classes"]) == (model_name(inner), 2)
+    assert found["precond"] == KINDS[kind]
+    assert found["sampling"]["steps"] == steps
+    assert found["num_parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert "note" not in found
+    churn = {"s_churn": 40.0, "s_min": 0.05, "s_max": 50.0, "s_noise": 1.003}
+    sampling = checkpoint.read_header(tmp_path / "a.safetensors")["sampling"]
+    assert sampling == {"sampler": "heun", "steps": steps, **(churn if inner == "DhariwalUNet" else {})}
+
+
+def model_name(inner):
+    return {"SongUNet": "edm-unet", "DhariwalUNet": "adm-unet"}[inner]
+
+
+def test_half_precision_is_said(official, tmp_path):  # noqa: F811
+    ema = network(official, official_tensors(random_model()), constants={"use_fp16": True})
+    found = convert.run(write(tmp_path / "a.pkl", {"ema": ema}), tmp_path / "a.safetensors", dry_run=True)
+    assert "float16" in found["note"]
+
+
+def random_adm(num_classes=2, **options):
+    """A small ADM diffusion model and its .pt in OpenAI's names."""
+    torch.manual_seed(0)
+    chosen = {"precond": "ddpm", "learned_variance": True, **OWN_ADM, "width": 64, "group_channels": 1, **options}
+    model = registry.build(registry.config_of("adm-unet", (3, 8, 8), num_classes, chosen, {}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def openai_file(model, path, order="legacy", dtype=torch.float32):
+    tensors = model.state_dict().items()
+    content = dict(adm_keys.to_openai(key, tensor, order, model.options) for key, tensor in tensors)
+    torch.save({key: tensor.to(dtype) for key, tensor in content.items()}, path)
+    return path
+
+
+ADM_SETTINGS = ("schedule=linear", "size=8")
+
+
+@pytest.mark.parametrize("order", ["legacy", "new"])
+def test_an_adm_diffusion_model(tmp_path, order):
+    model = random_adm()
+    path = openai_file(model, tmp_path / "a.pt", order)
+    settings = [f"qkv={order}", *ADM_SETTINGS]
+    found = convert.run(path, tmp_path / "a.safetensors", settings=settings, verify=True)
+    assert (found["family"], found["network"], found["num_classes"]) == ("adm", "adm-unet", 2)
+    assert (found["precond"], found["learned_variance"], found["qkv"]) == ("ddpm", True, order)
+    assert found["sampling"] == {"sampler": "ddpm", "steps": 250, "clip_denoised": True}
+    again, _ = registry.load_model(tmp_path / "a.safetensors", CPU)
+    x, sigma, label = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 3.0]), torch.tensor([1, -1])
+    assert torch.equal(again.denoise(x, sigma, label), model.eval().denoise(x, sigma, label))
+    # The other order fits every shape and is another function.
+    other = {"legacy": "new", "new": "legacy"}[order]
+    convert.run(path, tmp_path / "b.safetensors", settings=[f"qkv={other}", *ADM_SETTINGS])
+    wrong, _ = registry.load_model(tmp_path / "b.safetensors", CPU)
+    assert not torch.allclose(wrong.denoise(x, sigma, label), model.denoise(x, sigma, label), atol=1e-3)
+
+
+def test_what_an_adm_file_does_not_tell(tmp_path):
+    path, out = openai_file(random_adm(), tmp_path / "a.pt"), tmp_path / "a.safetensors"
+    with pytest.raises(CheckpointError, match=r"side of its images.*qkv channels.*schedule"):
+        convert.run(path, out)
+    found = convert.run(path, out, settings=["qkv=new", "schedule=cosine", "size=8"], dry_run=True)
+    assert (found["precond"], found["qkv"]) == ("iddpm", "new")
+    for wrong in ("qkv=newer", "schedule=", "size=x", "siez=8", "nonsense"):
+        with pytest.raises(UsageError, match="write qkv=legacy"):
+            convert.run(path, out, settings=[wrong])
+
+
+def test_tensors_that_share_memory_are_told_apart(tmp_path):
+    path = openai_file(random_adm(), tmp_path / "a.pt")
+    content = torch.load(path, weights_only=True)
+    first, second = [key for key, tensor in content.items() if tensor.shape == (64,)][:2]
+    content[second] = content[first]
+    torch.save(content, path)
+    settings = ["qkv=legacy", *ADM_SETTINGS]
+    assert convert.run(path, tmp_path / "a.safetensors", settings=settings, verify=True)["verified"]
+
+
+def test_settings_are_for_adm_files(pickled, tmp_path):
+    with pytest.raises(UsageError, match="tells its configuration itself"):
+        convert.run(pickled[0], tmp_path / "x.safetensors", settings=["qkv=new"])
+
+
+def test_the_upsampler_is_refused(tmp_path):
+    entry = adm_published.PUBLISHED["64_256_upsampler.pt"]
+    options = {key: value for key, value in entry.options.items() if key not in ("precond", "learned_variance")}
+    with torch.device("meta"):
+        net = AdmUnet(in_channels=6, out_channels=6, size=256, num_classes=1000, **options)
+    hollow = {key: torch.zeros(()).expand(tensor.shape) for key, tensor in net.state_dict().items()}
+    with pytest.raises(CheckpointError, match="is an upsampler"):
+        adm_files.unet(hollow, tmp_path / "64_256_upsampler.pt")
+    torch.save(hollow, tmp_path / "u.pt")
+    with pytest.raises(CheckpointError, match="claim"):  # one number per tensor: hostile, so refused before
+        convert.run(tmp_path / "u.pt", tmp_path / "x.safetensors")
 
 
 def test_a_classifier_and_the_discriminator_on_it(tmp_path):

@@ -22,8 +22,8 @@ from ddo_cli.diffusion.mixture import GaussianMixture
 from ddo_cli.engines import edit, edit_report, guides, sample
 from ddo_cli.errors import CheckpointError, DataError, RunError, UsageError
 from ddo_cli.models import registry
-from ddo_cli.recipe import SamplingRecipe
 from ddo_cli.rng import RowRng
+from ddo_cli.schema import SamplingRecipe
 
 ROOT = Path(__file__).parent.parent
 

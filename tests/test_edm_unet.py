@@ -31,7 +31,7 @@ def build(side, num_classes, options):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The sheet's deterministic numbers
+# Deterministic numbers, as the values above were made with
 
 
 def uniform(i, j):
@@ -66,7 +66,7 @@ def filled(model, size):
     return model
 
 
-def test_the_numbers_are_those_of_the_sheet():
+def test_the_numbers_are_those_of_the_official_run():
     j = np.arange(4, dtype=np.uint32)
     np.testing.assert_allclose(uniform(0, j), [0.55008191, 0.13272776, 0.0074671, 0.82844863], atol=1e-7)
     np.testing.assert_allclose(uniform(5, j[:2]), [0.3532135, 0.56864262], atol=1e-7)

@@ -15,7 +15,8 @@ import torch
 
 from ddo_cli.errors import CheckpointError
 from ddo_cli.models import edm_keys, registry
-from ddo_cli.models.foreign import edm_checkpoint, read_pickle
+from ddo_cli.models.adm_keys import EdmKeys
+from ddo_cli.models.foreign import edm_checkpoint, read_edm, read_pickle
 from ddo_cli.models.inert_pickle import Record
 
 NETWORK = {
@@ -80,7 +81,7 @@ def persistent(official, class_name, **state):
     return Reduced(official.reconstruct, meta)
 
 
-def module(official, class_name, tensors, **attributes):
+def module(official, class_name, tensors, inner="SongUNet", **attributes):
     """A module as EDM stores it; its tensors are named by their dotted paths below it."""
     parameters, buffers, below = {}, {"resample_filter": None}, {}
     for name, tensor in tensors.items():
@@ -102,7 +103,7 @@ def module(official, class_name, tensors, **attributes):
             container._modules.update({key: module(official, "UNetBlock", block) for key, block in blocks.items()})
             children[name] = container
         else:
-            children[name] = module(official, "SongUNet" if name == "model" else "Conv2d", inside)
+            children[name] = module(official, inner if name == "model" else "Conv2d", inside)
     return persistent(
         official,
         class_name,
@@ -118,26 +119,28 @@ def module(official, class_name, tensors, **attributes):
     )
 
 
-def network(official, tensors, label_dim=0, class_name="EDMPrecond", **kwargs):
-    given = {
-        "img_resolution": 8,
-        "img_channels": 3,
-        "label_dim": label_dim,
-        "model_type": "SongUNet",
-        **NETWORK,
-        **kwargs,
-    }
+# As the published files have them, written down here apart from the program's own.
+CONSTANTS = {
+    "EDMPrecond": {"sigma_min": 0, "sigma_max": float("inf"), "sigma_data": 0.5},
+    "VPPrecond": {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5, "sigma_min": 0.001, "sigma_max": 152},
+    "VEPrecond": {"sigma_min": 0.02, "sigma_max": 100},
+    "iDDPMPrecond": {"C_1": 0.001, "C_2": 0.008, "M": 1000, "sigma_min": 0.006, "sigma_max": 20291},
+}
+
+
+def network(
+    official, tensors, label_dim=0, class_name="EDMPrecond", inner="SongUNet", constants=None, base=NETWORK, **kwargs
+):
+    given = {"img_resolution": 8, "img_channels": 3, "label_dim": label_dim, "model_type": inner, **base, **kwargs}
     return module(
         official,
         class_name,
         tensors,
+        inner,
         img_resolution=8,
         img_channels=3,
         label_dim=label_dim,
-        use_fp16=False,
-        sigma_min=0,
-        sigma_max=float("inf"),
-        sigma_data=0.5,
+        **{"use_fp16": False, **CONSTANTS.get(class_name, {}), **(constants or {})},
         _init_kwargs=official.easy_dict(given),
     )
 
@@ -181,6 +184,63 @@ def test_a_network_comes_back_bit_for_bit(official, tmp_path, num_classes, proto
     assert converted.config["options"]["dropout"] == 0
     x, sigma, label = torch.randn(2, 3, 8, 8), torch.tensor([0.1, 3.0]), torch.tensor([0, -1])
     assert torch.equal(rebuilt.denoise(x, sigma, label), model.denoise(x, sigma, label))
+
+
+OWN_ADM = {"width": 32, "channel_mult": [1, 2], "num_blocks": 1, "attention": [4], "group_channels": 4}
+ADM = {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.1}
+KINDS = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
+
+
+def levels():
+    """The buffer `u` of iDDPMPrecond, from its formula in float64."""
+    steps = torch.arange(1001, dtype=torch.float64)
+    alpha_bar = torch.sin(torch.pi / 2 * steps / 1000 / 1.008) ** 2
+    u = [torch.tensor(0.0, dtype=torch.float64)]
+    for j in range(1000, 0, -1):
+        u.append((((u[-1] ** 2 + 1) / torch.clamp(alpha_bar[j - 1] / alpha_bar[j], min=0.001)) - 1).sqrt())
+    return torch.stack(u[::-1]).float()
+
+
+def pickled_network(official, kind, inner):
+    """An EDM file of one of the eight combinations, as opcodes will hold it, and the model in it."""
+    options = {"precond": KINDS[kind], "learned_variance": kind == "iDDPMPrecond"}
+    extra = {"u": levels()} if kind == "iDDPMPrecond" else {}
+    if inner == "SongUNet":
+        model = random_model(2, **options)
+        tensors = official_tensors(model)
+        return {"ema": network(official, {**extra, **tensors}, 2, kind)}, model
+    torch.manual_seed(0)
+    model = registry.build(registry.config_of("adm-unet", (3, 8, 8), 2, {**OWN_ADM, **options}, {}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    names = EdmKeys(8, model.options)
+    tensors = dict(names.to_edm(key, tensor) for key, tensor in model.state_dict().items())
+    for place in ("enc.4x4_down", "dec.8x8_up"):
+        for layer in ("conv0", "skip"):
+            extra[f"model.{place}.{layer}.resample_filter"] = torch.full((1, 1, 2, 2), 0.25)
+    return {"ema": network(official, {**extra, **tensors}, 2, kind, inner, base=ADM)}, model
+
+
+@pytest.mark.parametrize("inner", ["SongUNet", "DhariwalUNet"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_preconditioner_around_every_network(official, tmp_path, kind, inner):
+    content, model = pickled_network(official, kind, inner)
+    found = read_edm(write(tmp_path / "a.pkl", content))
+    assert found.classes == (kind, inner)
+    assert found.config["name"] == {"SongUNet": "edm-unet", "DhariwalUNet": "adm-unet"}[inner]
+    assert found.config["options"]["precond"] == KINDS[kind]
+    assert found.config["options"]["learned_variance"] == (kind == "iDDPMPrecond")
+    own = model.state_dict()
+    assert list(found.tensors) == list(own)
+    assert all(torch.equal(found.tensors[key], own[key]) for key in own)
+
+
+def test_noise_levels_that_are_not_the_cosine_schedules(official, tmp_path):
+    content, _ = pickled_network(official, "iDDPMPrecond", "SongUNet")
+    edm_checkpoint(write(tmp_path / "a.pkl", content))
+    wrong = network(official, {"u": levels() * 1.01, **official_tensors(random_model(2, learned_variance=True))}, 2)
+    with pytest.raises(CheckpointError, match="cosine"):
+        edm_checkpoint(write(tmp_path / "b.pkl", {"ema": wrong}))
 
 
 def test_the_source_is_text(official, tmp_path):
@@ -253,7 +313,16 @@ def test_tensors_that_do_not_fit_are_named(official, tmp_path, change, problem):
 @pytest.mark.parametrize(
     ("kwargs", "problem"),
     [
-        ({"class_name": "VPPrecond"}, "VPPrecond around a SongUNet"),
+        ({"class_name": "EDMPrecond", "inner": "VisionTransformer"}, "EDMPrecond around a VisionTransformer"),
+        ({"constants": {"sigma_data": "0.5"}}, "sigma_data is not a number"),
+        ({"class_name": "VPPrecond", "constants": {"beta_d": 19.8}}, r"beta_d = 19.8 of its VPPrecond.* has 19.9"),
+        ({"class_name": "VPPrecond", "constants": {"beta_min": 0.2}}, "beta_min = 0.2"),
+        ({"class_name": "VPPrecond", "constants": {"M": 999}}, "M = 999"),
+        ({"class_name": "VPPrecond", "constants": {"epsilon_t": 1e-3}}, "epsilon_t = 0.001"),
+        ({"class_name": "VEPrecond", "constants": {"sigma_max": 50}}, "sigma_max = 50"),
+        ({"class_name": "iDDPMPrecond", "constants": {"C_2": 0.01}}, "C_2 = 0.01"),
+        ({"class_name": "iDDPMPrecond"}, r"instead of \(6,"),
+        ({"inner": "DhariwalUNet", "base": {"channel_mult_emb": 2}}, "channel_mult_emb = 2 of its DhariwalUNet"),
         ({"colour": 1}, "not known: colour"),
         ({"decoder_type": "skip"}, "decoder"),
         ({"embedding_type": "learned"}, "embedding"),

@@ -12,9 +12,10 @@ from ddo_cli.diffusion import noise, samplers
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, classifier_free, climb
 from ddo_cli.diffusion.mixture import GaussianMixture, toy2d
-from ddo_cli.diffusion.samplers import Boost, Churn, Trace, karras_sigmas
-from ddo_cli.recipe import SamplingRecipe
+from ddo_cli.diffusion.samplers import Boost, Churn, Trace
+from ddo_cli.diffusion.schedules import karras_sigmas
 from ddo_cli.rng import RowRng
+from ddo_cli.schema import SamplingRecipe
 
 LABEL = torch.zeros(4, dtype=torch.long)
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from ddo_cli.data import images as module
+from ddo_cli.data import image_files
 from ddo_cli.data.digits import render_digits
 from ddo_cli.data.embedded import embedded_sets
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import ItemSet, check_fits
+from ddo_cli.data.items import ItemSet
 from ddo_cli.errors import DataError
 
 
@@ -155,10 +155,10 @@ def test_num_takes_the_same_rows_of_every_source(tmp_path_factory, seed, num, as
 
 
 def test_many_files_are_read_by_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MANY", 10)
-    monkeypatch.setattr(module, "CHUNK", 7)
-    decode, used = module._decode, set()
-    monkeypatch.setattr(module, "_decode", lambda *args: used.add(threading.get_ident()) or decode(*args))
+    monkeypatch.setattr(image_files, "MANY", 10)
+    monkeypatch.setattr(image_files, "CHUNK", 7)
+    decode, used = image_files._decode, set()
+    monkeypatch.setattr(image_files, "_decode", lambda *args: used.add(threading.get_ident()) or decode(*args))
     items = some_items(40)
     content = {f"{row:02d}.png": encoded(item) for row, item in enumerate(items)}
     for write in WRITERS.values():
@@ -168,6 +168,13 @@ def test_many_files_are_read_by_threads(tmp_path, monkeypatch):
         content[name] = b"junk"
     with pytest.raises(DataError, match=r"set: 21\.png cannot be read"):
         open_images(str(write_folder(tmp_path / "set", content)))
+
+
+@either
+def test_more_images_than_there_are(tmp_path, write):
+    content = {f"{row}.png": encoded(item) for row, item in enumerate(some_items(3))}
+    with pytest.raises(DataError, match=r"set(\.zip)? holds 3 items, fewer than the 4 asked for; lower num"):
+        open_images(str(write(tmp_path, content)), 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,69 +275,12 @@ def test_sources_that_are_none(tmp_path):
         open_images("embedded:toy2d", 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# .npz
-
-
-@pytest.mark.parametrize("key", ["arr_0", "samples", "images"])
-@pytest.mark.parametrize("label_key", [None, "label", "labels", "arr_1"])
-@pytest.mark.parametrize(("channels", "last"), [(1, True), (1, False), (3, True), (3, False)])
-def test_npz(tmp_path, key, label_key, channels, last):
-    items, labels = some_items(channels=channels), np.array([0, 2, 1, 0, 0, 1], dtype=np.uint8)
-    arrays = {key: items.transpose(0, 2, 3, 1) if last else items}
-    if label_key:
-        arrays[label_key] = labels
-    np.savez(tmp_path / "set.npz", **arrays)
-    found = open_images(str(tmp_path / "set.npz"))
-    assert_holds(found, items, labels if label_key else None, 3 if label_key else 0)
-    assert found.items.flags.c_contiguous
-
-
-def test_npz_of_points(tmp_path):
-    points = np.random.default_rng(0).normal(size=(5, 2))
-    np.savez(tmp_path / "set.npz", points)
-    assert_holds(open_images(str(tmp_path / "set.npz")), points.astype(np.float32))
-
-
-IMAGES = np.zeros((4, 8, 8, 3), np.uint8)
-
-
-@pytest.mark.parametrize(
-    ("arrays", "match"),
-    [
-        ({"x": IMAGES}, "holds only x; it needs"),
-        ({"mu": np.zeros(2), "sigma": np.eye(2)}, "feature statistics"),
-        ({"images": IMAGES.astype(np.float32)}, r"images is float32 \(4, 8, 8, 3\)"),
-        ({"images": IMAGES.astype(np.int64)}, "images is int64"),
-        ({"images": IMAGES[0]}, "must be uint8 images"),
-        ({"images": IMAGES[:0]}, "must be uint8 images"),
-        ({"images": np.zeros((4, 8, 8, 4), np.uint8)}, "without an axis of 1 or 3"),
-        ({"images": np.array([[1.0, np.nan]])}, "not finite"),
-        ({"images": np.array([{}], dtype=object)}, "not a whole .npz"),
-        ({"images": IMAGES, "labels": np.zeros(3, int)}, r"labels is int64 \(3,\).*4 items"),
-        ({"images": IMAGES, "labels": np.zeros((4, 10), int)}, "one class number for each"),
-        ({"images": IMAGES, "labels": np.zeros(4)}, "labels is float64"),
-        ({"images": IMAGES, "labels": np.array([0, 1, -2, 0])}, r"holds -2\.\.1"),
-        ({"images": IMAGES, "labels": np.full(4, 2**40)}, "classes count from 0"),
-    ],
-)
-def test_wrong_npz(tmp_path, arrays, match):
-    np.savez(tmp_path / "set.npz", **arrays)
-    with pytest.raises(DataError, match=match):
-        open_images(str(tmp_path / "set.npz"))
-
-
-def test_damaged_npz(tmp_path):
-    path = tmp_path / "set.npz"
-    np.save(tmp_path / "one.npy", IMAGES)
-    np.savez_compressed(path, images=some_items(20))
-    whole = path.read_bytes()
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 255
-    for content in (b"", b"junk", whole[:-30], bytes(flipped), (tmp_path / "one.npy").read_bytes()):
-        path.write_bytes(content)
-        with pytest.raises(DataError, match=r"not a whole \.npz"):
-            open_images(str(path))
+def test_unreadable_files_are_named(tmp_path):
+    root = write_folder(tmp_path / "set", {"a.png": encoded(some_items(1)[0])})
+    (root / "b.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"b\.png cannot be read"):
+        open_images(str(root))
+    assert os.path.islink(root / "b.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -407,7 +357,7 @@ def test_a_manifest_of_another_program_means_nothing(tmp_path):
 
 
 def raw_digits() -> tuple[np.ndarray, np.ndarray]:
-    with np.load(Path(module.__file__).parent.parent / "assets" / "digits.npz") as content:
+    with np.load(Path(image_files.__file__).parent.parent / "assets" / "digits.npz") as content:
         return content["levels"], content["labels"]
 
 
@@ -448,32 +398,3 @@ def test_embedded_sets_are_listed():
         assert len(open_images(f"embedded:{name}", 5).items) == 5
     with pytest.raises(DataError, match=r"embedded:cifar does not come.*embedded:digits32"):
         open_images("embedded:cifar")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Whether a set fits a model
-
-
-def test_check_fits():
-    labelled = ItemSet(some_items(3), np.array([0, 4, 2]), "x", 5)
-    plain = ItemSet(some_items(3), np.full(3, -1), "x", 0)
-    for items, classes in ((labelled, 5), (labelled, 10), (labelled, 0), (plain, 0)):
-        check_fits(items, (3, 7, 5), classes)
-    with pytest.raises(DataError, match="5x7 RGB where the model needs 7x5 RGB"):
-        check_fits(plain, (3, 5, 7), 0)
-    with pytest.raises(DataError, match="5x7 RGB where the model needs 5x7 grey"):
-        check_fits(plain, (1, 7, 5), 0)
-    with pytest.raises(DataError, match="points of 2 numbers"):
-        check_fits(plain, (2,), 0)
-    with pytest.raises(DataError, match="5 classes where the model has 4"):
-        check_fits(labelled, (3, 7, 5), 4)
-    with pytest.raises(DataError, match="without label"):
-        check_fits(plain, (3, 7, 5), 4)
-
-
-def test_unreadable_files_are_named(tmp_path):
-    root = write_folder(tmp_path / "set", {"a.png": encoded(some_items(1)[0])})
-    (root / "b.png").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"b\.png cannot be read"):
-        open_images(str(root))
-    assert os.path.islink(root / "b.png")

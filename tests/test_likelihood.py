@@ -12,8 +12,8 @@ from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, Dif
 from ddo_cli.likelihood import NO_LABEL, drop_labels, labels_of, map_draw, repeat_draw
 from ddo_cli.models import registry
 from ddo_cli.models.codec import LevelCodec, PixelCodec, PointCodec
-from ddo_cli.recipe import SamplingRecipe
 from ddo_cli.rng import RowRng
+from ddo_cli.schema import SamplingRecipe
 
 
 @pytest.fixture(params=KINDS)
@@ -141,7 +141,7 @@ def test_the_ratio_keeps_what_a_plain_difference_loses():
     other = x + 0.3 * torch.randn_like(x)
     own = other + 1e-6 * torch.randn_like(x)
     draw = model.draw(4, RowRng.for_rows("x", rows=range(4)))._replace(sigma=torch.ones(4))
-    weight = precond.edm_weight(torch.ones(4, dtype=torch.float64), 0.5)
+    weight = precond.Edm(0.5).weight(torch.ones(4, dtype=torch.float64))
     exact = -weight * ((own.double() - x) ** 2 - (other.double() - x) ** 2).flatten(1).sum(1)
     factored = model.log_ratio(own, other, x, draw).double()
     plain = (model.log_lik(own, x, draw) - model.log_lik(other, x, draw)).double()
@@ -152,7 +152,7 @@ def test_the_ratio_keeps_what_a_plain_difference_loses():
 def test_edm_weight_makes_the_loss_that_of_f():
     sigma, sd = torch.tensor([0.1, 1.0, 30.0]), 0.5
     c = precond.edm(sigma, sd)
-    assert_close(precond.edm_weight(sigma, sd) * c.c_out**2, torch.ones(3))
+    assert_close(precond.Edm(sd).weight(sigma) * c.c_out**2, torch.ones(3))
     x0_variance = c.c_in**2 * (sd**2 + sigma**2)
     assert_close(x0_variance, torch.ones(3))  # unit input variance
     assert_close(c.c_noise, torch.log(sigma) / 4)

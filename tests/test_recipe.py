@@ -1,13 +1,15 @@
 """Recipes: every problem at once, the nearest name, values as given."""
 
 import pytest
+import torch
 import yaml
 
 from ddo_cli import recipe as recipes
 from ddo_cli.engines import pretrain, train_disc
 from ddo_cli.errors import RecipeError
 from ddo_cli.models import registry
-from ddo_cli.recipe import Recipe, SamplingRecipe, load, parse_sampling
+from ddo_cli.recipe import load, parse_sampling
+from ddo_cli.schema import Recipe, SamplingRecipe
 
 NAMES = sorted(recipes.recipe_names())
 
@@ -117,6 +119,28 @@ def test_every_recipe_loads_and_its_model_builds(name):
     text = recipes.recipe_names()[name].read_text()
     assert text.startswith("# "), "the header says what the recipe is for"
     assert f"--recipe {name}" in text or "ddo finetune-ddo" in text, "the header gives the launch line"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "num_classes", "parameters"),
+    [
+        ("cifar10-uncond", (3, 32, 32), 0, 55_733_891),
+        ("cifar10-cond", (3, 32, 32), 10, 55_735_299),
+        ("cifar10-uncond-dg", (3, 32, 32), 0, 55_733_891),
+        ("cifar10-cond-dg", (3, 32, 32), 10, 55_735_299),
+        ("ffhq64", (3, 64, 64), 0, 61_805_571),
+        ("ffhq64-dg", (3, 64, 64), 0, 61_805_571),
+        ("afhqv2-64", (3, 64, 64), 0, 61_805_571),
+        ("imagenet64-adm", (3, 64, 64), 1000, 295_899_267),
+    ],
+)
+def test_recipes_of_published_models_build_their_networks(name, shape, num_classes, parameters):
+    found = load(name)
+    config = registry.config_of(found.model.name, shape, num_classes, found.model.options, found.model.draw)
+    with torch.device("meta"):
+        model = registry.build(config, found.finetune.draw)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    model.check_sampling(found.sampling)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if load(name).data.source.startswith("embedded:")])

@@ -17,7 +17,7 @@ from ddo_cli.engines import sample
 from ddo_cli.errors import DataError, RunError, UsageError
 from ddo_cli.likelihood import generate, labels_of
 from ddo_cli.models import registry
-from ddo_cli.recipe import SamplingRecipe
+from ddo_cli.schema import SamplingRecipe
 
 
 @pytest.fixture(scope="module", params=KINDS)

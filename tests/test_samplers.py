@@ -10,11 +10,12 @@ from torch.testing import assert_close
 
 from ddo_cli.diffusion import guidance, noise, samplers
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
-from ddo_cli.diffusion.samplers import Churn, karras_sigmas, vp_sigmas
+from ddo_cli.diffusion.samplers import Churn
+from ddo_cli.diffusion.schedules import karras_sigmas, vp_sigmas
 from ddo_cli.errors import UsageError
 from ddo_cli.models import registry
-from ddo_cli.recipe import SamplingRecipe
 from ddo_cli.rng import RowRng
+from ddo_cli.schema import SamplingRecipe
 
 
 def test_karras_sigmas_of_edm():

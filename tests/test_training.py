@@ -15,7 +15,8 @@ from ddo_cli.data.pairs import Pairs, Shuffled
 from ddo_cli.engines import pretrain, train_extractor
 from ddo_cli.errors import DataError, UsageError
 from ddo_cli.metrics.features import load_extractor
-from ddo_cli.recipe import TrainRecipe, load
+from ddo_cli.recipe import load
+from ddo_cli.schema import TrainRecipe
 from ddo_cli.training.ema import ema_decay, update_ema
 from ddo_cli.training.loop import local_rows
 from ddo_cli.training.lr import learning_rate

@@ -1,4 +1,4 @@
-"""Commands that measure, describe and convert: `fid`, `analyze`, `convert`, `info`, `recipes`."""
+"""Commands that measure, describe and convert: `fid`, `analyze`, `convert`, `export`, `info`, `recipes`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,15 @@ from ddo_cli.commands.options import (
     numbers,
     parsed,
 )
+
+FileSettings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="What an ADM .pt does not tell: qkv=legacy|new, schedule=linear|cosine, size=, num_heads=.",
+        show_default=False,
+    ),
+]
 
 
 def fid(
@@ -114,8 +123,11 @@ def analyze(
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="EDM .pkl, ADM classifier or DG discriminator .pt.")],
+    source: Annotated[
+        Path, typer.Argument(help="EDM .pkl; ADM diffusion model, ADM classifier or DG .pt; diffusers folder.")
+    ],
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    settings: FileSettings = None,
     model: Annotated[str | None, typer.Option(help="Of a discriminator: the converted model that it guides.")] = None,
     trunk: Annotated[
         str | None, typer.Option(help="Of a discriminator: the converted classifier that it stands on.")
@@ -128,7 +140,27 @@ def convert(
     console.use_json(json_)
     from ddo_cli.engines import convert as engine
 
-    found = engine.run(source, out, model=model, trunk=trunk, verify=verify, dry_run=dry_run)
+    found = engine.run(
+        source, out, model=model, trunk=trunk, settings=settings or (), verify=verify, dry_run=dry_run
+    )  # fmt: skip
+    console.result(found, lines_of(found))
+
+
+def export(
+    ckpt: Annotated[str, typer.Argument(help="A converted or finetuned model.")],
+    out: Annotated[Path, typer.Option(help="The file to write like ORIGINAL; without one, a folder for diffusers.")],
+    like: Annotated[
+        Path | None, typer.Option(help="ORIGINAL: the published .pkl, .pt or .pth that the model comes from.")
+    ] = None,
+    settings: FileSettings = None,
+    dry_run: DryRun = False,
+    json_: Json = False,
+) -> None:
+    """Write a model as the published file it was converted from, or without --like as a folder of diffusers."""
+    console.use_json(json_)
+    from ddo_cli.engines import export as engine
+
+    found = engine.run(ckpt, out, like=like, settings=settings or (), dry_run=dry_run)
     console.result(found, lines_of(found))
 
 

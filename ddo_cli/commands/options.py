@@ -13,7 +13,7 @@ from ddo_cli.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from ddo_cli.recipe import Recipe
+    from ddo_cli.schema import Recipe
 
 MAX_SEED = 2**32 - 1  # generators keep 32 bits
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -34,6 +34,10 @@ Num = Annotated[int, typer.Option("--num", "--num-images", min=1, help="How many
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="First seed.")]
 Seeds = Annotated[str | None, typer.Option(help="Seeds such as 0-49999 or 3,7,10-20.")]
 Classes = Annotated[str | None, typer.Option(help="Only these classes, e.g. 3,5. Default: all, balanced.")]
+Labels = Annotated[
+    str | None,
+    typer.Option(help="balanced (seed modulo classes), or random as EDM's scripts draw them."),
+]
 Sampler = Annotated[str | None, typer.Option(help="euler, heun (EDM), dpmpp-2m, ddim or ddpm.")]
 Steps = Annotated[int | None, typer.Option(help="Sampling steps.")]
 Churn = Annotated[float | None, typer.Option(help="EDM's stochasticity.")]
@@ -128,6 +132,12 @@ def numbers(text: str) -> list[int]:
 def floats(text: str) -> list[float]:
     """ "0.5,1" -> [0.5, 1.0]."""
     return [float(part) for part in text.split(",")]
+
+
+def coefficient(option: str, text: str | None) -> float | list[float] | None:
+    """The number, or those of a sweep, of --alpha and --beta. Raises UsageError."""
+    values = parsed(option, text, floats, "write a number such as 4, or those of a sweep such as 1,2,4")
+    return values[0] if values and len(values) == 1 else values
 
 
 def lines_of(found: Mapping[str, Any], indent: str = "") -> str:

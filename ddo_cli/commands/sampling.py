@@ -24,6 +24,7 @@ from ddo_cli.commands.options import (
     GuideCkpt,
     GuidedCkpt,
     Json,
+    Labels,
     ModelFile,
     Num,
     Sampler,
@@ -50,6 +51,7 @@ def sample(
     seed: Seed = 0,
     seeds: Seeds = None,
     classes: Classes = None,
+    labels: Labels = None,
     sampler: Sampler = None,
     steps: Steps = None,
     s_churn: Churn = None,
@@ -73,7 +75,10 @@ def sample(
     from ddo_cli.models import registry
     from ddo_cli.recipe import parse_sampling
 
-    flags = {"sampler": sampler, "steps": steps, "s_churn": s_churn, "cfg_scale": cfg_scale, "batch": batch}
+    flags = {
+        "labels": labels, "sampler": sampler, "steps": steps, "s_churn": s_churn, "cfg_scale": cfg_scale,
+        "batch": batch,
+    }  # fmt: skip
     sampling = parse_sampling(overrides or [], flags)
     registry.load_file(model_file)
     device_ = device_of(device)
@@ -119,6 +124,7 @@ def guide_sample(
     seed: Seed = 0,
     seeds: Seeds = None,
     classes: Classes = None,
+    labels: Labels = None,
     sampler: Sampler = None,
     steps: Steps = None,
     s_churn: Churn = None,
@@ -141,7 +147,10 @@ def guide_sample(
     from ddo_cli.models import registry
     from ddo_cli.recipe import parse_sampling
 
-    flags = {"sampler": sampler, "steps": steps, "s_churn": s_churn, "cfg_scale": cfg_scale, "batch": batch}
+    flags = {
+        "labels": labels, "sampler": sampler, "steps": steps, "s_churn": s_churn, "cfg_scale": cfg_scale,
+        "batch": batch,
+    }  # fmt: skip
     sampling = parse_sampling(overrides or [], flags)
     registry.load_file(model_file)
     found = engine.run(

@@ -17,6 +17,7 @@ from ddo_cli.commands.options import (
     Out,
     Overrides,
     RecipeName,
+    coefficient,
     device_of,
     lines_of,
     recipe_of,
@@ -31,8 +32,8 @@ def finetune_ddo(
     ] = None,
     data: Data = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds of self-play.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Weight of the fake term.")] = None,
-    beta: Annotated[float | None, typer.Option(help="Scale of the log-ratio.")] = None,
+    alpha: Annotated[str | None, typer.Option(help="Weight of the fake term; 1,2,4 sweeps it in each round.")] = None,
+    beta: Annotated[str | None, typer.Option(help="Scale of the log-ratio; 0.02,0.05 sweeps it, too.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     batch: Annotated[int | None, typer.Option(help="Real images per step, over all processes.")] = None,
     images_per_round: Annotated[int | None, typer.Option(help="Real images per round.")] = None,
@@ -51,7 +52,8 @@ def finetune_ddo(
     console.use_json(json_)
     given = {
         "seed": seed, "data.source": data, "model.ckpt": ckpt, "model.file": model_file,
-        "finetune.rounds": rounds, "finetune.alpha": alpha, "finetune.beta": beta, "finetune.lr": lr,
+        "finetune.rounds": rounds, "finetune.alpha": coefficient("--alpha", alpha),
+        "finetune.beta": coefficient("--beta", beta), "finetune.lr": lr,
         "finetune.batch": batch, "finetune.images_per_round": images_per_round, "finetune.eval_every": eval_every,
         "finetune.num_fake": num_fake, "finetune.precision": precision,
     }  # fmt: skip
@@ -66,6 +68,8 @@ def finetune_ddo(
         return
     columns, rows = finetune_report.table_of(rundir.RunDir(Path(found["out"])), found["metric"])
     shown = {"final": found["final"], "report": str(Path(found["out"]) / "report.html")}
+    if "sweep_cost" in found:
+        shown["sweep cost"] = f"{found['sweep_cost']:.2f} of the full grid"
     console.result(found, lines_of(shown), console.table("DDO by round (lower is better)", columns, rows))
 
 

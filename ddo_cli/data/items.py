@@ -17,8 +17,9 @@ INDEX = "dataset.json"  # labels of EDM's and StyleGAN's archives
 class ItemSet(NamedTuple):
     """Items in a fixed order, with their labels.
 
-    items: uint8 images (N, C, H, W) or float32 points (N, d); labels: int64 (N,), -1 = none; name: as given by the
-    user; num_classes: one more than the largest label, or the number of class folders; 0 = no labels.
+    items: uint8 images (N, C, H, W) or float32 points (N, d), not to be written to, since they may be a file's pages;
+    labels: int64 (N,), -1 = none; name: as given by the user; num_classes: one more than the largest label, or the
+    number of class folders or of one-hot columns; 0 = no labels.
     """
 
     items: np.ndarray
@@ -34,8 +35,15 @@ def digest(items: ItemSet) -> str:
     return found.hexdigest()
 
 
-def check_fits(items: ItemSet, shape: Sequence[int], num_classes: int) -> None:
-    """Raises DataError unless a model of items of this shape and with so many classes (0: none) can learn the set."""
+def check_fits(items: ItemSet, shape: Sequence[int], num_classes: int, hflip: bool = False) -> None:
+    """Raises DataError unless a model of items of this shape and with so many classes (0: none) can learn the set.
+
+    hflip: whether its items are to be mirrored, which points cannot be.
+    """
+    if hflip and items.items.ndim != 4:
+        raise DataError(
+            f"data.hflip = true mirrors images, and {items.name} holds {describe(items.items.shape[1:])}; leave it out"
+        )
     if items.items.shape[1:] != tuple(shape):
         raise DataError(
             f"{items.name} holds {describe(items.items.shape[1:])} where the model needs {describe(tuple(shape))}; "
@@ -70,10 +78,13 @@ def check_balance(real: ItemSet, fake: ItemSet, num_classes: int) -> None:
             )
 
 
-def item_set(source: str, items: np.ndarray, labels: np.ndarray, num: int | None = None) -> ItemSet:
-    """The set, or `num` of its items as `choice` picks them."""
+def item_set(
+    source: str, items: np.ndarray, labels: np.ndarray, num: int | None = None, num_classes: int | None = None
+) -> ItemSet:
+    """The set, or `num` of its items as `choice` picks them. num_classes: where known better than from the labels."""
     chosen = choice(source, len(items), num) if num is not None and num != len(items) else slice(None)
-    return ItemSet(items[chosen], labels.astype(np.int64)[chosen], source, count_classes(labels))
+    classes = count_classes(labels) if num_classes is None else num_classes
+    return ItemSet(items[chosen], labels.astype(np.int64)[chosen], source, classes)
 
 
 def choice(source: str, total: int, num: int | None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A diffusion denoiser as a likelihood model: EDM preconditioning around any raw network."""
+"""A diffusion denoiser as a likelihood model: a preconditioned raw network."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ddo_cli.diffusion import guidance, precond, samplers
+from ddo_cli.diffusion import ablation, flow, guidance, levels, precond, samplers
 from ddo_cli.diffusion.guidance import Guide
+from ddo_cli.diffusion.precond import PrecondName
 from ddo_cli.errors import NumericsError, UsageError
 from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, drop_labels
-from ddo_cli.recipe import SamplingRecipe
 from ddo_cli.rng import RowRng
-
-DENSITY_STEPS = 16  # of log_density, 4 evaluations each; chosen by us, see there
+from ddo_cli.schema import SamplingRecipe
 
 
 class Codec(Protocol):
@@ -47,12 +46,18 @@ class DiffusionOptions(Options):
     """Options of every diffusion model, beside its network's own."""
 
     sigma_data: float = Field(0.5, gt=0)
-    sigma_min: float = Field(0.002, gt=0)  # defaults of sampling, and its bounds
+    sigma_min: float = Field(0.002, gt=0)  # defaults of sampling; a network that knows fewer levels narrows them
     sigma_max: float = Field(80.0, gt=0)
+    precond: PrecondName = "edm"  # what the raw network was trained to estimate, and of which noise levels
+    learned_variance: bool = False  # the network has twice the channels: F, and where DDPM's log variance lies
 
 
 class DiffusionModel(LikelihoodModel):
-    """EDM-preconditioned denoiser. `net(x, c_noise, label)` returns F of x's shape (arXiv 2206.00364)."""
+    """Preconditioned denoiser. `net(x, c_noise, label)` returns F of x's shape (arXiv 2206.00364).
+
+    With options.learned_variance it returns twice as many channels, F first; what the others say only matters to DDPM's
+    sampler, and they are not trained by the likelihood.
+    """
 
     DrawOptions = DiffusionDrawOptions
     sampling_fields = frozenset(
@@ -60,6 +65,7 @@ class DiffusionModel(LikelihoodModel):
             "sampler",
             "steps",
             "spacing",
+            "respacing",
             "sigma_min",
             "sigma_max",
             "rho",
@@ -67,6 +73,11 @@ class DiffusionModel(LikelihoodModel):
             "s_min",
             "s_max",
             "s_noise",
+            "discretization",
+            "schedule",
+            "scaling",
+            "step_ratio",
+            "clip_denoised",
             "cfg_scale",
         }
     )
@@ -79,8 +90,12 @@ class DiffusionModel(LikelihoodModel):
         num_classes: int,
         options: DiffusionOptions,
         draw_options: DiffusionDrawOptions,
+        preconditioner: precond.Preconditioner | None = None,
     ):
+        """preconditioner: in place of the one that the options name."""
         super().__init__()
+        with torch.device("cpu"):  # tables of levels, which are numbers even where the network is on the meta device
+            self.precond = preconditioner or precond.PRECONDITIONERS[options.precond](options.sigma_data)
         self.net, self.codec = net, codec
         self.shape, self.num_classes = tuple(shape), num_classes
         self.options, self.draw_options = options, draw_options
@@ -98,17 +113,24 @@ class DiffusionModel(LikelihoodModel):
 
     def denoise(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
         """D(x; sigma), float32 whatever the state's type. sigma: (B,) or scalar."""
+        return self.evaluate(x, sigma, label)[0]
+
+    def evaluate(self, x: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor | None]:
+        """D(x; sigma), float32, and of its shape where the learned variance lies between its bounds, if it is."""
         x = x.to(torch.float32)
         sigma = sigma.to(x.device, torch.float32).expand(len(x))
         rows = sigma.view(-1, *[1] * (x.ndim - 1))  # (B, 1, ...)
-        c_skip, c_out, c_in, _ = precond.edm(rows, self.options.sigma_data)
-        f = self.net(c_in * x, sigma.log() / 4, label)
-        return c_skip * x + c_out * f.to(torch.float32)
+        c_skip, c_out, c_in, c_noise = self.precond.coefficients(rows)
+        f = self.net(c_in * x, c_noise.view(-1), label)
+        variance = None
+        if self.options.learned_variance:
+            f, variance = f.chunk(2, dim=1)
+        return c_skip * x + c_out * f.to(torch.float32), variance
 
     def draw(self, num_rows: int, rng: RowRng) -> DiffusionDraw:
         """sigma, eps and label drops of one estimate. Each row draws sigma, then the drop, then its noise."""
         options: DiffusionDrawOptions = self.draw_options
-        sigma = torch.exp(options.p_mean + options.p_std * rng.randn())  # (B,)
+        sigma = self.precond.round_sigma(torch.exp(options.p_mean + options.p_std * rng.randn()))  # (B,)
         drop = rng.rand() < options.label_drop  # (B,)
         return DiffusionDraw(sigma, rng.randn(self.shape), drop)
 
@@ -120,7 +142,7 @@ class DiffusionModel(LikelihoodModel):
     def log_lik(self, prediction: Tensor, x: Tensor, draw: DiffusionDraw) -> Tensor:
         """-w(sigma) sum (D - x)^2: one draw of the ELBO up to a constant, (B,)."""
         error = (prediction - x).flatten(1).square().sum(1)  # (B,)
-        return -precond.edm_weight(draw.sigma, self.options.sigma_data) * error
+        return -self.precond.weight(draw.sigma) * error
 
     def log_ratio(self, prediction: Tensor, ref_prediction: Tensor, x: Tensor, draw: DiffusionDraw) -> Tensor:
         """-w(sigma) sum (D - D_ref) (D + D_ref - 2 x), (B,): the difference of squares, factored.
@@ -128,7 +150,7 @@ class DiffusionModel(LikelihoodModel):
         Subtracting two squared errors would lose the digits they share; this form is exactly 0 for equal D.
         """
         difference = (prediction - ref_prediction) * (prediction + ref_prediction - 2 * x)
-        return -precond.edm_weight(draw.sigma, self.options.sigma_data) * difference.flatten(1).sum(1)
+        return -self.precond.weight(draw.sigma) * difference.flatten(1).sum(1)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Sampling
@@ -141,7 +163,10 @@ class DiffusionModel(LikelihoodModel):
         guides: Sequence[Guide] = (),
         x0: Tensor | None = None,
     ) -> Sampled:
-        """Samples in model space, float64. Each row draws its latent first, then the sampler's noise step by step.
+        """Samples in model space, float64.
+
+        Each row draws its latent, then (with classes) a label, used or not, then the sampler's noise step by step: the
+        order of EDM's scripts, whose images come back for the same seeds.
 
         x0: items (B, ...) in model space that are noised to spec.sigma_max and sampled from there (SDEdit, arXiv
         2108.01073). spec.steps stays the number of steps from that level down, where SDEdit keeps the upper part of a
@@ -149,6 +174,8 @@ class DiffusionModel(LikelihoodModel):
         over levels would show the integrator's error. So every level costs the same.
         """
         latent = rng.randn(self.shape).to(label.device, torch.float64)
+        if self.num_classes:
+            rng.randint(self.num_classes)
         sigmas = self.sigmas(spec).to(label.device)
         trace = samplers.Trace()
         churn = samplers.Churn(
@@ -159,12 +186,16 @@ class DiffusionModel(LikelihoodModel):
             rng=rng,
             boost=self._boost(guides),
             trace=trace,
+            round_sigma=self.precond.round_sigma,
         )
         denoise = self.steered(label, spec, guides, trace)
-        x = latent * sigmas[0]
-        if x0 is not None:
-            x = x + x0.to(x)
-        x = samplers.SAMPLERS[spec.sampler or "heun"](denoise, x, sigmas, churn)
+        if (choice := levels.ablation_of(spec)) is not None:
+            if x0 is not None:
+                raise UsageError(f"SDEdit needs a plain sampler; remove {levels.ablation_keys(spec)}")
+            x = ablation.sample(denoise, latent, sigmas[:-1], self.bounds(spec), choice, churn)
+        else:
+            x = latent * sigmas[0] if x0 is None else x0.to(latent) + latent * sigmas[0]
+            x = samplers.SAMPLERS[spec.sampler or "heun"](denoise, x, sigmas, churn)
         if not bool(x.isfinite().all()):
             raise NumericsError(
                 f"{int((~x.isfinite().flatten(1).all(1)).sum())} of {len(x)} samples are not finite; the model or a "
@@ -180,30 +211,32 @@ class DiffusionModel(LikelihoodModel):
         def bound(own_label: Tensor) -> samplers.Denoiser:
             def denoise(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
                 trace.nfe += 1
-                return self.denoise(x, sigma, own_label).to(x.dtype)
+                if not self.options.learned_variance:
+                    return self.denoise(x, sigma, own_label).to(x.dtype)
+                denoised, trace.variance = self.evaluate(x, sigma, own_label)
+                return denoised.to(x.dtype)
 
             return denoise
 
         denoise = bound(label)
         if spec.cfg_scale is not None and spec.cfg_scale != 1:
+            # The conditional pass is the later one, so that the variance is its own.
             denoise = guidance.classifier_free(denoise, bound(torch.full_like(label, NO_LABEL)), spec.cfg_scale)
+        if spec.clip_denoised:
+            denoise = _clipped(denoise)
         for guide in guides:
             denoise = guide.steer(denoise, label, trace)
         return denoise
 
+    def random_labels(self, rng: RowRng) -> Tensor:
+        """Labels as EDM's scripts draw them: from each item's own generator, after its latent."""
+        rng.randn(self.shape)
+        return rng.randint(self.num_classes)
+
     def check_sampling(self, spec: SamplingRecipe) -> None:
-        """Adds to the contract's check: noise levels inside the model's range, churn only where a sampler has it."""
+        """Adds to the contract's check: a sampler and noise levels that go together, and that the network knows."""
         super().check_sampling(spec)
-        low = self.options.sigma_min if spec.sigma_min is None else spec.sigma_min
-        high = self.options.sigma_max if spec.sigma_max is None else spec.sigma_max
-        if low >= high:
-            raise UsageError(f"sampling.sigma_min = {low} must be below sampling.sigma_max = {high}")
-        if spec.s_churn and (spec.sampler or "heun") not in samplers.CHURNED:
-            raise UsageError(
-                f"sampling.s_churn = {spec.s_churn} needs sampler heun or euler; {spec.sampler} has no churn"
-            )
-        if spec.rho is not None and self._spacing(spec) == "vp":
-            raise UsageError(f"sampling.rho = {spec.rho} curves Karras noise levels; set sampling.spacing = karras")
+        levels.check(spec, self.options, self.precond)
         if spec.cfg_scale not in (None, 1.0) and not self.num_classes:
             raise UsageError(f"sampling.cfg_scale = {spec.cfg_scale} needs a class-conditional model; leave it out")
 
@@ -212,83 +245,33 @@ class DiffusionModel(LikelihoodModel):
         if self._boost(guides) and (spec.sampler or "heun") not in samplers.CHURNED:
             raise UsageError(f"boost churns samples, which sampler {spec.sampler} cannot do; use heun or euler")
 
-    @torch.inference_mode(False)  # a caller's inference mode would forbid the derivatives
-    @torch.no_grad()
     def log_density(self, x: Tensor, label: Tensor, spec: SamplingRecipe, guides: Sequence[Guide] = ()) -> Tensor:
-        """log p(x) in nats, (B,), by the probability-flow ODE with the exact divergence (arXiv 2011.13456, eq. 39).
+        """log p(x) in nats, (B,): see `flow.log_density`. Labels, cfg_scale and guides are honoured.
 
-        The density that a sampler without churn approaches as its steps grow, from sigma_min up to a normal of
-        deviation sigma_max; labels, cfg_scale and guides are honoured (a guide with its predictor's weight).
-        For low dimensions: a backward pass per dimension.
         Raises UsageError if `spec` asks for churn or a guide boosts, which no ODE describes.
-
-        With F of the preconditioning, y = x / sqrt(sigma^2 + sigma_data^2) and the angle sigma = sigma_data tan(theta),
-        the ODE dx/dsigma = (x - D) / sigma reads dy/dtheta = -F(y; theta): bounded, and smooth at both ends. We take
-        fourth-order Runge-Kutta steps, evenly spaced in theta^(1/3) because the data's detail lies at small angles.
-        On `mixture.toy2d` the mean error of log p is below 1e-3.
         """
         if spec.s_churn:
             raise UsageError(f"sampling.s_churn = {spec.s_churn}: the density exists for the ODE only; leave churn out")
-        sigma_data = self.options.sigma_data
-        low = self.options.sigma_min if spec.sigma_min is None else spec.sigma_min
-        high = self.options.sigma_max if spec.sigma_max is None else spec.sigma_max
         if self._boost(guides):
             raise UsageError("boost depends on a sampler's steps: the density exists for the ODE only; leave it out")
         denoise = self.steered(label, spec, guides, samplers.Trace())
-        first, last = (math.atan(sigma / sigma_data) ** (1 / 3) for sigma in (low, high))
-        h = (last - first) / DENSITY_STEPS
-
-        def slope(state: tuple[Tensor, Tensor], u: float) -> tuple[Tensor, Tensor]:
-            f, trace = self._f_and_trace(state[0], sigma_data * math.tan(u**3), denoise)
-            return -3 * u**2 * f, -3 * u**2 * trace  # dtheta = 3 u^2 du
-
-        def moved(state: tuple[Tensor, Tensor], by: float, along: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            return state[0] + by * along[0], state[1] + by * along[1]
-
-        start, end = math.hypot(low, sigma_data), math.hypot(high, sigma_data)
-        state = x.to(torch.float64) / start, torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        for i in range(DENSITY_STEPS):
-            u = first + i * h
-            k1 = slope(state, u)
-            k2 = slope(moved(state, h / 2, k1), u + h / 2)
-            k3 = slope(moved(state, h / 2, k2), u + h / 2)
-            k4 = slope(moved(state, h, k3), u + h)
-            for weight, k in ((1, k1), (2, k2), (2, k3), (1, k4)):
-                state = moved(state, h * weight / 6, k)
-        y, log_det = state
-        dim = y.flatten(1).shape[1]
-        log_prior = -(y * end / high).flatten(1).square().sum(1) / 2 - dim * (
-            math.log(high) + math.log(2 * math.pi) / 2
-        )
-        return log_prior + log_det + dim * math.log(end / start)
-
-    def _f_and_trace(self, y: Tensor, sigma: float, denoise: samplers.Denoiser) -> tuple[Tensor, Tensor]:
-        """F at x = y sqrt(sigma^2 + sigma_data^2), of y's shape, and the trace of its Jacobian dF/dy, (B,)."""
-        level = torch.tensor(sigma, dtype=torch.float64, device=y.device)
-        c = precond.edm(level, self.options.sigma_data)
-        with torch.enable_grad():
-            y = y.detach().requires_grad_()
-            x = y / c.c_in
-            denoised = denoise(x, level)
-            f = ((denoised - c.c_skip * x) / c.c_out).flatten(1)  # (B, d)
-            trace = torch.zeros(len(y), dtype=y.dtype, device=y.device)
-            for i in range(f.shape[1]):
-                (gradient,) = torch.autograd.grad(f[:, i].sum(), y, retain_graph=i + 1 < f.shape[1])
-                trace = trace + gradient.flatten(1)[:, i]
-        return f.detach().view_as(y), trace.detach()
+        return flow.log_density(denoise, x, *self.bounds(spec), self.options.sigma_data)
 
     @staticmethod
     def _boost(guides: Sequence[Guide]) -> samplers.Boost | None:
         return next((boost for guide in guides if (boost := getattr(guide, "boost", None))), None)
 
-    def _spacing(self, spec: SamplingRecipe) -> str:
-        return spec.spacing or ("vp" if spec.sampler in ("ddim", "ddpm") else "karras")
+    def bounds(self, spec: SamplingRecipe) -> tuple[float, float]:
+        """Smallest and largest noise level of a sampling run, inside what the network knows."""
+        return levels.bounds(spec, self.options, self.precond)
 
     def sigmas(self, spec: SamplingRecipe) -> Tensor:
         """Decreasing noise levels of a sampling run, ending in 0, (steps + 1,), float64."""
-        steps = 18 if spec.steps is None else spec.steps
-        low = self.options.sigma_min if spec.sigma_min is None else spec.sigma_min
-        high = self.options.sigma_max if spec.sigma_max is None else spec.sigma_max
-        if self._spacing(spec) == "vp":
-            return samplers.vp_sigmas(steps, low, high)
-        return samplers.karras_sigmas(steps, low, high, 7.0 if spec.rho is None else spec.rho)
+        return levels.sigmas(spec, self.options, self.precond)
+
+
+def _clipped(denoise: samplers.Denoiser) -> samplers.Denoiser:
+    def clipped(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
+        return denoise(x, sigma, stage).clamp(-1, 1)
+
+    return clipped

@@ -1,10 +1,22 @@
-"""EDM preconditioning: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (arXiv 2206.00364, table 1)."""
+"""Preconditioning: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (arXiv 2206.00364, table 1).
+
+All in EDM's frame, where a noisy image is x0 + sigma noise: a network of the variance-preserving kind sees x scaled to
+unit variance, and its noise estimate eps gives D = x - sigma eps.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
+
+from ddo_cli.diffusion import noise
+
+PrecondName = Literal["edm", "vp", "ve", "iddpm", "ddpm"]
 
 
 class Coefficients(NamedTuple):
@@ -14,6 +26,29 @@ class Coefficients(NamedTuple):
     c_out: Tensor
     c_in: Tensor
     c_noise: Tensor
+
+
+class Preconditioner(ABC):
+    """How a raw network F becomes a denoiser D, and the noise levels it knows."""
+
+    sigma_min: float = 0.0
+    sigma_max: float = math.inf
+
+    @abstractmethod
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        """The four factors at noise levels of any shape, float32."""
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        """1 / c_out^2: with it the squared error of D is that of F, which all of them were trained on."""
+        return 1 / self.coefficients(sigma).c_out.square()
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        """The nearest noise level that the network knows, of sigma's shape and type."""
+        return sigma
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EDM
 
 
 def edm(sigma: Tensor, sigma_data: float) -> Coefficients:
@@ -27,6 +62,129 @@ def edm(sigma: Tensor, sigma_data: float) -> Coefficients:
     )
 
 
-def edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:
-    """w(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 = 1 / c_out^2: the plain squared error of F."""
-    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+class Edm(Preconditioner):
+    """EDM's own; knows every noise level."""
+
+    def __init__(self, sigma_data: float = 0.5):
+        self.sigma_data = sigma_data
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        return edm(sigma, self.sigma_data)
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2."""
+        return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Song et al.'s two continuous processes (arXiv 2011.13456)
+
+
+class Vp(Preconditioner):
+    """Variance preserving: F estimates the noise at the time t(sigma) of the linear VP-SDE, told as 999 t."""
+
+    last_step = 999  # of the thousand that the networks count
+    t_min = 1e-5
+
+    def __init__(self) -> None:
+        # In float32, as the published networks store them: the smallest level suffers a cancellation there.
+        t = torch.tensor([self.t_min, 1.0])
+        half_slope = (noise.BETA_1 - noise.BETA_0) / 2
+        self.sigma_min, self.sigma_max = ((half_slope * t**2 + noise.BETA_0 * t).exp() - 1).sqrt().tolist()
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        slope, start = noise.BETA_1 - noise.BETA_0, noise.BETA_0
+        t = ((start**2 + 2 * slope * (1 + sigma**2).log()).sqrt() - start) / slope
+        return Coefficients(torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), self.last_step * t)
+
+
+class Ve(Preconditioner):
+    """Variance exploding: F estimates the noise of the unscaled image, with the opposite sign."""
+
+    sigma_min, sigma_max = 0.02, 100.0
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        one = torch.ones_like(sigma)
+        return Coefficients(one, sigma, one, (sigma / 2).log())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks that were trained at discrete steps
+
+Prediction = Literal["eps", "v", "x0"]
+
+
+class Discrete(Preconditioner):
+    """DDPM and its kin: F knows the noise levels of M steps and is told the step's number (arXiv 2006.11239).
+
+    sigmas: (M,) increasing, sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t). prediction: what F estimates: the noise,
+    v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (arXiv 2202.00512), or the clean image.
+    """
+
+    def __init__(self, sigmas: Tensor, prediction: Prediction = "eps"):
+        if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas.diff() > 0).all() and sigmas[0] > 0):
+            raise ValueError("the noise levels of discrete steps must be two or more, positive and increasing")
+        self.sigmas, self.prediction = sigmas.to(torch.float32), prediction
+        self.sigma_min, self.sigma_max = self.sigmas[0].item(), self.sigmas[-1].item()
+        self._tables: dict[torch.device, Tensor] = {}
+
+    def step_of(self, sigma: Tensor) -> Tensor:
+        """The number 0..M - 1 of the nearest level, int64 of sigma's shape."""
+        table = self._table(sigma.device)
+        return (sigma.to(torch.float32)[..., None] - table).abs().argmin(-1)
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        return self._table(sigma.device)[self.step_of(sigma)].to(sigma.dtype)
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        c_in = 1 / (sigma**2 + 1).sqrt()
+        c_noise = self.step_of(sigma).to(torch.float32)
+        if self.prediction == "v":
+            return Coefficients(c_in**2, -sigma * c_in, c_in, c_noise)
+        if self.prediction == "x0":
+            return Coefficients(torch.zeros_like(sigma), torch.ones_like(sigma), c_in, c_noise)
+        return Coefficients(torch.ones_like(sigma), -sigma, c_in, c_noise)
+
+    def _table(self, device: torch.device) -> Tensor:
+        if device not in self._tables:
+            self._tables[device] = self.sigmas.to(device)
+        return self._tables[device]
+
+
+NUM_STEPS = 1000  # of every published discrete model
+IDDPM_C1, IDDPM_C2 = 0.001, 0.008  # largest shrinking of alpha_bar in a step; offset of the cosine
+
+
+def linear_sigmas(num_steps: int = NUM_STEPS, beta_first: float = 1e-4, beta_last: float = 0.02) -> Tensor:
+    """Levels of DDPM's linear schedule, (M,) float64 increasing. beta_first, beta_last: those of 1000 steps."""
+    scale = NUM_STEPS / num_steps
+    return sigmas_of_betas(torch.linspace(scale * beta_first, scale * beta_last, num_steps, dtype=torch.float64))
+
+
+def sigmas_of_betas(betas: Tensor) -> Tensor:
+    """sqrt((1 - alpha_bar) / alpha_bar) of a schedule's betas (M,), alpha_bar_t = prod_s<=t (1 - beta_s); float64."""
+    alpha_bar = torch.cumprod(1 - betas.to(torch.float64), 0)
+    return ((1 - alpha_bar) / alpha_bar).sqrt()
+
+
+def cosine_sigmas(num_steps: int = NUM_STEPS, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Levels of the cosine schedule (arXiv 2102.09672, eq. 17), (M,) increasing.
+
+    By EDM's recursion (arXiv 2206.00364, table 1); in float32, as the published networks store their levels:
+    u_M = 0, u_(j-1)^2 = (u_j^2 + 1) / max(alpha_bar_(j-1) / alpha_bar_j, C_1) - 1.
+    """
+    steps = torch.arange(num_steps + 1)
+    alpha_bar = (0.5 * math.pi * steps / num_steps / (IDDPM_C2 + 1)).sin() ** 2
+    u = torch.zeros(num_steps + 1, dtype=dtype)
+    for j in range(num_steps, 0, -1):
+        u[j - 1] = ((u[j] ** 2 + 1) / (alpha_bar[j - 1] / alpha_bar[j]).clamp(min=IDDPM_C1) - 1).sqrt()
+    return u[:-1].flip(0)
+
+
+PRECONDITIONERS: dict[PrecondName, Callable[[float], Preconditioner]] = {
+    "edm": Edm,
+    "vp": lambda sigma_data: Vp(),
+    "ve": lambda sigma_data: Ve(),
+    "iddpm": lambda sigma_data: Discrete(cosine_sigmas()),
+    "ddpm": lambda sigma_data: Discrete(linear_sigmas()),
+}

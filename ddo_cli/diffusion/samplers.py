@@ -16,7 +16,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ddo_cli.diffusion import noise
 from ddo_cli.rng import RowRng
 
 
@@ -28,26 +27,6 @@ class Denoiser(Protocol):
     """
 
     def __call__(self, x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor: ...
-
-
-def karras_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
-    """Decreasing noise levels ending in 0, (n + 1,), float64. EDM, eq. 5 (arXiv 2206.00364).
-
-    sigma_min, sigma_max: in model-space units (pixels lie in [-1, 1]), 0 < sigma_min < sigma_max.
-    """
-    ramp = torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
-
-
-def vp_sigmas(n: int, sigma_min: float, sigma_max: float) -> Tensor:
-    """Decreasing noise levels ending in 0, (n + 1,), float64, evenly spaced in the time of the linear VP-SDE.
-
-    The continuous form of DDPM's and DDIM's evenly respaced steps.
-    """
-    first, last = noise.time_of(torch.tensor([sigma_max, sigma_min], dtype=torch.float64))
-    ramp = torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
-    return torch.cat([noise.sigma_of(first + ramp * (last - first)), torch.zeros(1, dtype=torch.float64)])
 
 
 class Boost(NamedTuple):
@@ -70,6 +49,7 @@ class Trace:
 
     nfe: int = 0
     disc_nfe: int = 0
+    variance: Tensor | None = None  # of the last network pass: where log variance lies in its range, in [-1, 1]
     log_ratio: Tensor | None = None  # (B,), of the last predictor evaluation; +inf outside the guide's window
 
 
@@ -89,7 +69,10 @@ class Churn:
         rng: RowRng,
         boost: Boost | None = None,
         trace: Trace | None = None,
+        round_sigma: Callable[[Tensor], Tensor] = lambda sigma: sigma,
     ):
+        """round_sigma: to the levels that the network knows."""
+        self.round_sigma = round_sigma
         self.s_churn, self.s_min, self.s_max, self.s_noise, self.rng = s_churn, s_min, s_max, s_noise, rng
         self.boost, self.trace, self.step = boost, trace or Trace(), 0
 
@@ -102,14 +85,14 @@ class Churn:
         inside = bool(self.s_min <= sigma <= self.s_max)
         if self.boost is None:
             gamma = _gamma(self.s_churn, num_steps) if inside else 0.0
-            sigma_hat = sigma * (1 + gamma)
+            sigma_hat = self.round_sigma(sigma * (1 + gamma))
             return x + (sigma_hat**2 - sigma**2).clamp(min=0).sqrt() * self.s_noise * eps, sigma_hat
         raised = self._raised(x, self.boost)  # (B,)
         self.step += 1
         own = _gamma(self.s_churn, num_steps), _gamma(self.boost.s_churn, num_steps)
         gammas = torch.where(raised, sigma.new_tensor(own[1]), sigma.new_tensor(own[0])) * inside  # (B,) float64
         s_noise = torch.where(raised, sigma.new_tensor(self.boost.s_noise), sigma.new_tensor(self.s_noise))
-        sigma_hat = sigma * (1 + gammas)
+        sigma_hat = self.round_sigma(sigma * (1 + gammas))
         added = (sigma_hat**2 - sigma**2).clamp(min=0).sqrt() * s_noise
         return x + rows_of(added, x) * eps, sigma_hat
 
@@ -158,10 +141,12 @@ def heun(denoise: Denoiser, x: Tensor, sigmas: Tensor, churn: Churn | None = Non
 
 
 def ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, churn: Churn | None = None, eta: float = 0.0) -> Tensor:
-    """DDIM (eta 0, arXiv 2010.02502) and DDPM with the smaller variance (eta 1, arXiv 2006.11239); one evaluation each.
+    """DDIM (eta 0, arXiv 2010.02502) and DDPM (eta 1, arXiv 2006.11239); one evaluation each.
 
     In the variance-exploding frame x_t / sqrt(alpha_bar_t) the mean of either is an Euler step to sigma_down, and
-    sigma_down^2 + sigma_up^2 = sigma_next^2 with sigma_up = eta sigma_next sqrt(1 - sigma_next^2 / sigma^2).
+    sigma_down^2 + sigma_up^2 = sigma_next^2 with sigma_up = eta sigma_next sqrt(1 - sigma_next^2 / sigma^2). This is
+    the smaller of DDPM's variances; a network that has learnt its variance says where between it and the larger one
+    the noise of eta = 1 lies (arXiv 2102.09672, eq. 15).
     """
     for sigma, sigma_next in pairwise(sigmas):
         up = eta * sigma_next * (1 - (sigma_next / sigma) ** 2).sqrt()
@@ -170,8 +155,23 @@ def ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, churn: Churn | None 
         x = x + (down - sigma) * slope
         if up > 0:
             assert churn is not None, "eta > 0 needs a source of noise"
-            x = x + up * churn.eps(x)
+            share = churn.trace.variance
+            deviation = up if share is None or eta != 1 else _learned_deviation(share.to(x), sigma, sigma_next)
+            x = x + deviation * churn.eps(x)
     return x
+
+
+def _learned_deviation(share: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    """Deviation of DDPM's noise whose log variance lies at `share` in [-1, 1] between its bounds, of share's shape.
+
+    In the variance-exploding frame beta~ reads sigma_next^2 (sigma^2 - sigma_next^2) / sigma^2, and beta
+    (1 + sigma_next^2) (sigma^2 - sigma_next^2) / (1 + sigma^2).
+    """
+    difference = sigma**2 - sigma_next**2
+    smaller = (sigma_next**2 * difference / sigma**2).log()
+    larger = ((1 + sigma_next**2) * difference / (1 + sigma**2)).log()
+    f = (share + 1) / 2
+    return ((f * larger + (1 - f) * smaller) / 2).exp()
 
 
 def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor, churn: Churn | None = None) -> Tensor:

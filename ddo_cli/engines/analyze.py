@@ -22,7 +22,7 @@ from ddo_cli.engines.subject import Finding, Settings, Subject
 from ddo_cli.errors import CheckpointError, DataError, RunError, UsageError
 from ddo_cli.files import read_json, write_json
 from ddo_cli.models import discriminators
-from ddo_cli.recipe import Recipe
+from ddo_cli.schema import Recipe, SamplingRecipe
 
 ANALYSES: dict[str, Callable[[Subject, Settings], Finding]] = {
     "gain": analyses.gain,
@@ -156,7 +156,7 @@ def _check(subject: Subject, settings: Settings, names: list[str]) -> None:
         )
     if not subject.guide.weight:
         console.warn("dg_weight is 0: guided and plain figures will be the same; the gain is still given at weight 1")
-    bottom, top = subject.bounds()[0], subject.base.options.sigma_max
+    bottom, top = subject.bounds()[0], subject.base.bounds(SamplingRecipe())[1]
     if "regeneration" in names and not bottom < settings.noise_level <= top:
         raise UsageError(
             f"--noise-level {settings.noise_level} must lie above the sampler's sigma_min = {bottom:g} and not above "

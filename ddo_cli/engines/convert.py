@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,18 +12,24 @@ from torch import Tensor, nn
 from ddo_cli import checkpoint
 from ddo_cli.errors import CheckpointError, UsageError
 from ddo_cli.files import sha256
-from ddo_cli.models import dg_files, discriminators, foreign, registry
-from ddo_cli.recipe import GuidanceRecipe
+from ddo_cli.models import adm_files, dg_files, diffusers_files, discriminators, foreign, pt_files, registry
+from ddo_cli.schema import GuidanceRecipe, nearest
 
 SMALL = 32  # side up to which EDM samples in 18 steps; 40 above (arXiv 2206.00364, table 2)
+# Of ImageNet 64x64 (ibid., table 5), which the published ADM network of EDM's is for.
+_IMAGENET = {"sampler": "heun", "steps": 256, "s_churn": 40.0, "s_min": 0.05, "s_max": 50.0, "s_noise": 1.003}
+_ADM = {"sampler": "ddpm", "steps": 250, "clip_denoised": True}  # arXiv 2105.05233
+_SCHEDULES = {"linear": "ddpm", "cosine": "iddpm"}
+_ORDERS = ("legacy", "new")
 
 
 class Found(NamedTuple):
-    """What a foreign file holds, under our names."""
+    """What a foreign file holds, under our names. notes: what else to tell the user about it."""
 
     family: str
     header: dict[str, Any]
     tensors: dict[str, Tensor]
+    notes: dict[str, Any] = {}  # noqa: RUF012
 
 
 def run(
@@ -31,31 +38,41 @@ def run(
     *,
     model: str | None = None,
     trunk: str | None = None,
+    settings: Sequence[str] = (),
     verify: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Writes `out` and returns what layout promises of `convert --json`.
 
-    source: a .pkl of EDM's family (the averaged weights), or a .pt or .pth of an ADM classifier or a published
-    discriminator. model, trunk: the model that a discriminator guides, and the converted classifier under it.
+    source: a .pkl of EDM's family (the averaged weights); a .pt or .pth of an ADM diffusion model, an ADM classifier
+    or a published discriminator; or a folder of diffusers with a UNet2DModel and its scheduler. model, trunk: the model
+    that a discriminator guides, and the converted classifier under it. settings: KEY=VALUE texts, what the file of an
+    ADM diffusion model does not tell; see `told`.
     verify: reads the written file again and compares every tensor. Raises CheckpointError if the file cannot be used.
     """
-    if not source.is_file():
-        raise UsageError(f"{source} does not exist; give a .pkl, .pt or .pth file")
+    if not source.exists():
+        raise UsageError(f"{source} does not exist; give a .pkl, .pt or .pth file, or a folder of diffusers")
     if out.exists() and not dry_run:
         raise UsageError(f"--out {out} exists; choose another name, or remove it")
-    link = {"command": "convert", "source": source.name, "source_sha256": sha256(source)}
-    found = _edm(source) if source.suffix == ".pkl" else _discriminator_guidance(source, model, trunk)
-    kind = found.header["kind"]
+    given = told(settings)
+    digest = diffusers_files.digest(source) if source.is_dir() else sha256(source)
+    link = {"command": "convert", "source": source.resolve().name, "source_sha256": digest}
+    found = _read(source, model, trunk, given)
+    kind, config = found.header["kind"], found.header["config"]
     result = {
         "out": str(out),
         "family": found.family,
         "kind": kind,
-        "network": found.header["config"]["name"],
-        "shape": found.header["config"]["shape"],
-        "num_classes": found.header["config"]["num_classes"],
+        "network": config["name"],
+        "shape": config["shape"],
+        "num_classes": config["num_classes"],
         "num_tensors": len(found.tensors),
-        "num_parameters": _num_parameters(kind, found.header["config"]),
+        "num_parameters": _num_parameters(kind, config),
+        **{key: config["options"][key] for key in ("precond", "learned_variance") if kind == "model"},
+        **found.notes,
+        **({"sampling": found.header["sampling"]} if "sampling" in found.header else {}),
+        "source": link["source"],
+        "source_sha256": link["source_sha256"],
     }
     if dry_run:
         return {**result, "dry_run": True}
@@ -66,10 +83,69 @@ def run(
     return result
 
 
+def told(settings: Sequence[str]) -> dict[str, Any]:
+    """What the user tells of an ADM diffusion model, as `adm_files.unet` takes it.
+
+    qkv: legacy or new; schedule: linear or cosine; size: side of the images; num_heads: in place of 64 channels each.
+    Raises UsageError for anything else.
+    """
+    found: dict[str, Any] = {}
+    for text in settings:
+        key, _, value = text.partition("=")
+        if key == "qkv" and value in _ORDERS:
+            found["order"] = value
+        elif key == "schedule" and value in _SCHEDULES:
+            found["precond"] = _SCHEDULES[value]
+        elif key in ("size", "num_heads") and value.isdecimal() and 0 < int(value) < 2**16:
+            found[key] = int(value)
+        else:
+            keys = ("qkv", "schedule", "size", "num_heads")
+            raise UsageError(
+                f"'{text}' cannot be used{nearest(key, set(keys) - {key})}; write qkv=legacy or qkv=new, "
+                "schedule=linear or schedule=cosine, size=<side in pixels>, num_heads=<number>"
+            )
+    return found
+
+
+def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, Any]) -> Found:
+    """The file's content, whatever its family."""
+    if given and source.suffix not in (".pt", ".pth"):
+        raise UsageError(f"{source} tells its configuration itself; KEY=VALUE is for the .pt of an ADM diffusion model")
+    if source.is_dir():
+        folder = diffusers_files.read(source)
+        header = {"kind": "model", "config": folder.config, "sampling": folder.sampling}
+        return Found("diffusers", header, folder.tensors, folder.notes)
+    if source.suffix == ".pkl":
+        return _edm(source)
+    stored = pt_files.read(source, adm_files.EXPECTED)
+    pt_files.check_size(stored.values(), source)
+    if adm_files.is_unet(stored):
+        return _adm(source, stored, given)
+    if given:
+        raise UsageError(f"{source} is no ADM diffusion model, and KEY=VALUE is for those")
+    return _discriminator_guidance(source, model, trunk)
+
+
 def _edm(source: Path) -> Found:
-    config, tensors = foreign.edm_checkpoint(source)
-    steps = 18 if config["shape"][-1] <= SMALL else 40
-    return Found("edm", {"kind": "model", "config": config, "sampling": {"sampler": "heun", "steps": steps}}, tensors)
+    """A network of EDM's pickles, with its published way of sampling."""
+    file = foreign.read_edm(source)
+    side, is_adm = file.config["shape"][-1], file.config["name"] == "adm-unet"
+    sampling = _IMAGENET if is_adm else {"sampler": "heun", "steps": 18 if side <= SMALL else 40}
+    notes: dict[str, Any] = {"classes_found": " around ".join(file.classes), "stored_tensors": len(file.stored)}
+    if file.half:
+        notes["note"] = "its authors run it in float16; here it runs in float32, unless a precision is asked for"
+    return Found("edm", {"kind": "model", "config": file.config, "sampling": sampling}, file.tensors, notes)
+
+
+def _adm(source: Path, stored: dict[str, Tensor], given: dict[str, Any]) -> Found:
+    """An ADM diffusion model, with the published way of sampling."""
+    file = adm_files.unet(stored, source, **given)
+    notes = {
+        "published_as": file.described.name or "no published one: as you told",
+        "qkv": file.described.order,
+        "stored_tensors": len(stored),
+    }
+    return Found("adm", {"kind": "model", "config": file.config, "sampling": _ADM}, file.tensors, notes)
 
 
 def _discriminator_guidance(source: Path, model: str | None, trunk: str | None) -> Found:

@@ -14,7 +14,7 @@ from ddo_cli.data.samples import manifest_of
 from ddo_cli.engines import sample
 from ddo_cli.errors import DataError
 from ddo_cli.models import registry
-from ddo_cli.recipe import DiscriminatorRecipe, Recipe, SamplingRecipe
+from ddo_cli.schema import DiscriminatorRecipe, Recipe, SamplingRecipe
 
 FIRST_FAKE_SEED = 2_000_000  # beyond the seeds of scores and of finetune-ddo
 MAX_IMBALANCE = 30  # a set this many times the other's size; ImageNet against 50,000 samples is 26

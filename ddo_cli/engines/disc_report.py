@@ -8,7 +8,8 @@ from typing import Any
 
 from ddo_cli import pictures, report, rundir
 from ddo_cli.pictures import Curve
-from ddo_cli.recipe import Recipe, to_yaml
+from ddo_cli.recipe import to_yaml
+from ddo_cli.schema import Recipe
 
 Evaluations = dict[int, dict[str, Any]]
 

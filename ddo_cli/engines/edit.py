@@ -22,8 +22,9 @@ from ddo_cli.engines.edit_report import Way
 from ddo_cli.errors import RunError
 from ddo_cli.files import read_json, sweep, write_json
 from ddo_cli.likelihood import Batch, num_batches
-from ddo_cli.recipe import SamplingRecipe, differing_keys
+from ddo_cli.recipe import differing_keys
 from ddo_cli.rng import RowRng, seed_from
+from ddo_cli.schema import SamplingRecipe
 
 STATE = "edit.json"
 

@@ -19,7 +19,7 @@ from ddo_cli.errors import DataError, UsageError
 from ddo_cli.files import sha256
 from ddo_cli.likelihood import NO_LABEL
 from ddo_cli.models import discriminators, registry
-from ddo_cli.recipe import GuidanceRecipe, SamplingRecipe
+from ddo_cli.schema import GuidanceRecipe, SamplingRecipe
 
 DEFAULT_MODEL = "embedded:digits32"
 
@@ -104,8 +104,7 @@ def _without_discriminator(name: str, given: dict[str, Any], device: torch.devic
 
 def check_levels(levels: Sequence[float], spec: SamplingRecipe, base: DiffusionModel) -> list[float]:
     """The levels in increasing order. Raises UsageError for one outside the sampler's range, or given twice."""
-    low = base.options.sigma_min if spec.sigma_min is None else spec.sigma_min
-    high = base.options.sigma_max if spec.sigma_max is None else spec.sigma_max
+    low, high = base.bounds(spec)
     for sigma in levels:
         if not low < sigma <= high:
             raise UsageError(

@@ -6,9 +6,11 @@ import json
 from typing import Any
 
 from ddo_cli import pictures, report, rundir
+from ddo_cli.engines.ddo_sweep import Setting, fraction_spent, rank
 from ddo_cli.files import read_json
 from ddo_cli.pictures import Curve
-from ddo_cli.recipe import Recipe, to_yaml
+from ddo_cli.recipe import to_yaml
+from ddo_cli.schema import Recipe
 
 Row = tuple[str, ...]
 
@@ -21,6 +23,8 @@ def table(state: dict[str, Any], key: str) -> tuple[list[str], list[Row]]:
     rows = [("at the start", *_figures(state["reference"], key, others), "1.000", "")]
     for record in state["rounds"]:
         outcome = f"promoted after {record['best_images']:,} images"
+        if "nodes" in record:
+            outcome += f", {_setting(record).title}"
         if not record["promoted"]:
             outcome = f"kept; best candidate {record['candidate_score']:.4g}"
         ratio = f"{record['score'] / start:.3f}" if start else "-"
@@ -31,6 +35,33 @@ def table(state: dict[str, Any], key: str) -> tuple[list[str], list[Row]]:
 def table_of(run_dir: rundir.RunDir, key: str) -> tuple[list[str], list[Row]]:
     """The table of a finished run."""
     return table(read_json(run_dir.state_file), key)
+
+
+def sweep_table(record: dict[str, Any], recipe: Recipe, key: str) -> report.Table:
+    """All nodes of a round's sweep: scores at the rungs, best candidate, and how far each came."""
+    batch, nodes = recipe.finetune.batch, record["nodes"]
+    rungs = sorted({rung["step"] for node in nodes for rung in node["rungs"]})
+    columns = ["node", *(f"{step * batch:,} images" for step in rungs), "best candidate", "at", "outcome"]
+    rows = []
+    for node in nodes:
+        scores = {rung["step"]: f"{rung['score']:.4g}" for rung in node["rungs"]}
+        best = min(node["candidates"], key=lambda candidate: rank(candidate["score"]), default=None)
+        figures = (f"{best['score']:.4g}", f"{best['step'] * batch:,}") if best else ("-", "-")
+        outcome = f"{node['outcome']} at {node['stopped_at'] * batch:,}"
+        if _setting(node) == _setting(record):
+            outcome += ", best of the round"
+        rows.append((_setting(node).title, *(scores.get(step, "-") for step in rungs), *figures, outcome))
+    return report.Table(f"Round {record['round']}: {key} of every node (lower is better)", columns, rows)
+
+
+def sweep_cost(rounds: list[dict[str, Any]]) -> str:
+    """ "sweep cost: 0.47 of the full grid"; empty without a sweep."""
+    fraction = fraction_spent(rounds)
+    return "" if fraction is None else f"sweep cost: {fraction:.2f} of the full grid"
+
+
+def _setting(record: dict[str, Any]) -> Setting:
+    return Setting(record["alpha"], record["beta"])
 
 
 def _figures(record: dict[str, Any], key: str, others: list[str]) -> Row:
@@ -45,6 +76,8 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any], key: st
     """Draws the curves and writes report.html."""
     path, rounds = run_dir.path, state["rounds"]
     log = [json.loads(line) for line in run_dir.log_file.read_text().splitlines()]
+    chosen = {record["round"]: _setting(record) for record in rounds if "nodes" in record}
+    log = [line for line in log if line["round"] not in chosen or _setting(line) == chosen[line["round"]]]
     per_round = -(-recipe.finetune.images_per_round // recipe.finetune.batch) * recipe.finetune.batch
     at = [(record["round"] - 1) * per_round + record["n_images"] for record in log]
     candidates = [
@@ -79,4 +112,9 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any], key: st
     start, final = by_round[0], by_round[-1]
     ratio = f" ({final / start:.2f} times)" if start else ""
     summary = f"{key} {start:.4g} -> {final:.4g}{ratio} in {len(rounds)} rounds; lower is better."
-    report.write_report(path / "report.html", f"DDO: {recipe.name}", summary, columns, rows, shown, to_yaml(recipe))
+    cost = sweep_cost(rounds)
+    if cost:
+        summary += f" {cost.capitalize()}; curves are of each round's best node."
+    sweeps = [sweep_table(record, recipe, key) for record in rounds if "nodes" in record]
+    title = f"DDO: {recipe.name}"
+    report.write_report(path / "report.html", title, summary, columns, rows, shown, to_yaml(recipe), sweeps)

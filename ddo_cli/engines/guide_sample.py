@@ -13,7 +13,7 @@ from ddo_cli.data.samples import Format
 from ddo_cli.engines import guides, sample
 from ddo_cli.engines.guides import Others
 from ddo_cli.errors import UsageError
-from ddo_cli.recipe import GuidanceRecipe
+from ddo_cli.schema import GuidanceRecipe
 
 
 def run(

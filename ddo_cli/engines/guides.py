@@ -17,7 +17,8 @@ from ddo_cli.diffusion.samplers import Boost
 from ddo_cli.errors import CheckpointError, RunError, UsageError
 from ddo_cli.files import read_json
 from ddo_cli.models import discriminators, registry
-from ddo_cli.recipe import GuidanceRecipe, SamplingRecipe, differing_keys
+from ddo_cli.recipe import differing_keys
+from ddo_cli.schema import GuidanceRecipe, SamplingRecipe
 
 RUNS = Path("runs")
 

@@ -16,8 +16,8 @@ from ddo_cli.data.pairs import Shuffled
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.files import write_json
 from ddo_cli.models import registry
-from ddo_cli.recipe import Recipe
 from ddo_cli.rng import RowRng, seed_from
+from ddo_cli.schema import Recipe
 from ddo_cli.training import loop
 
 
@@ -28,7 +28,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     """
     settings = recipe.pretrain
     registry.load_file(recipe.model.file)
-    real = open_images(recipe.data.source, recipe.data.num)
+    real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
     config = registry.config_of(
         recipe.model.name, real.items.shape[1:], real.num_classes, recipe.model.options, recipe.model.draw
     )
@@ -36,7 +36,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     steps = -(-settings.images // settings.batch)
     torch.manual_seed(seed_from("init", recipe.seed))  # weights are the only thing drawn from the global generator
     model = registry.build(config).to(device)
-    check_fits(real, model.shape, model.num_classes)
+    check_fits(real, model.shape, model.num_classes, recipe.data.hflip)
     model.check_sampling(recipe.sampling)
     scoring = Scoring(recipe, real, recipe.sampling, device)
     parameters = sum(p.numel() for p in model.parameters())
@@ -53,7 +53,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             console.info(f"{out} is finished; nothing to do")
             return _result(run_dir, state)
         console.info(f"pretrain {config['name']}: {parameters:,} parameters, {steps} steps of {settings.batch} images")
-        stream = Shuffled(real.items, real.labels, "pretrain", recipe.seed)
+        stream = Shuffled(real.items, real.labels, "pretrain", recipe.seed, hflip=recipe.data.hflip)
 
         def loss(wrapped: nn.Module, rows: loop.Rows) -> loop.Loss:
             """Negative log-likelihood (or bound) per dimension."""

@@ -15,8 +15,8 @@ from ddo_cli.diffusion import samplers
 from ddo_cli.diffusion.guidance import Guide
 from ddo_cli.diffusion.samplers import Trace
 from ddo_cli.engines.subject import Finding, Settings, Subject
-from ddo_cli.recipe import SamplingRecipe
 from ddo_cli.rng import RowRng
+from ddo_cli.schema import SamplingRecipe
 
 # Chosen by us.
 REGENERATED = 8  # held-out images in the picture of mean regenerations

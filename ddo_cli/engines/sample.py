@@ -18,7 +18,7 @@ from ddo_cli.errors import UsageError
 from ddo_cli.files import sweep
 from ddo_cli.likelihood import LikelihoodModel, generate, num_batches
 from ddo_cli.models import registry
-from ddo_cli.recipe import SamplingRecipe
+from ddo_cli.schema import SamplingRecipe
 
 GRID_ITEMS = 64
 
@@ -48,7 +48,7 @@ def run(
     spec = spec_of(file, **(sampling or {}))
     model.check_sampling(spec)
     model.check_guides(spec, guides)
-    _check_classes(model, classes)
+    _check_classes(model, classes, spec)
     form = form or ("png" if len(model.shape) == 3 else "npz")
     if form == "png" and len(model.shape) != 3:
         raise UsageError(f"--format png needs images; this model draws items of shape {model.shape}: use shards or npz")
@@ -136,7 +136,10 @@ def _draw(
     return sum(dist.gathered(drawn)) / max(time.monotonic() - start, 1e-9)
 
 
-def _check_classes(model: LikelihoodModel, classes: Sequence[int] | None) -> None:
+def _check_classes(model: LikelihoodModel, classes: Sequence[int] | None, spec: SamplingRecipe) -> None:
+    if spec.labels == "random" and (classes or not model.num_classes):
+        why = "--classes chooses them" if classes else "this model has no classes"
+        raise UsageError(f"sampling.labels = random: {why}; leave it out")
     if not classes:
         return
     if not model.num_classes:

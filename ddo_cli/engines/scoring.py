@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from ddo_cli import console, dist, pictures
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet
+from ddo_cli.diffusion import flow
 from ddo_cli.diffusion.guidance import Guide
 from ddo_cli.diffusion.mixture import toy2d
 from ddo_cli.errors import DataError, UsageError
@@ -21,7 +23,7 @@ from ddo_cli.metrics import stats
 from ddo_cli.metrics.density import DensityScorer
 from ddo_cli.metrics.features import Extractor, select_extractor
 from ddo_cli.metrics.scorer import FrechetScorer
-from ddo_cli.recipe import Recipe, SamplingRecipe
+from ddo_cli.schema import Recipe, SamplingRecipe
 
 GRID_SEEDS = range(64)  # of the pictures that compare models
 
@@ -62,15 +64,29 @@ class Scoring:
         if self.density is not None and (self.spec.s_churn or any(getattr(guide, "boost", None) for guide in guides)):
             raise UsageError("metric js is of the density that an ODE draws: leave sampling.s_churn and boost out")
 
-    def run(self, model: LikelihoodModel, repeat: int, guides: Sequence[Guide] = ()) -> dict[str, float]:
-        """The metric's figures, `self.key` among them, on the seeds of one repeat. Equal on every process."""
+    def run(
+        self, model: LikelihoodModel, repeat: int, guides: Sequence[Guide] = (), images: int | None = None
+    ) -> dict[str, float]:
+        """The metric's figures, `self.key` among them, on the seeds of one repeat. Equal on every process.
+
+        images: only the first so many of those seeds (a density has none); None: all.
+        """
         if self.density is not None:
             return dist.from_main(self.density.score(model, self.spec, guides))
-        seeds = range(repeat * self.metric.num_images, (repeat + 1) * self.metric.num_images)
+        first = repeat * self.metric.num_images
+        seeds = range(first, first + (images or self.metric.num_images))
         own = dist.shard(range(num_batches(len(seeds), self.spec.batch)))
         made = generate(model, seeds, self.spec, batch=self.spec.batch, guides=guides, only=own, device=self.device)
         with console.progress(f"{self.key} {repeat + 1}/{self.repeats}", len(own), "batches") as bar:
             return self.frechet.score(_counted(made, bar))
+
+    def passes(self, model: LikelihoodModel, images: int | None = None) -> int:
+        """What one score costs, in forward passes of one row; a backward pass counts as two."""
+        if self.density is not None:
+            points = self.density.size**2
+            return points * 4 * flow.STEPS * (1 + 2 * math.prod(model.shape))  # a backward pass for each dimension
+        (one,) = generate(model, range(1), self.spec, batch=1, device=self.device)
+        return one.nfe * (images or self.metric.num_images)
 
     def picture(self, model: LikelihoodModel, path: Path) -> None:
         """What the model draws, for people: the same seeds for every model, or its density beside the data's."""

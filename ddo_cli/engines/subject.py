@@ -15,7 +15,7 @@ from ddo_cli.diffusion import noise
 from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.diffusion.guidance import GradientGuide, Guide
 from ddo_cli.likelihood import NO_LABEL
-from ddo_cli.recipe import Recipe, SamplingRecipe
+from ddo_cli.schema import Recipe, SamplingRecipe
 
 
 class Settings(NamedTuple):
@@ -59,8 +59,7 @@ class Subject(NamedTuple):
 
     def bounds(self) -> tuple[float, float]:
         """The sampler's lowest and highest noise level."""
-        high, low, _ = self.base.sigmas(self.spec.merged(steps=2)).tolist()
-        return low, high
+        return self.base.bounds(self.spec)
 
     def window(self) -> tuple[float, float]:
         """Those of them between which it is guided; not increasing where there are none."""

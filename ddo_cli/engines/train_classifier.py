@@ -19,8 +19,8 @@ from ddo_cli.engines import guides
 from ddo_cli.errors import DataError
 from ddo_cli.metrics.discrimination import BATCH, LEVELS, noisy
 from ddo_cli.models import discriminators, registry
-from ddo_cli.recipe import ClassifierRecipe, Recipe
 from ddo_cli.rng import RowRng, seed_from
+from ddo_cli.schema import ClassifierRecipe, Recipe
 from ddo_cli.training import loop
 
 
@@ -34,9 +34,9 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     registry.load_file(recipe.model.file)
     loaded = registry.load_model(recipe.model.ckpt, device)
     base = guides.diffusion_model(loaded)
-    real = open_images(recipe.data.source, recipe.data.num)
+    real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
     num_classes = base.num_classes or real.num_classes
-    check_fits(real, base.shape, num_classes)
+    check_fits(real, base.shape, num_classes, recipe.data.hflip)
     if not num_classes:
         raise DataError(f"{real.name} has no labels; a classifier is trained on labelled images")
     if len(real.items) < 2 * settings.held_out:
@@ -61,7 +61,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             return _result(run_dir, state)
         rows = split(len(real.items), settings.held_out, "classifier", recipe.seed)
         law = _law(settings, base)
-        stream = Shuffled(real.items, real.labels, "classifier", recipe.seed, only=rows.train)
+        stream = Shuffled(real.items, real.labels, "classifier", recipe.seed, only=rows.train, hflip=recipe.data.hflip)
 
         def loss(wrapped: nn.Module, part: loop.Rows) -> loop.Loss:
             first = part.step * settings.batch

@@ -28,8 +28,8 @@ from ddo_cli.files import read_json, replacing, sha256, write_json
 from ddo_cli.metrics.discrimination import HeldOut, noisy
 from ddo_cli.models import discriminators, registry
 from ddo_cli.objectives.discriminator import discriminator_loss
-from ddo_cli.recipe import Recipe, SamplingRecipe
 from ddo_cli.rng import RowRng, seed_from
+from ddo_cli.schema import Recipe, SamplingRecipe
 from ddo_cli.training import loop
 
 # Share of what has been learnt, log 2 - BCE, that the second half of the images may have brought where the held-out
@@ -51,9 +51,9 @@ def run(
     loaded = registry.load_model(recipe.model.ckpt, device)
     base = guides.diffusion_model(loaded)
     loaded.model.requires_grad_(False)
-    real = open_images(recipe.data.source, recipe.data.num)
+    real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
     label_use = base.num_classes if settings.conditional else 0
-    check_fits(real, base.shape, label_use)
+    check_fits(real, base.shape, label_use, recipe.data.hflip)
     spec = sample.spec_of(loaded.checkpoint, **recipe_sampling(recipe))
     base.check_sampling(spec)
     given = disc_data.given_set(loaded, real, label_use, settings, force) if settings.fake is not None else None
@@ -133,7 +133,8 @@ class _Training:
         streams, held = [], []
         for side, items in (("real", real), ("fake", fake)):
             rows = split(len(items.items), self.settings.held_out, side, recipe.seed)
-            streams.append(Shuffled(items.items, items.labels, side, recipe.seed, only=rows.train))
+            hflip = recipe.data.hflip and side == "real"
+            streams.append(Shuffled(items.items, items.labels, side, recipe.seed, only=rows.train, hflip=hflip))
             index = rows.held_out
             held.append((base.encode(torch.from_numpy(items.items[index])), torch.from_numpy(items.labels[index])))
         self.pairs = Pairs(*streams)

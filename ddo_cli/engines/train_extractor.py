@@ -19,8 +19,8 @@ from ddo_cli.data.images import open_images
 from ddo_cli.data.pairs import Examples, Shuffled
 from ddo_cli.errors import DataError, UsageError
 from ddo_cli.metrics.digit_net import DigitNet
-from ddo_cli.recipe import TrainRecipe
 from ddo_cli.rng import permutation, seed_from
+from ddo_cli.schema import TrainRecipe
 from ddo_cli.training import loop
 
 SIZE = 32
@@ -138,7 +138,7 @@ def _examples(sources: str) -> Examples:
         if (found.labels < 0).any():
             raise DataError(f"{source} has images without a label; an extractor is trained as a classifier")
         for start in range(0, len(found.items), 4096):
-            items.append(_square(torch.from_numpy(found.items[start : start + 4096])))
+            items.append(_square(torch.from_numpy(found.items[start : start + 4096].copy())))
         labels.append(found.labels)
     return Examples(torch.cat(items), torch.from_numpy(np.concatenate(labels)))
 

@@ -25,7 +25,8 @@ class HasItems(Protocol):
 def own_batches(items: np.ndarray, batch: int) -> Iterator[Tensor]:
     """This process's share of the batches of `items` (N, ...), each (b, ...)."""
     for start in dist.shard(range(0, len(items), batch)):
-        yield torch.from_numpy(items[start : start + batch])
+        # A copy: the items may be a file's pages, which a tensor must not share.
+        yield torch.from_numpy(items[start : start + batch].copy())
 
 
 def moments_of(extractor: Extractor, batches: Iterable[Tensor]) -> Moments:

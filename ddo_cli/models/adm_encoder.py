@@ -1,4 +1,4 @@
-"""The encoder half of ADM's U-Net (arXiv 2105.05233, section 4): a classifier of noisy images, and DG's discriminator.
+"""ADM's blocks (arXiv 2105.05233, section 4), and the encoder half of its U-Net: classifiers, DG's discriminator.
 
 Discriminator Guidance (arXiv 2211.17091, section 4.3) takes the features of such a classifier, frozen, and trains a
 shallow network of the same family on them. Names of parameters are those of the published files, which load as they
@@ -8,7 +8,8 @@ are. All of them have scale-shift norms, residual up/down blocks, 64 channels pe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,8 +22,9 @@ from ddo_cli.likelihood import Options
 from ddo_cli.models.discriminators import register_classifier
 
 Time = Literal["linear", "cosine"]
+Resampling = Literal["", "up", "down"]
 
-_GROUPS = 32  # of every GroupNorm
+_GROUPS = 32  # of every GroupNorm, see `group_norm`
 _TIME_SCALE = 999  # the networks were trained on step indices 0..999
 _LONGEST_PERIOD = 10_000
 
@@ -39,37 +41,66 @@ PUBLISHED: dict[tuple[int, int], dict[str, Any]] = {
 }
 
 
-def time_embedding(t: Tensor, width: int) -> Tensor:
-    """[cos | sin] of 999 t at width / 2 frequencies from 1 down to almost 1 / 10000, (B, width) float64."""
+def cosines_and_sines(position: Tensor, width: int) -> Tensor:
+    """[cos | sin] of `position` (B,) at width / 2 frequencies from 1 down to almost 1 / 10000, (B, width) float64."""
     half = width // 2
-    k = torch.arange(half, device=t.device, dtype=torch.float64)
+    k = torch.arange(half, device=position.device, dtype=torch.float64)
     frequencies = torch.exp(-math.log(_LONGEST_PERIOD) * k / half)
-    angles = _TIME_SCALE * t.to(torch.float64)[:, None] * frequencies  # (B, half)
+    angles = position.to(torch.float64)[:, None] * frequencies  # (B, half)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def time_embedding(t: Tensor, width: int) -> Tensor:
+    """Features of the step index that a time t in [0, 1] means, 999 t; (B, width) float64."""
+    return cosines_and_sines(_TIME_SCALE * t.to(torch.float64), width)
+
+
+def group_norm(channels: int, group_channels: int = 1) -> nn.GroupNorm:
+    """32 groups, or fewer where a group would have less than `group_channels` channels (EDM's version: 4).
+
+    Raises ValueError if they do not divide the channels.
+    """
+    groups = min(_GROUPS, channels // group_channels)
+    if groups == 0 or channels % groups:
+        raise ValueError(f"{channels} channels (width times channel_mult) do not divide into {groups} groups")
+    return nn.GroupNorm(groups, channels)
 
 
 class ResBlock(nn.Module):
     """skip(x) + conv(SiLU(norm(conv(SiLU(norm(x)))) (1 + scale) + shift)), scale and shift from the embedding.
 
-    down: both branches are halved by a 2x2 mean, the residual one before its first convolution.
+    resampling: both branches are halved by a 2x2 mean, or doubled by repetition, the residual one before its first
+    convolution. dropout: share of activations dropped before the last convolution, in train mode only.
     """
 
-    def __init__(self, c_in: int, c_out: int, emb_width: int, *, down: bool = False) -> None:
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        emb_width: int,
+        *,
+        resampling: Resampling = "",
+        dropout: float = 0.0,
+        group_channels: int = 1,
+    ) -> None:
         super().__init__()
-        self.down = down
-        self.in_layers = nn.Sequential(nn.GroupNorm(_GROUPS, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.resampling = resampling
+        first = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.in_layers = nn.Sequential(group_norm(c_in, group_channels), nn.SiLU(), first)
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_width, 2 * c_out))
         last = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.out_layers = nn.Sequential(nn.GroupNorm(_GROUPS, c_out), nn.SiLU(), nn.Identity(), last)  # 2: no dropout
+        self.out_layers = nn.Sequential(group_norm(c_out, group_channels), nn.SiLU(), nn.Dropout(dropout), last)
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """(B, c_out, H, W), or half that. x: (B, c_in, H, W); emb: (B, E)."""
+        """(B, c_out, H, W), or the sides halved or doubled. x: (B, c_in, H, W); emb: (B, E)."""
         h = self.in_layers[:2](x)
-        if self.down:
+        if self.resampling == "down":
             x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
+        elif self.resampling == "up":
+            x, h = F.interpolate(x, scale_factor=2.0), F.interpolate(h, scale_factor=2.0)  # nearest
         h = self.in_layers[2](h)  # (B, c_out, H, W)
         scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)  # (B, c_out, 1, 1) each
         h = torch.addcmul(shift, self.out_layers[0](h), 1 + scale)
@@ -79,10 +110,10 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """x + proj_out(self-attention(norm(x))) over positions. Channels of qkv: q, k, v of one head, then the next."""
 
-    def __init__(self, channels: int, head_channels: int) -> None:
+    def __init__(self, channels: int, head_channels: int, group_channels: int = 1) -> None:
         super().__init__()
         self.head_channels = head_channels
-        self.norm = nn.GroupNorm(_GROUPS, channels)
+        self.norm = group_norm(channels, group_channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
         nn.init.zeros_(self.proj_out.weight)
@@ -121,6 +152,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(1, 2)
 
 
+def embedded(embedding: nn.Embedding, label: Tensor) -> Tensor:
+    """Rows of the labels, (B, E); zeros for the label -1."""
+    return embedding(label.clamp(min=0)) * (label >= 0)[:, None]
+
+
 class Block(nn.ModuleList):
     """Layers in a row. Those of ADM take the embedding too."""
 
@@ -129,6 +165,32 @@ class Block(nn.ModuleList):
         for layer in self:
             h = layer(h) if isinstance(layer, nn.Conv2d) else layer(h, emb)
         return h
+
+
+def encoder_blocks(
+    in_channels: int,
+    widths: Sequence[int],
+    depth: int,
+    attending: Sequence[bool],
+    res: Callable[..., ResBlock],
+    attention: Callable[[int], Attention],
+) -> tuple[nn.ModuleList, Block]:
+    """(input_blocks, middle_block) of levels with these channels: `depth` blocks each, halvings in between.
+
+    res(c_in, c_out, resampling=...), attention(channels): make the layers.
+    """
+    channels = widths[0]
+    blocks = nn.ModuleList([Block([nn.Conv2d(in_channels, channels, 3, padding=1)])])
+    for level, width in enumerate(widths):
+        for _ in range(depth):
+            layers: list[nn.Module] = [res(channels, width)]
+            if attending[level]:
+                layers.append(attention(width))
+            blocks.append(Block(layers))
+            channels = width
+        if level < len(widths) - 1:
+            blocks.append(Block([res(channels, channels, resampling="down")]))
+    return blocks, Block([res(channels, channels), attention(channels), res(channels, channels)])
 
 
 class AdmEncoder(nn.Module):
@@ -163,27 +225,17 @@ class AdmEncoder(nn.Module):
         _check_sizes(size, widths, attending, num_head_channels)
         self.time_embed = nn.Sequential(nn.Linear(width, emb_width), nn.SiLU(), nn.Linear(emb_width, emb_width))
         self.label_emb = nn.Embedding(num_labels, emb_width) if num_labels else None
-        channels = widths[0]
-        self.input_blocks = nn.ModuleList([Block([nn.Conv2d(in_channels, channels, 3, padding=1)])])
-        for level, coarse in enumerate(widths):
-            for _ in range(depth):
-                layers: list[nn.Module] = [ResBlock(channels, coarse, emb_width)]
-                if attending[level]:
-                    layers.append(Attention(coarse, num_head_channels))
-                self.input_blocks.append(Block(layers))
-                channels = coarse
-            if level < len(widths) - 1:
-                self.input_blocks.append(Block([ResBlock(channels, channels, emb_width, down=True)]))
-        self.middle_block = Block(
-            [
-                ResBlock(channels, channels, emb_width),
-                Attention(channels, num_head_channels),
-                ResBlock(channels, channels, emb_width),
-            ]
+        self.input_blocks, self.middle_block = encoder_blocks(
+            in_channels,
+            widths,
+            depth,
+            attending,
+            partial(ResBlock, emb_width=emb_width),
+            partial(Attention, head_channels=num_head_channels),
         )
         side = size // 2 ** (len(widths) - 1)
-        pool = AttentionPool(channels, side, num_head_channels, num_outputs)
-        self.out = nn.Sequential(nn.GroupNorm(_GROUPS, channels), nn.SiLU(), pool)
+        pool = AttentionPool(widths[-1], side, num_head_channels, num_outputs)
+        self.out = nn.Sequential(group_norm(widths[-1]), nn.SiLU(), pool)
 
     def features(self, x_vp: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """(B, C, h, w), what the pooling head sees. x_vp: float (B, C, H, W) in VP coordinates; t: (B,);
@@ -192,7 +244,7 @@ class AdmEncoder(nn.Module):
         t = noise.cosine_time_of(t) if self.time == "cosine" else t
         emb = self.time_embed(time_embedding(t, self.width).to(x_vp.dtype))  # (B, E)
         if self.label_emb is not None and label is not None:
-            emb = emb + self.label_emb(label.clamp(min=0)) * (label >= 0)[:, None]  # -1 adds nothing
+            emb = emb + embedded(self.label_emb, label)
         h = x_vp
         for block in self.input_blocks:
             h = block(h, emb)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ddo_cli import checkpoint
 from ddo_cli.errors import CheckpointError
-from ddo_cli.models import discriminators
+from ddo_cli.models import discriminators, pt_files
 from ddo_cli.models.adm_encoder import PUBLISHED, AdmEncoder
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -73,18 +73,9 @@ def read(path: str | Path, *, trunk: str | None = None, num_classes: int = 0) ->
 
 def _tensors(path: str | Path) -> dict[str, Tensor]:
     """The content of a .pt file, in float32."""
-    file = checkpoint.resolve(path)
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes lead the unpickler to errors of any kind
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(
-            f"{path} is not a whole .pt file of tensors ({reason}); {_EXPECTED}, so download it again"
-        ) from None
-    if not isinstance(content, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
-    ):
-        raise CheckpointError(f"{path} is not a bare state dict, tensors by name; {_EXPECTED}")
+    content = pt_files.read(path, _EXPECTED)
+    if any(tensor.dtype != torch.float32 for tensor in content.values()):  # the copies could be larger than memory
+        pt_files.check_size(content.values(), path)
     return {key: tensor.float() for key, tensor in content.items()}
 
 

@@ -30,6 +30,7 @@ Resampling = Literal["", "up", "down", "fused-down"]
 class EdmUnet(nn.Module):
     """The raw network F. Its defaults are EDM's DDPM++ for CIFAR-10; NCSN++ is fourier, residual, [1, 3, 3, 1].
 
+    out_channels: of F; None = in_channels
     size: side of the images in pixels, a multiple of 2**(len(channel_mult) - 1)
     num_classes: 0 = unconditional, labels are then ignored
     channels: of the first convolution; level i has channels * channel_mult[i], finest first
@@ -46,6 +47,7 @@ class EdmUnet(nn.Module):
         self,
         *,
         in_channels: int = 3,
+        out_channels: int | None = None,
         size: int = 32,
         num_classes: int = 0,
         channels: int = 128,
@@ -113,7 +115,7 @@ class EdmUnet(nn.Module):
                 width = channels * mult
             self.decoder[str(side)] = parts
         self.head_norm = _norm(width)
-        self.head = nn.Conv2d(width, in_channels, 3, padding=1)
+        self.head = nn.Conv2d(width, out_channels or in_channels, 3, padding=1)
         self._initialise()
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor, augment: Tensor | None = None) -> Tensor:
@@ -323,6 +325,7 @@ def build(
         raise ValueError(f"edm-unet needs square images, not items of shape {shape}")
     net = EdmUnet(
         in_channels=shape[0],
+        out_channels=2 * shape[0] if options.learned_variance else None,
         size=shape[1],
         num_classes=num_classes,
         channels=options.channels,

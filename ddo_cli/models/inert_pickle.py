@@ -15,14 +15,20 @@ import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ddo_cli import checkpoint
-from ddo_cli.errors import CheckpointError
+from ddo_cli.errors import CheckpointError, printable
+
+# What an honest file stays far below, so that a hostile one costs seconds and megabytes only; chosen by us. The largest
+# published networks take about 70,000 operations, of which EDM's EMPTY_SET of 216 bytes is the costliest.
+_MOST_OPERATIONS = 300_000
+_MOST_DIMENSIONS = 8
+_LARGEST_KEY = 2**60  # larger integers hash to small ones: a dict of chosen keys would take quadratic time
 
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before zip files
 _STORAGE_TYPES = {
@@ -73,10 +79,11 @@ class _Global(NamedTuple):
     call: Callable[..., Any]
 
 
-class _Storage(NamedTuple):
-    """The numbers of a tensor, 1-D."""
+class Storage(NamedTuple):
+    """The numbers of a tensor, 1-D, and where their little-endian bytes begin in the file."""
 
     values: Tensor
+    offset: int
 
 
 def read_pickle(path: str | Path) -> Any:
@@ -84,16 +91,26 @@ def read_pickle(path: str | Path) -> Any:
 
     Raises CheckpointError if the file is missing, damaged, or names anything outside the list.
     """
-    data = checkpoint.resolve(path).read_bytes()
-    return Machine(str(path), data).content()
+    return read_with_storages(path)[0]
+
+
+def read_with_storages(path: str | Path) -> tuple[Any, list[Storage]]:
+    """`read_pickle`, and the storages that the tensors are views of: what is written to a tensor appears there."""
+    file = checkpoint.resolve(path)
+    with open(file, "rb") as stream:
+        machine = Machine(str(path), file.stat().st_size)
+        return machine.content(stream), machine.storages
 
 
 class Machine:
-    """One reading of one file. `path` is for messages."""
+    """One reading of one file of `size` bytes. `path` is for messages."""
 
-    def __init__(self, path: str, data: bytes):
-        self.path, self.data = path, data
-        self.budget = len(data)  # of bytes in storages: a file repeating one would fill the memory
+    def __init__(self, path: str, size: int):
+        self.path = path
+        self.budget = size  # of bytes in storages: a file repeating one would fill the memory
+        self.operations = 0
+        self.storages: list[Storage] = []
+        self.places: dict[int, tuple[bytes, int]] = {}  # by id: bytes, held so that ids stay theirs, and their offset
         self.globals: dict[str, Callable[..., Any]] = {
             "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
             "dnnlib.util.EasyDict": _dict,
@@ -107,17 +124,18 @@ class Machine:
             "numpy.dtype": _scalar_type,
         }
 
-    def content(self) -> Any:
-        """What the pickle holds. Raises CheckpointError."""
+    def content(self, stream: BinaryIO) -> Any:
+        """What the pickle in the whole of `stream` holds. Raises CheckpointError."""
         try:
-            return self.run(io.BytesIO(self.data), self.globals)
+            return self.run(stream, self.globals)
         except _DAMAGE as error:
             raise CheckpointError(
-                f"{self.path} is not a whole pickle of a known layout ({type(error).__name__}: {str(error)[:200]}); "
+                f"{self.path} is not a whole pickle of a known layout "
+                f"({type(error).__name__}: {printable(str(error))}); "
                 "download it again, or give a file that `ddo convert` knows"
             ) from None
 
-    def run(self, stream: io.BytesIO, known: dict[str, Callable[..., Any]], persistent: Any = None) -> Any:
+    def run(self, stream: BinaryIO, known: dict[str, Callable[..., Any]], persistent: Any = None) -> Any:
         """The object of the pickle that begins where `stream` stands; leaves `stream` behind it.
 
         persistent: function of a persistent id. Raises CheckpointError for what is refused, _DAMAGE for what is broken.
@@ -133,6 +151,12 @@ class Machine:
             return items
 
         for opcode, arg, _ in pickletools.genops(stream):
+            self.operations += 1
+            if self.operations > _MOST_OPERATIONS:
+                raise CheckpointError(
+                    f"{self.path}: refused: it has more than {_MOST_OPERATIONS:,} pickle operations, several times "
+                    "what a weight file needs; nothing was run"
+                )
             match opcode.name:
                 case "PROTO" | "FRAME":
                     pass
@@ -147,9 +171,11 @@ class Machine:
                 case (
                     "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT"
                     | "SHORT_BINUNICODE" | "BINUNICODE" | "BINUNICODE8"
-                    | "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8"
                 ):  # fmt: skip
                     stack.append(arg)
+                case "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8":
+                    stack.append(arg)
+                    self.places[id(arg)] = _of(arg, bytes), stream.tell() - len(_of(arg, bytes))
                 case "EMPTY_LIST":
                     stack.append([])
                 case "EMPTY_DICT":
@@ -199,14 +225,15 @@ class Machine:
     def _find(self, name: str, known: dict[str, Callable[..., Any]]) -> _Global:
         if name not in known:
             raise CheckpointError(
-                f"{self.path}: refused: it names {name[:200]!r}, which could run code and has no place in a weight "
-                "file; nothing was run. Do not load this file with another program unless you trust its origin"
+                f"{self.path}: refused: it names '{printable(name)}', which could run code and has no place in a "
+                "weight file; nothing was run. Do not load this file with another program unless you trust its origin"
             )
         return _Global(name, known[name])
 
-    def _storage(self, blob: Any) -> _Storage:
+    def _storage(self, blob: Any) -> Storage:
         """The numbers in a storage saved by torch in its old format: five pickles, a count, and raw little-endian."""
         stream = io.BytesIO(_of(blob, bytes))
+        begin = self.places[id(blob)][1]
         self.budget -= len(blob)
         if self.budget < 0:
             raise ValueError("storages hold more bytes than the file")
@@ -216,15 +243,20 @@ class Machine:
         if _of(self.run(stream, {}), dict)["little_endian"] is not True:
             raise ValueError("a storage is big-endian")
         kind, storage_type, key, _, count, view = self.run(stream, types, persistent=lambda found: _of(found, tuple))
-        if kind != "storage" or view is not None or self.run(stream, {}) != [key]:
+        # Texts only: comparing nested tuples of tuples can take for ever.
+        if _of(kind, str) != "storage" or view is not None or self.run(stream, {}) != [_of(key, str)]:
             raise ValueError("a storage is of an unknown layout")
         dtype = _STORAGE_TYPES[_of(storage_type, _Global).name]
         if int.from_bytes(stream.read(8), "little", signed=True) != _of(count, int):
             raise ValueError("a storage gives two lengths")
-        raw = bytearray(stream.read())  # a copy that torch may write to
-        if len(raw) != count * dtype.itemsize:
-            raise ValueError(f"a storage of {count} numbers has {len(raw)} bytes")
-        return _Storage(torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype))
+        start = stream.tell()
+        if len(blob) - start != count * dtype.itemsize:
+            raise ValueError(f"a storage of {count} numbers has {len(blob) - start} bytes")
+        raw = bytearray(len(blob) - start)  # memory that torch may write to
+        stream.readinto(raw)
+        values = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        self.storages.append(Storage(values, begin + start))
+        return self.storages[-1]
 
 
 def _of(value: Any, kind: type) -> Any:
@@ -238,6 +270,8 @@ def _key(value: Any) -> Any:
     """`value` as a key. Plain values only: hashing a deeply nested tuple overflows the interpreter's stack."""
     if value is not None and type(value) not in (str, int, float, bool, bytes):
         raise TypeError(f"a {type(value).__name__} as a key")
+    if type(value) is int and abs(value) >= _LARGEST_KEY:
+        raise ValueError("a key of more than 60 bits")
     return value
 
 
@@ -245,7 +279,7 @@ def _set_state(target: Any, state: Any) -> None:
     if type(target) is Record and target.state is None:
         target.state = _of(state, dict)
     elif type(target) is _ScalarType and not target.order:
-        target.order = {"<": "<", "|": "|"}[_of(state, tuple)[1]]
+        target.order = {"<": "<", "|": "|"}[_of(_of(state, tuple)[1], str)]
     else:
         raise TypeError(f"a {type(target).__name__} takes no state")
 
@@ -260,7 +294,7 @@ def _refuse_call(*arguments: Any) -> Any:
 
 def _persistent(meta: Any) -> Record:
     """An object of EDM's code base: class name, attributes, and the source text of its module."""
-    if _of(meta, dict)["type"] != "class":
+    if _of(_of(meta, dict)["type"], str) != "class":
         raise ValueError("an object is not described by a class")
     return Record(_of(meta["class_name"], str), _of(meta["state"], dict), _of(meta["module_src"], str))
 
@@ -282,9 +316,9 @@ def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Tensor:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any) -> Tensor:
-    values = _of(storage, _Storage).values
+    values = _of(storage, Storage).values
     numbers = [_of(number, int) for number in (offset, *_of(size, tuple), *_of(stride, tuple))]
-    if min(numbers) < 0 or len(size) != len(stride):
+    if min(numbers) < 0 or len(size) != len(stride) or len(size) > _MOST_DIMENSIONS:
         raise ValueError("a tensor has an impossible size")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if math.prod(size) > len(values) or (math.prod(size) and last >= len(values)):
@@ -293,7 +327,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: An
 
 
 def _scalar_type(code: Any, align: Any, copy: Any) -> _ScalarType:
-    if code not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
+    if _of(code, str) not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
         raise ValueError(f"a numpy type {code!r:.50}")
     return _ScalarType(code)
 

@@ -15,8 +15,8 @@ from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, drop_labels
 from ddo_cli.models.codec import LevelCodec
 from ddo_cli.models.registry import register
-from ddo_cli.recipe import SamplingRecipe
 from ddo_cli.rng import RowRng
+from ddo_cli.schema import SamplingRecipe
 
 
 class PixelTransformerOptions(Options):

@@ -36,6 +36,8 @@ BUILTIN = {
     "mlp": "ddo_cli.models.mlp",
     "mixture": "ddo_cli.models.mixture_model",
     "edm-unet": "ddo_cli.models.edm_unet",
+    "adm-unet": "ddo_cli.models.adm_unet",
+    "diffusers-unet": "ddo_cli.models.diffusers_unet",
     "pixel-transformer": "ddo_cli.models.pixel_transformer",
 }
 

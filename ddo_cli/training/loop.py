@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ddo_cli import checkpoint, console, dist
 from ddo_cli.errors import NumericsError, RunError, UsageError
 from ddo_cli.files import write_text
-from ddo_cli.recipe import TrainRecipe
+from ddo_cli.schema import TrainRecipe
 from ddo_cli.training.ema import ema_decay, update_ema
 from ddo_cli.training.lr import learning_rate
 
@@ -56,6 +56,7 @@ class Plan(NamedTuple):
     evaluate: Callable[[int, dict[str, Tensor]], str] | None = None  # (step, averaged weights) -> short text to show
     check: Callable[[int, dict[str, float]], None] | None = None  # stops the run by raising NumericsError
     settled: Callable[[], bool] = lambda: False  # asked after each evaluation: whether to stop before `steps`
+    until: int | None = None  # pause after this step, with all that going on needs in `state_file`; None: go to the end
     dropout: bool = False  # DDO needs it off: with it, r is not 0 for equal weights
     owner: str = ""  # identifies the run; a saved state of another is refused
 
@@ -79,7 +80,8 @@ def local_rows(batch: int, micro_batch: int | None) -> list[tuple[int, int]]:
 def fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor]:
     """Trains `model` in place for plan.steps steps, or until plan.settled, and returns the averaged weights.
 
-    Continues from plan.state_file where there is one, bit for bit on a CPU.
+    Continues from plan.state_file where there is one, bit for bit on a CPU; so a pause at plan.until changes nothing,
+    and schedules are those of plan.steps.
     Raises NumericsError on a loss or gradient that is not finite.
     """
     recipe = plan.recipe
@@ -92,6 +94,9 @@ def fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor]
     ema = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     meter = _Meter(plan, device)
     step = _restore(plan, model, optimizer, ema, meter)
+    last = plan.steps if plan.until is None else min(plan.until, plan.steps)
+    if step > last:
+        raise RunError(f"{plan.state_file} is of step {step}, after step {last}; remove it, and training starts again")
     _trim_log(plan, step)
     wrapped = dist.wrap(model, device)
     _set_mode(wrapped, plan)
@@ -100,8 +105,8 @@ def fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor]
     if step in plan.evaluate_at and plan.evaluate is not None:
         shown = plan.evaluate(step, ema)  # a killed process may not have finished it
         _set_mode(wrapped, plan)
-    with console.progress(plan.title, plan.steps * recipe.batch, "images", step * recipe.batch) as bar:
-        while step < plan.steps and not plan.settled():
+    with console.progress(plan.title, last * recipe.batch, "images", step * recipe.batch) as bar:
+        while step < last and not plan.settled():
             n_images = (step + 1) * recipe.batch
             rate = learning_rate(recipe, n_images, plan.steps * recipe.batch)
             for group in optimizer.param_groups:
@@ -130,7 +135,7 @@ def fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor]
                     plan.check(step, record)
             bar.advance(recipe.batch, f"{meter.text} {shown}")
             due_now = step in plan.evaluate_at and plan.evaluate is not None
-            if step % recipe.save_every == 0 or due_now or step == plan.steps:
+            if step % recipe.save_every == 0 or due_now or step == last:
                 _save(plan, model, optimizer, ema, meter, step)
             if due_now and plan.evaluate is not None:
                 shown = plan.evaluate(step, ema)

@@ -1,0 +1,58 @@
+"""Decreasing noise levels for samplers to walk down."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ddo_cli.diffusion import noise
+
+
+def karras_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
+    """Decreasing noise levels ending in 0, (n + 1,), float64. EDM, eq. 5 (arXiv 2206.00364).
+
+    sigma_min, sigma_max: in model-space units (pixels lie in [-1, 1]), 0 < sigma_min < sigma_max.
+    """
+    ramp = torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
+
+
+def vp_sigmas(n: int, sigma_min: float, sigma_max: float) -> Tensor:
+    """Decreasing noise levels ending in 0, (n + 1,), float64, evenly spaced in the time of the linear VP-SDE.
+
+    The continuous form of DDPM's and DDIM's evenly respaced steps.
+    """
+    first, last = noise.time_of(torch.tensor([sigma_max, sigma_min], dtype=torch.float64))
+    ramp = torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
+    return torch.cat([noise.sigma_of(first + ramp * (last - first)), torch.zeros(1, dtype=torch.float64)])
+
+
+def respaced_steps(num_steps: int, respacing: str) -> list[int]:
+    """Increasing numbers of the training steps 0..num_steps - 1 that a sampler visits (arXiv 2102.09672, section 4).
+
+    respacing: "250", or "10,15,20": so many evenly strided steps in each of as many equal sections; or "ddim25": every
+    (num_steps / 25)th from 0 on, which never includes the last.
+    Raises ValueError if there are too few steps, or no whole stride.
+    """
+    if respacing.startswith("ddim"):
+        count = int(respacing.removeprefix("ddim"))
+        for stride in range(1, num_steps):
+            if len(range(0, num_steps, stride)) == count:
+                return list(range(0, num_steps, stride))
+        raise ValueError(f"no whole stride takes {count} of {num_steps} steps")
+    counts = [int(part) for part in respacing.split(",")]
+    size, extra = divmod(num_steps, len(counts))
+    steps = list[int]()
+    first = 0
+    for section, count in enumerate(counts):
+        length = size + int(section < extra)
+        if not 1 <= count <= length:
+            raise ValueError(f"a section of {length} steps cannot give {count}")
+        step = (length - 1) / max(count - 1, 1)
+        # Added up and rounded to even, so that the numbers are those of the published samplers.
+        steps += [first + round(position) for position in accumulate([step] * (count - 1), initial=0.0)]
+        first += length
+    return steps
