@@ -50,6 +50,8 @@ def resolve(path: str | Path) -> Path:
     file = Path(name)
     if not file.is_file():
         what = "is a directory; give the weight file inside it" if file.is_dir() else "does not exist"
+        if file.suffix == ".safetensors" and not file.is_dir():
+            what += "; give the path of a weight file (`ddo convert` makes one of published weights)"
         raise CheckpointError(f"{name} {what}")
     return file
 

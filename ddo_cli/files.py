@@ -69,3 +69,15 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def cache_directory() -> Path | None:
+    """$DDO_CACHE, else $XDG_CACHE_HOME/ddo, else ~/.cache/ddo; None where DDO_CACHE is "off" or empty."""
+    chosen = os.environ.get("DDO_CACHE")
+    if chosen is not None:
+        return None if chosen in ("", "off") else Path(chosen)
+    parent = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(parent) if parent else Path.home() / ".cache") / "ddo"
+    except RuntimeError:  # a user without a home
+        return None

@@ -114,6 +114,25 @@ def curves(panels: dict[str, list[Curve]], path: Path, x_label: str) -> None:
     _save(figure, path)
 
 
+def histograms(values: dict[str, np.ndarray], path: Path, xlabel: str, bins: int = 80) -> None:
+    """Densities of several sets of numbers (N,) on one axis and on the same bins; a dashed line marks each median."""
+    finite = np.concatenate([numbers[np.isfinite(numbers)] for numbers in values.values()])
+    if not len(finite):
+        raise ValueError("a histogram of no finite numbers cannot be drawn")
+    # A few far outliers would press everything else into one bin: the outer 0.1% at each end goes to the end bins.
+    low, high = np.quantile(finite, [0.001, 0.999])
+    edges = np.linspace(low, high, bins + 1) if high > low else np.linspace(low - 0.5, low + 0.5, bins + 1)
+    figure, (axis,) = _figure(1, size=(5.2, 3.4))
+    for label, numbers in values.items():
+        clipped = np.clip(numbers, edges[0], edges[-1])
+        *_, (patch,) = axis.hist(clipped, edges, density=True, histtype="stepfilled", alpha=0.35, label=label)
+        axis.axvline(float(np.median(clipped)), color=patch.get_facecolor(), alpha=1, linestyle="--", linewidth=1)
+    axis.set(xlabel=xlabel, ylabel="density")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    _save(figure, path)
+
+
 def _figure(panels: int, size: tuple[float, float], rows: int = 1) -> tuple[Any, list[Any]]:
     """A figure of rows of panels, each of this size in inches, and its axes row by row."""
     # Figure without pyplot: no global state and no window system.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -44,6 +44,18 @@ class ModelRecipe(Section):
     ckpt: str = "embedded:digits32"  # reference of finetune-ddo: a weight file or embedded:<name>
 
 
+def _respacing(value: Any) -> Any:
+    """250 and [10, 15, 20] as the texts they stand for: YAML reads respacing=250 as a number."""
+    parts = value if isinstance(value, list) else [value]
+    return ",".join(map(str, parts)) if parts and all(type(part) is int for part in parts) else value
+
+
+_RESPACING = Field(pattern=r"^(ddim\d{1,5}|\d{1,5}(,\d{1,5})*)$")
+CHURN = ("s_churn", "s_min", "s_max", "s_noise")  # keys that only EDM's samplers read
+GENERALISED = ("discretization", "schedule", "scaling", "step_ratio")  # ditto; one of them asks for the generalised one
+EDM_SAMPLERS = (None, "heun", "euler")
+
+
 class SamplingRecipe(Section):
     """How samples are drawn. None: the model's default. A key that the model does not read is an error."""
 
@@ -54,7 +66,8 @@ class SamplingRecipe(Section):
     # Of noise levels: karras (EDM's), vp (evenly in the time of the VP-SDE), or steps (the training steps of a model
     # that knows discrete ones). None: steps or else vp for ddim and ddpm, karras for the others.
     spacing: Literal["karras", "vp", "steps"] | None = None
-    respacing: str | None = Field(None, pattern=r"^(ddim\d+|\d+(,\d+)*)$")  # of spacing steps: 250, ddim25 or 10,15,20
+    # Of spacing steps: 250, ddim25 or 10,15,20.
+    respacing: Annotated[Annotated[str, _RESPACING] | None, BeforeValidator(_respacing)] = None
     sigma_min: float | None = Field(None, gt=0)
     sigma_max: float | None = Field(None, gt=0)
     rho: float | None = Field(None, gt=0)  # curvature of Karras spacing
@@ -81,24 +94,46 @@ class SamplingRecipe(Section):
         return self
 
     def merged(self, **given: Any) -> SamplingRecipe:
-        """This recipe with the given values that are not None in place of its own. Raises RecipeError."""
+        """This recipe with the given values that are not None in place of its own. Raises RecipeError.
+
+        Own values that only another way of sampling reads go when a sampler or a count is given: a file's published
+        settings must not forbid the sampler that is asked for.
+        """
         try:
             own, given = self.model_dump(), {key: value for key, value in given.items() if value is not None}
             if "steps" in given or "respacing" in given:  # both count steps
                 own |= {"steps": None, "respacing": None}
+            if given.get("sampler") not in EDM_SAMPLERS:
+                own |= dict.fromkeys((*CHURN, *GENERALISED))
             return SamplingRecipe(**(own | given))
         except ValidationError as error:
             raise RecipeError("\n".join(messages(error, "sampling", {}))) from None
 
 
+# Those that `metrics.published` holds figures of.
+Benchmark = Literal[
+    "cifar10-uncond", "cifar10-cond", "ffhq64", "afhqv2-64", "imagenet64", "imagenet256", "imagenet512"
+]  # fmt: skip
+
+
+def _benchmark(value: Any) -> Any:
+    known = get_args(Benchmark)
+    if value is not None and value not in known:
+        near = nearest(value, known) if isinstance(value, str) else ""
+        message = f"no published figures are known of it{near}; known: {', '.join(known)}"
+        raise PydanticCustomError("benchmark", "{message}", {"message": message})
+    return value
+
+
 class MetricRecipe(Section):
     """What scores a model: lower is better for each of them."""
 
-    name: Literal["fd_embedded", "fid", "js"] = "fd_embedded"
+    name: Literal["fd_embedded", "fid", "fd_dinov2", "fd_clip", "js"] = "fd_embedded"
     ref: str | None = None  # reference images or statistics; None: the training data
     num_images: int = Field(4096, ge=2, le=250_000)  # images per score
     repeats: int = Field(3, ge=1, le=4)  # sampling-seed ranges averaged for promoted models; candidates use the first
     weights: str | None = None  # Inception weights of `fid`
+    benchmark: Annotated[Benchmark | None, BeforeValidator(_benchmark)] = None  # whose published figures are shown
     extractor: str | None = None  # of fd_embedded: one of `ddo train-extractor` instead of the embedded one
 
 

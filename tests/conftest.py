@@ -24,8 +24,11 @@ KINDS = ("diffusion", "autoregressive")
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
-    """Decoded images are kept here, not in the home of who runs the tests."""
+    """Decoded images are kept here, not in the home of who runs the tests; nor are weights looked for there."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
+        for network in ("INCEPTION", "DINOV2", "CLIP"):
+            patch.delenv(f"DDO_{network}_WEIGHTS", raising=False)
         patch.setenv("DDO_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 

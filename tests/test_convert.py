@@ -188,8 +188,19 @@ def test_files_that_cannot_be_converted(pickled, tmp_path):
     (tmp_path / "junk.pt").write_bytes(b"junk")
     with pytest.raises(CheckpointError, match="junk"):
         convert.run(tmp_path / "junk.pt", tmp_path / "x.safetensors")
+    with pytest.raises(UsageError, match=r"taken\.safetensors is no file of published weights; give a \.pkl, \.pt or"):
+        convert.run(tmp_path / "taken.safetensors", tmp_path / "x.safetensors")
+    with pytest.raises(UsageError, match=r"x\.pkl would be taken for a file of another format; name it x\.safetensors"):
+        convert.run(path, tmp_path / "x.pkl")
     assert convert.run(path, tmp_path / "x.safetensors", dry_run=True)["dry_run"]
     assert not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize("option", ["model", "trunk"])
+def test_what_belongs_to_discriminators_is_refused_elsewhere(pickled, tmp_path, option):
+    path, _ = pickled
+    with pytest.raises(UsageError, match=f"--{option} is for discriminators, and .* holds a model; leave it out"):
+        convert.run(path, tmp_path / "x.safetensors", **{option: "some.safetensors"})
 
 
 def test_a_hostile_pickle_runs_nothing_and_exits_with_2(tmp_path):

@@ -56,7 +56,7 @@ def test_published_discriminators(tmp_path):
     found = dg_files.read(conditional, trunk=latents, num_classes=1000)
     assert (found.config["shape"], found.config["num_classes"], len(found.tensors)) == ([4, 32, 32], 1000, 72)
     assert found.config["options"]["label_rows"] == 1000
-    with pytest.raises(CheckpointError, match=r"384 channels; name the classifier .*32x32 of 4 channels"):
+    with pytest.raises(CheckpointError, match=r"384 channels; name with --trunk the classifier .*32x32 of 4 channels"):
         dg_files.read(conditional, num_classes=1000)
     with pytest.raises(CheckpointError, match=r"features of shape \(384, 8, 8\), the classifier .* \(512, 8, 8\)"):
         dg_files.read(conditional, trunk=pixels, num_classes=1000)

@@ -23,9 +23,9 @@ from test_foreign import (  # noqa: F401
 from ddo_cli import checkpoint
 from ddo_cli.engines import convert, export
 from ddo_cli.errors import CheckpointError, UsageError
+from ddo_cli.inert_pickle import read_with_storages
 from ddo_cli.models import adm_keys
 from ddo_cli.models.foreign import read_edm
-from ddo_cli.models.inert_pickle import read_with_storages
 
 
 def tuned(source, path, settings=(), scale=0.1):
@@ -176,6 +176,8 @@ def test_files_that_do_not_fit(official, tmp_path):  # noqa: F811
         export.run(make_checkpoint(tmp_path / "m.safetensors"), out, like=like)
     with pytest.raises(UsageError, match="does not exist"):
         export.run(ckpt, out, like=tmp_path / "none.pkl")
+    with pytest.raises(UsageError, match=r"is no file of published weights; give the \.pkl, \.pt or \.pth that was"):
+        export.run(ckpt, tmp_path / "out.safetensors", like=tmp_path / "m.safetensors")
     with pytest.raises(UsageError, match=r"must end in \.pkl"):
         export.run(ckpt, tmp_path / "out.pt", like=like)
     with pytest.raises(UsageError, match="tells its configuration itself"):

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import torchrun
+from conftest import CPU, torchrun
 
 from ddo_cli import checkpoint, files
 from ddo_cli.data import embedded
@@ -14,7 +14,7 @@ from ddo_cli.engines import fid
 from ddo_cli.errors import DataError
 from ddo_cli.metrics import stats
 from ddo_cli.metrics.digit_net import DigitNet
-from ddo_cli.metrics.features import load_extractor
+from ddo_cli.metrics.features import EMBEDDED_EXTRACTOR, load_extractor
 from ddo_cli.metrics.scorer import FrechetScorer, moments_of, own_batches
 
 NUM = 600
@@ -49,7 +49,8 @@ def sets(tmp_path_factory) -> Path:
 
 
 def distance(extractor: str, source: Path, ref: Path, **options) -> float:
-    return fid.run(str(source), str(ref), extractor=extractor, device=torch.device("cpu"), **options)["fd_embedded"]
+    settings = fid.Options(extractor=extractor, **options)
+    return fid.run(str(source), str(ref), settings, device=torch.device("cpu"))["fd_embedded"]
 
 
 def test_worse_images_are_farther(sets, extractor):
@@ -65,16 +66,18 @@ def test_order_and_batch_do_not_matter(sets, extractor):
 
 
 def test_result(sets, extractor):
-    found = fid.run(str(sets / "other.npz"), str(sets / "ref.npz"), extractor=extractor, device=torch.device("cpu"))
-    value = found.pop("fd_embedded")
-    assert isinstance(value, float)
+    options = fid.Options(extractor=extractor)
+    found = fid.run(str(sets / "other.npz"), str(sets / "ref.npz"), options, device=torch.device("cpu"))
+    assert isinstance(found["fd_embedded"], float)
     digest = files.sha256(Path(extractor))
-    assert found == {
+    expected = {
+        "source": str(sets / "other.npz"),
         "num_images": NUM,
         "extractor": f"digit-net-{digest[:8]}",
         "extractor_sha256": digest,
         "reference": str(sets / "ref.npz"),
     }
+    assert expected.items() <= found.items()
 
 
 def test_statistics_as_reference(sets, extractor, tmp_path):
@@ -101,7 +104,7 @@ def test_few_images_warn(sets, extractor, tmp_path, capsys):
 
 
 def test_what_cannot_be_scored(sets, extractor, tmp_path):
-    with pytest.raises(DataError, match="points, not images"):
+    with pytest.raises(DataError, match="points of 2 numbers, not images"):
         distance(extractor, Path("embedded:toy2d"), sets / "ref.npz")
     np.savez(tmp_path / "one.npz", images=np.zeros((1, 8, 8, 3), np.uint8))
     with pytest.raises(DataError, match="one image"):
@@ -127,7 +130,7 @@ def test_scorer_takes_images_arrays_and_moments(sets, extractor):
 def test_embedded_default(monkeypatch):
     """The default reference and extractor; a further draw of the data is as near as a model can get."""
     monkeypatch.setattr(embedded, "NUM_GENERATED", 2000)
-    held_out = fid.run("embedded:digits32-b", device=torch.device("cpu"), batch=512)
+    held_out = fid.run("embedded:digits32-b", options=fid.Options(extractor=EMBEDDED_EXTRACTOR, batch=512), device=CPU)
     assert held_out["extractor"] == "embedded-digits32"
     assert held_out["reference"] == "embedded:digits32"
     assert held_out["num_images"] == 2000
@@ -138,7 +141,8 @@ def test_embedded_default(monkeypatch):
 def test_two_processes_equal_one(sets, extractor):
     code = (
         "import sys, json; from ddo_cli import dist; from ddo_cli.engines import fid\n"
-        "found = fid.run(sys.argv[1], sys.argv[2], extractor=sys.argv[3], device=dist.init('cpu'), batch=64)\n"
+        "options = fid.Options(extractor=sys.argv[3], batch=64)\n"
+        "found = fid.run(sys.argv[1], sys.argv[2], options, device=dist.init('cpu'))\n"
         "print(f\"value {found['fd_embedded']!r} {found['num_images']};\", flush=True); dist.shutdown()\n"
     )
     script = sets / "run.py"

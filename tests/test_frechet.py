@@ -64,6 +64,37 @@ def test_zero_covariances_and_other_precisions():
     assert frechet_distance(mean, cov, mean, cov) < 1e-6
 
 
+@pytest.mark.parametrize("rank", [1, 7, 50])
+@pytest.mark.parametrize("ref_rank", [1, 7, 50])
+def test_singular_covariances_have_a_reference_too(rank, ref_rank):
+    """tr (C C_r)^{1/2} = tr (A^T B B^T A)^{1/2}, the singular values of A^T B, where C = A A^T and C_r = B B^T."""
+    rng = np.random.default_rng(3)
+    ours, theirs = rng.normal(size=(50, rank)), rng.normal(size=(50, ref_rank))
+    zero = torch.zeros(50, dtype=torch.float64)
+    expected = (ours**2).sum() + (theirs**2).sum() - 2 * np.linalg.svd(ours.T @ theirs, compute_uv=False).sum()
+    covs = [torch.from_numpy(factor @ factor.T) for factor in (ours, theirs)]
+    ref = reference(zero, covs[1])
+    assert ref.root.shape == (ref_rank, 50)  # thin where the reference is singular
+    assert distance_to(ref, zero, covs[0]) == pytest.approx(expected, rel=1e-8)
+
+
+def test_the_divisor_shows():
+    """Covariances divided by N instead of N - 1 give another distance: C (1 - 1/N) in the closed form of equals."""
+    mean, cov = gaussian(50, 200, seed=1)
+    assert frechet_distance(mean, cov * (1 - 1 / 200), mean, cov) == pytest.approx(
+        float(cov.trace()) * (1 - np.sqrt(1 - 1 / 200)) ** 2, rel=1e-6
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_agrees():
+    for rank, ref_rank in ((200, 200), (40, 10)):
+        ours, theirs = gaussian(50, rank, seed=1), gaussian(50, ref_rank, seed=2)
+        expected = frechet_distance(*ours, *theirs)
+        assert frechet_distance(*ours, *theirs, device="cuda") == pytest.approx(expected, rel=1e-9)
+
+
 def test_one_reference_serves_many():
     ref = reference(*gaussian(20, 30, seed=0))
     for seed in (1, 2):

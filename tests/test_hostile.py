@@ -91,6 +91,15 @@ def shell(o):
     return f"touch {o.marker}"
 
 
+def array_in(subtype=b"", shape=b"K\x02\x85", raw=bytes(16), order=b"\x89"):
+    """The opcodes of a numpy array of float64."""
+    empty = named("numpy._core.multiarray", "_reconstruct")
+    empty += (subtype or named("numpy", "ndarray")) + b"K\x00\x85C\x01b\x87R"
+    kind = named("numpy", "dtype") + text("f8") + b"\x89\x88\x87R(K\x03" + text("<")
+    kind += b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    return PROTO + empty + b"(K\x01" + shape + kind + order + length(b"B", len(raw), 4) + raw + b"tb."
+
+
 CODE = {
     "os.system": (lambda o: Reduced(os.system, shell(o)), "system"),
     "eval": (lambda o: Reduced(builtins.eval, o.source), "builtins.eval"),
@@ -116,8 +125,15 @@ CODE = {
         "_load_from_bytes",
     ),
     "storage of a class": (lambda o: Reduced(torch.storage._load_from_bytes, blob(Reduced)), "test_foreign.Reduced"),
-    "numpy array": (lambda o: np.array([1.0, 2.0]), "numpy.*_reconstruct"),
-    "numpy objects": (lambda o: np.array([Reduced(os.system, shell(o))], dtype=object), "numpy.*_reconstruct"),
+    "numpy array of a class": (lambda o: array_in(b"cos\nsystem\n"), "os.system"),
+    "numpy array of another class": (lambda o: array_in(named("numpy", "dtype")), "a class of its own"),
+    "numpy array called": (lambda o: PROTO + named("numpy", "ndarray") + b"K\x02\x85R.", "class is called"),
+    "numpy objects": (lambda o: np.array([Reduced(os.system, shell(o))], dtype=object), "numpy type 'O8'"),
+    "numpy records": (lambda o: np.zeros(2, dtype=[("a", "f4")]), "numpy type 'V4'"),
+    "numpy texts": (lambda o: np.array(["a"]), "numpy type 'U1'"),
+    "numpy complex": (lambda o: np.zeros(2, complex), "numpy type 'c16'"),
+    "numpy big-endian": (lambda o: np.zeros(2, ">f8"), DAMAGED),
+    "numpy subclass": (lambda o: np.ma.zeros(2), "numpy.ma"),
     "a subclass": (lambda o: Bad({"a": 1}), "test_hostile.Bad"),
     "a text's subclass": (lambda o: BadText("x"), "copyreg|test_hostile.BadText"),
     "copyreg": (lambda o: b"ccopyreg\n_reconstructor\n.", "copyreg._reconstructor"),
@@ -286,6 +302,29 @@ LARGE = {
     "one storage many times": (lambda o: repeated(), DAMAGED),
     "modules in modules": (lambda o: chain(15_000), "RecursionError"),
     "100,000 modules": (lambda o: chain(100_000), "operations"),
+    "array of a claimed shape": (lambda o: array_in(shape=b"J\x00\x00\x00\x7f\x85"), "wrong length"),
+    "array of many digits": (
+        lambda o: array_in(shape=length(b"\x8a", 200, 1) + b"\x7f" * 200 + b"\x85"),
+        "wrong length",
+    ),
+    "array of a product that overflows": (
+        lambda o: array_in(shape=(b"\x8a\x06" + bytes(5) + b"\x01") * 2 + b"\x86", raw=b""),
+        "wrong length",
+    ),
+    "array of no numbers": (
+        lambda o: array_in(shape=b"K\x00" + b"\x8a\x09" + bytes(8) + b"\x01" + b"\x86", raw=b""),
+        DAMAGED,
+    ),
+    "array of a negative size": (lambda o: array_in(shape=b"J\xff\xff\xff\xff\x85"), "impossible shape"),
+    "array of many dimensions": (
+        lambda o: array_in(shape=b"(" + b"K\x01" * 70 + b"t", raw=bytes(8)),
+        "impossible shape",
+    ),
+    "array of too few bytes": (lambda o: array_in(raw=bytes(15)), "wrong length"),
+    "array of too many bytes": (lambda o: array_in(raw=bytes(24)), "wrong length"),
+    "array whose order is a number": (lambda o: array_in(order=b"K\x01"), "a int where a bool"),
+    "array given a state twice": (lambda o: array_in()[:-1] + b"(K\x01tb.", "takes no state"),
+    "one buffer many times": (lambda o: array_repeated(), "more bytes than the file"),
     "many blocks": (state_dict_of(num_blocks=10**9), "too few"),
     "many levels": (state_dict_of(channel_mult=[1] * 60), "too few"),
     "long lists": (state_dict_of(channel_mult=[1] * 10**5), "channel_mult"),
@@ -307,6 +346,22 @@ def repeated():
     call = named("torch.storage", "_load_from_bytes")
     first = PROTO + b"](" + call + b"\x94" + length(b"B", len(raw), 4) + raw + b"\x94\x85R"
     return first + b"h\x00h\x01\x85R" * 10_000 + b"e."
+
+
+def array_repeated():
+    """A thousand arrays of one buffer of 100 kB."""
+    kind = named("numpy", "dtype") + text("f8") + b"\x89\x88\x87R"
+    call = named("numpy._core.numeric", "_frombuffer")
+    raw = length(b"\x96", 100_000, 8) + bytes(100_000)
+    head = PROTO + b"](" + call + b"\x94(" + raw + b"\x94" + kind + b"\x94"
+    return (
+        head
+        + b"M\xd4\x30\x85"
+        + text("C")
+        + b"tR"
+        + (b"h\x00(h\x01h\x02M\xd4\x30\x85" + text("C") + b"tR") * 1000
+        + b"e."
+    )
 
 
 @pytest.mark.parametrize("name", LARGE)

@@ -12,6 +12,7 @@ from ddo_cli.diffusion import samplers
 from ddo_cli.diffusion.precond import linear_sigmas
 from ddo_cli.diffusion.samplers import Trace
 from ddo_cli.diffusion.schedules import respaced_steps
+from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import generate, labels_of
 from ddo_cli.models import registry
 from ddo_cli.rng import RowRng
@@ -96,6 +97,35 @@ def test_a_model_of_discrete_steps_visits_its_own(discrete):
     assert torch.isin(rounded, discrete.precond.sigmas.double()).all()
     merged = spec.merged(respacing="ddim25")
     assert (merged.steps, merged.respacing) == (None, "ddim25")
+
+
+@pytest.mark.parametrize("given", [{"steps": 40}, {"respacing": "10,30"}])
+def test_discrete_steps_stay_inside_the_noise_levels_asked_for(discrete, given):
+    spec = SamplingRecipe(sampler="ddpm", sigma_min=0.1, sigma_max=2.0, **given)
+    found = discrete.sigmas(spec)[:-1]
+    inside = discrete.precond.sigmas.double()
+    inside = inside[(inside >= 0.1) & (inside <= 2.0)]
+    assert len(found) == 40
+    assert (found[0], found[-1]) == (inside[-1], inside[0])  # as SDEdit needs it
+    with pytest.raises(UsageError, match=r"steps = 40: a section of \d+ steps cannot give 40; give fewer"):
+        discrete.check_sampling(SamplingRecipe(sampler="ddpm", sigma_max=0.02, steps=40))
+    one = discrete.sigmas(SamplingRecipe(sampler="ddim", steps=1))
+    assert one.tolist() == [discrete.precond.sigma_max, 0]  # from noise, not from the first training step
+    # Without a wish all steps, whatever the model's default levels.
+    assert discrete.bounds(SamplingRecipe(sampler="ddpm")) == (discrete.precond.sigma_min, discrete.precond.sigma_max)
+
+
+@torch.no_grad()
+def test_edits_of_discrete_models_start_at_their_level(discrete):
+    """From a low level SDEdit keeps the source, whatever the network."""
+    x0 = torch.full((1, *discrete.shape), 0.5)
+    spec = SamplingRecipe(sampler="ddpm", steps=3, sigma_max=0.05)
+    seen = []
+    hook = discrete.net.register_forward_pre_hook(lambda module, args: seen.append(args[1][0].item()))
+    discrete.sample(torch.tensor([3]), RowRng([0]), spec, (), x0)
+    hook.remove()
+    assert max(seen) == (discrete.precond.sigmas <= 0.05).sum() - 1
+    assert seen[0] > 0
 
 
 @torch.no_grad()

@@ -106,6 +106,30 @@ def test_sampling_flags():
         parse_sampling(["sigma_max=1", "sigma_min=2"], {})
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"), [("250", "250"), ("ddim25", "ddim25"), ("10,15,20", "10,15,20"), ("[10, 15]", "10,15")]
+)
+def test_respacing_is_a_text_however_yaml_reads_it(text, expected):
+    given = parse_sampling([f"respacing={text}"], {})
+    assert SamplingRecipe(steps=18).merged(**given).respacing == expected
+    assert load("quickstart", [f"sampling.respacing={text}"]).sampling.respacing == expected
+
+
+@pytest.mark.parametrize("text", ["2.5", "true", "ddim", "[]", "-3", "1,", "1000000"])
+def test_respacing_that_is_none(text):
+    with pytest.raises(RecipeError, match="respacing = "):
+        parse_sampling([f"respacing={text}"], {})
+
+
+def test_another_sampler_leaves_behind_what_only_edms_read():
+    published = SamplingRecipe(sampler="heun", steps=256, s_churn=40.0, s_max=50.0, schedule="vp")
+    found = published.merged(sampler="ddim")
+    assert (found.steps, found.s_churn, found.s_max, found.schedule) == (256, None, None, None)
+    assert published.merged(sampler="ddim", s_churn=3.0).s_churn == 3.0  # asked for: the model's check refuses it
+    assert published.merged(sampler="euler").s_churn == 40.0
+    assert published.merged(steps=5).s_churn == 40.0
+
+
 def test_merged_sampling_keeps_what_is_not_given():
     assert SamplingRecipe(steps=4, rho=5.0).merged(steps=9, sampler=None) == SamplingRecipe(steps=9, rho=5.0)
 

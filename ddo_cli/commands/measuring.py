@@ -26,11 +26,13 @@ from ddo_cli.commands.options import (
     Steps,
     TimeMax,
     TimeMin,
+    choice,
     device_of,
     lines_of,
     numbers,
     parsed,
 )
+from ddo_cli.errors import UsageError
 
 FileSettings = Annotated[
     list[str] | None,
@@ -43,29 +45,119 @@ FileSettings = Annotated[
 
 
 def fid(
-    source: Annotated[str, typer.Argument(help="Images: a folder, zip, npz, or sample set.")],
+    source: Annotated[
+        str, typer.Argument(help="Images (a folder, zip, npz, sample set), or a run or weight file that draws them.")
+    ],
+    overrides: SamplingKeys = None,
     ref: Annotated[
         str | None,
-        typer.Option(help="Reference images, or .npz with mu and sigma. Default: embedded:digits32."),
+        typer.Option(help="Images, or statistics of EDM, EDM2, ADM or `ddo stats`. Default: embedded:digits32."),
     ] = None,
+    metrics: Annotated[
+        str,
+        typer.Option(help="Some of fid, sfid, is, kid, precision, recall, density, coverage, fd_dinov2, fd_clip."),
+    ] = "fid",
     weights: Annotated[
         str | None,
-        typer.Option(help="Inception-v3 weights of torch-fidelity. Without: the embedded extractor."),
+        typer.Option(help="Inception-v3 weights of torch-fidelity. Without, and none found: the embedded extractor."),
     ] = None,
     extractor: Annotated[
         str | None,
-        typer.Option(help="An extractor of `ddo train-extractor`, instead of Inception."),
+        typer.Option(help="Instead of Inception: of `ddo train-extractor`, TorchScript, or Python (which is run)."),
+    ] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch published weights that are not here.")] = False,
+    precision: Annotated[str | None, typer.Option(help="float32; tf32 and bf16 are marked as not comparable.")] = None,
+    num: Annotated[
+        int | None, typer.Option("--num", "--num-images", min=2, help="Images to use, or to draw. Default: all, 50000.")
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, max=100, help="Ranges of seeds scored apart.")] = 1,
+    uncertainty: Annotated[
+        bool, typer.Option("--uncertainty", help="Standard error of the FID, and its limit for infinitely many images.")
+    ] = False,
+    per_class: Annotated[bool, typer.Option("--per-class", help="An FID of each class.")] = False,
+    adm: Annotated[bool, typer.Option("--adm", help="IS as ADM's suite: chunks of 5000 images.")] = False,
+    nearest: Annotated[
+        int, typer.Option(min=0, max=64, help="Picture of so many images that lie closest to the reference's.")
+    ] = 0,
+    nll: Annotated[
+        bool, typer.Option("--nll", help="Histogram of sFID features' likelihood under the reference's Gaussian.")
+    ] = False,
+    compare: Annotated[list[str] | None, typer.Option(help="A further set of that histogram. May be repeated.")] = None,
+    pictures: Annotated[Path, typer.Option(help="Directory of the pictures.")] = Path("fid-pictures"),
+    benchmark: Annotated[str | None, typer.Option(help="Show published figures, e.g. of cifar10-uncond.")] = None,
+    log: Annotated[Path | None, typer.Option(help="CSV file that gets a row.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images per network pass.")] = 256,
+    workers: Annotated[
+        int | None, typer.Option(min=0, max=64, help="Processes that decode. Default: as suits the machine.")
+    ] = None,
+    model_file: ModelFile = None,
+    device: Device = None,
+    dry_run: DryRun = False,
+    json_: Json = False,
+) -> None:
+    """Fréchet distance between a set of images and a reference, and its kin: IS, KID, precision, recall, ..."""
+    console.use_json(json_)
+    if compare and not nll:
+        raise UsageError("--compare adds a set to the histogram of --nll; give both")
+    from ddo_cli.engines import fid as engine
+    from ddo_cli.engines import fid_report
+    from ddo_cli.models import registry
+    from ddo_cli.recipe import parse_sampling
+
+    registry.load_file(model_file)
+    precision_: Any = choice("--precision", precision, ("float32", "tf32", "bf16")) or "float32"
+    options = engine.Options(
+        metrics=tuple(part.strip() for part in metrics.split(",")), weights=weights, extractor=extractor,
+        precision=precision_, download=download, num=num, repeat=repeat, batch=batch, workers=workers,
+        uncertainty=uncertainty, per_class=per_class, adm=adm, nearest=nearest,
+        nll=tuple(compare or ()) if nll else None, pictures=pictures, sampling=parse_sampling(overrides or [], {}),
+    )  # fmt: skip
+    found = engine.run(source, ref, options, device=device_of(device), benchmark=benchmark, log=log, dry_run=dry_run)
+    if dry_run:
+        console.result(found, lines_of(found))
+        return
+    kept = ("reference", "extractor", "extractor_sha256", "images_per_second", "comparable", "nearest", "likelihoods")
+    shown = {key: found[key] for key in kept if key in found}
+    title = f"{source}: {found['num_images']:,} images"
+    console.result(found, lines_of(shown) + "\n\n" + found["markdown"], console.table(title, *fid_report.table(found)))
+
+
+def stats(
+    data: Annotated[str, typer.Argument(help="Images: a folder, zip, npz, sample set, or embedded:<name>.")],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write, for --ref of `ddo fid`.")],
+    metric: Annotated[
+        str | None,
+        typer.Option(help="Whose features: fid, fd_dinov2, fd_clip or fd_embedded. Default: fid."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Weights of the published network, where they are not in a usual place.")
+    ] = None,
+    extractor: Annotated[
+        str | None,
+        typer.Option(help="An extractor of `ddo train-extractor`, or one of your own, instead of a published one."),
+    ] = None,
+    features: Annotated[
+        bool,
+        typer.Option("--features", help="Keep the features of each image: KID, precision and recall need them."),
+    ] = False,
+    num: Annotated[
+        int | None, typer.Option("--num", "--num-images", min=2, help="Use so many images, always the same.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per network pass.")] = 256,
     device: Device = None,
+    dry_run: DryRun = False,
     json_: Json = False,
 ) -> None:
-    """Fréchet distance between a set of images and a reference."""
+    """Statistics of an image set, written once as the reference of many scores."""
     console.use_json(json_)
-    from ddo_cli.engines import fid as engine
+    choice("--metric", metric, ("fid", "fd_dinov2", "fd_clip", "fd_embedded"))
+    from ddo_cli.engines import stats as engine
 
-    metric: Any = "fd_embedded" if extractor else "fid"
-    found = engine.run(source, ref, metric, weights=weights, extractor=extractor, batch=batch, device=device_of(device))
+    kind: Any = metric or ("fd_embedded" if extractor else "fid")
+    found = engine.run(
+        data, out, metric=kind, weights=weights, extractor=extractor, features=features, num=num, batch=batch,
+        device=device_of(device), dry_run=dry_run,
+    )  # fmt: skip
     console.result(found, lines_of(found))
 
 

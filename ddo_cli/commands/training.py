@@ -39,6 +39,7 @@ def finetune_ddo(
     images_per_round: Annotated[int | None, typer.Option(help="Real images per round.")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Images between candidates.")] = None,
     num_fake: Annotated[int | None, typer.Option(help="Samples of the reference per round.")] = None,
+    eval_num: Annotated[int | None, typer.Option(help="Images per score of the metric.")] = None,
     precision: Annotated[str | None, typer.Option(help="float32, tf32 or bf16.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     out: Out = None,
@@ -55,7 +56,7 @@ def finetune_ddo(
         "finetune.rounds": rounds, "finetune.alpha": coefficient("--alpha", alpha),
         "finetune.beta": coefficient("--beta", beta), "finetune.lr": lr,
         "finetune.batch": batch, "finetune.images_per_round": images_per_round, "finetune.eval_every": eval_every,
-        "finetune.num_fake": num_fake, "finetune.precision": precision,
+        "finetune.num_fake": num_fake, "finetune.precision": precision, "metric.num_images": eval_num,
     }  # fmt: skip
     from ddo_cli import rundir
     from ddo_cli.engines import finetune_ddo as engine
@@ -67,10 +68,17 @@ def finetune_ddo(
         console.result(found, lines_of(found))
         return
     columns, rows = finetune_report.table_of(rundir.RunDir(Path(found["out"])), found["metric"])
-    shown = {"final": found["final"], "report": str(Path(found["out"]) / "report.html")}
+    counted = f" of {found['metric_images']:,} images" if found["metric_images"] else ""
+    title = f"DDO by round: {found['metric']}{counted} (lower is better)"
+    shown_figures = [f"{one['method']} {one['value']:g} (arXiv {one['arxiv']})" for one in found.get("published", [])]
+    shown = {
+        "final": found["final"],
+        **({"published": ", ".join(shown_figures)} if shown_figures else {}),
+        "report": str(Path(found["out"]) / "report.html"),
+    }
     if "sweep_cost" in found:
         shown["sweep cost"] = f"{found['sweep_cost']:.2f} of the full grid"
-    console.result(found, lines_of(shown), console.table("DDO by round (lower is better)", columns, rows))
+    console.result(found, lines_of(shown), console.table(title, columns, rows))
 
 
 def train_disc(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,20 +47,26 @@ def npz_files(path: Path) -> list[Path]:
 def open_npz_folder(source: str, files: list[Path], num: int | None) -> ItemSet:
     """The concatenation of a folder's .npz files, which must hold arrays of the same names."""
     parts = [_read(str(file), file) for file in files]
-    first = parts[0]
     for file, part in zip(files, parts, strict=True):
-        if part.keys != first.keys:
-            raise DataError(
-                f"{file} holds {', '.join(sorted(part.keys))} where the first file, {files[0].name}, holds "
-                f"{', '.join(sorted(first.keys))}; a folder of .npz files is one set: take out what does not belong"
-            )
-        if part.items.shape[1:] != first.items.shape[1:]:
-            raise DataError(
-                f"{file} holds {describe(part.items.shape[1:])} where the first file, {files[0].name}, holds "
-                f"{describe(first.items.shape[1:])}; all items of a set must have one size and mode"
-            )
+        check_alike(file, part.keys, part.items.shape[1:], files[0], parts[0].keys, parts[0].items.shape[1:])
     items, labels = np.concatenate([part.items for part in parts]), np.concatenate([part.labels for part in parts])
     return item_set(source, items, labels, num, max(part.num_classes for part in parts))
+
+
+def check_alike(
+    file: Path, keys: set[str], shape: Sequence[int], first: Path, first_keys: set[str], first_shape: Sequence[int]
+) -> None:
+    """Raises DataError unless a folder's file has arrays of the first one's names, and items of its shape."""
+    if keys != first_keys:
+        raise DataError(
+            f"{file} holds {', '.join(sorted(keys))} where the first file, {first.name}, holds "
+            f"{', '.join(sorted(first_keys))}; a folder of .npz files is one set: take out what does not belong"
+        )
+    if tuple(shape) != tuple(first_shape):
+        raise DataError(
+            f"{file} holds {describe(shape)} where the first file, {first.name}, holds {describe(first_shape)}; all "
+            "items of a set must have one size and mode"
+        )
 
 
 def _read(source: str, path: Path) -> _Arrays:
@@ -76,12 +83,17 @@ def _read(source: str, path: Path) -> _Arrays:
     except NPZ_ERRORS as error:
         raise DataError(f"{source} is not a whole .npz of arrays ({error}); copy it again") from None
     if items is None:
-        what = "feature statistics, not images" if {"mu", "sigma"} <= keys else f"only {', '.join(sorted(keys))}"
-        raise DataError(f"{source} holds {what}; it needs an array named {', '.join(NPZ_ITEMS[:-1])} or images")
+        raise without_items(source, keys)
     items = _items(f"{source}: {key}", items)
     if labels is None:
         return _Arrays(items, np.full(len(items), NO_LABEL), 0, keys)
-    return _Arrays(items, *_labels(f"{source}: {label_key}", labels, len(items)), keys)
+    return _Arrays(items, *label_classes(f"{source}: {label_key}", labels, len(items)), keys)
+
+
+def without_items(source: str, keys: set[str]) -> DataError:
+    """What to say of an .npz that has none of NPZ_ITEMS."""
+    what = "feature statistics, not images" if {"mu", "sigma"} <= keys else f"only {', '.join(sorted(keys))}"
+    return DataError(f"{source} holds {what}; it needs an array named {', '.join(NPZ_ITEMS[:-1])} or images")
 
 
 def _items(where: str, items: np.ndarray) -> np.ndarray:
@@ -91,19 +103,28 @@ def _items(where: str, items: np.ndarray) -> np.ndarray:
         if not np.isfinite(points).all():
             raise DataError(f"{where} holds a point that is not finite in float32; remove it")
         return points
-    if items.dtype != np.uint8 or items.ndim != 4 or not items.size:
+    if are_channels_last(where, items.dtype, items.shape):
+        return np.ascontiguousarray(items.transpose(0, 3, 1, 2))
+    return items
+
+
+def are_channels_last(where: str, dtype: np.dtype, shape: Sequence[int]) -> bool:
+    """Whether images are (N, H, W, C) and not (N, C, H, W). Raises DataError if they are neither, or not uint8."""
+    if dtype != np.uint8 or len(shape) != 4 or 0 in shape:
         raise DataError(
-            f"{where} is {items.dtype} {items.shape}; it must be uint8 images (N, H, W, C) or (N, C, H, W), N >= 1, or "
+            f"{where} is {dtype} {tuple(shape)}; it must be uint8 images (N, H, W, C) or (N, C, H, W), N >= 1, or "
             "float points (N, d)"
         )
-    if items.shape[3] in (1, 3):  # channels last, as ADM's files; they win where both would do
-        return np.ascontiguousarray(items.transpose(0, 3, 1, 2))
-    if items.shape[1] in (1, 3):
-        return items
-    raise DataError(f"{where} has the shape {items.shape} without an axis of 1 or 3 channels; store grey or RGB images")
+    if shape[3] in (1, 3):  # as ADM's files; they win where both would do
+        return True
+    if shape[1] in (1, 3):
+        return False
+    raise DataError(
+        f"{where} has the shape {tuple(shape)} without an axis of 1 or 3 channels; store grey or RGB images"
+    )
 
 
-def _labels(where: str, labels: np.ndarray, num: int) -> tuple[np.ndarray, int]:
+def label_classes(where: str, labels: np.ndarray, num: int) -> tuple[np.ndarray, int]:
     """Classes int64 (N,) and their number, of class numbers (N,) or one-hot rows (N, classes)."""
     if labels.ndim == 2 and len(labels) == num and labels.shape[1] > 1 and labels.dtype.kind in "biuf":
         # Exactly one 1 and nothing else: a soft label, or a row of zeros, is no class.

@@ -22,22 +22,11 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ddo_cli import console
+from ddo_cli.files import cache_directory as directory
 from ddo_cli.files import replacing
 
 VERSION = 1  # of the entries: raised when images are decoded to other numbers
 MARGIN = 1 << 30  # bytes of the disk that an entry leaves free, chosen by us
-
-
-def directory() -> Path | None:
-    """$DDO_CACHE, else $XDG_CACHE_HOME/ddo, else ~/.cache/ddo; None where DDO_CACHE is "off" or empty."""
-    chosen = os.environ.get("DDO_CACHE")
-    if chosen is not None:
-        return None if chosen in ("", "off") else Path(chosen)
-    parent = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(parent) if parent else Path.home() / ".cache") / "ddo"
-    except RuntimeError:  # a user without a home
-        return None
 
 
 def key_of(path: Path, files: Iterable[Path], names: Iterable[str]) -> str | None:
@@ -57,6 +46,18 @@ def key_of(path: Path, files: Iterable[Path], names: Iterable[str]) -> str | Non
     return found.hexdigest()
 
 
+def existing(source: str, key: str, num: int) -> Path | None:
+    """The entry of the source's `num` images, an .npy of uint8 (num, C, H, W), if an earlier run has kept one."""
+    path = _entry(source, key)
+    return path if path is not None and _mapped(path, num) is not None else None
+
+
+def _entry(source: str, key: str) -> Path | None:
+    parent = directory()
+    stem = re.sub(r"[^\w.-]", "_", os.path.basename(os.path.abspath(source)))[:40]
+    return None if parent is None else parent / f"{stem}-{key[:32]}.npy"
+
+
 def kept(
     source: str, key: str, num: int, shape: Callable[[], Sequence[int]], fill: Callable[[np.ndarray], None]
 ) -> np.ndarray | None:
@@ -65,11 +66,10 @@ def kept(
     None, with a warning where something is wrong, if the cache cannot hold them. What `fill` raises passes through,
     but it must not raise OSError.
     """
-    parent = directory()
-    if parent is None:
+    path = _entry(source, key)
+    if path is None:
         return None
-    stem = re.sub(r"[^\w.-]", "_", os.path.basename(os.path.abspath(source)))[:40]
-    path = parent / f"{stem}-{key[:32]}.npy"
+    parent = path.parent
     found = _mapped(path, num)
     if found is not None:
         console.info(f"{source}: decoded images taken from {path}")

@@ -26,6 +26,7 @@ MANY = 4000  # files; from here on they are decoded by several threads, with pro
 CHUNK = 256  # files per task of a thread
 # Pillow modes without loss in 8 bits of grey or RGB. RGBA is taken where it is opaque.
 MODES = {"1": "L", "L": "L", "RGB": "RGB", "P": "RGB", "YCbCr": "RGB", "CMYK": "RGB", "RGBA": "RGBA"}
+ZIP_ERRORS = (OSError, RuntimeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 class _Files(NamedTuple):
@@ -42,6 +43,11 @@ def open_folder(source: str, path: Path, num: int | None, keep: bool) -> ItemSet
 
     keep: whether many images go through the cache.
     """
+    return open_listed(source, path, *folder_entries(source, path), num, keep)
+
+
+def folder_entries(source: str, path: Path) -> tuple[list[str], np.ndarray]:
+    """Names of a folder's images, sorted, and their labels int64 (N,)."""
     names: list[str] = []
     seen: set[str] = set()
     for root, folders, leaves in os.walk(path, followlinks=True):
@@ -62,7 +68,7 @@ def open_folder(source: str, path: Path, num: int | None, keep: bool) -> ItemSet
     if text is None and len(tops) == len(names) and len(classes) > 1:
         number = {top: label for label, top in enumerate(classes)}
         labels = np.array([number[top] for top in tops], dtype=np.int64)
-    return open_listed(source, path, names, labels, num, keep)
+    return names, labels
 
 
 def open_listed(
@@ -76,12 +82,22 @@ def open_zip(source: str, path: Path, num: int | None, keep: bool) -> ItemSet:
     """Images by sorted name; labels of dataset.json. Directories in a zip are no classes, as in EDM."""
     try:
         with zipfile.ZipFile(path) as archive:
-            text = archive.read(INDEX) if INDEX in archive.namelist() else None
-            names = _image_names(source, archive.namelist())
-            files = _Files(source, path, names, archive.read)
-            return _decoded(files, _indexed_labels(source, names, text), num, keep)
-    except (OSError, RuntimeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{source} is not a whole zip file ({error}); copy it again") from None
+            names, labels = zip_entries(source, archive)
+            return _decoded(_Files(source, path, names, archive.read), labels, num, keep)
+    except ZIP_ERRORS as error:
+        raise broken_zip(source, error) from None
+
+
+def zip_entries(source: str, archive: zipfile.ZipFile) -> tuple[list[str], np.ndarray]:
+    """Names of a zip's images, sorted, and their labels int64 (N,). Raises DataError, or one of ZIP_ERRORS."""
+    text = archive.read(INDEX) if INDEX in archive.namelist() else None
+    names = _image_names(source, archive.namelist())
+    return names, _indexed_labels(source, names, text)
+
+
+def broken_zip(source: str, error: Exception) -> DataError:
+    """What to say of one of ZIP_ERRORS."""
+    return DataError(f"{source} is not a whole zip file ({error}); copy it again")
 
 
 def _image_names(source: str, names: list[str]) -> list[str]:
@@ -157,11 +173,7 @@ def _fill(files: _Files, items: np.ndarray) -> None:
         part = files.names[start : start + CHUNK]
         for row, name in enumerate(part, start):
             image = _decode(files, name)
-            if image.shape != items.shape[1:]:
-                raise DataError(
-                    f"{files.source}: {name} is {describe(image.shape)} where the first image, {files.names[0]}, is "
-                    f"{describe(items.shape[1:])}; all images must have one size and mode: convert or remove it"
-                )
+            check_same(files.source, name, image.shape, files.names[0], items.shape[1:])
             items[row] = image
         return len(part)
 
@@ -179,11 +191,23 @@ def _fill(files: _Files, items: np.ndarray) -> None:
         pool.shutdown(cancel_futures=True)
 
 
+def check_same(source: str, name: str, shape: Sequence[int], first_name: str, first_shape: Sequence[int]) -> None:
+    """Raises DataError unless the image `name` has the shape (C, H, W) of the set's first."""
+    if tuple(shape) != tuple(first_shape):
+        raise DataError(
+            f"{source}: {name} is {describe(shape)} where the first image, {first_name}, is {describe(first_shape)}; "
+            "all images must have one size and mode: convert or remove it"
+        )
+
+
 def _decode(files: _Files, name: str) -> np.ndarray:
-    """uint8 (C, H, W) with 1 or 3 channels."""
-    where = f"{files.source}: {name}"
+    return decode(f"{files.source}: {name}", lambda: files.read(name))
+
+
+def decode(where: str, read: Callable[[], bytes]) -> np.ndarray:
+    """The image of the bytes that `read` returns: uint8 (C, H, W) with 1 or 3 channels. Raises DataError."""
     try:
-        with Image.open(io.BytesIO(files.read(name))) as image:
+        with Image.open(io.BytesIO(read())) as image:
             image.load()
             mode = MODES.get(image.mode)
             pixels = np.asarray(image.convert(mode)) if mode else None  # (H, W) or (H, W, C)

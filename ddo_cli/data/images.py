@@ -51,7 +51,7 @@ def open_images(source: str, num: int | None = None, cache: bool = True) -> Item
 
 
 def _open_directory(source: str, path: Path, num: int | None, cache: bool) -> ItemSet:
-    manifest = _sample_manifest(path)
+    manifest = sample_manifest(path)
     if manifest is not None:
         return _open_samples(source, path, manifest, num, cache)
     if cifar.holds_batches(path):
@@ -65,7 +65,7 @@ def _open_directory(source: str, path: Path, num: int | None, cache: bool) -> It
 # Sample sets
 
 
-def _sample_manifest(path: Path) -> dict[str, Any] | None:
+def sample_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest of a sample set in this folder; None where there is none, or a file of another program."""
     try:
         manifest = json.loads((path / samples.MANIFEST).read_bytes())
@@ -81,10 +81,20 @@ def _open_samples(source: str, path: Path, manifest: dict[str, Any], num: int | 
     if manifest["format"] == "shards":
         opened = samples.open_samples(path)  # checks the set as a whole
         return item_set(source, opened.items, opened.labels, num)
-    if not manifest.get("complete"):
-        raise DataError(f"{source} is an unfinished sample set; run the command that made it again, it continues")
+    check_complete(source, manifest)
     if manifest["format"] == "npz":
         return arrays.open_npz(source, path / "samples.npz", num)
+    return image_files.open_listed(source, path, *sample_entries(source, manifest), num, cache)
+
+
+def check_complete(source: str, manifest: dict[str, Any]) -> None:
+    """Raises DataError for the manifest of a set that is still being made."""
+    if not manifest.get("complete"):
+        raise DataError(f"{source} is an unfinished sample set; run the command that made it again, it continues")
+
+
+def sample_entries(source: str, manifest: dict[str, Any]) -> tuple[list[str], np.ndarray]:
+    """Names of the files of a set in the format png, by seed, and their labels int64 (N,)."""
     try:
         names = [f"{seed:06d}.png" for seed in samples.parse_seeds(manifest["seeds"])]
         labels = np.array(manifest["labels"], dtype=np.int64)
@@ -92,4 +102,4 @@ def _open_samples(source: str, path: Path, manifest: dict[str, Any], num: int | 
             raise ValueError(f"{len(names)} seeds and {labels.size} labels")
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise DataError(f"{source}: {samples.MANIFEST} is damaged ({error}); remove the set and sample again") from None
-    return image_files.open_listed(source, path, names, labels, num, cache)
+    return names, labels

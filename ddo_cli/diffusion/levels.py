@@ -10,11 +10,10 @@ from torch import Tensor
 from ddo_cli.diffusion import ablation, samplers, schedules
 from ddo_cli.diffusion.precond import Discrete, Preconditioner
 from ddo_cli.errors import UsageError
-from ddo_cli.schema import SamplingRecipe
+from ddo_cli.schema import GENERALISED, SamplingRecipe
 
 STEPS = 18  # default of every sampler; EDM's for 32x32 images
 RHO = 7.0
-ABLATION = ("discretization", "schedule", "scaling", "step_ratio")  # keys that choose EDM's generalised sampler
 
 
 class Bounds(Protocol):
@@ -35,9 +34,12 @@ def sigmas(spec: SamplingRecipe, defaults: Bounds, known: Preconditioner) -> Ten
         found = torch.cat([ablation.levels(choice, n, low, high), torch.zeros(1, dtype=torch.float64)])
     elif (spacing := spacing_of(spec, known)) == "steps":
         assert isinstance(known, Discrete), "see check"
-        visited = schedules.respaced_steps(len(known.sigmas), spec.respacing or str(n))
-        found = torch.cat([known.sigmas.to(torch.float64)[visited].flip(0), torch.zeros(1, dtype=torch.float64)])
-        return found
+        # Cut before it is spaced, so that SDEdit has all its steps below the level that it starts from.
+        inside = known.sigmas[(known.sigmas >= low) & (known.sigmas <= high)].to(torch.float64)
+        visited = schedules.respaced_steps(len(inside), spec.respacing or str(n))
+        if spec.respacing is None and n == 1:
+            visited = [len(inside) - 1]  # where the published rule has the first step, with nothing left to denoise
+        return torch.cat([inside[visited].flip(0), torch.zeros(1, dtype=torch.float64)])
     elif spacing == "vp":
         found = schedules.vp_sigmas(n, low, high)
     else:
@@ -49,8 +51,12 @@ def sigmas(spec: SamplingRecipe, defaults: Bounds, known: Preconditioner) -> Ten
 
 def bounds(spec: SamplingRecipe, defaults: Bounds, known: Preconditioner) -> tuple[float, float]:
     """Smallest and largest noise level of a run. Wishes beyond what the network knows are cut, as EDM does."""
-    choice = ablation_of(spec)
-    low, high = ablation.default_range(choice.discretization) if choice else (defaults.sigma_min, defaults.sigma_max)
+    if (choice := ablation_of(spec)) is not None:
+        low, high = ablation.default_range(choice.discretization)
+    elif spacing_of(spec, known) == "steps":
+        low, high = known.sigma_min, known.sigma_max
+    else:
+        low, high = defaults.sigma_min, defaults.sigma_max
     low = low if spec.sigma_min is None else spec.sigma_min
     high = high if spec.sigma_max is None else spec.sigma_max
     return max(low, known.sigma_min), min(high, known.sigma_max)
@@ -58,15 +64,15 @@ def bounds(spec: SamplingRecipe, defaults: Bounds, known: Preconditioner) -> tup
 
 def ablation_of(spec: SamplingRecipe) -> ablation.Choice | None:
     """The choices of EDM's generalised sampler; None where the plain one is asked for."""
-    given = {key: value for key in (*ABLATION, "rho") if (value := getattr(spec, key)) is not None}
-    if not given.keys() & set(ABLATION):
+    given = {key: value for key in (*GENERALISED, "rho") if (value := getattr(spec, key)) is not None}
+    if not given.keys() & set(GENERALISED):
         return None
     return ablation.Choice(**given, heun=sampler_of(spec) == "heun")
 
 
 def ablation_keys(spec: SamplingRecipe) -> str:
     """The keys that chose it, for messages."""
-    return ", ".join(f"sampling.{key} = {value}" for key in ABLATION if (value := getattr(spec, key)) is not None)
+    return ", ".join(f"sampling.{key} = {value}" for key in GENERALISED if (value := getattr(spec, key)) is not None)
 
 
 def sampler_of(spec: SamplingRecipe) -> str:
@@ -96,7 +102,8 @@ def check(spec: SamplingRecipe, defaults: Bounds, known: Preconditioner) -> None
             )
         spacing = choice.discretization
     if spec.rho is not None and spacing not in ("karras", "edm"):
-        raise UsageError(f"sampling.rho = {spec.rho} curves Karras noise levels; set sampling.spacing = karras")
+        remedy = "sampling.spacing = karras" if choice is None else "sampling.discretization = edm"
+        raise UsageError(f"sampling.rho = {spec.rho} curves Karras noise levels; set {remedy}")
     if spacing == "steps" and not isinstance(known, Discrete):
         raise UsageError("sampling.spacing = steps needs a model of discrete steps; use karras or vp")
     if spec.respacing is not None and spacing != "steps":
@@ -110,4 +117,4 @@ def check(spec: SamplingRecipe, defaults: Bounds, known: Preconditioner) -> None
         sigmas(spec, defaults, known)
     except ValueError as error:
         key = "steps" if spec.respacing is None else "respacing"
-        raise UsageError(f"sampling.{key} = {getattr(spec, key)}: {error}; give fewer, e.g. 250") from None
+        raise UsageError(f"sampling.{key} = {getattr(spec, key)}: {error}; give fewer") from None

@@ -20,6 +20,7 @@ SMALL = 32  # side up to which EDM samples in 18 steps; 40 above (arXiv 2206.003
 _IMAGENET = {"sampler": "heun", "steps": 256, "s_churn": 40.0, "s_min": 0.05, "s_max": 50.0, "s_noise": 1.003}
 _ADM = {"sampler": "ddpm", "steps": 250, "clip_denoised": True}  # arXiv 2105.05233
 _SCHEDULES = {"linear": "ddpm", "cosine": "iddpm"}
+FORMATS, FORMAT_NAMES = (".pkl", ".pt", ".pth"), ".pkl, .pt or .pth"
 _ORDERS = ("legacy", "new")
 
 
@@ -51,14 +52,19 @@ def run(
     verify: reads the written file again and compares every tensor. Raises CheckpointError if the file cannot be used.
     """
     if not source.exists():
-        raise UsageError(f"{source} does not exist; give a .pkl, .pt or .pth file, or a folder of diffusers")
+        raise UsageError(f"{source} does not exist; give a {FORMAT_NAMES} file, or a folder of diffusers")
     if out.exists() and not dry_run:
         raise UsageError(f"--out {out} exists; choose another name, or remove it")
+    if out.suffix in FORMATS:
+        raise UsageError(f"--out {out} would be taken for a file of another format; name it {out.stem}.safetensors")
     given = told(settings)
     digest = diffusers_files.digest(source) if source.is_dir() else sha256(source)
     link = {"command": "convert", "source": source.resolve().name, "source_sha256": digest}
     found = _read(source, model, trunk, given)
     kind, config = found.header["kind"], found.header["config"]
+    for option, value in (("--model", model), ("--trunk", trunk)):
+        if value is not None and kind != "discriminator":
+            raise UsageError(f"{option} is for discriminators, and {source} holds a {kind}; leave it out")
     result = {
         "out": str(out),
         "family": found.family,
@@ -115,6 +121,10 @@ def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, A
         folder = diffusers_files.read(source)
         header = {"kind": "model", "config": folder.config, "sampling": folder.sampling}
         return Found("diffusers", header, folder.tensors, folder.notes)
+    if source.suffix not in FORMATS:
+        raise UsageError(
+            f"{source} is no file of published weights; give a {FORMAT_NAMES} file, or a folder of diffusers"
+        )
     if source.suffix == ".pkl":
         return _edm(source)
     stored = pt_files.read(source, adm_files.EXPECTED)

@@ -111,6 +111,7 @@ def check_levels(levels: Sequence[float], spec: SamplingRecipe, base: DiffusionM
                 f"--level {sigma:g} must lie above the sampler's sigma_min = {low:g} and not above its sigma_max = "
                 f"{high:g}; choose another noise level, in units of pixels in [-1, 1]"
             )
+        base.check_sampling(spec.merged(sigma_max=sigma))  # of discrete steps, too few may lie below a low level
     if len({f"{sigma:g}" for sigma in levels}) < len(levels):  # as directories are named
         raise UsageError(f"--level {','.join(f'{sigma:g}' for sigma in levels)} names a level twice; leave one out")
     return sorted(levels)

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ddo_cli import dist, pictures
+from ddo_cli import console, dist, pictures
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet, digest
 from ddo_cli.diffusion import noise
-from ddo_cli.engines.fid import DEFAULT_REFERENCE, warn_if_few
+from ddo_cli.engines.fid import DEFAULT_REFERENCE, few
 from ddo_cli.engines.scoring import open_reference
 from ddo_cli.errors import DataError
 from ddo_cli.files import sha256
@@ -69,9 +69,11 @@ def open_target(
     chosen = select_extractor(metric, weights, extractor, device)
     reference = _reference(ref, disc, chosen)
     name = reference.name if isinstance(reference, ItemSet) else str(ref)
-    warn_if_few(sources.name, len(sources.items), chosen)
+    for warning in few(sources.name, len(sources.items), chosen):
+        console.warn(warning)
     if isinstance(reference, ItemSet):
-        warn_if_few(name, len(reference.items), chosen)
+        for warning in few(name, len(reference.items), chosen):
+            console.warn(warning)
     found = digest(reference) if isinstance(reference, ItemSet) else sha256(Path(name))
     return Target(name, reference, chosen, {"extractor_sha256": chosen.sha256, "reference_sha256": found})
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ddo_cli import checkpoint, console
-from ddo_cli.engines.convert import told
+from ddo_cli.engines.convert import FORMAT_NAMES, FORMATS, told
 from ddo_cli.errors import CheckpointError, UsageError
 from ddo_cli.files import replacing, sha256
+from ddo_cli.inert_pickle import Storage
 from ddo_cli.models import adm_files, adm_keys, diffusers_files, foreign, pt_files, registry
-from ddo_cli.models.inert_pickle import Storage
 
 _INERT = ("dropout",)  # options of ours that change no tensor and no sample
 
@@ -55,6 +55,8 @@ def run(
         return _folder(ckpt, out, settings, dry_run)
     if not like.is_file():
         raise UsageError(f"--like {like} does not exist; give the published file that the model was converted from")
+    if like.suffix not in FORMATS:
+        raise UsageError(f"--like {like} is no file of published weights; give the {FORMAT_NAMES} that was converted")
     if out.exists() and not dry_run:
         raise UsageError(f"--out {out} exists; choose another name, or remove it")
     if out.suffix != like.suffix:

@@ -1,66 +1,357 @@
-"""Frechet distance between an image set and a reference."""
+"""`ddo fid`: distances and scores of an image set, or of a model's samples, in one pass over the images.
+
+Each number is the one that the metric's own tool prints for the same files: torch-fidelity's FID, IS, KID, precision
+and recall, EDM's FID, ADM's sFID. What could make it another one is refused, or said in `warnings`.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 
-from ddo_cli import console
-from ddo_cli.data.items import ItemSet
-from ddo_cli.engines.scoring import open_comparable, open_reference
-from ddo_cli.metrics.features import Extractor, Metric, select_extractor
-from ddo_cli.metrics.scorer import FrechetScorer, moments_of, own_batches
+from ddo_cli import console, dist
+from ddo_cli.data.inspection import balance
+from ddo_cli.engines import fid_inputs, fid_pass, fid_pictures, fid_report
+from ddo_cli.engines.fid_inputs import PUBLISHED_NUM, Opened, Side
+from ddo_cli.engines.fid_pass import Passed, Source, Taken, Wanted
+from ddo_cli.errors import UsageError
+from ddo_cli.metrics import frechet
+from ddo_cli.metrics.extractor import Extractor, Precision
+from ddo_cli.metrics.features import select_extractor
+from ddo_cli.metrics.inception_score import SPLITS
+from ddo_cli.metrics.kid import kernel_distance
+from ddo_cli.metrics.likelihood_histogram import FeatureGaussian
+from ddo_cli.metrics.manifold import K_DENSITY, manifold
+from ddo_cli.metrics.uncertainty import merged, uncertainty
+from ddo_cli.schema import nearest as nearest_name
 
 DEFAULT_REFERENCE = "embedded:digits32"
-PUBLISHED_NUM = 50_000  # images behind a published FID; its bias grows as their number falls
+MANIFOLD = ("precision", "recall", "density", "coverage")
+OWN_NETWORK = ("fd_dinov2", "fd_clip")  # metrics with an extractor of their own
+METRICS = ("fid", "sfid", "is", "kid", *MANIFOLD, *OWN_NETWORK)
+CHUNKS = 10  # of the jackknife
+KID_SUBSET = 1000  # images of a subset
+
+
+class Options(NamedTuple):
+    """What is measured, and how.
+
+    metrics: of METRICS; weights, extractor, precision, download: as `select_extractor` takes them; num: images to use;
+    repeat: ranges of seeds scored apart; workers: processes that decode, None as suits the images; uncertainty:
+    standard error and limit of the FID; per_class: an FID of each class; adm: ADM's protocol of the IS; nearest:
+    pictures of so many images closest to the reference's; nll: further sets of the histogram of likelihoods, () for
+    the scored set alone, None for none; pictures: directory of both; sampling: of a model's images.
+    """
+
+    metrics: tuple[str, ...] = ("fid",)
+    weights: str | None = None
+    extractor: str | None = None
+    precision: Precision = "float32"
+    download: bool = False
+    num: int | None = None
+    repeat: int = 1
+    batch: int = 256
+    workers: int | None = None
+    uncertainty: bool = False
+    per_class: bool = False
+    adm: bool = False
+    nearest: int = 0
+    nll: tuple[str, ...] | None = None
+    pictures: Path = Path("fid-pictures")
+    sampling: dict[str, Any] | None = None
 
 
 def run(
     source: str,
     ref: str | None = None,
-    metric: Metric = "fd_embedded",
-    weights: str | None = None,
-    extractor: str | None = None,
-    batch: int = 256,
+    options: Options | None = None,
     *,
     device: torch.device,
+    benchmark: str | None = None,
+    log: Path | None = None,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
-    """{"num_images", "extractor", "extractor_sha256", "reference", and the distance under the extractor's key}.
+    """The figures by metric, with what they are of and what speaks against comparing them.
 
-    source: what `open_images` reads; ref: the same, or an .npz with mu and sigma; None: the embedded digits.
-    weights: Inception-v3 weights of metric "fid"; extractor: checkpoint that replaces the embedded extractor.
-    batch: images per network pass of one process. Images are shared out over the processes that torchrun started.
-    Raises DataError, CheckpointError or UsageError for what cannot be used.
+    source: images that `open_stream` reads, a run directory or a weight file; ref: images or statistics, see
+    `metrics.references`; None: the embedded digits. benchmark: whose published figures stand beside; log: a CSV file
+    that gets a row. Images are shared out over the processes that torchrun started.
+    Raises DataError, CheckpointError or UsageError for what cannot be used, before the first network pass where it can.
     """
-    chosen = select_extractor(metric, weights, extractor, device)
+    options = options or Options()
+    _check(options)
+    extractors = _extractors(options, device)
     name = ref or DEFAULT_REFERENCE
-    # Both sides are opened before the first network pass, so that a mistake costs no wait.
-    images = open_comparable(source)
-    reference = open_reference(name, chosen)
-    warn_if_few(source, len(images.items), chosen)
-    if isinstance(reference, ItemSet):
-        warn_if_few(name, len(reference.items), chosen)
-    scorer = FrechetScorer(chosen, reference, batch)
-    scores = scorer.score_moments(moments_of(chosen, own_batches(images.items, batch)))
-    return {
-        "num_images": len(images.items),
-        "extractor": chosen.name,
-        "extractor_sha256": chosen.sha256,
-        "reference": name,
-        **scores,
+    # All is opened before the first network pass, so that a mistake costs no wait.
+    sources = fid_inputs.open_sources(source, options.num, options.repeat, options.sampling or {}, device)
+    wanted = [_wanted(options, extractor) for extractor in extractors]
+    opened = fid_inputs.open_reference(name, wanted) if any(_needs_reference(one) for one in wanted) else None
+    fid_report.check(log, benchmark)
+    _check_numbers(options, sources, opened)
+    warnings = _warnings(source, sources, opened, extractors)
+    for warning in warnings:
+        console.warn(warning)
+    main = extractors[0]
+    found: dict[str, Any] = {
+        "source": source,
+        "num_images": sources[0].num,
+        "extractor": main.name,
+        "extractor_sha256": main.sha256,
+        "reference": name if opened is not None else None,
     }
+    if dry_run:
+        return {**found, "dry_run": True, "metrics": list(options.metrics), "warnings": warnings}
+    sides = _sides(opened, wanted, options, device)
+    wanted = [_with_gaussian(one, side, options) for one, side in zip(wanted, sides, strict=True)]
+    started, repeats = time.monotonic(), list[dict[str, Any]]()
+    for number, one in enumerate(sources, 1):
+        title = source if options.repeat == 1 else f"{source} {number}/{options.repeat}"
+        last = fid_pass.run(one, wanted, options.batch, options.workers, device, title)
+        warnings += _inspected(source, last)
+        taken = last.taken if dist.is_main() else []
+        repeats.append(dist.from_main(fid_pass.together(partial(_figures, taken, sides[: len(taken)], options))))
+    speed = sum(one.num for one in sources) / max(time.monotonic() - started, 1e-9)
+    found |= fid_report.summary(repeats)
+    found |= {"images_per_second": round(speed, 1), "content_digest": last.inspection.digest()}
+    found |= _pictures(sources[-1], last, sides[0], wanted[0], options, device)
+    found |= {"warnings": warnings, "comparable": not warnings and _is_published(extractors)}
+    found |= {"protocol": {extractor.key: extractor.protocol() for extractor in extractors}}
+    if benchmark is not None:
+        found |= fid_report.published(benchmark, found)
+    found["markdown"] = fid_report.markdown(found)
+    if log is not None and dist.is_main():
+        fid_report.append(log, found)
+    return found
 
 
-def warn_if_few(name: str, num: int, extractor: Extractor) -> None:
-    """Warns where a distance of `num` images means little, or cannot be compared."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the pass
+
+
+def _check(options: Options) -> None:
+    for metric in options.metrics:
+        if metric not in METRICS:
+            raise UsageError(
+                f"--metrics {metric} is not known{nearest_name(metric, METRICS)}; use some of {', '.join(METRICS)}"
+            )
+    if len(set(options.metrics)) < len(options.metrics) or not options.metrics:
+        raise UsageError(f"--metrics {','.join(options.metrics)} must name one or more different metrics")
+    if (options.uncertainty or options.per_class) and "fid" not in options.metrics:
+        raise UsageError("--uncertainty and --per-class are of the metric fid; add it to --metrics")
+    if (options.nearest or options.nll is not None) and set(options.metrics) <= set(OWN_NETWORK):
+        raise UsageError("--nearest and --nll use features of the main extractor; add one of its metrics, e.g. fid")
+    for name in options.nll or ():
+        fid_inputs.comparable(name)
+
+
+def _check_numbers(options: Options, sources: Sequence[Source], opened: Opened | None) -> None:
+    """Raises UsageError for sets too small for a metric: after the pass, one process would fail and others wait."""
+    needed = {"kid": KID_SUBSET, "is": SPLITS} | dict.fromkeys(MANIFOLD, K_DENSITY + 1)
+    sets = [(sources[0].name, sources[0].num)]
+    if opened is not None and opened.stream is not None:
+        sets.append((opened.name, opened.stream.num))
+    for metric in options.metrics:
+        for name, num in sets[: 1 if metric == "is" else None]:
+            if num < needed.get(metric, 2):
+                raise UsageError(
+                    f"{name}: {num} images are too few for the metric {metric}, which needs {needed[metric]}"
+                )
+    if options.nearest and opened is not None and opened.stream is None:
+        raise UsageError(
+            f"--nearest needs the images of the reference, and {opened.name} holds statistics; give images"
+        )
+    if options.per_class and opened is not None and opened.stream is not None:
+        one, classes = sources[0], opened.stream.num_classes
+        if one.num_classes != classes or (one.labels < 0).any():
+            raise UsageError(
+                f"--per-class needs a label of each image, of the {classes} classes of {opened.name}; {one.name} has "
+                f"labels of {one.num_classes} classes for {int((one.labels >= 0).sum())} of {one.num} images"
+            )
+    if options.uncertainty and sources[0].num < 2 * CHUNKS:
+        raise UsageError(f"{sources[0].name}: {sources[0].num} images are too few for --uncertainty; give {2 * CHUNKS}")
+
+
+def _extractors(options: Options, device: torch.device) -> list[Extractor]:
+    """The main extractor, where a metric needs it, then one for each metric that has its own."""
+    found = []
+    own = [metric for metric in options.metrics if metric in OWN_NETWORK]
+    rest = [metric for metric in options.metrics if metric not in OWN_NETWORK]
+    if rest:
+        kind: Literal["fid", "fd_embedded"] = "fd_embedded" if options.extractor else "fid"
+        found.append(
+            select_extractor(kind, options.weights, options.extractor, device, options.precision, options.download)
+        )
+        asked = [*rest, *(["--nll"] if options.nll is not None else [])]
+        for metric, output in (("sfid", "spatial"), ("is", "logits"), ("--nll", "spatial")):
+            if metric in asked and output not in found[0].outputs:
+                raise UsageError(
+                    f"the metric {metric} is of Inception-v3, and the extractor is {found[0].name}; give Inception's "
+                    "weights with --weights, or leave the metric out"
+                )
+    for metric in own:
+        weights = options.weights if not rest and len(own) == 1 else None
+        found.append(select_extractor(metric, weights, None, device, options.precision, options.download))  # type: ignore[arg-type]
+    return found
+
+
+def _wanted(options: Options, extractor: Extractor) -> Wanted:
+    if extractor.key in OWN_NETWORK:
+        return Wanted(extractor, ("pool",))
+    metrics = set(options.metrics)
+    spatial = "sfid" in metrics or options.nll is not None
+    kinds = (("pool",) if "fid" in metrics else ()) + (("spatial",) if spatial else ())
+    score: Literal["adm", "torch-fidelity"] = "adm" if options.adm else "torch-fidelity"
+    return Wanted(
+        extractor,
+        moments=kinds,
+        chunks=CHUNKS if options.uncertainty else 1,
+        score=score if "is" in metrics else None,
+        features=bool(metrics & {"kid", *MANIFOLD}) or options.nearest > 0,
+        classes=options.per_class,
+    )
+
+
+def _needs_reference(wanted: Wanted) -> bool:
+    return bool(wanted.moments) or wanted.features or wanted.classes
+
+
+def _sides(opened: Opened | None, wanted: Sequence[Wanted], options: Options, device: torch.device) -> list[Side]:
+    if opened is None:
+        return [Side(None, None, None, None, None) for _ in wanted]
+    # Of the reference neither a score nor parts are needed.
+    asked = [one._replace(chunks=1, score=None) for one in wanted]
+    return fid_inputs.sides(opened, asked, options.batch, options.workers, device)
+
+
+def _with_gaussian(wanted: Wanted, side: Side, options: Options) -> Wanted:
+    if options.nll is None or side.spatial is None:
+        return wanted
+    return wanted._replace(gaussian=FeatureGaussian(side.spatial.mean, side.spatial.cov))
+
+
+def _warnings(
+    source: str, sources: Sequence[Source], opened: Opened | None, extractors: Sequence[Extractor]
+) -> list[str]:
+    """What speaks against comparing the figures with others, as far as it shows before the pass."""
+    one, main = sources[0], extractors[0]
+    found = list(few(source, one.num, main))
+    if unbalanced := balance(one.labels, one.num_classes):
+        found.append(f"{source}: {unbalanced}")
+    if one.num_lossy:
+        found.append(f"{source}: {one.num_lossy} images are JPEGs or lossy WebPs; compression moves every score")
+    for extractor in extractors:
+        if extractor.precision != "float32":
+            found.append(f"precision {extractor.precision}: the figures are not comparable with those of float32")
+        if extractor.key == "fid" and not extractor.is_published:
+            found.append(
+                "the Inception weights are not the published file: the figures compare only with those of these weights"
+            )
+    if opened is not None and opened.stream is not None:
+        found += few(opened.name, opened.stream.num, main)
+        if opened.stream.shape != one.shape:
+            found.append(
+                f"{source} holds images of shape {one.shape}, {opened.name} of {opened.stream.shape}: both are resized "
+                f"({main.resize}), and the difference in resolution is part of the distance"
+            )
+    return found
+
+
+def few(name: str, num: int, extractor: Extractor) -> list[str]:
+    """A warning where a distance of `num` images means little, or cannot be compared."""
     if num <= extractor.num_features:
-        console.warn(
+        return [
             f"{name}: {num} images for {extractor.num_features} features leave the covariance rank-deficient, and the "
             "distance far too large; use more images"
-        )
-    elif extractor.key == "fid" and num < PUBLISHED_NUM:
-        console.warn(
+        ]
+    if extractor.key == "fid" and num < PUBLISHED_NUM:
+        return [
             f"{name}: {num} images; published FIDs use {PUBLISHED_NUM}, and with fewer the FID is larger; compare it "
             "only with FIDs of as many images"
-        )
+        ]
+    return []
+
+
+def _inspected(source: str, passed: Passed) -> list[str]:
+    """What the pass itself has shown."""
+    found = passed.inspection.warnings(source)
+    for warning in found:
+        console.warn(warning)
+    return found
+
+
+def _is_published(extractors: Sequence[Extractor]) -> bool:
+    return all(extractor.is_published for extractor in extractors)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# After the pass
+
+
+def _pictures(
+    source: Source, passed: Passed, side: Side, wanted: Wanted, options: Options, device: torch.device
+) -> dict[str, Any]:
+    """Draws what was asked for and returns where it is."""
+    found: dict[str, Any] = {}
+    if options.nearest and dist.is_main():
+        path = options.pictures / "nearest.png"
+        found["nearest"] = {
+            **fid_pictures.memorised(source, passed, side, options.nearest, path),
+            "picture": str(path),
+        }
+    if options.nll is not None:
+        path = options.pictures / "likelihoods.png"
+        fid_pictures.likelihoods(source, passed, options.nll, wanted, options.batch, device, path)
+        found["likelihoods"] = str(path)
+    return found
+
+
+def _figures(taken: Sequence[Taken], sides: Sequence[Side], options: Options) -> dict[str, Any]:
+    """All figures of one set. Computed by the main process."""
+    found: dict[str, Any] = {}
+    for one, side in zip(taken, sides, strict=True):
+        found |= _of_extractor(one, side, options)
+    return found
+
+
+def _of_extractor(one: Taken, side: Side, options: Options) -> dict[str, Any]:
+    key, found = one.extractor.key, dict[str, Any]()
+    # Another network's figures get its name, so that they are never taken for Inception's.
+    end = "" if key == "fid" else f"_{key.removeprefix('fd_')}"
+    if "pool" in one.moments and side.pool is not None:
+        reference = frechet.reference(side.pool.mean, side.pool.cov)
+        chunks = one.moments["pool"].result()
+        if options.uncertainty and len(chunks) > 1:
+            sure = uncertainty(reference, chunks)
+            found |= {key: sure.value, f"{key}_std_error": sure.std_error, f"{key}_infinity": sure.infinity}
+        else:
+            whole = merged(chunks)
+            found[key] = frechet.distance_to(reference, whole.mean, whole.cov)
+    if "sfid" in options.metrics and "spatial" in one.moments and side.spatial is not None:
+        spatial = merged(one.moments["spatial"].result())
+        found[f"sfid{end}"] = frechet.frechet_distance(spatial.mean, spatial.cov, side.spatial.mean, side.spatial.cov)
+    if one.score is not None:
+        score = one.score.result()
+        found |= {f"is{end}": score.mean, f"is{end}_std": score.std}
+    if one.features is not None and side.features is not None:
+        fake, real = one.features.result(), side.features.to(one.features.result())
+        if "kid" in options.metrics:
+            kid = kernel_distance(fake, real)
+            found |= {f"kid{end}": kid.mean, f"kid{end}_std": kid.std}
+        if chosen := [metric for metric in MANIFOLD if metric in options.metrics]:
+            values = manifold(fake, real)._asdict()
+            found |= {f"{metric}{end}": values[metric] for metric in chosen}
+    if one.classes is not None and side.classes is not None:
+        found[f"{key}_per_class"] = [
+            frechet.frechet_distance(fake.mean, fake.cov, real.mean, real.cov) if min(fake.n, real.n) > 1 else None
+            for fake, real in zip(one.classes.result(), side.classes, strict=False)
+        ]
+    if one.nll is not None:
+        nats = one.nll.result()
+        found |= {"nll_spatial_mean": float(nats.mean()), "nll_spatial_median": float(np.quantile(nats, 0.5))}
+    return found

@@ -26,6 +26,7 @@ from ddo_cli.engines.ddo_node import TRAIN_STATE, MakeLoss, Node, Shared, halve
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.files import read_json, replacing, sha256, write_json
 from ddo_cli.likelihood import LikelihoodModel, map_draw, repeat_draw
+from ddo_cli.metrics import published
 from ddo_cli.models import registry
 from ddo_cli.objectives.ddo import ddo_loss
 from ddo_cli.rng import RowRng
@@ -280,14 +281,16 @@ def _result(recipe: Recipe, run_dir: rundir.RunDir, state: dict[str, Any], key: 
         console.warn(f"no round improved on the reference: {run_dir.final} is the reference {recipe.model.ckpt} itself")
     kept = ("round", "score", "best_images", "promoted")
     swept = ("alpha", "beta", "nodes")
-    fraction = ddo_sweep.fraction_spent(rounds)
+    fraction, benchmark = ddo_sweep.fraction_spent(rounds), recipe.metric.benchmark
     return {
         "out": str(run_dir.path),
         "final": str(run_dir.final),
         "metric": key,
+        "metric_images": None if recipe.metric.name == "js" else recipe.metric.num_images,  # js is of a density
         "reference_score": state["reference"]["score"],
         "final_score": rounds[-1]["score"],
         **({} if fraction is None else {"sweep_cost": fraction}),
+        **({} if benchmark is None else {"published": [one._asdict() for one in published.rows(benchmark, key)]}),
         "rounds": [
             {
                 **{name: record[name] for name in (*kept, *(swept if "nodes" in record else ()))},

@@ -10,6 +10,10 @@ from ddo_cli.data.samples import MANIFEST
 from ddo_cli.errors import UsageError
 from ddo_cli.files import read_json, sha256
 
+DESCRIBING = (  # entries of a header that are shown as they are
+    "config", "process", "trained_on", "guidance", "heldout", "sampling", "step", "owner", "metric", "protocol", "data",
+)  # fmt: skip
+
 
 def run(path: str) -> dict[str, Any]:
     """A description of the file or directory; `holds` names its kind."""
@@ -32,11 +36,7 @@ def run(path: str) -> dict[str, Any]:
         "num_tensors": len(file.tensors),
         "num_parameters": sum(tensor.numel() for tensor in file.tensors.values()),
     }
-    found |= {
-        key: file.header[key]
-        for key in ("config", "process", "trained_on", "guidance", "heldout", "sampling", "step", "owner")
-        if key in file.header
-    }
+    found |= {key: file.header[key] for key in DESCRIBING if key in file.header}
     if "provenance" in file.header:
         found["provenance"] = [_link(link) for link in file.header["provenance"]]
     return found

@@ -125,14 +125,14 @@ def _draw(
     if done > 0:
         console.info(f"{writer.out}: continues, {done} of {len(writer.seeds)} items are there")
     drawn, start = 0, time.monotonic()
-    with console.progress(title, len(own) * spec.batch, "items") as bar:
+    with console.progress(title, min(len(own) * spec.batch, len(writer.seeds)), "items") as bar:
         made = generate(
             model, writer.seeds, spec, batch=spec.batch, classes=classes, guides=guides, only=own, device=device
         )
         for batch in made:
             writer.write(batch)
             drawn += len(batch.items)
-            bar.advance(spec.batch)
+            bar.advance(len(batch.items))
     return sum(dist.gathered(drawn)) / max(time.monotonic() - start, 1e-9)
 
 

@@ -19,7 +19,7 @@ from ddo_cli.diffusion.guidance import Guide
 from ddo_cli.diffusion.mixture import toy2d
 from ddo_cli.errors import DataError, UsageError
 from ddo_cli.likelihood import Batch, LikelihoodModel, generate, num_batches
-from ddo_cli.metrics import stats
+from ddo_cli.metrics import references, stats
 from ddo_cli.metrics.density import DensityScorer
 from ddo_cli.metrics.features import Extractor, select_extractor
 from ddo_cli.metrics.scorer import FrechetScorer
@@ -111,10 +111,9 @@ def _stacked(items: list[Tensor]) -> np.ndarray:
 
 
 def open_reference(ref: str, extractor: Extractor) -> ItemSet | stats.Statistics:
-    """What `FrechetScorer` takes: images, or the statistics of an .npz with mu and sigma. Raises DataError."""
-    path = Path(ref)
-    if path.suffix.lower() == ".npz" and stats.holds_statistics(path):
-        return stats.load(path, extractor.num_features, extractor.name)
+    """What `FrechetScorer` takes: images, or the statistics of a file of them. Raises DataError or CheckpointError."""
+    if references.is_reference(ref):
+        return references.read_reference(ref).statistics(extractor)
     return open_comparable(ref)
 
 

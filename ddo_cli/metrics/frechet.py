@@ -1,4 +1,4 @@
-"""Frechet distance between Gaussians, in float64 on the CPU: d^2 = |m - m_r|^2 + tr(C + C_r - 2 (C C_r)^{1/2}).
+"""Frechet distance between Gaussians, in float64: d^2 = |m - m_r|^2 + tr(C + C_r - 2 (C C_r)^{1/2}).
 
 Dowson and Landau, J. Multivariate Analysis 12 (1982); as a metric of images: Heusel et al., arXiv 1706.08500, eq. 6.
 C C_r is not symmetric, and a general matrix root of it returns imaginary parts that have to be dropped. But C_r = R^T R
@@ -17,21 +17,26 @@ TOLERANCE = 1e-6
 
 
 class Reference(NamedTuple):
-    """The Gaussian that is compared with: mean (F,), trace of its covariance, and R (F, F) where cov = R^T R."""
+    """The Gaussian that is compared with: mean (F,), trace of its covariance, and R (rank, F) where cov = R^T R."""
 
     mean: Tensor
     trace: float
     root: Tensor
 
 
-def reference(mean: Tensor, cov: Tensor) -> Reference:
+def reference(mean: Tensor, cov: Tensor, device: torch.device | str = "cpu") -> Reference:
     """The reference with its factor, which repeated distances share. mean: (F,); cov: (F, F).
 
+    device: where distances from it are computed. Not where the moments happen to be, since many a GPU is slow in
+    float64 or lacks it.
     Raises ValueError if a value is not finite, or if cov is not symmetric or clearly not positive semidefinite.
     """
-    mean, cov = _checked(mean, cov)
+    mean, cov = _checked(mean, cov, device)
     values, vectors = torch.linalg.eigh(cov)  # (F,), (F, F)
-    root = values.clamp(min=0).sqrt()[:, None] * vectors.T  # (F, F); negative eigenvalues are rounding
+    # Eigenvalues below the eigensolve's error are zeros of a covariance of fewer images than features. Without them
+    # the factor is thin, and their roots, 1e-8 of the others', are not summed.
+    kept = values > len(values) * torch.finfo(torch.float64).eps * values[-1].clamp(min=0)
+    root = values[kept].sqrt()[:, None] * vectors[:, kept].T  # (rank, F)
     return Reference(mean, float(cov.trace()), root)
 
 
@@ -40,27 +45,34 @@ def distance_to(ref: Reference, mean: Tensor, cov: Tensor) -> float:
 
     Raises ValueError as `reference` does, or if the two have different F.
     """
-    mean, cov = _checked(mean, cov)
+    mean, cov = _checked(mean, cov, ref.root.device)
     if mean.shape != ref.mean.shape:
         raise ValueError(f"{mean.numel()} features cannot be compared with a reference of {ref.mean.numel()}")
-    product = ref.root @ cov @ ref.root.T  # (F, F), symmetric, eigenvalues of cov @ ref_cov
-    values = torch.linalg.eigvalsh((product + product.T) / 2)  # (F,)
+    product = ref.root @ cov @ ref.root.T  # (rank, rank), symmetric, the non-zero eigenvalues of cov @ ref_cov
+    values = torch.linalg.eigvalsh((product + product.T) / 2)  # (rank,)
     trace_of_root = float(values.clamp(min=0).sqrt().sum())
     offset = float((mean - ref.mean).square().sum())
     return max(offset + float(cov.trace()) + ref.trace - 2 * trace_of_root, 0.0)  # below 0 by rounding only
 
 
-def frechet_distance(mean: Tensor, cov: Tensor, ref_mean: Tensor, ref_cov: Tensor) -> float:
-    """Squared Frechet distance between two Gaussians, means (F,), covariances (F, F).
+def frechet_distance(
+    mean: Tensor, cov: Tensor, ref_mean: Tensor, ref_cov: Tensor, device: torch.device | str = "cpu"
+) -> float:
+    """Squared Frechet distance between two Gaussians, means (F,), covariances (F, F), computed on `device`.
 
     Raises ValueError as `reference` and `distance_to` do.
     """
-    return distance_to(reference(ref_mean, ref_cov), mean, cov)
+    return distance_to(reference(ref_mean, ref_cov, device), mean, cov)
 
 
-def _checked(mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float64 on the CPU, cov exactly symmetric."""
-    mean, cov = mean.detach().to("cpu", torch.float64), cov.detach().to("cpu", torch.float64)
+def check(mean: Tensor, cov: Tensor) -> None:
+    """Raises ValueError as `reference` does, at a small part of its cost."""
+    _checked(mean, cov)
+
+
+def _checked(mean: Tensor, cov: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Both in float64 on the device, cov exactly symmetric."""
+    mean, cov = mean.detach().to(device, torch.float64), cov.detach().to(device, torch.float64)
     features = mean.numel()
     if mean.ndim != 1 or features == 0 or cov.shape != (features, features):
         raise ValueError(f"mean {tuple(mean.shape)} and covariance {tuple(cov.shape)} must be (F,) and (F, F), F >= 1")
@@ -72,6 +84,8 @@ def _checked(mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
     # Cholesky tells whether every eigenvalue exceeds -shift at a small part of an eigensolve's cost.
     # The smallest normal number lets a covariance of zeros pass.
     shift = TOLERANCE * max(float(cov.trace()), 0.0) + torch.finfo(torch.float64).tiny
-    if int(torch.linalg.cholesky_ex(cov + shift * torch.eye(features, dtype=torch.float64)).info):
+    shifted = cov.clone()
+    shifted.diagonal().add_(shift)
+    if int(torch.linalg.cholesky_ex(shifted).info):
         raise ValueError("the covariance is not positive semidefinite")
     return mean, cov

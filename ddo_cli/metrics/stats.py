@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ddo_cli import dist
-from ddo_cli.errors import DataError
+from ddo_cli.errors import DataError, printable
 from ddo_cli.files import replacing
-from ddo_cli.metrics import frechet
+from ddo_cli.metrics import frechet, npz_file
 
 
 class HasMoments(Protocol):
@@ -72,6 +71,26 @@ class Moments:
         merged._scatter = dist.all_reduce_sum(self._scatter + torch.outer(delta, delta) * self.n)
         return merged
 
+    def merged(self, other: Moments) -> Moments:
+        """The moments of both's rows; these two are left as they are."""
+        both, delta = Moments(self._mean.numel(), self._mean.device), other._mean - self._mean
+        both.n = self.n + other.n
+        share = other.n / max(both.n, 1)
+        both._mean = self._mean + delta * share
+        both._scatter = self._scatter + other._scatter + torch.outer(delta, delta) * (self.n * share)
+        return both
+
+    def without(self, part: Moments) -> Moments:
+        """The moments of the rows that are not in `part`, some of these rows; the inverse of `merged`."""
+        if part.n >= self.n:
+            raise ValueError(f"{self.n} rows without {part.n} of them leave none")
+        rest = Moments(self._mean.numel(), self._mean.device)
+        rest.n = self.n - part.n
+        rest._mean = self._mean + (self._mean - part._mean) * (part.n / rest.n)
+        delta = part._mean - rest._mean
+        rest._scatter = self._scatter - part._scatter - torch.outer(delta, delta) * (rest.n * part.n / self.n)
+        return rest
+
     @property
     def mean(self) -> Tensor:
         """(F,). Raises ValueError without rows."""
@@ -109,9 +128,8 @@ def save(path: Path, statistics: Statistics) -> None:
 def holds_statistics(path: Path) -> bool:
     """Whether a file is an .npz with `mu` and `sigma`. False for anything that cannot be read as one."""
     try:
-        with np.load(path) as content:
-            return "mu" in content and "sigma" in content
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile):
+        return npz_file.members(path).keys() >= {"mu", "sigma"}
+    except npz_file.DAMAGE:
         return False
 
 
@@ -121,30 +139,60 @@ def load(path: Path, num_features: int, extractor: str) -> Statistics:
     A file that names no extractor (EDM's do not) is believed. Raises DataError if it cannot be read, holds something
     else, names another extractor, has another number of features, or is not a mean with a covariance.
     """
+    found = read_npz(path)
+    fits(str(path), found, num_features, extractor)
+    return found
+
+
+def read_npz(path: Path, mu: str = "mu", sigma: str = "sigma") -> Statistics:
+    """The statistics of an .npz in its arrays `mu` and `sigma`, as they are. Raises DataError if there are none."""
     try:
-        with np.load(path) as content:
-            mean, cov = content["mu"], content["sigma"]
-            num_images = int(content["num_images"]) if "num_images" in content else None
-            made_by = str(content["extractor"]) if "extractor" in content else None
-    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        arrays = npz_file.members(path)
+        mean, cov = arrays[mu].read(), arrays[sigma].read()
+        num_images = int(arrays["num_images"].read()) if "num_images" in arrays else None
+        made_by = str(arrays["extractor"].read()) if "extractor" in arrays else None
+        if num_images is not None and num_images < 2:
+            raise ValueError(f"num_images = {num_images}")
+    except npz_file.DAMAGE as error:
         raise DataError(
-            f"{path} is not an .npz of statistics ({error}); it needs the arrays 'mu' and 'sigma', or give images"
+            f"{path} is not an .npz of statistics ({printable(str(error))}); it needs the arrays '{mu}' and '{sigma}', "
+            "or give images"
         ) from None
+    return of_arrays(str(path), mean, cov, num_images, made_by)
+
+
+def of_arrays(
+    where: str, mean: np.ndarray, cov: np.ndarray, num_images: int | None = None, extractor: str | None = None
+) -> Statistics:
+    """Statistics out of a file. Raises DataError unless they are real numbers of single or double precision.
+
+    where: the file and the place in it. float16 is refused: its rounding alone is a distance.
+    """
+    for array in (mean, cov):
+        if array.dtype.kind != "f" or array.dtype.itemsize < 4:
+            raise DataError(
+                f"{where}: mu is {mean.dtype} and sigma {cov.dtype}; they must be float32 or float64. The file is "
+                "damaged or cut to another precision, compute the statistics again from images"
+            )
+    tensors = [torch.from_numpy(array.astype(np.float64)) for array in (mean, cov)]
+    return Statistics(tensors[0], tensors[1], num_images, extractor)
+
+
+def fits(where: str, statistics: Statistics, num_features: int, extractor: str) -> None:
+    """Raises DataError unless these are a mean and a covariance of `num_features` features of this extractor."""
+    mean, cov, _, made_by = statistics
     if made_by is not None and made_by != extractor:
         raise DataError(
-            f"{path} holds statistics of the extractor '{made_by}', which cannot be compared with those of "
+            f"{where} holds statistics of the extractor '{printable(made_by)}', which cannot be compared with those of "
             f"'{extractor}'; give statistics of the same extractor, or images"
         )
     if mean.shape != (num_features,) or cov.shape != (num_features, num_features):
         raise DataError(
-            f"{path}: mu {mean.shape} and sigma {cov.shape} must be ({num_features},) and ({num_features}, "
-            f"{num_features}), the features of '{extractor}'; give statistics of that extractor, or images"
+            f"{where}: mu {tuple(mean.shape)} and sigma {tuple(cov.shape)} must be ({num_features},) and "
+            f"({num_features}, {num_features}), the features of '{extractor}'; give statistics of that extractor, or "
+            "images"
         )
     try:
-        statistics = Statistics(
-            torch.from_numpy(mean.astype(np.float64)), torch.from_numpy(cov.astype(np.float64)), num_images, made_by
-        )
-        frechet.reference(statistics.mean, statistics.cov)
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: {error}; the file is damaged, compute the statistics again from images") from None
-    return statistics
+        frechet.check(mean, cov)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}; the file is damaged, compute the statistics again from images") from None

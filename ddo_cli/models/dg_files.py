@@ -54,8 +54,8 @@ def read(path: str | Path, *, trunk: str | None = None, num_classes: int = 0) ->
         return Found("classifier", config, tensors)
     if trunk is None:
         raise CheckpointError(
-            f"{path} is a discriminator of features with {channels} channels; name the classifier that makes them, "
-            f"converted before ({_trunks(channels)})"
+            f"{path} is a discriminator of features with {channels} channels; name with --trunk the classifier "
+            f"that makes them, converted before ({_trunks(channels)})"
         )
     header = checkpoint.read_header(trunk, kind="classifier")
     _check_trunk(header["config"], channels, side, path, trunk)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ddo_cli.diffusion import noise, precond
 from ddo_cli.errors import CheckpointError, RecipeError, printable
+from ddo_cli.inert_pickle import Record, Storage, read_pickle, read_with_storages
 from ddo_cli.models import edm_keys, pt_files, registry
 from ddo_cli.models.adm_keys import EdmKeys
 from ddo_cli.models.adm_unet import AdmUnetOptions
-from ddo_cli.models.inert_pickle import Record, Storage, read_pickle, read_with_storages
 
 __all__ = ["Converted", "EdmFile", "edm_checkpoint", "read_edm", "read_pickle"]
 

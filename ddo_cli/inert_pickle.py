@@ -1,8 +1,8 @@
 """Reads a pickle without running any of it: a small machine that knows data, and a list of names it gives a meaning.
 
-Python's own unpickler calls whatever a file names. Here a name in the file is looked up in `GLOBALS`; each entry is a
-function of this module that only stores or checks its arguments. Opcodes outside `Machine` and names outside the list
-are refused, so the worst that a hostile file can do is to be refused or to hold wrong numbers.
+Python's own unpickler calls whatever a file names. Here a name in the file is looked up in `Machine.globals`; each
+entry is a function of this module that only stores or checks its arguments. Opcodes outside `Machine` and names outside
+the list are refused, so the worst that a hostile file can do is to be refused or to hold wrong numbers.
 
 Sources: the opcodes' documentation in Python's `pickletools`, and the layout of torch's own tensor pickles.
 """
@@ -71,12 +71,23 @@ class _ScalarType:
     code: str
     order: str = ""
 
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        return np.dtype((self.order or "<") + self.code)
+
 
 class _Global(NamedTuple):
     """A name from the file and the meaning that we give it."""
 
     name: str
     call: Callable[..., Any]
+
+
+@dataclass(eq=False)
+class Array:
+    """A numpy array of plain numbers; its values come with its state."""
+
+    values: np.ndarray | None = None
 
 
 class Storage(NamedTuple):
@@ -86,28 +97,33 @@ class Storage(NamedTuple):
     offset: int
 
 
-def read_pickle(path: str | Path) -> Any:
+WEIGHTS = "a file that `ddo convert` knows"
+
+
+def read_pickle(path: str | Path, known: str = WEIGHTS) -> Any:
     """The content of a pickle: dicts, lists, tuples, numbers, texts, tensors, and a `Record` for each other object.
+
+    A numpy array is an `Array`, its values not to be written to. known: what would do instead, for the message.
 
     Raises CheckpointError if the file is missing, damaged, or names anything outside the list.
     """
-    return read_with_storages(path)[0]
+    return read_with_storages(path, known)[0]
 
 
-def read_with_storages(path: str | Path) -> tuple[Any, list[Storage]]:
+def read_with_storages(path: str | Path, known: str = WEIGHTS) -> tuple[Any, list[Storage]]:
     """`read_pickle`, and the storages that the tensors are views of: what is written to a tensor appears there."""
     file = checkpoint.resolve(path)
     with open(file, "rb") as stream:
-        machine = Machine(str(path), file.stat().st_size)
+        machine = Machine(str(path), file.stat().st_size, known)
         return machine.content(stream), machine.storages
 
 
 class Machine:
-    """One reading of one file of `size` bytes. `path` is for messages."""
+    """One reading of one file of `size` bytes. `path` and `known`, what would do instead, are for messages."""
 
-    def __init__(self, path: str, size: int):
-        self.path = path
-        self.budget = size  # of bytes in storages: a file repeating one would fill the memory
+    def __init__(self, path: str, size: int, known: str):
+        self.path, self.known = path, known
+        self.budget = size  # of bytes in storages and arrays: a file repeating one would fill the memory
         self.operations = 0
         self.storages: list[Storage] = []
         self.places: dict[int, tuple[bytes, int]] = {}  # by id: bytes, held so that ids stay theirs, and their offset
@@ -122,6 +138,11 @@ class Machine:
             "numpy.core.multiarray.scalar": _scalar,
             "numpy._core.multiarray.scalar": _scalar,
             "numpy.dtype": _scalar_type,
+            "numpy.ndarray": _refuse_call,  # an argument of the two below
+            "numpy.core.multiarray._reconstruct": _array,
+            "numpy._core.multiarray._reconstruct": _array,
+            "numpy.core.numeric._frombuffer": self._array_of_buffer,  # protocol 5
+            "numpy._core.numeric._frombuffer": self._array_of_buffer,
         }
 
     def content(self, stream: BinaryIO) -> Any:
@@ -132,7 +153,7 @@ class Machine:
             raise CheckpointError(
                 f"{self.path} is not a whole pickle of a known layout "
                 f"({type(error).__name__}: {printable(str(error))}); "
-                "download it again, or give a file that `ddo convert` knows"
+                f"download it again, or give {self.known}"
             ) from None
 
     def run(self, stream: BinaryIO, known: dict[str, Callable[..., Any]], persistent: Any = None) -> Any:
@@ -155,7 +176,7 @@ class Machine:
             if self.operations > _MOST_OPERATIONS:
                 raise CheckpointError(
                     f"{self.path}: refused: it has more than {_MOST_OPERATIONS:,} pickle operations, several times "
-                    "what a weight file needs; nothing was run"
+                    "what a file of numbers needs; nothing was run"
                 )
             match opcode.name:
                 case "PROTO" | "FRAME":
@@ -176,6 +197,8 @@ class Machine:
                 case "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8":
                     stack.append(arg)
                     self.places[id(arg)] = _of(arg, bytes), stream.tell() - len(_of(arg, bytes))
+                case "BYTEARRAY8":
+                    stack.append(bytes(_of(arg, bytearray)))
                 case "EMPTY_LIST":
                     stack.append([])
                 case "EMPTY_DICT":
@@ -212,13 +235,13 @@ class Machine:
                     arguments = _of(stack.pop(), tuple)
                     stack.append(_of(stack.pop(), _Global).call(*arguments))
                 case "BUILD":
-                    _set_state(stack[-2], stack.pop())
+                    self._set_state(stack[-2], stack.pop())
                 case "BINPERSID" if persistent is not None:
                     stack.append(persistent(stack.pop()))
                 case _:
                     raise CheckpointError(
-                        f"{self.path}: refused: it uses the pickle operation {opcode.name}, which no weight file that "
-                        "this program knows has need of; nothing was run"
+                        f"{self.path}: refused: it uses the pickle operation {opcode.name}, which no file that this "
+                        "program knows has need of; nothing was run"
                     )
         raise EOFError("the pickle has no end")
 
@@ -226,9 +249,36 @@ class Machine:
         if name not in known:
             raise CheckpointError(
                 f"{self.path}: refused: it names '{printable(name)}', which could run code and has no place in a "
-                "weight file; nothing was run. Do not load this file with another program unless you trust its origin"
+                "file of numbers; nothing was run. Do not load it with another program unless you trust its origin"
             )
         return _Global(name, known[name])
+
+    def _set_state(self, target: Any, state: Any) -> None:
+        if type(target) is Record and target.state is None:
+            target.state = _of(state, dict)
+        elif type(target) is _ScalarType and not target.order:
+            target.order = {"<": "<", "|": "|"}[_of(_of(state, tuple)[1], str)]
+        elif type(target) is Array and target.values is None:
+            _, shape, kind, is_fortran, raw = _of(state, tuple)
+            target.values = self._numbers(raw, kind, shape, "F" if _of(is_fortran, bool) else "C")
+        else:
+            raise TypeError(f"a {type(target).__name__} takes no state")
+
+    def _array_of_buffer(self, raw: Any, kind: Any, shape: Any, order: Any) -> Array:
+        return Array(self._numbers(raw, kind, shape, {"C": "C", "F": "F"}[_of(order, str)]))
+
+    def _numbers(self, raw: Any, kind: Any, shape: Any, order: Any) -> np.ndarray:
+        """A view of `raw`. Sizes are multiplied as whole numbers: numpy's own product of a hostile shape overflows."""
+        dtype = _of(kind, _ScalarType).numpy
+        sizes = [_of(size, int) for size in _of(shape, tuple)]
+        if len(sizes) > _MOST_DIMENSIONS or min(sizes, default=0) < 0:
+            raise ValueError("an array has an impossible shape")
+        self.budget -= len(_of(raw, bytes))
+        if self.budget < 0:
+            raise ValueError("arrays hold more bytes than the file")
+        if math.prod(sizes) * dtype.itemsize != len(raw):
+            raise ValueError(f"an array of the wrong length: it has {len(raw)} bytes")
+        return np.frombuffer(raw, dtype).reshape(sizes, order=order)
 
     def _storage(self, blob: Any) -> Storage:
         """The numbers in a storage saved by torch in its old format: five pickles, a count, and raw little-endian."""
@@ -275,21 +325,12 @@ def _key(value: Any) -> Any:
     return value
 
 
-def _set_state(target: Any, state: Any) -> None:
-    if type(target) is Record and target.state is None:
-        target.state = _of(state, dict)
-    elif type(target) is _ScalarType and not target.order:
-        target.order = {"<": "<", "|": "|"}[_of(_of(state, tuple)[1], str)]
-    else:
-        raise TypeError(f"a {type(target).__name__} takes no state")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The meaning of each name
 
 
 def _refuse_call(*arguments: Any) -> Any:
-    raise TypeError("a storage class is called")
+    raise TypeError("a class is called")
 
 
 def _persistent(meta: Any) -> Record:
@@ -332,8 +373,15 @@ def _scalar_type(code: Any, align: Any, copy: Any) -> _ScalarType:
     return _ScalarType(code)
 
 
+def _array(subtype: Any, shape: Any, code: Any) -> Array:
+    """The empty array that numpy makes before it sets the state."""
+    if _of(subtype, _Global).name != "numpy.ndarray":
+        raise TypeError("an array of a class of its own")
+    return Array()
+
+
 def _scalar(kind: Any, raw: Any) -> int | float | bool:
-    dtype = np.dtype((_of(kind, _ScalarType).order or "<") + kind.code)
+    dtype = _of(kind, _ScalarType).numpy
     if len(_of(raw, bytes)) != dtype.itemsize:
         raise ValueError("a number of the wrong length")
     value: int | float | bool = np.frombuffer(raw, dtype)[0].item()

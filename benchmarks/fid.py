@@ -1,0 +1,222 @@
+"""`ddo fid` against torch-fidelity, and the Frechet distance against scipy's form, alternating. `run.py --only fid`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import scipy.linalg
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ddo_cli.engines import fid
+from ddo_cli.metrics import frechet
+from ddo_cli.metrics.inception import load_inception
+
+NUM, REF_NUM = 192, 16  # images scored, and of the reference: both programs pass both through the network
+REPEATS = 2  # a pass takes a minute on two cores
+FEATURES = 2048
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+
+
+class Cost(NamedTuple):
+    """Seconds of the clock, and of all cores of this process and of its children that have ended."""
+
+    wall: float
+    cpu: float
+
+
+def _now() -> Cost:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return Cost(time.perf_counter(), sum(one.ru_utime + one.ru_stime for one in used))
+
+
+def _cost(function: Callable[[], Any]) -> Cost:
+    start = _now()
+    function()
+    end = _now()
+    return Cost(end.wall - start.wall, end.cpu - start.cpu)
+
+
+def _alternating(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[Cost]]:
+    """The costs of each, measured in turn: a neighbour on the machine slows all alike."""
+    found: dict[str, list[Cost]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            found[name].append(_cost(function))
+    return found
+
+
+def _ratios(costs: dict[str, list[Cost]], slow: str, fast: str) -> str:
+    """How many times faster `fast` is: the median over neighbouring measurements."""
+    pairs = list(zip(costs[slow], costs[fast], strict=True))
+    wall = statistics.median(a.wall / b.wall for a, b in pairs)
+    cpu = statistics.median(a.cpu / b.cpu for a, b in pairs)
+    return f"{wall:.2f} times faster, {cpu:.2f} in CPU time"
+
+
+def _random_weights(path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("random_inception", TESTS / "random_inception.py")
+    assert spec is not None and spec.loader is not None, TESTS
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.save(module.random_state(), path)
+
+
+def _folder(path: Path, num: int, seed: int) -> str:
+    """PNGs of 32 x 32 x 3, smooth with some noise, so that they compress about as pictures do."""
+    rng = np.random.default_rng(seed)
+    path.mkdir()
+    for number in range(num):
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
+        pixels = np.asarray(coarse).astype(int) + rng.integers(-4, 5, (32, 32, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path / f"{number:06d}.png")
+    return str(path)
+
+
+@contextlib.contextmanager
+def _timed(module: Any, names: tuple[str, ...], into: list[Cost]) -> Iterator[None]:
+    """Appends the cost of every call of the module's functions `names`."""
+
+    def timing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> Any:
+            start = _now()
+            try:
+                return function(*args, **options)
+            finally:
+                end = _now()
+                into.append(Cost(end.wall - start.wall, end.cpu - start.cpu))
+
+        return run
+
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(module, name, timing(getattr(module, name))))
+        yield
+
+
+def end_to_end() -> None:
+    """FID and IS of PNG files by both, from opening the weight file to the figures."""
+    import torch_fidelity
+    import torch_fidelity.metrics
+
+    with tempfile.TemporaryDirectory() as directory, mock.patch.dict(os.environ, {"DDO_CACHE": "off"}):
+        root = Path(directory)
+        weights = root / "weights.pth"
+        _random_weights(weights)
+        scored, ref = _folder(root / "scored", NUM, 0), _folder(root / "ref", REF_NUM, 1)
+        figures: dict[str, tuple[float, float]] = {}
+        distances: dict[str, list[Cost]] = {"ours": [], "theirs": []}
+
+        def ours() -> None:
+            options = fid.Options(metrics=("fid", "is"), weights=str(weights))
+            with _timed(frechet, ("reference", "distance_to"), distances["ours"]):
+                found = fid.run(scored, ref, options, device=torch.device("cpu"))
+            figures["ours"] = found["fid"], found["is"]
+
+        def theirs() -> None:
+            with _timed(torch_fidelity.metrics, ("fid_statistics_to_metric",), distances["theirs"]):
+                found = torch_fidelity.calculate_metrics(
+                    input1=scored, input2=ref, fid=True, isc=True, cuda=False, batch_size=64, cache=False,
+                    feature_extractor_weights_path=str(weights), verbose=False,
+                )  # fmt: skip
+            figures["theirs"] = found["frechet_inception_distance"], found["inception_score_mean"]
+
+        costs = _alternating({"theirs": theirs, "ours": ours}, REPEATS)
+        per_image = {name: _without(costs[name], distances[name]) for name in costs}
+    speed = {name: NUM_PASSED / statistics.median(one.wall for one in costs[name]) for name in costs}
+    print(f"ddo fid (FID and IS, {NUM_PASSED} PNGs of 32 x 32) against torch-fidelity, {torch.get_num_threads()} threads:")
+    print(f"  end to end {_ratios(costs, 'theirs', 'ours')} ({speed['ours']:.2f} against {speed['theirs']:.2f} images/s)")
+    print(f"  without the distance, as for many images: {_ratios(per_image, 'theirs', 'ours')}")
+    apart = [abs(a / b - 1) for a, b in zip(figures["ours"], figures["theirs"], strict=True)]
+    print(f"  figures differ by {apart[0]:.1e} (FID), {apart[1]:.1e} (IS) relative")
+
+
+NUM_PASSED = NUM + REF_NUM
+
+
+def _without(costs: list[Cost], parts: list[Cost]) -> list[Cost]:
+    """The costs less those of their parts, of which each has as many."""
+    each = len(parts) // len(costs)
+    found = []
+    for number, whole in enumerate(costs):
+        own = parts[number * each : (number + 1) * each]
+        found.append(Cost(whole.wall - sum(one.wall for one in own), whole.cpu - sum(one.cpu for one in own)))
+    return found
+
+
+def network() -> None:
+    """The network alone, images to features and logits."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    with tempfile.TemporaryDirectory() as directory:
+        weights = Path(directory) / "weights.pth"
+        _random_weights(weights)
+        ours = load_inception(str(weights))
+        theirs = FeatureExtractorInceptionV3(
+            "theirs", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
+        )
+    images = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8)
+    calls = {"theirs": lambda: theirs(images), "ours": lambda: ours.extract(images, ("pool", "logits"))}
+    calls["ours"]()
+    print(f"  the network alone: {_ratios(_alternating(calls, 3), 'theirs', 'ours')}")
+
+
+def scipy_distance(mean: Tensor, cov: Tensor, ref_mean: Tensor, ref_cov: Tensor) -> float:
+    """The usual form: the trace of the root of the product, which is not symmetric."""
+    root = scipy.linalg.sqrtm(cov.numpy() @ ref_cov.numpy())
+    return float((mean - ref_mean).square().sum() + cov.trace() + ref_cov.trace() - 2 * np.trace(np.real(root)))
+
+
+def distance() -> None:
+    """The Frechet distance of 2048 features from moments, with the reference's factor kept and without."""
+    rng = torch.Generator().manual_seed(0)
+
+    def moments() -> tuple[Tensor, Tensor]:
+        x = torch.randn(2 * FEATURES, FEATURES, generator=rng, dtype=torch.float64)
+        x = x * torch.logspace(0, -3, FEATURES, dtype=torch.float64) @ torch.linalg.qr(torch.randn(
+            FEATURES, FEATURES, generator=rng, dtype=torch.float64))[0]  # fmt: skip
+        return x.mean(0), x.T.cov()
+
+    ref_mean, ref_cov = moments()
+    mean, cov = moments()
+    ref = frechet.reference(ref_mean, ref_cov)
+    values: dict[str, float] = {}
+
+    def kept() -> None:
+        values["ours"] = frechet.distance_to(ref, mean, cov)
+
+    def whole() -> None:
+        frechet.frechet_distance(mean, cov, ref_mean, ref_cov)
+
+    def theirs() -> None:
+        values["theirs"] = scipy_distance(mean, cov, ref_mean, ref_cov)
+
+    costs = _alternating({"theirs": theirs, "kept": kept, "whole": whole}, 2)
+    print(f"Frechet distance of {FEATURES} features against scipy's sqrtm, {torch.get_num_threads()} threads:")
+    print(f"  with the reference's factor kept {_ratios(costs, 'theirs', 'kept')}")
+    print(f"  without it {_ratios(costs, 'theirs', 'whole')}")
+    seconds = ", ".join(f"{name} {statistics.median(one.wall for one in costs[name]):.1f} s" for name in costs)
+    print(f"  {seconds}; the values differ by {abs(values['ours'] / values['theirs'] - 1):.1e} relative")
+
+
+def run() -> None:
+    """All of them, the quickest first."""
+    distance()
+    end_to_end()
+    network()
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,131 @@
+"""What a pass over an image set tells of it beside its score: duplicates, value range, class counts, content digest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddo_cli import dist
+from ddo_cli.likelihood import NO_LABEL
+
+LIMBS = 8  # of 32 bits: sums of fewer than 2^31 digests fit into int64
+
+
+class Inspection:
+    """Figures of the images of a set that are passed to `update`, each row once and by one process.
+
+    labels: int64 (N,), -1 = none. Memory: 16 bytes per image of the set and a bit, for its digest (0.8 MB for 50,000).
+    """
+
+    def __init__(self, labels: np.ndarray, num_classes: int = 0):
+        self.labels, self.num_classes = labels, num_classes
+        self.digests = np.zeros((len(labels), 2), dtype=np.int64)  # first half of each image's BLAKE2b-256
+        self.seen = np.zeros(len(labels), dtype=np.uint8)
+        self.total = np.zeros(LIMBS, dtype=np.int64)  # sum of the digests' 32-bit limbs, carries left out
+        self.low, self.high = 255, 0
+        self.shape: tuple[int, ...] = ()
+
+    def update(self, rows: np.ndarray, images: Tensor) -> None:
+        """rows: positions in the set (b,); images: uint8 (b, C, H, W) on the CPU."""
+        pixels = np.ascontiguousarray(images.numpy())
+        if not len(pixels):
+            return
+        self.shape = tuple(pixels.shape[1:])
+        # BLAKE2b releases Python's lock and needs no seed: equal images, and practically only they, are equal here.
+        raw = b"".join(hashlib.blake2b(image.data, digest_size=4 * LIMBS).digest() for image in pixels)
+        self.digests[rows] = np.frombuffer(raw, "<i8").reshape(len(pixels), -1)[:, :2]
+        self.total += np.frombuffer(raw, "<u4").reshape(-1, LIMBS).sum(0, dtype=np.int64)
+        self.seen[rows] = 1
+        self.low, self.high = min(self.low, int(pixels.min())), max(self.high, int(pixels.max()))
+
+    def all_reduce(self, device: torch.device | None = None) -> None:
+        """Sums up the processes' shares; afterwards equal on all. Collective. device: as the process group needs it."""
+        if dist.world_size() == 1:
+            return
+        device = device or torch.device("cpu")
+        for figures in (self.digests, self.seen, self.total):  # zero where another process has seen the row
+            figures[...] = dist.all_reduce_sum(torch.from_numpy(figures.copy()).to(device)).cpu().numpy()
+        others = dist.gathered((self.low, self.high, self.shape))
+        self.low, self.high = min(low for low, _, _ in others), max(high for _, high, _ in others)
+        self.shape = next((shape for _, _, shape in others if shape), ())
+
+    @property
+    def num(self) -> int:
+        """Images seen."""
+        return int(self.seen.sum())
+
+    @property
+    def num_duplicates(self) -> int:
+        """Images that are an exact copy of another one seen, which itself is not counted."""
+        digests = self.digests[self.seen > 0]
+        return len(digests) - len(np.unique(digests, axis=0))
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Images seen of each class, int64 (num_classes,)."""
+        labels = self.labels[self.seen > 0]
+        return np.bincount(labels[labels >= 0], minlength=self.num_classes)
+
+    def digest(self) -> str:
+        """Hex digest of the images seen, in any order: the same for a folder, a zip and an .npz of the same images.
+
+        The sum modulo 2^256 of the images' digests (unlike their exclusive or, it sees copies), with number and shape.
+        It tells sets apart that differ by accident; one can be forged by who may choose very many images.
+        """
+        total = sum(int(limb) << (32 * place) for place, limb in enumerate(self.total)) % (1 << 256)
+        return hashlib.sha256(repr((self.num, self.shape, total)).encode()).hexdigest()
+
+    def warnings(self, name: str) -> list[str]:
+        """What looks wrong with the set, a sentence each."""
+        num, copies = self.num, self.num_duplicates
+        if num > 1 and copies == num - 1:
+            return [
+                f"{name}: all {num} images are the same; its scores mean nothing: was it sampled from a broken model?"
+            ]
+        found = []
+        if num and self.high <= 1:
+            found.append(
+                f"{name}: no value is above {self.high}; images in [0, 1] seem to have been stored as uint8 without "
+                "times 255: write them again in 0..255"
+            )
+        if copies:
+            found.append(
+                f"{name}: {copies} of {num} images are exact copies of others; was it written with repeated seeds, or "
+                "one part twice? Published scores count distinct samples"
+            )
+        return found
+
+
+def balance(labels: np.ndarray, num_classes: int, most: int = 5) -> str | None:
+    """What is wrong with a set that should hold as many images of every class; None if nothing is.
+
+    labels: int64 (N,), -1 = none; num_classes: of the model or the data. most: classes that are named.
+    """
+    if num_classes < 1:
+        return None
+    missing = int((labels <= NO_LABEL).sum())
+    if missing:
+        return f"{missing} of {len(labels)} images have no label, so that the balance of classes cannot be checked"
+    counts = np.bincount(labels, minlength=num_classes)
+    if len(counts) > num_classes:
+        return f"labels go up to {len(counts) - 1} where there are {num_classes} classes (0..{num_classes - 1})"
+    if len(set(counts.tolist())) == 1:
+        return None
+    # An even share where there is one; else what most classes have.
+    due = len(labels) // num_classes if len(labels) % num_classes == 0 else _most_common(counts)
+    off = np.flatnonzero(counts != due)
+    named = ", ".join(f"{label} ({counts[label]})" for label in off[:most].tolist())
+    more = f" and {len(off) - most} more" if len(off) > most else ""
+    return (
+        f"classes are not balanced: {len(off)} of {num_classes} do not have {due} images: {named}{more}; benchmarks of "
+        "class-conditional models draw every class equally often"
+    )
+
+
+def _most_common(counts: Sequence[int] | np.ndarray) -> int:
+    values, times = np.unique(counts, return_counts=True)
+    return int(values[times.argmax()])

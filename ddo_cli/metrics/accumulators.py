@@ -1,0 +1,181 @@
+"""What one pass over the images feeds: objects that take features row by row, in any order and on any process.
+
+A row's position in the image set decides what becomes of it (its split, its chunk, its place in an array), so that
+results depend neither on the order of arrival, nor on the batch, nor on how many processes share the rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddo_cli import dist
+from ddo_cli.errors import DataError
+from ddo_cli.metrics.stats import Moments
+
+SEED = 2020  # of every split and subset, torch-fidelity's
+BUFFER = 512  # rows a chunk collects before its F x F sums are touched once; chosen by us
+MAX_STORE = 8 * 2**30  # bytes of features kept whole: 1,048,576 images of 2048 features; chosen by us
+
+
+class Accumulator(Protocol):
+    """needs: the output of the extractor it reads ("pool", "logits", "spatial"; "images": the images themselves)."""
+
+    needs: str
+
+    def update(self, rows: np.ndarray, features: dict[str, Tensor]) -> None:
+        """Adds features[needs] (B, ...) of the images at the positions `rows`, int64 (B,)."""
+        ...
+
+    def all_reduce(self) -> None:
+        """Adds what the other processes took; afterwards all hold the same. Every process calls it, once."""
+        ...
+
+
+def checked(rows: np.ndarray, features: Tensor, name: str) -> Tensor:
+    """`features` (B, F), one of each row. Raises DataError where a value is not finite, naming the image."""
+    if len(rows) != len(features):
+        raise ValueError(f"{len(rows)} rows came with {len(features)} features")
+    finite = torch.isfinite(features).flatten(1).all(1)  # (B,)
+    if not finite.all():
+        row = int(rows[int((~finite).nonzero()[0])])
+        raise DataError(
+            f"the {name} features of image {row} (counted from 0) hold NaN or infinity; check that image and the "
+            f"extractor's weights, and use full precision"
+        )
+    return features
+
+
+def random_parts(num: int, parts: int, seed: int = SEED) -> np.ndarray:
+    """The part 0 .. parts - 1 of each of `num` rows, int32 (num,): a fixed random division into almost equal parts.
+
+    Part i holds the places i num // parts .. (i + 1) num // parts of a permutation, as torch-fidelity's splits do.
+    Random, because sets are often ordered by class: every tenth image may well be of one class.
+    """
+    order = np.random.RandomState(seed).permutation(num)
+    sizes = np.diff([i * num // parts for i in range(parts + 1)])
+    part = np.empty(num, dtype=np.int32)
+    part[order] = np.repeat(np.arange(parts, dtype=np.int32), sizes)
+    return part
+
+
+class Seen:
+    """Counts the rows that came: each of `num` must come exactly once."""
+
+    def __init__(self, num: int, device: torch.device | str = "cpu") -> None:
+        self.counts = torch.zeros(num, dtype=torch.int32, device=device)  # (num,)
+
+    def add(self, rows: np.ndarray) -> Tensor:
+        """The rows as an index tensor on the device. Raises ValueError if one lies outside of the set."""
+        index = torch.from_numpy(np.asarray(rows, dtype=np.int64)).to(self.counts.device)
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self.counts)):
+            raise ValueError(f"rows {rows.min()} .. {rows.max()} do not lie in a set of {len(self.counts)} images")
+        self.counts.index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
+        return index
+
+    def all_reduce(self) -> None:
+        """Adds the other processes' counts."""
+        dist.all_reduce_sum(self.counts)
+
+    def check(self) -> None:
+        """Raises ValueError unless each row came once: a pass that was cut short or that took a row twice."""
+        if not bool((self.counts == 1).all()):
+            row = int((self.counts != 1).nonzero()[0])
+            raise ValueError(f"image {row} came {int(self.counts[row])} times in a pass over {len(self.counts)} images")
+
+
+class ChunkedMoments:
+    """Mean and covariance of each of `chunks` random parts of the images, see `random_parts`.
+
+    Memory: chunks (F^2 float64 + BUFFER F float32) on `device`, and 8 bytes per image.
+    """
+
+    def __init__(
+        self, num: int, num_features: int, needs: str = "pool", chunks: int = 1, device: torch.device | str = "cpu"
+    ) -> None:
+        """num: images of the whole pass. Raises DataError if a chunk would have fewer than two."""
+        if num < 2 * chunks:
+            raise DataError(f"{num} images are too few for a covariance in {chunks} chunks; give at least {2 * chunks}")
+        self.needs = needs
+        self.part = random_parts(num, chunks)  # (num,)
+        self.seen = Seen(num, device)
+        self._moments = [Moments(num_features, device) for _ in range(chunks)]
+        self._waiting: list[list[Tensor]] = [[] for _ in range(chunks)]
+
+    def update(self, rows: np.ndarray, features: dict[str, Tensor]) -> None:
+        values = checked(rows, features[self.needs], self.needs)
+        self.seen.add(rows)
+        part = self.part[rows]
+        for chunk in np.unique(part):
+            own = torch.from_numpy(np.flatnonzero(part == chunk)).to(values.device)
+            waiting = self._waiting[chunk]
+            waiting.append(values.detach().index_select(0, own))
+            if sum(map(len, waiting)) >= BUFFER:
+                self._flush(chunk)
+
+    def _flush(self, chunk: int) -> None:
+        if self._waiting[chunk]:
+            self._moments[chunk].update(torch.cat(self._waiting[chunk]))
+            self._waiting[chunk] = []
+
+    def all_reduce(self) -> None:
+        for chunk in range(len(self._moments)):
+            self._flush(chunk)
+            self._moments[chunk] = self._moments[chunk].all_reduce()
+        self.seen.all_reduce()
+
+    def result(self) -> list[Moments]:
+        """Moments of each chunk; `Moments.merged` joins them. After `all_reduce`."""
+        self.seen.check()
+        for chunk in range(len(self._moments)):
+            self._flush(chunk)  # where a single process did not reduce
+        return list(self._moments)
+
+
+class FeatureStore:
+    """The features of all images, float32 (N, F), in the order of the images; for metrics of distances between rows.
+
+    Memory: 4 N F bytes on `device` of every process (410 MB for 50,000 images of 2048 features), at most `max_bytes`.
+    """
+
+    def __init__(
+        self,
+        num: int,
+        num_features: int,
+        needs: str = "pool",
+        device: torch.device | str = "cpu",
+        max_bytes: int = MAX_STORE,
+    ) -> None:
+        """Raises DataError above `max_bytes`."""
+        if 4 * num * num_features > max_bytes:
+            raise DataError(
+                f"{num} images of {num_features} features take {4 * num * num_features / 2**30:.1f} GiB, more than "
+                f"{max_bytes / 2**30:.1f} GiB; give at most {max_bytes // (4 * num_features)} images to KID, "
+                f"precision, recall, density, coverage and nearest images"
+            )
+        self.needs = needs
+        self.seen = Seen(num, device)
+        self._features = torch.zeros(num, num_features, device=device)  # (N, F)
+
+    def update(self, rows: np.ndarray, features: dict[str, Tensor]) -> None:
+        values = checked(rows, features[self.needs], self.needs)
+        self._features[self.seen.add(rows)] = values.detach().to(self._features)
+
+    def all_reduce(self) -> None:
+        dist.all_reduce_sum(self._features)  # exact: a row is zero on every process but one
+        self.seen.all_reduce()
+
+    def result(self) -> Tensor:
+        """(N, F). After `all_reduce`."""
+        self.seen.check()
+        return self._features
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation (divided by n, not n - 1) over splits or subsets."""
+
+    mean: float
+    std: float

@@ -1,0 +1,70 @@
+"""Negative log-likelihood of features under the Gaussian of the data's features (DG, arXiv 2211.17091, Fig. 9)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddo_cli import dist
+from ddo_cli.errors import DataError
+from ddo_cli.metrics.accumulators import Seen, checked
+
+# Eigenvalues below this part of the largest one are no variance but rounding: a covariance stored in float32 is off by
+# 2^-24 = 6e-8 of its size. Chosen by us.
+THRESHOLD = 1e-7
+
+
+class FeatureGaussian:
+    """N(mean, cov) on the subspace of the features in which the data varies.
+
+    cov is singular where features never vary or images are fewer than features. It is then inverted on the `rank`
+    eigenvectors whose eigenvalue exceeds `threshold` times the largest, and a feature's part outside of them is not
+    judged; numbers of different rank cannot be compared.
+    """
+
+    def __init__(self, mean: Tensor, cov: Tensor, threshold: float = THRESHOLD, device: torch.device | str = "cpu"):
+        """mean: (F,); cov: (F, F). Raises DataError if cov is not finite or has no positive eigenvalue."""
+        mean, cov = (tensor.to(device, torch.float64) for tensor in (mean, cov))
+        if cov.shape != (len(mean), len(mean)) or not (torch.isfinite(mean).all() and torch.isfinite(cov).all()):
+            raise DataError(
+                f"mean {tuple(mean.shape)} and covariance {tuple(cov.shape)} of the reference are not those of a "
+                f"Gaussian of {len(mean)} finite features; compute the statistics again"
+            )
+        values, vectors = torch.linalg.eigh((cov + cov.T) / 2)  # (F,), (F, F)
+        kept = values > threshold * values[-1].clamp(min=0)
+        if not kept.any():
+            raise DataError("the reference's features do not vary, so they have no density; give different images")
+        self.mean, self.rank = mean, int(kept.sum())
+        self._whitening = vectors[:, kept] / values[kept].sqrt()  # (F, rank)
+        self._constant = float(values[kept].log().sum() + self.rank * math.log(2 * math.pi)) / 2
+
+    def nll(self, features: Tensor) -> Tensor:
+        """-log N(x; mean, cov) in nats, (B,) float64, of features (B, F)."""
+        z = (features.to(self.mean) - self.mean) @ self._whitening  # (B, rank), of unit variance for the data
+        return z.square().sum(1) / 2 + self._constant
+
+
+class NegativeLogLikelihoods:
+    """The value of each of `num` images, by position; 12 bytes per image."""
+
+    def __init__(self, num: int, gaussian: FeatureGaussian, needs: str = "spatial") -> None:
+        self.needs, self.gaussian = needs, gaussian
+        device = gaussian.mean.device
+        self.seen = Seen(num, device)
+        self._values = torch.zeros(num, dtype=torch.float64, device=device)
+
+    def update(self, rows: np.ndarray, features: dict[str, Tensor]) -> None:
+        values = checked(rows, features[self.needs], self.needs)
+        self._values[self.seen.add(rows)] = self.gaussian.nll(values)
+
+    def all_reduce(self) -> None:
+        dist.all_reduce_sum(self._values)
+        self.seen.all_reduce()
+
+    def result(self) -> np.ndarray:
+        """Nats per image, float64 (num,). After `all_reduce`."""
+        self.seen.check()
+        return self._values.cpu().numpy()

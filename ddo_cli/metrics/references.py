@@ -1,0 +1,267 @@
+"""What generated images are compared with, out of a file: statistics, and the images or features behind them.
+
+| file | holds |
+|---|---|
+| EDM's .npz | `mu`, `sigma` of one extractor that it does not name: believed |
+| ADM's VIRTUAL_*.npz | `mu`, `sigma`, `mu_s`, `sigma_s` of the whole data, and 10,000 images `arr_0` |
+| EDM2's .pkl | {"num_images", "fid": {"mu", "sigma"}, "fd_dinov2": {...}}: a metric names its extractor |
+| .safetensors of `ddo stats` | moments, perhaps features, and the protocol that made them |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ddo_cli import checkpoint
+from ddo_cli.errors import CheckpointError, DataError, printable
+from ddo_cli.inert_pickle import Array, read_pickle
+from ddo_cli.metrics import npz_file, stats
+from ddo_cli.metrics.stats import Statistics
+from ddo_cli.recipe import differing_keys
+
+KIND = "statistics"  # of our checkpoints
+SUFFIXES = (".npz", ".pkl", ".safetensors")
+UNNAMED = ""  # the metric of a file that names none
+FORMATS = "EDM's .npz, EDM2's .pkl, ADM's VIRTUAL_*_labeled.npz, a .safetensors of `ddo stats`, or images"
+_SOURCES = {  # what would serve, by kind of features
+    "pool": "one of `ddo stats --metric {key}`, or images",
+    "spatial": "ADM's VIRTUAL_*_labeled.npz, one of `ddo stats --metric {key}`, or images",
+}
+SPATIAL_FEATURES = 2023  # of sFID: 7 channels of 17 x 17
+
+
+class Measure(Protocol):
+    """The part of an extractor that decides what its features can be compared with."""
+
+    key: str
+    name: str
+    num_features: int
+
+    def protocol(self) -> dict[str, str]: ...
+
+
+class Images(NamedTuple):
+    """The images inside a reference, not read yet: how many, and the (C, H, W) of each."""
+
+    member: npz_file.Member
+    num: int
+    shape: tuple[int, ...]
+    is_channels_last: bool
+
+    def batches(self, batch: int) -> Iterator[Tensor]:
+        """uint8 (b, C, H, W), in order; memory for one batch. Raises DataError if the file is damaged."""
+        try:
+            for rows in self.member.rows(batch):
+                images = torch.from_numpy(rows.copy())
+                yield images.permute(0, 3, 1, 2).contiguous() if self.is_channels_last else images
+        except npz_file.DAMAGE as error:
+            raise DataError(f"{self.member.path} cannot be read to its end ({error}); copy it again") from None
+
+
+class ReferenceFile(NamedTuple):
+    """What a file of statistics can serve.
+
+    sets: by metric key ("fid", "fd_dinov2", ..., UNNAMED) and kind of features ("pool", "spatial"); num_images: behind
+    the statistics, where known; protocol: what made them (Extractor.protocol), where known; shapes: of stored features
+    by kind; data: name, content hash and sizes of the images that `ddo stats` read.
+    """
+
+    path: Path
+    sets: Mapping[str, Mapping[str, Statistics]]
+    num_images: int | None = None
+    images: Images | None = None
+    protocol: dict[str, Any] | None = None
+    shapes: Mapping[str, tuple[int, ...]] = {}
+    data: dict[str, Any] | None = None
+
+    @property
+    def content(self) -> str:
+        """What it holds, for people."""
+        kinds = {key: ", ".join(sorted(found)) for key, found in sorted(self.sets.items())}
+        return "; ".join(f"{key or 'an extractor that it does not name'}: {kind}" for key, kind in kinds.items())
+
+    def statistics(self, extractor: Measure, kind: str = "pool") -> Statistics:
+        """The moments to compare this extractor's features with.
+
+        Raises DataError if it has none, if they were made by another protocol, or if they are no moments.
+        """
+        found = self._of(extractor).get(kind)
+        if found is None:
+            raise DataError(
+                f"{self.path} holds {self.content} features, and no {kind} features of {extractor.name}; give "
+                + _SOURCES[kind].format(key=extractor.key)
+            )
+        size = extractor.num_features if kind == "pool" else SPATIAL_FEATURES
+        stats.fits(f"{self.path} ({kind})" if kind != "pool" else str(self.path), found, size, extractor.name)
+        return found
+
+    def features(self, extractor: Measure, kind: str = "pool") -> Tensor:
+        """Features (N, F) float32 of every image, read now. Raises DataError if the file has none, or as above."""
+        self._of(extractor)
+        if kind not in self.shapes:
+            have = "the images" if self.images is not None else "moments only"
+            raise DataError(
+                f"{self.path} holds {have}, not the features of each image; give one of `ddo stats --features`, or "
+                "images"
+            )
+        features = _tensor(self.path, f"{kind}.features")
+        if features.shape[1] != extractor.num_features or not torch.isfinite(features).all():
+            raise DataError(
+                f"{self.path}: its {kind} features {tuple(features.shape)} are not finite numbers (N, "
+                f"{extractor.num_features}); the file is damaged, compute it again"
+            )
+        return features
+
+    def _of(self, extractor: Measure) -> Mapping[str, Statistics]:
+        """The statistics by kind, once metric and protocol are the extractor's. Raises DataError."""
+        found = self.sets.get(extractor.key, self.sets.get(UNNAMED))
+        if found is None:
+            raise DataError(
+                f"{self.path} holds {self.content} features, and nothing of {extractor.key} ({extractor.name}); give "
+                + _SOURCES["pool"].format(key=extractor.key)
+            )
+        if self.protocol is not None and (lines := differing_keys(extractor.protocol(), self.protocol)):
+            raise DataError(
+                f"{self.path} cannot be compared with features of {extractor.name}, since they were made differently "
+                f"(there -> here): {'; '.join(map(_shortened, lines))}; give the same options as for `ddo stats`, or "
+                "images"
+            )
+        return found
+
+
+def is_reference(path: str | Path) -> bool:
+    """Whether this is a file of statistics rather than a set of images. An .npz with both is."""
+    file = Path(path)
+    suffix = file.suffix.lower()
+    if suffix not in SUFFIXES or file.is_dir():
+        return False
+    return stats.holds_statistics(file) if suffix == ".npz" else True
+
+
+def read_reference(path: str | Path) -> ReferenceFile:
+    """What a file of statistics holds. Raises DataError or CheckpointError if it cannot be read."""
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"{path} does not exist; give {FORMATS}")
+    readers = {".npz": _read_npz, ".pkl": _read_pickle, ".safetensors": _read_own}
+    if file.suffix.lower() not in readers:
+        raise DataError(f"{path} is no file of statistics; give {FORMATS}")
+    return readers[file.suffix.lower()](file)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EDM and ADM
+
+
+def _read_npz(path: Path) -> ReferenceFile:
+    pool = stats.read_npz(path)
+    arrays = npz_file.members(path)
+    kinds = {"pool": pool}
+    if {"mu_s", "sigma_s"} & arrays.keys():
+        kinds["spatial"] = stats.read_npz(path, "mu_s", "sigma_s")._replace(extractor=pool.extractor)
+    images = _images(arrays["arr_0"]) if "arr_0" in arrays else None
+    return ReferenceFile(path, {UNNAMED: kinds}, pool.num_images, images)
+
+
+def _images(member: npz_file.Member) -> Images:
+    shape = member.shape
+    last = len(shape) == 4 and shape[3] in (1, 3)  # as ADM's; it wins where both would do
+    if member.dtype != np.uint8 or len(shape) != 4 or shape[0] < 2 or not (last or shape[1] in (1, 3)):
+        raise DataError(
+            f"{member.path}: {member.name} is {member.dtype} {shape}; it must be uint8 images (N, H, W, C) or (N, C, "
+            "H, W), N >= 2; copy the file again"
+        )
+    return Images(member, shape[0], (shape[3], *shape[1:3]) if last else shape[1:], last)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EDM2
+
+
+def _read_pickle(path: Path) -> ReferenceFile:
+    try:
+        content = read_pickle(path, FORMATS)
+    except CheckpointError as error:
+        raise DataError(str(error)) from None
+    metrics = {key: found for key, found in content.items() if type(found) is dict} if type(content) is dict else {}
+    if not metrics or not all(type(key) is str and {"mu", "sigma"} <= found.keys() for key, found in metrics.items()):
+        raise DataError(
+            f"{path} is a pickle without statistics: it needs the keys 'num_images' and, for each metric such as "
+            f"'fid', 'mu' and 'sigma'; give {FORMATS}"
+        )
+    num_images = content.get("num_images")
+    if num_images is not None and (type(num_images) is not int or num_images < 2):
+        raise DataError(f"{path}: num_images = {printable(str(num_images), 40)} is no number of images; copy it again")
+    sets = {}
+    for key, found in metrics.items():
+        where = f"{path} ({printable(key, 40)})"
+        values = [found[name].values for name in ("mu", "sigma") if type(found[name]) is Array]
+        mean, cov = values if len(values) == 2 else (None, None)
+        if mean is None or cov is None:
+            raise DataError(f"{where}: mu and sigma must be arrays of numbers; copy the file again")
+        sets[key] = {"pool": stats.of_arrays(where, mean, cov, num_images)}
+    return ReferenceFile(path, sets, num_images)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ours
+
+
+def save_reference(
+    path: Path,
+    moments: Mapping[str, Statistics],
+    features: Mapping[str, Tensor],
+    *,
+    metric: str,
+    protocol: dict[str, Any],
+    data: dict[str, Any],
+) -> None:
+    """Writes moments and features by kind, atomically. metric: their key; data: with `num_images`, see `ddo stats`."""
+    tensors: dict[str, Tensor] = {}
+    for kind, found in moments.items():
+        tensors |= {f"{kind}.mean": found.mean, f"{kind}.cov": found.cov}
+    tensors |= {f"{kind}.features": rows for kind, rows in features.items()}
+    checkpoint.save(path, tensors, {"kind": KIND, "metric": metric, "protocol": protocol, "data": data})
+
+
+def _read_own(path: Path) -> ReferenceFile:
+    header = checkpoint.read_header(path, KIND)
+    metric, protocol, data = (header.get(key) for key in ("metric", "protocol", "data"))
+    num = data.get("num_images") if isinstance(data, dict) else None
+    if not isinstance(metric, str) or not isinstance(protocol, dict) or type(num) is not int or num < 2:
+        raise DataError(f"{path}: its header does not say what made it (metric, protocol, data); compute it again")
+    assert isinstance(data, dict)  # it had a number of images
+    with safe_open(path, framework="pt") as content:
+        shapes = {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
+    kinds = {}
+    for kind in ("pool", "spatial"):
+        if {f"{kind}.mean", f"{kind}.cov"} & shapes.keys() or kind == "pool":
+            mean, cov = (_tensor(path, f"{kind}.{part}").numpy() for part in ("mean", "cov"))
+            kinds[kind] = stats.of_arrays(str(path), mean, cov, num)
+    stored = {kind: shapes[f"{kind}.features"] for kind in ("pool", "spatial") if f"{kind}.features" in shapes}
+    if any(len(shape) != 2 or shape[0] != num for shape in stored.values()):
+        raise DataError(f"{path}: its features {stored} are not those of {num} images; compute it again")
+    return ReferenceFile(path, {metric: kinds}, num, None, protocol, stored, data)
+
+
+def _tensor(path: Path, name: str) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as content:
+            found: Tensor = content.get_tensor(name)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DataError(f"{path} has no whole '{name}' ({error}); compute it again with `ddo stats`") from None
+    if found.dtype not in (torch.float32, torch.float64):
+        raise DataError(f"{path}: '{name}' is {found.dtype}; it must be float32 or float64, compute it again")
+    return found
+
+
+def _shortened(line: str) -> str:
+    """ "key: theirs -> ours" with hashes cut to what tells them apart."""
+    return " ".join(f"{word[:8]}.." if len(word) == 64 else word for word in printable(line, 1000).split(" "))

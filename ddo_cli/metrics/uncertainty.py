@@ -1,0 +1,85 @@
+"""How sure a Frechet distance is: a jackknife standard error, and its value for infinitely many images.
+
+Both come from the moments of equal random chunks of the images (`accumulators.ChunkedMoments`), without another pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import NamedTuple
+
+import numpy as np
+
+from ddo_cli.errors import DataError
+from ddo_cli.metrics import frechet
+from ddo_cli.metrics.stats import Moments
+
+
+class Point(NamedTuple):
+    """value: mean distance of disjoint sets of `num` images each."""
+
+    num: float
+    value: float
+
+
+class Uncertainty(NamedTuple):
+    """value: the distance of all images. std_error: of `value` over draws of as many images, the reference held fixed.
+
+    infinity: extrapolated to 1/N = 0, and points: what the line went through; None and () where chunks are too small.
+    """
+
+    value: float
+    std_error: float
+    infinity: float | None
+    points: tuple[Point, ...]
+
+
+def merged(chunks: Sequence[Moments]) -> Moments:
+    """The moments of all chunks' rows."""
+    return reduce(Moments.merged, chunks)
+
+
+def uncertainty(ref: frechet.Reference, chunks: Sequence[Moments], extrapolate: bool = True) -> Uncertainty:
+    """Standard error and limit of the distance of all chunks' images from `ref`.
+
+    Costs as many distances as there are chunks and one, and some eight more to extrapolate (ten chunks).
+    Raises DataError below two chunks.
+    """
+    if len(chunks) < 2:
+        raise DataError(f"a standard error needs at least 2 chunks of images, not {len(chunks)}; use the default, 10")
+    whole = merged(chunks)
+    value = _distance(ref, whole)
+    # Delete-one-chunk jackknife: var = (K - 1)/K sum_k (d_k - mean d)^2. The bias in 1/N is the same for each d_k.
+    left_out = np.array([_distance(ref, whole.without(chunk)) for chunk in chunks])
+    std_error = float(np.sqrt((len(chunks) - 1) * left_out.var()))
+    points = extrapolation_points(ref, chunks, value) if extrapolate else ()
+    return Uncertainty(value, std_error, _intercept(points) if len(points) > 1 else None, points)
+
+
+def extrapolation_points(ref: frechet.Reference, chunks: Sequence[Moments], value: float) -> tuple[Point, ...]:
+    """Mean distance of unions of 1, 2, ... chunks, for each number that divides the number of chunks.
+
+    The distance is linear in 1/N (arXiv 1911.07023, eq. 6). Every point uses all images, once: what is particular to
+    these images moves all points alike and leaves the slope. Sets of fewer than 2 F images are left out, since their
+    covariances are singular or nearly so and the distance is then not linear (the paper begins at 2.4 F).
+    value: the distance of all.
+    """
+    points = []
+    for size in range(1, len(chunks)):
+        unions = [chunks[i : i + size] for i in range(0, len(chunks), size)]
+        if len(chunks) % size == 0 and min(sum(part.n for part in union) for union in unions) >= 2 * len(ref.mean):
+            found = [_distance(ref, merged(union)) for union in unions]
+            points.append(Point(sum(part.n for part in chunks) / len(unions), float(np.mean(found))))
+    return (*points, Point(sum(part.n for part in chunks), value))
+
+
+def _intercept(points: Sequence[Point]) -> float:
+    """Value at 1/N = 0 of the least-squares line through (1/N, value). May be slightly below 0 for equal sets."""
+    inverse, values = 1 / np.array([point.num for point in points]), np.array([point.value for point in points])
+    _, intercept = np.polyfit(inverse / inverse.max(), values, 1)
+    return float(intercept)
+
+
+def _distance(ref: frechet.Reference, moments: Moments) -> float:
+    return frechet.distance_to(ref, moments.mean, moments.cov)

@@ -1,0 +1,228 @@
+"""Finds the weights of published networks, checks their hash, and reads them without running what is in the file.
+
+They are looked for in this order: the path given, an environment variable, torch hub's cache (where torch-fidelity and
+pytorch-fid leave theirs), and, if asked to, at their published address. Nothing is downloaded without being asked:
+machines that compute often have no network and would wait for one, and a file of up to 1.2 GB is the user's decision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import urllib.request
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ddo_cli import checkpoint, console, dist
+from ddo_cli.errors import CheckpointError
+from ddo_cli.files import replacing, sha256
+
+Network = Literal["fid", "fd_dinov2", "fd_clip"]
+TIMEOUT = 30.0  # seconds without a byte before a download is given up
+BLOCK = 1 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Published:
+    """A weight file that everyone's numbers rest on. names: what it is called here and there, ours first."""
+
+    title: str
+    names: tuple[str, ...]
+    sha256: str
+    variable: str
+    address: Callable[[], str]
+
+    def remedy(self) -> str:
+        """How to get it."""
+        return (
+            f"fetch {self.names[0]} by `curl -L -o {shlex.quote(self.names[0])} {shlex.quote(self.address())}` and "
+            f"give it as --weights, name it in {self.variable}, or put it into {cache()}"
+        )
+
+
+def _inception_address() -> str:
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3  # imports for seconds
+
+    return str(URL_INCEPTION_V3)
+
+
+def _clip_address() -> str:
+    from torch_fidelity.feature_extractor_clip import MODEL_URLS
+
+    return str(MODEL_URLS["clip-vit-b-32"])
+
+
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+DINOV2_SHA256 = "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"
+CLIP_SHA256 = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
+
+PUBLISHED: dict[Network, Published] = {
+    "fid": Published(
+        "Inception-v3",
+        # torch-fidelity's name, and pytorch-fid's for the same bytes
+        ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth"),
+        INCEPTION_SHA256,
+        "DDO_INCEPTION_WEIGHTS",
+        _inception_address,
+    ),
+    "fd_dinov2": Published(
+        "DINOv2 ViT-L/14",
+        ("dinov2_vitl14_pretrain.pth",),
+        DINOV2_SHA256,
+        "DDO_DINOV2_WEIGHTS",
+        lambda: "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+    ),
+    "fd_clip": Published(
+        "CLIP ViT-B/32",
+        ("ViT-B-32.pt", f"clip-vit-b-32-{CLIP_SHA256}.pt"),  # OpenAI's name, and torch-fidelity's
+        CLIP_SHA256,
+        "DDO_CLIP_WEIGHTS",
+        _clip_address,
+    ),
+}
+
+
+class Found(NamedTuple):
+    """A weight file, its hash, and whether it is the published one. label: as the user knows it."""
+
+    path: Path
+    sha256: str
+    is_published: bool
+    label: str
+
+
+def cache() -> Path:
+    """Torch hub's directory of weights, which TORCH_HOME moves."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def find(network: Network, path: str | None = None, download: bool = False) -> Found | None:
+    """The weight file of a network, or None if there is none and no download was asked for.
+
+    path: the user's own, which is never passed over. With download, the main process fetches it for all: every
+    process must call. Raises CheckpointError for a file that does not exist, that has the published name but other
+    content, or that cannot be fetched.
+    """
+    published = PUBLISHED[network]
+    if path is not None:
+        return _checked(published, checkpoint.resolve(path), path)
+    if named := os.environ.get(published.variable):
+        label = f"{published.variable}={named}"
+        return _checked(published, checkpoint.resolve(named), label)
+    # The main process decides for all: a slower one could already see what the download has just left.
+    if download and dist.from_main(_cached(published) is None):
+        _fetch(published)
+    file = _cached(published)
+    return None if file is None else _checked(published, file, str(file))
+
+
+def _cached(published: Published) -> Path | None:
+    files = (cache() / name for name in published.names)
+    return next((file for file in files if file.is_file()), None)
+
+
+def require(network: Network, path: str | None = None, download: bool = False) -> Found:
+    """The same where there is no other way. Raises CheckpointError that says what to fetch, too."""
+    found = find(network, path, download)
+    if found is None:
+        published = PUBLISHED[network]
+        raise CheckpointError(f"there are no weights of {published.title} here; {published.remedy()}")
+    return found
+
+
+def _checked(published: Published, file: Path, label: str) -> Found:
+    """Refuses a file under a published name with other content. Files of other names may be copies or trials."""
+    digest = sha256(file)
+    if file.name in published.names and digest != published.sha256:
+        raise CheckpointError(
+            f"{label} has the wrong hash {digest[:16]}... instead of {published.sha256[:16]}...: it is damaged or "
+            f"something else. Remove it and {published.remedy()}; other weights need another file name"
+        )
+    return Found(file, digest, digest == published.sha256, label)
+
+
+def _fetch(published: Published) -> None:
+    """Downloads to the cache. The file gets its name only with the published hash."""
+    problem: str | None = None
+    if dist.is_main():
+        try:
+            _download(published, cache() / published.names[0])
+        except (OSError, ValueError) as error:  # no network, no space, no such address; a wrong hash
+            problem = str(error) or type(error).__name__
+    if (problem := dist.from_main(problem)) is not None:
+        raise CheckpointError(
+            f"{published.title}: {published.address()} cannot be downloaded ({problem}); where there is a network, "
+            f"{published.remedy()}"
+        )
+
+
+def _download(published: Published, target: Path) -> None:
+    digest = hashlib.sha256()
+    with urllib.request.urlopen(published.address(), timeout=TIMEOUT) as response, replacing(target) as temporary:
+        size = int(response.headers.get("Content-Length") or 0)
+        with console.progress(target.name, size >> 20, "MB") as bar, open(temporary, "wb") as file:
+            while block := response.read(BLOCK):
+                digest.update(block)
+                file.write(block)
+                bar.advance()
+        if digest.hexdigest() != published.sha256:  # `replacing` drops it
+            raise ValueError(f"wrong hash {digest.hexdigest()[:16]}... instead of {published.sha256[:16]}...")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_tensors(found: Found, remedy: str) -> dict[str, Tensor]:
+    """Tensors by name of a .safetensors file, or of a .pth of tensors only. Runs nothing that is in the file.
+
+    remedy: what the file should be. Raises CheckpointError if it is something else, or not finite.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what torch finds strange in a file, the message below says
+            if found.path.suffix == ".safetensors":
+                content: Any = load_file(found.path)
+            else:
+                content = torch.load(found.path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises whatever the bytes lead it to
+        what = type(error).__name__  # torch's own text advises to load without restriction
+        raise CheckpointError(f"{found.label} cannot be read as a file of tensors ({what}); {remedy}") from None
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise CheckpointError(f"{found.label} holds something else than tensors by name; {remedy}")
+    state = dict(content)  # without the metadata of OrderedDict, so that files from before torch 0.4.1 load too
+    require_finite(found.label, state)
+    return state
+
+
+def require_bytes(found: Found, content: bytes) -> None:
+    """Raises CheckpointError if the content of a file is no longer what was hashed."""
+    if hashlib.sha256(content).hexdigest() != found.sha256:
+        raise CheckpointError(f"{found.label} has just been changed; start again when nothing writes to it")
+
+
+def require_finite(name: str, tensors: dict[str, Tensor]) -> None:
+    """Raises CheckpointError if a tensor holds NaN or infinity."""
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{name}: the tensor '{key}' holds values that are not finite; copy the file again")
+
+
+def content_sha256(state: dict[str, Tensor]) -> str:
+    """Hash of the numbers as float32, which is what a network computes with: equal for copies in another format."""
+    digest = hashlib.sha256()
+    for name in sorted(str(key) for key in state):
+        if name.endswith("num_batches_tracked"):
+            continue  # a counter of training, missing in files from before torch 0.4.1
+        tensor = state[name].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,94 @@
+import os
+
+import numpy as np
+import pytest
+
+from ddo_cli import console, feature_cache
+from ddo_cli.data.stream import open_stream
+
+PROTOCOL = {"name": "inception", "sha256": "0" * 64, "resize": "bilinear", "precision": "float32"}
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("DDO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def some_arrays(seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {"mean": rng.normal(size=5), "cov": rng.normal(size=(5, 5)), "num": np.array(7)}
+
+
+def test_what_is_stored_comes_back(directory):
+    key = feature_cache.key_of("images", PROTOCOL, ["pool"])
+    assert feature_cache.load(key) is None
+    assert feature_cache.store(key, some_arrays())
+    found = feature_cache.load(key)
+    assert set(found) == {"mean", "cov", "num"}
+    for name, array in some_arrays().items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+    assert [path.name for path in (directory / "features").iterdir()] == [f"{key}.npz"]
+    assert feature_cache.store(key, some_arrays(1))
+    np.testing.assert_array_equal(feature_cache.load(key)["cov"], some_arrays(1)["cov"])
+
+
+def test_keys_differ_by_all_that_decides_the_numbers():
+    key = feature_cache.key_of("images", PROTOCOL, ["pool", "spatial"])
+    assert key == feature_cache.key_of("images", dict(reversed(PROTOCOL.items())), ["spatial", "pool"])
+    others = [
+        feature_cache.key_of("others", PROTOCOL, ["pool", "spatial"]),
+        feature_cache.key_of("images", PROTOCOL, ["pool"]),
+        *(feature_cache.key_of("images", {**PROTOCOL, name: "x"}, ["pool", "spatial"]) for name in PROTOCOL),
+    ]
+    assert len({key, *others}) == 1 + len(others)
+
+
+def test_the_identity_of_a_set_follows_its_files(tmp_path):
+    path = tmp_path / "set.npz"
+    np.savez(path, images=np.zeros((4, 3, 2, 2), np.uint8))
+    first = open_stream(str(path)).identity
+    assert first == open_stream(str(path)).identity
+    assert first != open_stream(str(path), 3).identity
+    os.utime(path, ns=(0, 0))
+    assert first != open_stream(str(path)).identity
+    assert open_stream("embedded:digits8").identity not in (None, open_stream("embedded:digits8", 5).identity)
+
+
+def test_a_damaged_entry_is_none_and_is_replaced(directory):
+    key = feature_cache.key_of("images", PROTOCOL, ["pool"])
+    feature_cache.store(key, some_arrays())
+    path = directory / "features" / f"{key}.npz"
+    whole = path.read_bytes()
+    for content in (b"", b"junk", whole[:-9], whole[:100] + b"x" * 20 + whole[120:]):
+        path.write_bytes(content)
+        assert feature_cache.load(key) is None
+    assert feature_cache.store(key, some_arrays())
+    assert feature_cache.load(key) is not None
+
+
+def test_pickles_are_neither_stored_nor_read(directory):
+    key = feature_cache.key_of("images", PROTOCOL, ["pool"])
+    with pytest.raises(ValueError, match="pickles"):
+        feature_cache.store(key, {"mean": np.array([{}])})
+    (directory / "features").mkdir(parents=True)
+    np.savez(directory / "features" / f"{key}.npz", mean=np.array([{}]))
+    assert feature_cache.load(key) is None
+
+
+@pytest.mark.parametrize("switch", ["off", ""])
+def test_it_can_be_switched_off(monkeypatch, switch):
+    monkeypatch.setenv("DDO_CACHE", switch)
+    assert not feature_cache.store("key", some_arrays())
+    assert feature_cache.load("key") is None
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(console, "warn", lines.append)
+    (tmp_path / "cache").write_text("a file where the directory should be")
+    assert not feature_cache.store("key", some_arrays())
+    assert feature_cache.load("key") is None
+    assert len(lines) == 1
+    assert "DDO_CACHE" in lines[0]
