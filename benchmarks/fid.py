@@ -68,7 +68,8 @@ def _ratios(costs: dict[str, list[Cost]], slow: str, fast: str) -> str:
 
 def _random_weights(path: Path) -> None:
     spec = importlib.util.spec_from_file_location("random_inception", TESTS / "random_inception.py")
-    assert spec is not None and spec.loader is not None, TESTS
+    assert spec is not None, TESTS
+    assert spec.loader is not None, TESTS
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     torch.save(module.random_state(), path)
@@ -79,7 +80,9 @@ def _folder(path: Path, num: int, seed: int) -> str:
     rng = np.random.default_rng(seed)
     path.mkdir()
     for number in range(num):
-        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize(
+            (32, 32), Image.Resampling.BICUBIC
+        )
         pixels = np.asarray(coarse).astype(int) + rng.integers(-4, 5, (32, 32, 3))
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path / f"{number:06d}.png")
     return str(path)
@@ -136,8 +139,12 @@ def end_to_end() -> None:
         costs = _alternating({"theirs": theirs, "ours": ours}, REPEATS)
         per_image = {name: _without(costs[name], distances[name]) for name in costs}
     speed = {name: NUM_PASSED / statistics.median(one.wall for one in costs[name]) for name in costs}
-    print(f"ddo fid (FID and IS, {NUM_PASSED} PNGs of 32 x 32) against torch-fidelity, {torch.get_num_threads()} threads:")
-    print(f"  end to end {_ratios(costs, 'theirs', 'ours')} ({speed['ours']:.2f} against {speed['theirs']:.2f} images/s)")
+    print(
+        f"ddo fid (FID and IS, {NUM_PASSED} PNGs of 32 x 32) against torch-fidelity, {torch.get_num_threads()} threads:"
+    )
+    print(
+        f"  end to end {_ratios(costs, 'theirs', 'ours')} ({speed['ours']:.2f} against {speed['theirs']:.2f} images/s)"
+    )
     print(f"  without the distance, as for many images: {_ratios(per_image, 'theirs', 'ours')}")
     apart = [abs(a / b - 1) for a, b in zip(figures["ours"], figures["theirs"], strict=True)]
     print(f"  figures differ by {apart[0]:.1e} (FID), {apart[1]:.1e} (IS) relative")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
 
+import fid
 import torch
 
 from ddo_cli.data.images import open_images
@@ -168,8 +170,18 @@ def guided_against_unguided() -> None:
     print(f"  {counts[True]} of {steps} steps guided; {num / guided_time:.0f} against {num / plain_time:.0f} images/s")
 
 
+BENCHMARKS: dict[str, tuple[Callable[[], None], ...]] = {
+    "ddo": (ddo_step_against_plain_step,),
+    "sample": (sampling_against_one_by_one,),
+    "disc": (discriminator_step_against_its_network, guided_against_unguided),
+    "fid": (fid.run,),  # minutes
+}
+
 if __name__ == "__main__":
-    ddo_step_against_plain_step()
-    sampling_against_one_by_one()
-    discriminator_step_against_its_network()
-    guided_against_unguided()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=BENCHMARKS, help="run this one alone")
+    only = parser.parse_args().only
+    for name, functions in BENCHMARKS.items():
+        if only in (None, name):
+            for function in functions:
+                function()

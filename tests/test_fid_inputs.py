@@ -3,7 +3,10 @@
 import csv
 import io
 import json
+import os
 import pickle
+import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -96,6 +99,24 @@ def test_two_processes_equal_one(root, tmp_path):
     one = score(root / "folder", root / "ref.npz", metrics=ALL, batch=32, uncertainty=True)
     assert figures(found) == pytest.approx(figures(one), rel=1e-9)
     assert found["content_digest"] == one["content_digest"]
+
+
+@pytest.mark.slow
+def test_an_image_broken_for_one_process_ends_both(root, tmp_path):
+    """Left alone, the other process would wait in the first sum, and break down with a traceback of its own."""
+    for path in (root / "folder").iterdir():
+        shutil.copy(path, tmp_path)
+    last = sorted(tmp_path.iterdir())[40]  # in the second batch of 32, which is the second process's
+    last.write_bytes(last.read_bytes()[:100])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddo_cli"]
+    command += ["fid", str(tmp_path), "--ref", str(root / "ref.npz"), "--extractor", EMBEDDED_EXTRACTOR]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
+    done = subprocess.run(
+        [*command, "--batch", "32", "--json"], capture_output=True, text=True, env=environment, check=False, timeout=120
+    )
+    assert done.returncode != 0
+    assert f"{last.name} cannot be read as an image" in json.loads(done.stdout)["error"]["message"]
+    assert "]: Traceback" not in done.stderr, "torchrun's own report aside"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,10 @@ from random_inception import random_state
 from ddo_cli.data.images import open_images
 from ddo_cli.engines import fid
 from ddo_cli.metrics.features import load_inception
+from ddo_cli.metrics.kid import kernel_distance
 
-NUM = 40
+NUM = 30
+SUBSET = 20  # of KID, which takes 1000 images otherwise
 pytestmark = pytest.mark.slow  # Inception takes a tenth of a second per image, and its covariances seconds
 
 
@@ -47,13 +50,19 @@ def score(root: Path, **options):
 
 @pytest.fixture(scope="module")
 def found(root):
-    return score(root, metrics=("fid", "is", "precision", "recall", "sfid"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fid, "KID_SUBSET", SUBSET)
+        patch.setattr(fid, "kernel_distance", partial(kernel_distance, subset_size=SUBSET))
+        return score(root, metrics=("fid", "is", "precision", "recall", "sfid", "kid"))
 
 
 def test_equal_to_torch_fidelity(root, found):
     command = [sys.executable, "-m", "torch_fidelity.fidelity", "--input1", str(root / "fake"), "--input2"]
     command += [str(root / "real"), "--fid", "--isc", "--prc", "--json", "--cpu", "--no-cache", "--silent"]
+    # Its precision and recall are of VGG-16 unless told otherwise; then the weights file would not fit either.
+    command += ["--feature-extractor", "inception-v3-compat", "--feature-layer-prc", "2048"]
     command += ["--feature-extractor-weights-path", str(root / "inception.pth")]
+    command += ["--kid", "--kid-subset-size", str(SUBSET)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -68,11 +77,13 @@ def test_equal_to_torch_fidelity(root, found):
     }
     ours = {key: found[key] for key in pairs}
     assert ours == pytest.approx({key: theirs[name] for key, name in pairs.items()}, rel=1e-5)
+    # It computes the kernel in float32, of which the distance keeps five digits.
+    assert found["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
     assert 0 < ours["precision"] < 1 or 0 < ours["recall"] < 1
 
 
 def test_equal_to_the_formula(root, found):
-    """|mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2)), with scipy's root; a covariance divided by N is wrong."""
+    """|mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2)), of covariances divided by N - 1, not N."""
     extractor = load_inception(str(root / "inception.pth"))
     features = {
         name: extractor(torch.from_numpy(open_images(str(root / name)).items)).double().numpy()
@@ -81,11 +92,12 @@ def test_equal_to_the_formula(root, found):
     real, fake = features["real"], features["fake"]
     values = {}
     for ddof in (0, 1):
-        first, second = (np.cov(one, rowvar=False, ddof=ddof) for one in (real, fake))
-        root_ = scipy.linalg.sqrtm(first @ second)
+        # S = A A^T with one column per image, so that tr (S S')^(1/2) is the sum of the singular values of A^T A'.
+        first, second = ((one - one.mean(0)).T / np.sqrt(NUM - ddof) for one in (real, fake))
+        overlap = scipy.linalg.svdvals(first.T @ second).sum()
         mean = np.square(real.mean(0) - fake.mean(0)).sum()
-        values[ddof] = mean + np.trace(first + second - 2 * np.real(root_))
-    assert found["fid"] == pytest.approx(values[1], rel=1e-5)  # sqrtm of a matrix of rank 39 in 2048 dimensions
+        values[ddof] = mean + np.square(first).sum() + np.square(second).sum() - 2 * overlap
+    assert found["fid"] == pytest.approx(values[1], rel=1e-6)
     assert found["fid"] != pytest.approx(values[0], rel=1e-3)
 
 

@@ -85,7 +85,8 @@ def fid(
     compare: Annotated[list[str] | None, typer.Option(help="A further set of that histogram. May be repeated.")] = None,
     pictures: Annotated[Path, typer.Option(help="Directory of the pictures.")] = Path("fid-pictures"),
     benchmark: Annotated[str | None, typer.Option(help="Show published figures, e.g. of cifar10-uncond.")] = None,
-    log: Annotated[Path | None, typer.Option(help="CSV file that gets a row.")] = None,
+    # torchrun takes --log for an abbreviation of an option of its own; the other name passes.
+    log: Annotated[Path | None, typer.Option("--log", "--csv", help="CSV file that gets a row.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per network pass.")] = 256,
     workers: Annotated[
         int | None, typer.Option(min=0, max=64, help="Processes that decode. Default: as suits the machine.")
