@@ -34,8 +34,10 @@ def _own_cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _plain_console():
+def _plain_process():
+    """Undoes what a command run in this process leaves: JSON output, flushed denormals (hypothesis refuses them)."""
     console.use_json(False)
+    torch.set_flush_denormal(False)
 
 
 def make_checkpoint(path: Path, kind: str = "diffusion", seed: int = 0, **header) -> str:
