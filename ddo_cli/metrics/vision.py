@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -51,8 +52,9 @@ class VisionExtractor(Extractor):
         x = self._resized(images.to(torch.float32)) / 255  # (B, 3, 224, 224)
         return {"pool": self.network((x - self.mean) / self.std)}
 
+    @abstractmethod
     def _resized(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Float images (B, 3, H, W) in 0..255 at the network's size."""
 
 
 class DinoV2Extractor(VisionExtractor):
