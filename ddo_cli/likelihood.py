@@ -6,6 +6,9 @@
     r = model.log_ratio(D, D_ref, x, draw)     (B,) log p_model(x) - log p_ref(x), without cancellation
     x, nfe = model.sample(label, rng, spec)    new examples in model space
 
+An image model may work on latents or tokens that a frozen network of its own makes of images. Items are then images or
+what `latents` made of them beforehand; `encode` takes either.
+
 Real and fake rows, model and reference share ONE draw: the ratio is a small difference of large numbers, and
 independent noise would drown it (DDO, arXiv 2503.01103, section 3.2). Row i of a draw belongs to row i of x.
 """
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -75,13 +78,35 @@ class LikelihoodModel(nn.Module, ABC):
     # Fields of SamplingRecipe that this kind of model reads; setting another is a user's mistake.
     sampling_fields: ClassVar[frozenset[str]] = frozenset()
 
+    # What a fake set keeps of an example: the image, or x itself, where `encode` takes x as an item.
+    fake_as: ClassVar[Literal["images", "latents"]] = "images"
+
     shape: tuple[int, ...]  # of one item on disk, e.g. (3, 32, 32) for uint8 images, (2,) for points
+    latent_shapes: tuple[tuple[int, ...], ...] = ()  # of the further items that `encode` takes: see `latents`
     num_classes: int  # 0: unconditional
     draw_options: Any  # an instance of DrawOptions
 
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Shape of one x in model space, whose dimensions the log-likelihood is summed over."""
+        return self.shape
+
     @abstractmethod
-    def encode(self, items: Tensor) -> Tensor:
-        """Items as they lie on disk (uint8 images or float points) -> x in model space."""
+    def encode(self, items: Tensor, rng: RowRng | None = None) -> Tensor:
+        """Items as they lie on disk (uint8 images, float points, or precomputed latents) -> x in model space.
+
+        rng: where the encoder is random, x is drawn with it; None: the mean.
+        """
+
+    def latents(self, items: Tensor) -> Tensor:
+        """Images -> what `ddo encode` keeps of them, (B, ...): the costly and deterministic part of `encode`.
+
+        Raises UsageError where a model has no such part.
+        """
+        raise UsageError(
+            f"a {type(self).__name__} works on {'x'.join(map(str, self.shape))} items themselves, so there is nothing "
+            "to precompute"
+        )
 
     @abstractmethod
     def decode(self, x: Tensor) -> Tensor:
@@ -121,6 +146,13 @@ class LikelihoodModel(nn.Module, ABC):
             return self.log_lik(prediction, x, draw)
         return self.log_ratio(prediction, ref_prediction, x, draw)
 
+    def before_step(self) -> None:
+        """Called before each optimizer step, e.g. to put weights back where the model wants them; in place."""
+
+    def units(self) -> Sequence[nn.Module]:
+        """The repeated blocks, in order: what is sharded and recomputed one by one. Empty: the network as a whole."""
+        return ()
+
     def check_sampling(self, spec: SamplingRecipe) -> None:
         """Raises UsageError if `spec` sets something that this model cannot honour."""
         for key in sorted(set(SamplingRecipe.model_fields) - self.sampling_fields - {"batch", "labels"}):
@@ -156,7 +188,7 @@ class Batch(NamedTuple):
     """One canonical batch of generated items: number in the set, items as on disk, labels, seeds, network passes."""
 
     number: int
-    items: Tensor  # (b, *shape), on the CPU
+    items: Tensor  # (b, *shape), on the CPU; (b, *state_shape) for latents
     label: Tensor  # (b,)
     seeds: Tensor  # (b,)
     nfe: int
@@ -186,6 +218,7 @@ def generate(
     classes: Sequence[int] | None = None,
     guides: Sequence[Guide] = (),
     only: Sequence[int] | None = None,
+    as_latents: bool = False,
     device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
     """Items of all seeds, one batch at a time.
@@ -195,6 +228,7 @@ def generate(
     count, or where an earlier attempt was interrupted.
 
     only: numbers of the batches to make (for several processes, or to continue); all by default.
+    as_latents: leaves them in model space.
     """
     model.check_guides(spec, guides)
     ordered = sorted(seeds)
@@ -207,5 +241,5 @@ def generate(
         else:
             label = labels_of(padded, model.num_classes, classes)
         sampled = model.sample(label.to(device), RowRng(padded), spec, guides)
-        items = model.decode(sampled.x).cpu()[: len(own)]
+        items = (sampled.x if as_latents else model.decode(sampled.x)).cpu()[: len(own)]
         yield Batch(number, items, label[: len(own)], torch.tensor(own), sampled.nfe, sampled.disc_nfe)

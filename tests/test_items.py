@@ -1,5 +1,7 @@
 """Whether a set fits a model."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from test_images import some_items
@@ -8,23 +10,27 @@ from ddo_cli.data.items import ItemSet, check_fits
 from ddo_cli.errors import DataError
 
 
+def model(shape, num_classes):
+    return SimpleNamespace(shape=shape, latent_shapes=(), num_classes=num_classes)
+
+
 def test_check_fits():
     labelled = ItemSet(some_items(3), np.array([0, 4, 2]), "x", 5)
     plain = ItemSet(some_items(3), np.full(3, -1), "x", 0)
     for items, classes in ((labelled, 5), (labelled, 10), (labelled, 0), (plain, 0)):
-        check_fits(items, (3, 7, 5), classes)
+        check_fits(items, model((3, 7, 5), classes))
     with pytest.raises(DataError, match="5x7 RGB where the model needs 7x5 RGB"):
-        check_fits(plain, (3, 5, 7), 0)
+        check_fits(plain, model((3, 5, 7), 0))
     with pytest.raises(DataError, match="5x7 RGB where the model needs 5x7 grey"):
-        check_fits(plain, (1, 7, 5), 0)
+        check_fits(plain, model((1, 7, 5), 0))
     with pytest.raises(DataError, match="points of 2 numbers"):
-        check_fits(plain, (2,), 0)
-    check_fits(plain, (3, 7, 5), 0, hflip=True)
+        check_fits(plain, model((2,), 0))
+    check_fits(plain, model((3, 7, 5), 0), hflip=True)
     points = ItemSet(np.zeros((3, 2), np.float32), np.full(3, -1), "embedded:toy2d", 0)
-    check_fits(points, (2,), 0)
+    check_fits(points, model((2,), 0))
     with pytest.raises(DataError, match=r"data\.hflip = true mirrors images, and embedded:toy2d holds points"):
-        check_fits(points, (2,), 0, hflip=True)
+        check_fits(points, model((2,), 0), hflip=True)
     with pytest.raises(DataError, match="5 classes where the model has 4"):
-        check_fits(labelled, (3, 7, 5), 4)
+        check_fits(labelled, model((3, 7, 5), 4))
     with pytest.raises(DataError, match="without label"):
-        check_fits(plain, (3, 7, 5), 4)
+        check_fits(plain, model((3, 7, 5), 4))

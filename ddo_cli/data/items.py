@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ddo_cli.errors import DataError
-from ddo_cli.likelihood import NO_LABEL
+from ddo_cli.likelihood import NO_LABEL, LikelihoodModel
 
 INDEX = "dataset.json"  # labels of EDM's and StyleGAN's archives
 
@@ -35,18 +35,22 @@ def digest(items: ItemSet) -> str:
     return found.hexdigest()
 
 
-def check_fits(items: ItemSet, shape: Sequence[int], num_classes: int, hflip: bool = False) -> None:
-    """Raises DataError unless a model of items of this shape and with so many classes (0: none) can learn the set.
+def check_fits(items: ItemSet, model: LikelihoodModel, hflip: bool = False, *, num_classes: int | None = None) -> None:
+    """Raises DataError unless the model can learn the set.
 
-    hflip: whether its items are to be mirrored, which points cannot be.
+    hflip: whether its items are to be mirrored, which only images can be.
+    num_classes: whose labels are needed (0: none); None: the model's.
     """
-    if hflip and items.items.ndim != 4:
+    num_classes = model.num_classes if num_classes is None else num_classes
+    if hflip and (items.items.ndim != 4 or items.items.dtype != np.uint8):
         raise DataError(
             f"data.hflip = true mirrors images, and {items.name} holds {describe(items.items.shape[1:])}; leave it out"
         )
-    if items.items.shape[1:] != tuple(shape):
+    found = items.items.shape[1:]
+    if found != model.shape and found not in model.latent_shapes:
+        encoded = f" (encoded: {', '.join(map(str, model.latent_shapes))})" if model.latent_shapes else ""
         raise DataError(
-            f"{items.name} holds {describe(items.items.shape[1:])} where the model needs {describe(tuple(shape))}; "
+            f"{items.name} holds {describe(found)} where the model needs {describe(model.shape)}{encoded}; "
             "convert the images, or choose a model of their size"
         )
     if not num_classes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import Field
@@ -25,6 +25,19 @@ class Codec(Protocol):
     def encode(self, items: Tensor) -> Tensor: ...
 
     def decode(self, x: Tensor) -> Tensor: ...
+
+
+class LatentCodec(Codec, Protocol):
+    """A codec whose model space is another than its items': a frozen autoencoder."""
+
+    def state_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of x of an item of this shape."""
+
+    def latents(self, items: Tensor) -> Tensor:
+        """Images -> mean and deviation of their latents, (B, 2 C, h, w) float32."""
+
+    def draw(self, latents: Tensor, rng: RowRng | None) -> Tensor:
+        """x (B, C, h, w) of what `latents` returned; rng None: of the mean."""
 
 
 class DiffusionDraw(NamedTuple):
@@ -98,11 +111,39 @@ class DiffusionModel(LikelihoodModel):
             self.precond = preconditioner or precond.PRECONDITIONERS[options.precond](options.sigma_data)
         self.net, self.codec = net, codec
         self.shape, self.num_classes = tuple(shape), num_classes
+        if self.latent_codec is not None:
+            channels, *sides = self.state_shape
+            self.latent_shapes = ((2 * channels, *sides), (channels, *sides))
         self.options, self.draw_options = options, draw_options
 
-    def encode(self, items: Tensor) -> Tensor:
-        """Items on disk -> x in model space."""
-        return self.codec.encode(items)
+    @property
+    def latent_codec(self) -> LatentCodec | None:
+        """The codec, if x is a latent."""
+        return self.codec if hasattr(self.codec, "latents") else None  # type: ignore[return-value]
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Shape of one x."""
+        return self.shape if self.latent_codec is None else self.latent_codec.state_shape(self.shape)
+
+    @property
+    def fake_as(self) -> Literal["images", "latents"]:  # type: ignore[override]
+        """A latent keeps more of itself than its image does."""
+        return "images" if self.latent_codec is None else "latents"
+
+    def encode(self, items: Tensor, rng: RowRng | None = None) -> Tensor:
+        """Items on disk -> x in model space. Latents: images, what `latents` made of them, or x itself."""
+        if self.latent_codec is None:
+            return self.codec.encode(items)
+        if tuple(items.shape[1:]) == self.state_shape:
+            return items.to(torch.float32)
+        if items.dtype == torch.uint8:
+            items = self.latents(items)
+        return self.latent_codec.draw(items.to(torch.float32), rng)
+
+    def latents(self, items: Tensor) -> Tensor:
+        """Images -> mean and deviation of their latents."""
+        return super().latents(items) if self.latent_codec is None else self.latent_codec.latents(items)
 
     def decode(self, x: Tensor) -> Tensor:
         """x in model space -> items on disk."""
@@ -132,7 +173,7 @@ class DiffusionModel(LikelihoodModel):
         options: DiffusionDrawOptions = self.draw_options
         sigma = self.precond.round_sigma(torch.exp(options.p_mean + options.p_std * rng.randn()))  # (B,)
         drop = rng.rand() < options.label_drop  # (B,)
-        return DiffusionDraw(sigma, rng.randn(self.shape), drop)
+        return DiffusionDraw(sigma, rng.randn(self.state_shape), drop)
 
     def predict(self, x: Tensor, label: Tensor, draw: DiffusionDraw) -> Tensor:
         """D(x + sigma eps; sigma), of x's shape."""
@@ -173,7 +214,7 @@ class DiffusionModel(LikelihoodModel):
         fixed schedule out: with few steps, as our models take, a low level would be left with one of them, and a curve
         over levels would show the integrator's error. So every level costs the same.
         """
-        latent = rng.randn(self.shape).to(label.device, torch.float64)
+        latent = rng.randn(self.state_shape).to(label.device, torch.float64)
         if self.num_classes:
             rng.randint(self.num_classes)
         sigmas = self.sigmas(spec).to(label.device)
@@ -230,7 +271,7 @@ class DiffusionModel(LikelihoodModel):
 
     def random_labels(self, rng: RowRng) -> Tensor:
         """Labels as EDM's scripts draw them: from each item's own generator, after its latent."""
-        rng.randn(self.shape)
+        rng.randn(self.state_shape)
         return rng.randint(self.num_classes)
 
     def check_sampling(self, spec: SamplingRecipe) -> None:

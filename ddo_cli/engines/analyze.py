@@ -61,7 +61,7 @@ def run(
     guides.warn_of_other_sampler(chosen.discriminator, spec)
     recipe = _recipe_of(chosen.discriminator)
     real, rows = _held_out(recipe, data, file.header["trained_on"].get("data_sha256"), base, file.path)
-    guide = guides.discriminator_guide(chosen.discriminator.network, chosen.settings, len(base.shape))
+    guide = guides.discriminator_guide(chosen.discriminator.network, chosen.settings, len(base.state_shape))
     subject = Subject(base, guide, spec, recipe or Recipe(), real, rows, device)
     names = select(what, subject)
     _check(subject, settings, names)
@@ -209,7 +209,7 @@ def _held_out(
     else:
         rows = np.arange(len(real.items))
         console.info(f"{data}: all {len(rows)} items are taken for held out; the gain is too large on trained ones")
-    check_fits(real, base.shape, base.num_classes)
+    check_fits(real, base)
     if len(rows) < 2:
         raise DataError(f"{real.name} holds {len(rows)} held-out item; a standard error needs two, and sense hundreds")
     return real, rows

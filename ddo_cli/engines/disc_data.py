@@ -26,7 +26,7 @@ def given_set(
     """The generated set settings.fake, checked to be this model's. Raises DataError."""
     source = str(settings.fake)
     fake = open_images(source)
-    check_fits(fake, loaded.model.shape, label_use)
+    check_fits(fake, loaded.model, num_classes=label_use)
     made_by = manifest_of(Path(source)).get("checkpoint_sha256")
     if made_by != loaded.checkpoint.sha256:
         what = "does not say which model drew it" if made_by is None else f"was drawn by another model ({made_by[:12]})"

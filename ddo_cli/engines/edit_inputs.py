@@ -36,7 +36,7 @@ class Editor(NamedTuple):
         """The discriminator's guide."""
         if self.disc is None or self.settings is None:
             return None
-        return guides.discriminator_guide(self.disc.network, self.settings, len(self.base.shape))
+        return guides.discriminator_guide(self.disc.network, self.settings, len(self.base.state_shape))
 
     def guided_by(self) -> dict[str, Any]:
         """What identifies the guide; empty without one."""
@@ -135,7 +135,7 @@ def open_sources(source: str, num: int, label: int | None, base: DiffusionModel)
         has = f"has classes 0 to {base.num_classes - 1}" if base.num_classes else "has no classes: leave it out"
         raise UsageError(f"--label {label} is not possible; this model {has}")
     opened = open_images(source)
-    check_fits(opened, base.shape, 0)
+    check_fits(opened, base, num_classes=0)
     items, labels = opened.items[:num], opened.labels[:num]
     if not base.num_classes:
         labels = np.full(len(items), NO_LABEL)

@@ -45,7 +45,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     registry.load_file(recipe.model.file)
     reference = registry.load_model(recipe.model.ckpt, device, recipe.finetune.draw)
     real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
-    check_fits(real, reference.model.shape, reference.model.num_classes, recipe.data.hflip)
+    check_fits(real, reference.model, recipe.data.hflip)
     spec = _sampling(recipe, reference)
     loop.local_rows(recipe.finetune.batch, recipe.finetune.micro_batch)
     scoring = Scoring(recipe, real, spec, device)
@@ -161,7 +161,8 @@ class _Round:
                 base = rows.step * settings.batch
                 real, fake = pairs.rows(base + rows.start, base + rows.stop)
                 n = len(real.items)
-                x = model.encode(torch.cat([real.items, fake.items]).to(self.device))  # (2n, ...)
+                rng = RowRng.for_rows("encode", seed, self.number, rows.step, rows=range(rows.start, rows.stop))
+                x = torch.cat([model.encode(side.items.to(self.device), rng) for side in (real, fake)])  # (2n, ...)
                 label = torch.cat([real.label, fake.label]).to(self.device)
                 rng = RowRng.for_rows("ddo", seed, self.number, rows.step, rows=range(rows.start, rows.stop))
                 half = map_draw(lambda tensor: tensor.to(self.device), model.draw(n, rng))

@@ -45,7 +45,7 @@ def run(
     _check_effect(settings, given, spec.sampler)
     guides.warn_of_other_sampler(chosen.discriminator, spec)
     found, record = guides.other_guides(others, base, device)
-    guide = guides.discriminator_guide(chosen.discriminator.network, settings, len(base.shape))
+    guide = guides.discriminator_guide(chosen.discriminator.network, settings, len(base.state_shape))
     guides.check_acts(base, guide, spec)
     record |= {"discriminator_sha256": file.sha256, **settings.model_dump(mode="json")}
     console.info(f"{chosen.model.checkpoint.path} guided by {file.path}, weight {settings.dg_weight:g}")

@@ -106,10 +106,10 @@ def _check_pair(
     found: discriminators.Loaded, base: DiffusionModel, model: registry.Loaded, file: str, force: bool
 ) -> None:
     config, trained_on = found.checkpoint.header["config"], found.checkpoint.header["trained_on"]
-    if tuple(config["shape"]) != base.shape:
+    if tuple(config["shape"]) != base.state_shape:
         raise UsageError(
             f"{file} was made for states of shape {tuple(config['shape'])}, and {model.checkpoint.path} draws "
-            f"{base.shape}; train one for this model: ddo train-disc --ckpt {model.checkpoint.path}"
+            f"{base.state_shape}; train one for this model: ddo train-disc --ckpt {model.checkpoint.path}"
         )
     if config["num_classes"] not in (0, base.num_classes):
         has = f"{base.num_classes} classes" if base.num_classes else "no classes"
@@ -185,20 +185,21 @@ def other_guides(others: Others, base: DiffusionModel, device: torch.device) -> 
     record: dict[str, Any] = {}
     if others.guide_ckpt is not None:
         bad = registry.load_model(others.guide_ckpt, device)
-        if bad.model.shape != base.shape or diffusion_model(bad).num_classes not in (0, base.num_classes):
+        if bad.model.state_shape != base.state_shape or diffusion_model(bad).num_classes not in (0, base.num_classes):
             raise UsageError(
-                f"--guide-ckpt {others.guide_ckpt} draws {bad.model.shape} with {bad.model.num_classes} classes, the "
-                f"model {base.shape} with {base.num_classes}; autoguidance needs a version of the same model"
+                f"--guide-ckpt {others.guide_ckpt} draws {bad.model.state_shape} with {bad.model.num_classes} classes, "
+                f"the model {base.state_shape} with {base.num_classes}; autoguidance needs a version of the same model"
             )
         found.append(AutoGuide(diffusion_model(bad), others.guidance))
         record["autoguidance"] = {"sha256": bad.checkpoint.sha256, "scale": others.guidance}
     if others.classifier is not None:
         loaded = discriminators.load("classifier", others.classifier, device)
         config = loaded.checkpoint.header["config"]
-        if tuple(config["shape"]) != base.shape or config["num_classes"] != base.num_classes:
+        if tuple(config["shape"]) != base.state_shape or config["num_classes"] != base.num_classes:
             raise UsageError(
                 f"--classifier {others.classifier} tells {config['num_classes']} classes of states of shape "
-                f"{tuple(config['shape'])}, the model has {base.num_classes} of {base.shape}; give one for this model"
+                f"{tuple(config['shape'])}, the model has {base.num_classes} of {base.state_shape}; "
+                "give one for this model"
             )
         weight = others.classifier_weight
         network = _ClassLogProbability(loaded.network)

@@ -36,7 +36,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     steps = -(-settings.images // settings.batch)
     torch.manual_seed(seed_from("init", recipe.seed))  # weights are the only thing drawn from the global generator
     model = registry.build(config).to(device)
-    check_fits(real, model.shape, model.num_classes, recipe.data.hflip)
+    check_fits(real, model, recipe.data.hflip)
     model.check_sampling(recipe.sampling)
     scoring = Scoring(recipe, real, recipe.sampling, device)
     parameters = sum(p.numel() for p in model.parameters())
@@ -62,8 +62,9 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             rng = RowRng.for_rows("pretrain", recipe.seed, rows.step, rows=range(rows.start, rows.stop))
             draw = model.draw(len(items), rng)
             draw = type(draw)(*(tensor.to(device) for tensor in draw))
-            log_lik = wrapped(model.encode(items.to(device)), label.to(device), draw)
-            return loop.Loss(-log_lik.mean() / math.prod(model.shape), {})
+            x = model.encode(items.to(device), rng)
+            log_lik = wrapped(x, label.to(device), draw)
+            return loop.Loss(-log_lik.mean() / math.prod(model.state_shape), {})
 
         state_file = out / "train-state.safetensors"
         plan = loop.Plan(

@@ -36,7 +36,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     base = guides.diffusion_model(loaded)
     real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
     num_classes = base.num_classes or real.num_classes
-    check_fits(real, base.shape, num_classes, recipe.data.hflip)
+    check_fits(real, base, recipe.data.hflip, num_classes=num_classes)
     if not num_classes:
         raise DataError(f"{real.name} has no labels; a classifier is trained on labelled images")
     if len(real.items) < 2 * settings.held_out:
@@ -44,7 +44,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             f"{real.name} holds {len(real.items)} images, too few beside the {settings.held_out} that are held out; "
             f"lower classifier.held_out to at most {len(real.items) // 2}"
         )
-    config = discriminators.config_of("classifier", settings.name, base.shape, num_classes, settings.options)
+    config = discriminators.config_of("classifier", settings.name, base.state_shape, num_classes, settings.options)
     torch.manual_seed(seed_from("init", recipe.seed))  # weights are the only thing drawn from the global generator
     network = discriminators.build("classifier", config).to(device)
     loop.local_rows(settings.batch, settings.micro_batch)
@@ -68,7 +68,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             items, label = stream.rows(first + part.start, first + part.stop)
             rng = RowRng.for_rows("classifier", recipe.seed, part.step, rows=range(part.start, part.stop))
             t = law.times(rng.rand(dtype=torch.float64).to(device)).t
-            states = noisy(base.encode(items.to(device)), t, rng.randn(base.shape).to(device))
+            states = noisy(base.encode(items.to(device)), t, rng.randn(base.state_shape).to(device))
             logits = wrapped(states, t)  # (B, classes)
             label = label.to(device)
             right = (logits.detach().argmax(1) == label).to(torch.float32).mean()

@@ -53,16 +53,16 @@ def run(
     loaded.model.requires_grad_(False)
     real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
     label_use = base.num_classes if settings.conditional else 0
-    check_fits(real, base.shape, label_use, recipe.data.hflip)
+    check_fits(real, base, recipe.data.hflip, num_classes=label_use)
     spec = sample.spec_of(loaded.checkpoint, **recipe_sampling(recipe))
     base.check_sampling(spec)
     given = disc_data.given_set(loaded, real, label_use, settings, force) if settings.fake is not None else None
-    config = discriminators.config_of("discriminator", settings.name, base.shape, label_use, settings.options)
+    config = discriminators.config_of("discriminator", settings.name, base.state_shape, label_use, settings.options)
     torch.manual_seed(seed_from("init", recipe.seed))  # weights are the only thing drawn from the global generator
     network = discriminators.build("discriminator", config).to(device)
     loop.local_rows(settings.batch, settings.micro_batch)
     scoring = Scoring(recipe, real, spec, device) if settings.select == "fid" else None
-    guide = guides.discriminator_guide(network, recipe.guidance, len(base.shape))
+    guide = guides.discriminator_guide(network, recipe.guidance, len(base.state_shape))
     if scoring is not None:
         scoring.check([guide])
         guides.check_acts(base, guide, spec)
@@ -176,7 +176,7 @@ class _Training:
         n = len(real.items)
         rng = RowRng.for_rows("disc", self.recipe.seed, rows.step, rows=range(rows.start, rows.stop))
         u = rng.rand((2,), dtype=torch.float64).T.flatten()  # (2n,), real rows first
-        eps = rng.randn((2, *self.base.shape)).transpose(0, 1).flatten(0, 1)  # (2n, ...)
+        eps = rng.randn((2, *self.base.state_shape)).transpose(0, 1).flatten(0, 1)  # (2n, ...)
         t, weight = self.law.times(u.to(self.device))
         x0 = self.base.encode(torch.cat([real.items, fake.items]).to(self.device))
         label = torch.cat([real.label, fake.label]).to(self.device)
@@ -275,7 +275,7 @@ def _scores(training: _Training, scoring: Scoring) -> dict[int, float]:
             continue
         training.network.load_state_dict(checkpoint.load(training.candidate(step)).tensors)
         network = training.network.eval().requires_grad_(False)
-        guide = guides.discriminator_guide(network, training.recipe.guidance, len(training.base.shape))
+        guide = guides.discriminator_guide(network, training.recipe.guidance, len(training.base.state_shape))
         found[str(step)] = scoring.run(training.base, 0, [guide])[scoring.key]
         console.info(f"guided by step {step}: {scoring.key} {found[str(step)]:.4g}")
         if dist.is_main():

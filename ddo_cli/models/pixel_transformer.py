@@ -65,7 +65,7 @@ class PixelTransformer(LikelihoodModel):
         nn.init.zeros_(self.head.weight)  # training starts at the uniform distribution
         nn.init.zeros_(self.head.bias)
 
-    def encode(self, items: Tensor) -> Tensor:
+    def encode(self, items: Tensor, rng: RowRng | None = None) -> Tensor:
         """uint8 (B, 1, H, W) -> int64 tokens (B, L)."""
         return self.codec.encode(items)
 
