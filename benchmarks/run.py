@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+import bench_memory
 import fid
 import torch
 
@@ -175,6 +176,7 @@ BENCHMARKS: dict[str, tuple[Callable[[], None], ...]] = {
     "sample": (sampling_against_one_by_one,),
     "disc": (discriminator_step_against_its_network, guided_against_unguided),
     "fid": (fid.run,),  # minutes
+    "memory": (bench_memory.run,),  # minutes
 }
 
 if __name__ == "__main__":

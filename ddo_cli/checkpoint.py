@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,6 +83,14 @@ def read_header(path: str | Path, kind: str | None = None) -> dict[str, Any]:
 def load(path: str | Path, kind: str | None = None) -> Checkpoint:
     """A weight file. Raises CheckpointError if it is missing, damaged, foreign, or not of this kind."""
     return _open(resolve(path), str(path), kind, tensors=True)
+
+
+def tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a weight file, read one by one. Raises CheckpointError as `load` does."""
+    read_header(path)
+    with safe_open(resolve(path), framework="pt") as content:
+        for name in content.keys():  # noqa: SIM118
+            yield name, content.get_tensor(name)
 
 
 def _open(file: Path, name: str, kind: str | None, tensors: bool) -> Checkpoint:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ddo_cli import __version__, console
-from ddo_cli.commands import measuring, sampling, training
+from ddo_cli.commands import averaging, encoding, measuring, sampling, training
 from ddo_cli.errors import DdoError
 
 # Newer Typer carries its own copy of click, older ones import it: either way this is what a bad option raises.
@@ -46,8 +46,10 @@ app.command()(measuring.stats)
 app.command()(sampling.edit)
 app.command()(measuring.analyze)
 app.command()(training.pretrain)
+app.command()(encoding.encode)
 app.command("train-classifier")(training.train_classifier)
 app.command("train-extractor")(training.train_extractor)
+app.command()(averaging.ema)
 app.command()(measuring.convert)
 app.command()(measuring.export)
 app.command()(measuring.info)

@@ -1,4 +1,4 @@
-"""Processes started by torchrun. The sole caller of torch.distributed; without torchrun there is one process."""
+"""Processes started by torchrun; without it there is one. With `sharding` the sole caller of torch.distributed."""
 
 from __future__ import annotations
 

@@ -1,62 +1,82 @@
-"""Features and their statistics kept on disk, so that a reference is not computed again for each set scored against it.
+"""What a network made of an image set, kept on disk, so that no set passes through the same network twice.
 
-An entry's name is a hash of the images' identity and of the extractor's protocol, so it is never read for others.
-Entries are never removed; the directory may be emptied at any time.
+An entry's name is a hash of the images and of the extractor's protocol, so it is never read for others. The entries
+used longest ago make room for new ones; the directory may be emptied at any time.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
+import os
+import shutil
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ddo_cli import console
 from ddo_cli.files import cache_directory, replacing
 
-VERSION = 1  # of the entries: raised when the same protocol comes to give other numbers
+VERSION = 2  # of the entries: raised when the same protocol comes to give other numbers
+MAX_ENTRY = 1 << 30  # bytes: the features of 131,072 images of 2048 features; chosen by us
+MAX_TOTAL = 20 << 30  # bytes of all entries of a part: moments of 600 sets of 2048 features; chosen by us
+MARGIN = 1 << 30  # bytes of the disk that stay free; chosen by us
 _DAMAGE = (OSError, ValueError, EOFError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+
+Part = Literal["features", "sets"]  # of the directory: what networks made of images, and the images' own digests
 
 
 def key_of(identity: str, protocol: dict[str, Any], outputs: Sequence[str]) -> str:
     """Hex key of what is computed from these images by this protocol.
 
-    identity: of the source, as `data.stream.ImageStream.identity` gives it; protocol: all that decides the numbers
+    identity: of the images, such as their `data.inspection.Inspection.digest`; protocol: all that decides the numbers
     (network, hash of its weights, resize rule, precision), as JSON can hold it; outputs: what is stored, in any order.
     """
     content = [VERSION, identity, protocol, sorted(outputs)]
     return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def load(key: str) -> dict[str, np.ndarray] | None:
-    """The arrays stored under `key`; None if there are none, they are damaged, or the cache is off."""
-    path = _path(key)
+def load(key: str, part: Part = "features") -> dict[str, np.ndarray] | None:
+    """The arrays stored under `key`; None if there are none or the cache is off, with a warning if they are damaged."""
+    path = _path(key, part)
     if path is None or not path.is_file():
         return None
     try:
         with np.load(path, allow_pickle=False) as content:
-            return {name: content[name] for name in content.files}
+            found = {name: content[name] for name in content.files}
+        with contextlib.suppress(OSError):  # a cache that is only read
+            os.utime(path)  # used now: others make room first
+        return found
     except _DAMAGE:
-        return None  # computed again, and replaced
+        damaged(key, part)
+        return None
 
 
-def store(key: str, arrays: dict[str, np.ndarray]) -> bool:
+def damaged(key: str, part: Part = "features") -> None:
+    """Warns of an entry that cannot be used; it is computed again, and replaced."""
+    console.warn(f"{_path(key, part)} is damaged and is computed again")
+
+
+def store(key: str, arrays: dict[str, np.ndarray], part: Part = "features") -> bool:
     """Keeps arrays for later runs; returns whether it could. Called by one process.
 
-    Meant for moments (F^2 numbers, 34 MB for Inception's 2048 features); features of all images (N F) only where a user
-    asks for them. A cache that cannot be written is a warning, no error.
+    Meant for moments (F^2 numbers, 34 MB for Inception's 2048 features), and for features of all images (N F) where a
+    metric needs them. Above MAX_ENTRY nothing is kept. A cache that cannot be written is a warning, no error.
     """
-    path = _path(key)
-    if path is None:
+    path, size = _path(key, part), sum(array.nbytes for array in arrays.values())
+    if path is None or size > MAX_ENTRY:
         return False
     if any(array.dtype.hasobject for array in arrays.values()):
         raise ValueError("arrays of objects are pickles and are not stored")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_room(path.parent, size)
         with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
             file.flush()
@@ -69,6 +89,38 @@ def store(key: str, arrays: dict[str, np.ndarray]) -> bool:
         return False
 
 
-def _path(key: str) -> Path | None:
+def forget(key: str, part: Part = "features") -> None:
+    """Removes an entry."""
+    path = _path(key, part)
+    if path is not None:
+        path.unlink(missing_ok=True)
+
+
+def keys_below(parent: str, part: Part) -> Iterator[str]:
+    """Keys of the entries whose key starts with `parent`/."""
+    directory = cache_directory()
+    if directory is not None:
+        yield from (f"{parent}/{path.stem}" for path in sorted((directory / part / parent).glob("*.npz")))
+
+
+def _path(key: str, part: Part) -> Path | None:
     parent = cache_directory()
-    return None if parent is None else parent / "features" / f"{key}.npz"
+    return None if parent is None else parent / part / f"{key}.npz"
+
+
+def _make_room(directory: Path, size: int) -> None:
+    """Removes the entries used longest ago, down to MAX_TOTAL. Raises OSError where the disk itself is too full."""
+    found = []
+    for path in directory.glob("*.npz"):
+        with contextlib.suppress(FileNotFoundError):  # another process makes room, too
+            stat = path.stat()
+            found.append((stat.st_mtime_ns, stat.st_size, path))
+    total = size + sum(held for _, held, _ in found)
+    for _, held, path in sorted(found):
+        if total <= MAX_TOTAL:
+            break
+        path.unlink(missing_ok=True)
+        total -= held
+    free = shutil.disk_usage(directory).free
+    if free < size + MARGIN:
+        raise OSError(errno.ENOSPC, f"{size / 1e6:.0f} MB to write, {free / 1e9:.1f} GB free, of which 1 stays free")

@@ -23,12 +23,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from ddo_cli.arithmetic import arithmetic
 from ddo_cli.diffusion.guidance import Guide
 from ddo_cli.errors import UsageError
 from ddo_cli.rng import RowRng
 from ddo_cli.schema import SamplingRecipe
 
 NO_LABEL = -1  # the label of an unconditional row
+READ_BY_ALL = {"batch", "labels", "precision"}  # fields of SamplingRecipe that `generate` reads
 
 
 class Draw(Protocol):
@@ -71,6 +73,11 @@ class Sampled(NamedTuple):
     disc_nfe: int = 0  # evaluations of a guiding discriminator or classifier, each a forward and a backward pass
 
 
+def is_vector(name: str, parameter: nn.Parameter) -> bool:
+    """Biases, gains and norms: parameters that weight decay customarily leaves alone."""
+    return parameter.ndim < 2
+
+
 class LikelihoodModel(nn.Module, ABC):
     """A model with a tractable log-likelihood, exact or a one-draw bound."""
 
@@ -107,6 +114,13 @@ class LikelihoodModel(nn.Module, ABC):
             f"a {type(self).__name__} works on {'x'.join(map(str, self.shape))} items themselves, so there is nothing "
             "to precompute"
         )
+
+    def encoder_id(self) -> str:
+        """What `latents` depends on beside the images, e.g. a hash of the encoder's weights; "" where there is no such.
+
+        A set that another encoder made is refused.
+        """
+        return ""
 
     @abstractmethod
     def decode(self, x: Tensor) -> Tensor:
@@ -146,16 +160,27 @@ class LikelihoodModel(nn.Module, ABC):
             return self.log_lik(prediction, x, draw)
         return self.log_ratio(prediction, ref_prediction, x, draw)
 
+    def start_training(self) -> None:
+        """Called before training from scratch: fetches what comes from other files. Raises DdoError."""
+
     def before_step(self) -> None:
         """Called before each optimizer step, e.g. to put weights back where the model wants them; in place."""
+
+    def no_decay(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether AdamW's weight decay leaves this parameter alone."""
+        return is_vector(name, parameter)
 
     def units(self) -> Sequence[nn.Module]:
         """The repeated blocks, in order: what is sharded and recomputed one by one. Empty: the network as a whole."""
         return ()
 
+    def passes(self, spec: SamplingRecipe) -> int:
+        """What a sample costs, in passes like `predict`'s. Here: each position once, and again without its label."""
+        return 1 if spec.cfg_scale in (None, 1.0) else 2
+
     def check_sampling(self, spec: SamplingRecipe) -> None:
         """Raises UsageError if `spec` sets something that this model cannot honour."""
-        for key in sorted(set(SamplingRecipe.model_fields) - self.sampling_fields - {"batch", "labels"}):
+        for key in sorted(set(SamplingRecipe.model_fields) - self.sampling_fields - READ_BY_ALL):
             if getattr(spec, key) is not None:
                 raise UsageError(
                     f"sampling.{key} = {getattr(spec, key)} has no effect on a {type(self).__name__}; remove it "
@@ -203,6 +228,19 @@ def labels_of(seeds: Sequence[int], num_classes: int, classes: Sequence[int] | N
     return chosen[torch.tensor(list(seeds)) % len(chosen)]
 
 
+def check_labels(spec: SamplingRecipe, num_classes: int, num_seeds: int, classes: Sequence[int] | None = None) -> None:
+    """Raises UsageError if a set of so many items cannot have the labels that `spec` asks for."""
+    if spec.labels in ("random", "position") and (classes or not num_classes):
+        why = "--classes chooses them" if classes else "this model has no classes"
+        raise UsageError(f"sampling.labels = {spec.labels}: {why}; leave it out")
+    if spec.labels == "position" and num_seeds % num_classes:
+        raise UsageError(
+            f"sampling.labels = position gives each of {num_classes} classes the same number of images, and "
+            f"{num_seeds} seeds are no multiple of it; draw {-(-num_seeds // num_classes) * num_classes}, or use "
+            "labels = balanced"
+        )
+
+
 def num_batches(num_seeds: int, batch: int) -> int:
     """Batches that `generate` cuts a set into."""
     return -(-num_seeds // batch)
@@ -218,6 +256,7 @@ def generate(
     classes: Sequence[int] | None = None,
     guides: Sequence[Guide] = (),
     only: Sequence[int] | None = None,
+    as_given: Sequence[int] | None = None,
     as_latents: bool = False,
     device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
@@ -228,10 +267,14 @@ def generate(
     count, or where an earlier attempt was interrupted.
 
     only: numbers of the batches to make (for several processes, or to continue); all by default.
+    as_given: the set's seeds in the order that labels by position count; None: that of `seeds`.
     as_latents: leaves them in model space.
     """
     model.check_guides(spec, guides)
     ordered = sorted(seeds)
+    by_position = {}
+    if spec.labels == "position" and model.num_classes and not classes:
+        by_position = {seed: place for place, seed in enumerate(seeds if as_given is None else as_given)}
     size = min(batch, len(ordered))
     for number in range(num_batches(len(ordered), batch)) if only is None else only:
         own = ordered[number * batch : (number + 1) * batch]
@@ -239,7 +282,9 @@ def generate(
         if spec.labels == "random" and model.num_classes and not classes:
             label = model.random_labels(RowRng(padded))
         else:
-            label = labels_of(padded, model.num_classes, classes)
-        sampled = model.sample(label.to(device), RowRng(padded), spec, guides)
+            numbers = [by_position[seed] for seed in padded] if by_position else padded
+            label = labels_of(numbers, model.num_classes, classes)
+        with arithmetic(spec.precision or "float32", device):
+            sampled = model.sample(label.to(device), RowRng(padded), spec, guides)
         items = (sampled.x if as_latents else model.decode(sampled.x)).cpu()[: len(own)]
         yield Batch(number, items, label[: len(own)], torch.tensor(own), sampled.nfe, sampled.disc_nfe)

@@ -82,12 +82,12 @@ def load(
 
 
 def differing_keys(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Lines "key: theirs -> ours" of all keys whose values differ."""
+    """Lines "key: theirs -> ours" of all keys whose values differ. None is the same as no key: a later one's default."""
     left, right = dict(_flatten(theirs)), dict(_flatten(ours))
     return [
         f"{key}: {left.get(key, 'absent')} -> {right.get(key, 'absent')}"
         for key in sorted(left.keys() | right.keys())
-        if left.get(key, "absent") != right.get(key, "absent")
+        if left.get(key) != right.get(key)
     ]
 
 
@@ -126,7 +126,9 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str
 
 def _set(content: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
-    for section in sections:
+    for name in sections:
+        # A round of finetune.from_round is a number in a file and a text here.
+        section: Any = int(name) if name.isdecimal() and int(name) in content else name
         if content.get(section) is None:
             content[section] = {}
         content = content[section]

@@ -6,22 +6,27 @@ Torch-free, and knows no file; `recipe` reads files.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from ddo_cli.errors import RecipeError
+from ddo_cli.schema_training import (
+    ClassifierRecipe,
+    DiscriminatorRecipe,
+    FinetuneRecipe,
+    Precision,
+    PretrainRecipe,
+    Section,
+    TrainRecipe,
+)
 
-Precision = Literal["float32", "tf32", "bf16"]
+__all__ = ["Precision", "TrainRecipe"]  # for those who need no more than a schema of training
+
 DEFAULT_RECIPE = "quickstart"
-
-
-class Section(BaseModel):
-    """A group of keys; a key that nothing reads is an error, and values are never converted in silence."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
 class DataRecipe(Section):
@@ -60,9 +65,12 @@ class SamplingRecipe(Section):
     """How samples are drawn. None: the model's default. A key that the model does not read is an error."""
 
     batch: int = Field(256, ge=1)  # images per network pass; another batch changes rounding only
-    sampler: Literal["euler", "heun", "dpmpp-2m", "ddim", "ddpm"] | None = None
+    sampler: Literal["euler", "heun", "dpmpp-2m", "dpm-v3", "ddim", "ddpm"] | None = None
     steps: int | None = Field(None, ge=1, le=10_000)
-    labels: Literal["balanced", "random"] | None = None  # balanced: seed modulo classes; random: as EDM's scripts draw
+    # balanced: seed modulo classes; random: as EDM's scripts draw; position: place in the list of seeds modulo classes.
+    labels: Literal["balanced", "random", "position"] | None = None
+    precision: Literal["float32", "tf32", "bf16", "fp16"] | None = None  # of network passes; None: float32
+    dtype: Literal["float64", "float32"] | None = None  # of state and noise levels; None: float64, EDM2's is float32
     # Of noise levels: karras (EDM's), vp (evenly in the time of the VP-SDE), or steps (the training steps of a model
     # that knows discrete ones). None: steps or else vp for ddim and ddpm, karras for the others.
     spacing: Literal["karras", "vp", "steps"] | None = None
@@ -83,14 +91,19 @@ class SamplingRecipe(Section):
     step_ratio: float | None = Field(None, gt=0, le=1)  # where in a step Heun's second evaluation lies, 1 = at its end
     clip_denoised: bool | None = None  # keep the denoised image in [-1, 1] at each step, as ADM does
     cfg_scale: float | None = Field(None, ge=0)  # classifier-free guidance, 1 = off
+    cfg_sigma_min: float | None = Field(None, ge=0)  # guided at noise levels above this one only,
+    cfg_sigma_max: float | None = Field(None, gt=0)  # and up to this one (arXiv 2404.07724)
     temperature: float | None = Field(None, gt=0)  # autoregressive models
     top_k: int | None = Field(None, ge=1)
     top_p: float | None = Field(None, gt=0, le=1)
+    smooth: bool | None = None  # VAR: codes mixed by their probability, for pictures and not for scores
 
     @model_validator(mode="after")
     def _ordered(self) -> SamplingRecipe:
-        if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min >= self.sigma_max:
-            raise ValueError(f"sigma_min = {self.sigma_min} must be below sigma_max = {self.sigma_max}")
+        for low, high in (("sigma_min", "sigma_max"), ("cfg_sigma_min", "cfg_sigma_max")):
+            at_low, at_high = getattr(self, low), getattr(self, high)
+            if at_low is not None and at_high is not None and at_low >= at_high:
+                raise ValueError(f"{low} = {at_low} must be below {high} = {at_high}")
         return self
 
     def merged(self, **given: Any) -> SamplingRecipe:
@@ -105,6 +118,10 @@ class SamplingRecipe(Section):
                 own |= {"steps": None, "respacing": None}
             if given.get("sampler") not in EDM_SAMPLERS:
                 own |= dict.fromkeys((*CHURN, *GENERALISED))
+            if given.get("sampler") == "dpm-v3":
+                own |= dict.fromkeys(("spacing", "respacing"))
+            if given.get("cfg_scale") == 1:
+                own |= dict.fromkeys(("cfg_sigma_min", "cfg_sigma_max"))
             return SamplingRecipe(**(own | given))
         except ValidationError as error:
             raise RecipeError("\n".join(messages(error, "sampling", {}))) from None
@@ -135,102 +152,6 @@ class MetricRecipe(Section):
     weights: str | None = None  # Inception weights of `fid`
     benchmark: Annotated[Benchmark | None, BeforeValidator(_benchmark)] = None  # whose published figures are shown
     extractor: str | None = None  # of fd_embedded: one of `ddo train-extractor` instead of the embedded one
-
-
-class TrainRecipe(Section):
-    """What `pretrain` and `finetune` share."""
-
-    lr: float = Field(1e-4, gt=0)
-    warmup: int = Field(0, ge=0)  # images of linear warm-up
-    schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine ends at 0
-    batch: int = Field(64, ge=1)  # real images per optimizer step, over all processes
-    micro_batch: int | None = Field(None, ge=1)  # real images per forward pass of one process; None: its whole share
-    ema_half_life: float = Field(500.0, ge=0)  # images; 0: no averaging
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)  # added to the gradient, as Adam's (not AdamW's)
-    grad_clip: float | None = Field(None, gt=0)  # largest gradient norm
-    precision: Precision = "float32"  # of the network passes; log-ratios are float32 always
-    log_every: int = Field(10, ge=1)  # steps
-    save_every: int = Field(20, ge=1)  # steps between saves of what resuming needs
-
-
-class PretrainRecipe(TrainRecipe):
-    """Maximum likelihood."""
-
-    images: int = Field(96_000, ge=1)
-    ema_ramp: float | None = Field(0.05, gt=0)  # half-life at most this share of the images seen (EDM)
-
-
-_POSITIVE = TypeAdapter(Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)])
-
-
-def _coefficient(value: Any) -> float | tuple[float, ...]:
-    """A positive number, or several different ones; a list of one is that number."""
-    try:
-        if not isinstance(value, (list, tuple)):
-            return _POSITIVE.validate_python(value)
-        values = tuple(_POSITIVE.validate_python(one) for one in value)
-    except ValidationError as error:  # a plain message: that of a union would name the key's alternatives
-        message = error.errors()[0]["msg"]
-        raise PydanticCustomError("coefficient", "{message}", {"message": message}) from None
-    if not values or len(set(values)) < len(values):
-        raise PydanticCustomError("coefficient", "a sweep needs one value or several different ones, e.g. [1, 2, 4]")
-    return values if len(values) > 1 else values[0]
-
-
-Coefficient = Annotated[float | tuple[float, ...], BeforeValidator(_coefficient)]
-
-
-class FinetuneRecipe(TrainRecipe):
-    """Direct Discriminative Optimization (arXiv 2503.01103)."""
-
-    rounds: int = Field(4, ge=1)
-    alpha: Coefficient = 4.0  # weight of the fake term; a list is swept in each round, all pairs with beta's
-    beta: Coefficient = 0.05  # scale of the log-ratio; goes about as 1 / dimension; ditto
-    divide_by_alpha: bool = False  # loss / max(alpha, 1), as VAR's trainer does
-    images_per_round: int = Field(7680, ge=1)
-    num_fake: int = Field(4096, ge=1, le=100_000_000)  # samples of the reference per round
-    draw: dict[str, Any] = Field(default_factory=dict)  # training randomness in place of the reference's (p_std, ...)
-    eval_every: int = Field(3840, ge=1)  # images between candidates of a round
-    max_denoising_ratio: float = Field(2.0, gt=1)  # stop when the plain loss on real images exceeds this x reference's
-    sweep_rungs: int = Field(3, ge=1)  # of a sweep: 3 halve the nodes at 1/4 and 1/2 of a round, 1 keeps them all
-    sweep_images: int | None = Field(None, ge=2)  # per score at a rung; None: half of metric.num_images
-
-
-class DiscriminatorRecipe(TrainRecipe):
-    """Training of a real-or-generated discriminator (arXiv 2211.17091). Defaults: the published CIFAR-10 run."""
-
-    name: str = "time-encoder"  # a registered discriminator
-    options: dict[str, Any] = Field(default_factory=dict)  # its constructor options
-    conditional: bool = True  # sees the label, where the model has classes
-    fake: str | None = None  # generated images; None: drawn from model.ckpt and kept in the run
-    num_fake: int = Field(50_000, ge=1, le=100_000_000)  # images to draw
-    held_out: int = Field(1024, ge=16)  # real images, and as many generated ones, that are not trained on
-    time: Literal["importance", "uniform", "model"] = "importance"  # density of t; model: of the model's own sigma
-    t_min: float = Field(1e-5, gt=0, lt=1)  # smallest t of importance and uniform
-    weighting: Literal["none", "likelihood"] = "none"  # likelihood: every density of t has the objective of importance
-    images: int = Field(500_000, ge=1)  # real images at most, repeats counted, with as many generated ones
-    eval_every: int = Field(25_000, ge=1)  # images between checkpoints, each with its held-out loss
-    patience: int = Field(4, ge=1)  # stop after so many checkpoints in a row without a better held-out loss
-    select: Literal["bce", "fid"] = "bce"  # final checkpoint: best held-out loss, or best metric of guided samples
-    lr: float = Field(3e-4, gt=0)
-    weight_decay: float = Field(1e-7, ge=0)
-    ema_half_life: float = Field(0.0, ge=0)
-
-
-class ClassifierRecipe(TrainRecipe):
-    """Training of a noisy-image classifier: for classifier guidance, or as the trunk under a discriminator."""
-
-    name: str = "time-encoder-classifier"  # a registered classifier
-    options: dict[str, Any] = Field(default_factory=dict)  # its constructor options
-    held_out: int = Field(1024, ge=16)  # images for the accuracy
-    time: Literal["importance", "uniform", "model"] = "uniform"  # density of t; rows are not weighted
-    t_min: float = Field(1e-5, gt=0, lt=1)
-    images: int = Field(500_000, ge=1)
-    lr: float = Field(3e-4, gt=0)
-    weight_decay: float = Field(1e-7, ge=0)
-    ema_half_life: float = Field(0.0, ge=0)
 
 
 class GuidanceRecipe(Section):
@@ -280,6 +201,10 @@ class Recipe(Section):
     guidance: GuidanceRecipe = GuidanceRecipe()
     classifier: ClassifierRecipe = ClassifierRecipe()
 
+    def of_round(self, number: int) -> Recipe:
+        """The recipe as round `number` of a finetuning runs it."""
+        return self.model_copy(update={"finetune": self.finetune.of_round(number)})
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Messages about mistakes
@@ -299,6 +224,8 @@ def all_keys(schema: type[BaseModel] | None = None, prefix: str = "") -> list[st
 
 def nearest_key(key: str) -> str:
     """ " (did you mean '...'?)" for a misspelt or unqualified key; empty where nothing is near."""
+    if override := re.match(r"finetune\.from_round\.\d+\.", key):
+        return nearest(key[override.end() :], FinetuneRecipe.model_fields)
     known = all_keys()
     same_end = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     section = key.rpartition(".")[0]

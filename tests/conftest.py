@@ -19,7 +19,19 @@ from ddo_cli.schema import Recipe
 CPU = torch.device("cpu")
 TINY_UNET = {"patch": 4, "widths": [16], "depths": [1], "emb_width": 16}
 TINY_TRANSFORMER = {"width": 16, "depth": 1, "heads": 2}
-KINDS = ("diffusion", "autoregressive")
+TINY_EDM2 = {"width": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [16], "head_width": 8}
+TINY_VQVAE = {
+    "channels": 4, "channel_mult": [1, 1, 2], "num_blocks": 1, "groups": 2, "z_channels": 4, "vocabulary": 16,
+    "patch_nums": [1, 2, 4, 8],
+}  # fmt: skip
+# Name, shape, options and sampling of the tiny model of each kind.
+TINY = {
+    "diffusion": ("patch-unet", (3, 32, 32), TINY_UNET, {"sampler": "heun", "steps": 3, "batch": 8}),
+    "autoregressive": ("pixel-transformer", (1, 8, 8), TINY_TRANSFORMER, {"batch": 8}),
+    "edm2": ("edm2-unet", (3, 32, 32), TINY_EDM2, {"sampler": "heun", "steps": 2, "batch": 8, "dtype": "float32"}),
+    "var": ("var", (3, 32, 32), {"depth": 2, "width": 16, "heads": 2, "vqvae": TINY_VQVAE}, {"batch": 8}),
+}
+KINDS = tuple(TINY)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -42,12 +54,8 @@ def _plain_process():
 
 def make_checkpoint(path: Path, kind: str = "diffusion", seed: int = 0, **header) -> str:
     """A random model as `ddo pretrain` would leave it."""
-    if kind == "diffusion":
-        config = registry.config_of("patch-unet", (3, 32, 32), 10, TINY_UNET, {})
-        sampling = {"sampler": "heun", "steps": 3, "batch": 8}
-    else:
-        config = registry.config_of("pixel-transformer", (1, 8, 8), 10, TINY_TRANSFORMER, {})
-        sampling = {"batch": 8}
+    name, shape, options, sampling = TINY[kind]
+    config = registry.config_of(name, shape, 10, options, {})
     torch.manual_seed(seed)
     model = registry.build(config)
     for parameter in model.parameters():  # no layer stays at its zero initialisation
@@ -59,10 +67,10 @@ def make_checkpoint(path: Path, kind: str = "diffusion", seed: int = 0, **header
 
 def tiny_recipe(ckpt: str, kind: str = "diffusion", *overrides: str) -> Recipe:
     """Two rounds of six steps, scored on 32 images."""
-    data = "embedded:digits32" if kind == "diffusion" else "embedded:digits8"
+    data = "embedded:digits8" if kind == "autoregressive" else "embedded:digits32"
     settings = [
         f"data.source={data}",
-        *(["data.num=64"] if kind == "diffusion" else []),
+        *([] if kind == "autoregressive" else ["data.num=64"]),
         "sampling={batch: 8}",
         "metric={name: fd_embedded, num_images: 32, repeats: 2}",
         "finetune={rounds: 2, alpha: 1.0, beta: 0.05, lr: 1.0e-3, batch: 4, images_per_round: 24, num_fake: 16, "

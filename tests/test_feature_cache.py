@@ -56,16 +56,46 @@ def test_the_identity_of_a_set_follows_its_files(tmp_path):
     assert open_stream("embedded:digits8").identity not in (None, open_stream("embedded:digits8", 5).identity)
 
 
-def test_a_damaged_entry_is_none_and_is_replaced(directory):
+def test_a_damaged_entry_is_none_and_is_replaced(directory, monkeypatch):
     key = feature_cache.key_of("images", PROTOCOL, ["pool"])
     feature_cache.store(key, some_arrays())
     path = directory / "features" / f"{key}.npz"
     whole = path.read_bytes()
+    lines: list[str] = []
+    monkeypatch.setattr(console, "warn", lines.append)
     for content in (b"", b"junk", whole[:-9], whole[:100] + b"x" * 20 + whole[120:]):
         path.write_bytes(content)
         assert feature_cache.load(key) is None
+        assert str(path) in lines.pop()
     assert feature_cache.store(key, some_arrays())
     assert feature_cache.load(key) is not None
+    assert not lines
+
+
+def test_entries_used_longest_ago_make_room(directory, monkeypatch):
+    keys = [feature_cache.key_of(f"set {i}", PROTOCOL, []) for i in range(4)]
+    for age, key in enumerate(keys[:3]):
+        feature_cache.store(key, some_arrays())
+        os.utime(directory / "features" / f"{key}.npz", (1000 + age, 1000 + age))
+    size = (directory / "features" / f"{keys[0]}.npz").stat().st_size
+    assert feature_cache.load(keys[0]) is not None  # used now: the second one is the oldest
+    monkeypatch.setattr(feature_cache, "MAX_TOTAL", 3 * size)
+    feature_cache.store(keys[3], some_arrays())
+    assert {path.stem for path in (directory / "features").iterdir()} == {keys[0], keys[2], keys[3]}
+
+
+def test_nothing_larger_than_the_bound_is_kept(directory, monkeypatch):
+    monkeypatch.setattr(feature_cache, "MAX_ENTRY", 247)
+    assert not feature_cache.store("key", {"rows": np.zeros((31, 1))})
+    assert feature_cache.store("key", {"rows": np.zeros((30, 1))})
+
+
+def test_a_full_disk_is_a_warning(directory, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(console, "warn", lines.append)
+    monkeypatch.setattr(feature_cache, "MARGIN", 1 << 60)
+    assert not feature_cache.store("key", some_arrays())
+    assert "make room" in lines[0]
 
 
 def test_pickles_are_neither_stored_nor_read(directory):

@@ -49,7 +49,7 @@ def sets(tmp_path_factory) -> Path:
 
 
 def distance(extractor: str, source: Path, ref: Path, **options) -> float:
-    settings = fid.Options(extractor=extractor, **options)
+    settings = fid.Options(extractor=extractor, cache=False, **options)
     return fid.run(str(source), str(ref), settings, device=torch.device("cpu"))["fd_embedded"]
 
 
@@ -141,7 +141,7 @@ def test_embedded_default(monkeypatch):
 def test_two_processes_equal_one(sets, extractor):
     code = (
         "import sys, json; from ddo_cli import dist; from ddo_cli.engines import fid\n"
-        "options = fid.Options(extractor=sys.argv[3], batch=64)\n"
+        "options = fid.Options(extractor=sys.argv[3], batch=64, cache=False)\n"
         "found = fid.run(sys.argv[1], sys.argv[2], options, device=dist.init('cpu'))\n"
         "print(f\"value {found['fd_embedded']!r} {found['num_images']};\", flush=True); dist.shutdown()\n"
     )

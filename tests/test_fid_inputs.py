@@ -18,8 +18,9 @@ from PIL import Image
 
 from ddo_cli import cli
 from ddo_cli.data.images import open_images
-from ddo_cli.engines import fid, fid_pass, sample, stats
-from ddo_cli.metrics.features import EMBEDDED_EXTRACTOR, load_extractor
+from ddo_cli.engines import fid, fid_inputs, fid_pass, sample, stats
+from ddo_cli.errors import DataError, UsageError
+from ddo_cli.metrics.features import EMBEDDED_EXTRACTOR, NetworkExtractor, load_extractor
 from ddo_cli.metrics.scorer import moments_of, own_batches
 
 NUM = 200
@@ -63,7 +64,7 @@ def root(tmp_path_factory, images) -> Path:
 
 
 def score(source, ref, *, log=None, benchmark=None, dry_run=False, **options):
-    settings = fid.Options(**{"extractor": EMBEDDED_EXTRACTOR, "batch": 64, **options})
+    settings = fid.Options(**{"extractor": EMBEDDED_EXTRACTOR, "batch": 64, "cache": False, **options})
     return fid.run(str(source), str(ref), settings, device=CPU, log=log, benchmark=benchmark, dry_run=dry_run)
 
 
@@ -93,12 +94,22 @@ def test_batch_and_workers_do_not_matter(root):
 @pytest.mark.slow
 def test_two_processes_equal_one(root, tmp_path):
     arguments = [root / "folder", "--ref", root / "ref.npz", "--extractor", EMBEDDED_EXTRACTOR, "--batch", "32"]
-    arguments += ["--metrics", ",".join(ALL), "--uncertainty", "--json"]
+    arguments += ["--metrics", ",".join(ALL), "--uncertainty", "--no-cache", "--json"]
     done = torchrun("-m", "ddo_cli", "fid", *map(str, arguments))
     found = json.loads(done.stdout.strip().splitlines()[-1])
     one = score(root / "folder", root / "ref.npz", metrics=ALL, batch=32, uncertainty=True)
     assert figures(found) == pytest.approx(figures(one), rel=1e-9)
     assert found["content_digest"] == one["content_digest"]
+
+
+def by_two(source: Path, ref: Path, *options: object) -> subprocess.CompletedProcess[str]:
+    """`ddo fid` on two processes, which may fail."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddo_cli"]
+    command += ["fid", str(source), "--ref", str(ref), "--extractor", EMBEDDED_EXTRACTOR, *map(str, options)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
+    return subprocess.run(
+        [*command, "--batch", "32", "--json"], capture_output=True, text=True, env=environment, check=False, timeout=120
+    )
 
 
 @pytest.mark.slow
@@ -108,12 +119,7 @@ def test_an_image_broken_for_one_process_ends_both(root, tmp_path):
         shutil.copy(path, tmp_path)
     last = sorted(tmp_path.iterdir())[40]  # in the second batch of 32, which is the second process's
     last.write_bytes(last.read_bytes()[:100])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddo_cli"]
-    command += ["fid", str(tmp_path), "--ref", str(root / "ref.npz"), "--extractor", EMBEDDED_EXTRACTOR]
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
-    done = subprocess.run(
-        [*command, "--batch", "32", "--json"], capture_output=True, text=True, env=environment, check=False, timeout=120
-    )
+    done = by_two(tmp_path, root / "ref.npz")
     assert done.returncode != 0
     assert f"{last.name} cannot be read as an image" in json.loads(done.stdout)["error"]["message"]
     assert "]: Traceback" not in done.stderr, "torchrun's own report aside"
@@ -189,41 +195,53 @@ def passes(monkeypatch) -> list[str]:
     """Titles of the passes over images."""
     titles, run = [], fid_pass.run
 
-    def counted(*arguments):
+    def counted(*arguments, **options):
         titles.append(arguments[-1])
-        return run(*arguments)
+        return run(*arguments, **options)
 
     monkeypatch.setattr(fid_pass, "run", counted)
     return titles
 
 
-def test_reference_is_passed_once(root, passes, tmp_path, monkeypatch):
-    monkeypatch.setenv("DDO_CACHE", str(tmp_path))
-    first = score(root / "set.npz", root / "ref.npz")
-    assert [title.startswith("reference") for title in passes] == [True, False]
-    passes.clear()
-    again = score(root / "set.npz", root / "ref.npz")
-    assert passes == [str(root / "set.npz")]
-    assert again["fd_embedded"] == first["fd_embedded"]
-    for change in ({"num": 150}, {}):  # parts of the scored set change nothing of the reference
-        passes.clear()
-        score(root / "set.npz", root / "ref.npz", **change)
-        assert len(passes) == 1
-    passes.clear()
-    np.savez(tmp_path / "ref.npz", images=np.load(root / "set.npz")["images"])
-    assert score(root / "set.npz", tmp_path / "ref.npz")["fd_embedded"] < 1e-6
-    assert len(passes) == 2
-    monkeypatch.setenv("DDO_CACHE", "off")
-    passes.clear()
-    assert score(root / "set.npz", root / "ref.npz")["fd_embedded"] == first["fd_embedded"]
-    assert len(passes) == 2
+def test_weights_go_to_their_networks(root, monkeypatch):
+    asked = {}
+
+    def select(metric, weights, *_):
+        asked[metric] = weights
+        return load_extractor()
+
+    monkeypatch.setattr(fid, "select_extractor", select)
+    ref = root / "ref.npz"
+    for metrics, weights, expected in (
+        (("fid", "fd_clip"), "a.pth", {"fid": "a.pth", "fd_clip": None}),
+        (("fd_clip",), "a.pth", {"fd_clip": "a.pth"}),
+        (("fid", "fd_clip"), {"fd_clip": "c.pt", "fid": "a.pth"}, {"fid": "a.pth", "fd_clip": "c.pt"}),
+        (("precision", "fd_clip"), {"fd_clip": "c.pt"}, {"fid": None, "fd_clip": "c.pt"}),
+    ):
+        asked.clear()
+        score(root / "set.npz", ref, metrics=metrics, weights=weights, extractor=None, dry_run=True)
+        assert asked == expected
+    with pytest.raises(UsageError, match=r"fd_clip=c.pt has no effect: the metrics fid need the networks fid"):
+        score(root / "set.npz", ref, weights={"fd_clip": "c.pt"}, extractor=None, dry_run=True)
 
 
-def test_changed_reference_is_not_taken_from_the_cache(root, tmp_path):
-    for name in ("ref", "set"):
-        np.savez(tmp_path / "ref.npz", images=np.load(root / f"{name}.npz")["images"])
-        found = score(root / "set.npz", tmp_path / "ref.npz")["fd_embedded"]
-    assert found < 1e-6
+@pytest.mark.slow
+def test_a_picture_that_cannot_be_written_ends_both(root, tmp_path):
+    (tmp_path / "file").write_text("where the directory should be")
+    done = by_two(root / "set.npz", root / "ref.npz", "--nearest", 3, "--pictures", tmp_path / "file" / "pictures")
+    assert done.returncode != 0
+    assert "Not a directory" in json.loads(done.stdout)["error"]["message"]
+    assert "]: Traceback" not in done.stderr
+
+
+def test_compared_sets_are_opened_once(root, monkeypatch):
+    opened, comparable = [], fid_inputs.comparable
+    monkeypatch.setattr(fid_inputs, "comparable", lambda *given: opened.append(given[0]) or comparable(*given))
+    monkeypatch.setattr(NetworkExtractor, "outputs", ("pool", "spatial"))
+    monkeypatch.setattr(fid_pass, "run", lambda *_, **__: pytest.fail("a pass"))
+    with pytest.raises(DataError, match="missing"):
+        score(root / "set.npz", root / "ref.npz", nll=(str(root / "folder"), "missing"))
+    assert opened.count(str(root / "folder")) == 1
 
 
 def test_dry_run_passes_over_nothing(root, passes, tmp_path):

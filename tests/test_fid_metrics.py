@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import CPU
+from conftest import CPU, torchrun
 from PIL import Image
 from random_inception import random_state
 
 from ddo_cli.data.images import open_images
-from ddo_cli.engines import fid
+from ddo_cli.engines import fid, fid_figures
 from ddo_cli.metrics.features import load_inception
 from ddo_cli.metrics.kid import kernel_distance
 
@@ -44,7 +44,7 @@ def root(tmp_path_factory) -> Path:
 
 
 def score(root: Path, **options):
-    settings = fid.Options(**{"weights": str(root / "inception.pth"), "batch": 16, **options})
+    settings = fid.Options(**{"weights": str(root / "inception.pth"), "batch": 16, "cache": False, **options})
     return fid.run(str(root / "fake"), str(root / "real"), settings, device=CPU)
 
 
@@ -52,7 +52,7 @@ def score(root: Path, **options):
 def found(root):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fid, "KID_SUBSET", SUBSET)
-        patch.setattr(fid, "kernel_distance", partial(kernel_distance, subset_size=SUBSET))
+        patch.setattr(fid_figures, "kernel_distance", partial(kernel_distance, subset_size=SUBSET))
         return score(root, metrics=("fid", "is", "precision", "recall", "sfid", "kid"))
 
 
@@ -82,23 +82,64 @@ def test_equal_to_torch_fidelity(root, found):
     assert 0 < ours["precision"] < 1 or 0 < ours["recall"] < 1
 
 
+def frechet(fake: np.ndarray, real: np.ndarray, ddof: int = 1) -> float:
+    """|mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2)) of two sets of rows (N, F).
+
+    S = A A^T with one column per image, so that tr (S S')^(1/2) is the sum of the singular values of A^T A'.
+    """
+    first, second = ((one - one.mean(0)).T / np.sqrt(len(one) - ddof) for one in (real, fake))
+    overlap = scipy.linalg.svdvals(first.T @ second).sum()
+    mean = np.square(real.mean(0) - fake.mean(0)).sum()
+    return float(mean + np.square(first).sum() + np.square(second).sum() - 2 * overlap)
+
+
 def test_equal_to_the_formula(root, found):
-    """|mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2)), of covariances divided by N - 1, not N."""
+    """Of covariances divided by N - 1, not N."""
     extractor = load_inception(str(root / "inception.pth"))
-    features = {
-        name: extractor(torch.from_numpy(open_images(str(root / name)).items)).double().numpy()
-        for name in ("real", "fake")
-    }
-    real, fake = features["real"], features["fake"]
-    values = {}
-    for ddof in (0, 1):
-        # S = A A^T with one column per image, so that tr (S S')^(1/2) is the sum of the singular values of A^T A'.
-        first, second = ((one - one.mean(0)).T / np.sqrt(NUM - ddof) for one in (real, fake))
-        overlap = scipy.linalg.svdvals(first.T @ second).sum()
-        mean = np.square(real.mean(0) - fake.mean(0)).sum()
-        values[ddof] = mean + np.square(first).sum() + np.square(second).sum() - 2 * overlap
-    assert found["fid"] == pytest.approx(values[1], rel=1e-6)
-    assert found["fid"] != pytest.approx(values[0], rel=1e-3)
+    real, fake = (
+        extractor(torch.from_numpy(open_images(str(root / name)).items)).double().numpy() for name in ("real", "fake")
+    )
+    assert found["fid"] == pytest.approx(frechet(fake, real), rel=1e-6)
+    assert found["fid"] != pytest.approx(frechet(fake, real, ddof=0), rel=1e-3)
+
+
+def test_sfid_against_a_reference_file(root, found, tmp_path):
+    """`mu_s` and `sigma_s` as ADM's files hold them, out of torch-fidelity's network and numpy's covariance."""
+    from torch_fidelity.utils import create_feature_extractor
+
+    network = create_feature_extractor(
+        "inception-v3-compat", ["2048"], cuda=False, verbose=False,
+        feature_extractor_weights_path=str(root / "inception.pth"),
+    )  # fmt: skip
+    blocks: list[torch.Tensor] = []
+    network.Mixed_6d.register_forward_hook(lambda module, inputs, output: blocks.append(output[:, :7]))
+    spatial = {}
+    for name in ("real", "fake"):
+        network(torch.from_numpy(open_images(str(root / name)).items))
+        spatial[name] = blocks.pop().double().numpy()  # (N, 7, 17, 17)
+    # TensorFlow lays an image's numbers out by row, column, channel.
+    real, fake = (spatial[name].transpose(0, 2, 3, 1).reshape(NUM, -1) for name in ("real", "fake"))
+    pool = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
+    np.savez(tmp_path / "adm.npz", **pool, mu_s=real.mean(0), sigma_s=np.cov(real, rowvar=False))
+    options = fid.Options(metrics=("sfid",), weights=str(root / "inception.pth"), batch=16, cache=False)
+    value = fid.run(str(root / "fake"), str(tmp_path / "adm.npz"), options, device=CPU)["sfid"]
+    assert value == pytest.approx(frechet(fake, real), rel=1e-5)
+    assert value == pytest.approx(found["sfid"], rel=1e-5)
+    channels_first = spatial["real"].reshape(NUM, -1)
+    assert value != pytest.approx(frechet(fake, channels_first), rel=1e-2)
+
+
+def test_two_processes_equal_one(root, found):
+    """Of 30 images: a batch of 16 on one process, 14 on the other."""
+    arguments = ["--ref", root / "real", "--weights", root / "inception.pth", "--batch", 16, "--no-cache", "--json"]
+    done = torchrun(
+        "-m", "ddo_cli", "fid", str(root / "fake"), *map(str, arguments), "--metrics", "fid,is,precision,recall"
+    )
+    two = json.loads(done.stdout.strip().splitlines()[-1])
+    keys = ("fid", "is", "is_std", "precision", "recall")
+    # The covariances' sums differ in their last digit, of which roots of eigenvalues near zero keep half.
+    assert {key: two[key] for key in keys} == pytest.approx({key: found[key] for key in keys}, rel=1e-9)
+    assert two["content_digest"] == found["content_digest"]
 
 
 def test_one_image_at_a_time_and_likelihoods(root, found, tmp_path):

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from ddo_cli.diffusion import noise, samplers
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
-from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, classifier_free, climb
+from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, climb, extrapolated
 from ddo_cli.diffusion.mixture import GaussianMixture, toy2d
 from ddo_cli.diffusion.samplers import Boost, Churn, Trace
 from ddo_cli.diffusion.schedules import karras_sigmas
@@ -273,7 +273,7 @@ def test_the_denoiser_is_told_its_stage():
         def denoise(self, x, sigma, label):
             return x
 
-    guided = steered(AutoGuide(Bad(), 2.0), steered(GradientGuide(curved), classifier_free(denoise, denoise, 2.0)))
+    guided = steered(AutoGuide(Bad(), 2.0), steered(GradientGuide(curved), extrapolated(denoise, denoise, 2.0)))
     guided(normal(4), torch.ones((), dtype=torch.float64), "corrector")
     assert stages == ["corrector", "corrector"]
 

@@ -74,5 +74,5 @@ def test_only_console_prints():
 def test_only_dist_calls_torch_distributed():
     for path in PACKAGE.rglob("*.py"):
         targets = [f"{target}.{name}" for _, target, name in imports(path)]
-        if path.name != "dist.py":
+        if path.name not in ("dist.py", "sharding.py"):
             assert not [target for target in targets if target.startswith("torch.distributed")], path

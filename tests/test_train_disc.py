@@ -4,13 +4,14 @@ import json
 import math
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import CPU, make_checkpoint, tiny_disc_recipe, torchrun
 
-from ddo_cli import checkpoint, files
+from ddo_cli import checkpoint, cli, files
 from ddo_cli.data.images import open_images
 from ddo_cli.data.pairs import split
 from ddo_cli.diffusion import noise
@@ -386,3 +387,16 @@ def test_noisy_states_have_the_forward_process_moments():
     x = noisy(torch.full((4000, 1), 2.0), t, torch.randn(4000, 1, generator=torch.Generator().manual_seed(0)))
     assert x.mean().item() == pytest.approx(2 * noise.mean_scale(t[0]).item(), abs=0.05)
     assert x.std().item() == pytest.approx(noise.std(t[0]).item(), abs=0.05)
+
+
+def test_eval_num_is_of_the_scores(ckpt, monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(train_disc, "run", lambda recipe, *_, **__: given.append(recipe) or {"out": "there"})
+    command = ["ddo", "train-disc", "--ckpt", ckpt, "--eval-num", "64", "--dry-run"]
+    for options, code in (([], 2), (["--select", "fid"], 0)):
+        monkeypatch.setattr(sys, "argv", [*command, *options])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == code
+    assert [recipe.metric.num_images for recipe in given] == [64]
+    assert "--eval-num 64 has no effect" in " ".join(capsys.readouterr().err.split())

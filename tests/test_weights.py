@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ddo_cli.errors import CheckpointError
+from ddo_cli.errors import CheckpointError, UsageError
 from ddo_cli.metrics import weights
 from ddo_cli.metrics.features import select_extractor
 
@@ -183,3 +183,26 @@ def test_safetensors_of_other_content(tmp_path):
     save_file({"a": torch.full((2,), torch.inf)}, tmp_path / "w.safetensors")
     with pytest.raises(CheckpointError, match="'a' holds values that are not finite"):
         select_extractor("fid", str(tmp_path / "w.safetensors"))
+
+
+def test_files_by_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run=3.pth").write_text("")
+    for given, expected in (
+        ([], None),
+        (["a.pth"], "a.pth"),
+        (["run=3.pth"], "run=3.pth"),  # a file's own name
+        (["/data/run=3/a.pth"], "/data/run=3/a.pth"),
+        (["fid=a.pth"], {"fid": "a.pth"}),
+        (["fd_dinov2=b=1.pth", "a.pth"], {"fd_dinov2": "b=1.pth", "fid": "a.pth"}),
+    ):
+        assert weights.by_network(given) == expected
+    for given, message in (
+        (["dino=a.pth"], "dino is no network .* NAME=PATH with one of fid, fd_dinov2, fd_clip"),
+        (["fid="], "its path is missing"),
+        (["=a.pth"], "an empty name"),
+        (["a.pth", "fid=b.pth"], "gives fid two files, a.pth and b.pth"),
+        (["a.pth", "b.pth"], "two files"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            weights.by_network(given)

@@ -58,8 +58,11 @@ def fid(
         typer.Option(help="Some of fid, sfid, is, kid, precision, recall, density, coverage, fd_dinov2, fd_clip."),
     ] = "fid",
     weights: Annotated[
-        str | None,
-        typer.Option(help="Inception-v3 weights of torch-fidelity. Without, and none found: the embedded extractor."),
+        list[str] | None,
+        typer.Option(
+            help="Inception-v3 weights of torch-fidelity; NAME=PATH of another network (fd_dinov2, fd_clip), may be "
+            "repeated. Without, and none found: the embedded extractor."
+        ),
     ] = None,
     extractor: Annotated[
         str | None,
@@ -91,6 +94,9 @@ def fid(
     workers: Annotated[
         int | None, typer.Option(min=0, max=64, help="Processes that decode. Default: as suits the machine.")
     ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Pass all images through the network, and keep nothing for later runs.")
+    ] = False,
     model_file: ModelFile = None,
     device: Device = None,
     dry_run: DryRun = False,
@@ -102,23 +108,25 @@ def fid(
         raise UsageError("--compare adds a set to the histogram of --nll; give both")
     from ddo_cli.engines import fid as engine
     from ddo_cli.engines import fid_report
+    from ddo_cli.metrics.weights import by_network
     from ddo_cli.models import registry
     from ddo_cli.recipe import parse_sampling
 
     registry.load_file(model_file)
     precision_: Any = choice("--precision", precision, ("float32", "tf32", "bf16")) or "float32"
     options = engine.Options(
-        metrics=tuple(part.strip() for part in metrics.split(",")), weights=weights, extractor=extractor,
-        precision=precision_, download=download, num=num, repeat=repeat, batch=batch, workers=workers,
-        uncertainty=uncertainty, per_class=per_class, adm=adm, nearest=nearest,
-        nll=tuple(compare or ()) if nll else None, pictures=pictures, sampling=parse_sampling(overrides or [], {}),
+        metrics=tuple(part.strip() for part in metrics.split(",")), weights=by_network(weights or []),
+        extractor=extractor, precision=precision_, download=download, num=num, repeat=repeat, batch=batch,
+        workers=workers, uncertainty=uncertainty, per_class=per_class, adm=adm, nearest=nearest,
+        nll=tuple(compare or ()) if nll else None, pictures=pictures, cache=not no_cache,
+        sampling=parse_sampling(overrides or [], {}),
     )  # fmt: skip
     found = engine.run(source, ref, options, device=device_of(device), benchmark=benchmark, log=log, dry_run=dry_run)
     if dry_run:
         console.result(found, lines_of(found))
         return
-    kept = ("reference", "extractor", "extractor_sha256", "images_per_second", "comparable", "nearest", "likelihoods")
-    shown = {key: found[key] for key in kept if key in found}
+    kept = ("reference", "extractor", "extractor_sha256", "images_per_second", "images_from_cache", "comparable")
+    shown = {key: found[key] for key in (*kept, "nearest", "likelihoods") if found.get(key) is not None}
     title = f"{source}: {found['num_images']:,} images"
     console.result(found, lines_of(shown) + "\n\n" + found["markdown"], console.table(title, *fid_report.table(found)))
 
@@ -217,7 +225,10 @@ def analyze(
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="EDM .pkl; ADM diffusion model, ADM classifier or DG .pt; diffusers folder.")
+        Path,
+        typer.Argument(
+            help="EDM or EDM2 .pkl; ADM diffusion model, ADM classifier or DG .pt; VAR .pth; diffusers folder."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
     settings: FileSettings = None,
@@ -225,6 +236,7 @@ def convert(
     trunk: Annotated[
         str | None, typer.Option(help="Of a discriminator: the converted classifier that it stands on.")
     ] = None,
+    vae: Annotated[Path | None, typer.Option(help="Of a VAR: the published file of its tokenizer.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read the file again and compare every tensor.")] = False,
     dry_run: DryRun = False,
     json_: Json = False,
@@ -234,7 +246,7 @@ def convert(
     from ddo_cli.engines import convert as engine
 
     found = engine.run(
-        source, out, model=model, trunk=trunk, settings=settings or (), verify=verify, dry_run=dry_run
+        source, out, model=model, trunk=trunk, vae=vae, settings=settings or (), verify=verify, dry_run=dry_run
     )  # fmt: skip
     console.result(found, lines_of(found))
 

@@ -36,9 +36,11 @@ Seeds = Annotated[str | None, typer.Option(help="Seeds such as 0-49999 or 3,7,10
 Classes = Annotated[str | None, typer.Option(help="Only these classes, e.g. 3,5. Default: all, balanced.")]
 Labels = Annotated[
     str | None,
-    typer.Option(help="balanced (seed modulo classes), or random as EDM's scripts draw them."),
+    typer.Option(
+        help="balanced (seed modulo classes), position (place in --seeds modulo classes), or random as EDM draws them."
+    ),
 ]
-Sampler = Annotated[str | None, typer.Option(help="euler, heun (EDM), dpmpp-2m, ddim or ddpm.")]
+Sampler = Annotated[str | None, typer.Option(help="euler, heun (EDM), dpmpp-2m, dpm-v3, ddim or ddpm.")]
 Steps = Annotated[int | None, typer.Option(help="Sampling steps.")]
 Churn = Annotated[float | None, typer.Option(help="EDM's stochasticity.")]
 CfgScale = Annotated[float | None, typer.Option(help="Classifier-free guidance, 1 = off.")]
@@ -50,8 +52,14 @@ SamplingKeys = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Other sampling keys, e.g. sigma_max=20 top_k=5."),
 ]
-GuideCkpt = Annotated[str | None, typer.Option(help="Autoguidance: a worse version of the model.")]
-Guidance = Annotated[float, typer.Option(help="Scale of autoguidance, 1 = off.")]
+GuideCkpt = Annotated[
+    str | None,
+    typer.Option(help="Guide by a second network: a worse version of the model, or an unconditional one."),
+]
+Guidance = Annotated[float, typer.Option(help="Scale of its guidance, 1 = off.")]
+GuidanceInterval = Annotated[
+    str | None, typer.Option(metavar="LOW,HIGH", help="Noise levels at which it acts. Default: all.")
+]
 Disc = Annotated[
     str | None,
     typer.Option(help="Discriminator of `ddo train-disc`. Default: the newest below runs/."),
@@ -70,6 +78,8 @@ Force = Annotated[bool, typer.Option("--force", help="Use a discriminator that w
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Options -> values
+
+_TWO_LEVELS = "write two noise levels such as 0.3,2"
 
 
 def recipe_of(name: str, overrides: list[str] | None, given: dict[str, Any], own_model: bool = False) -> Recipe:
@@ -132,6 +142,13 @@ def numbers(text: str) -> list[int]:
 def floats(text: str) -> list[float]:
     """ "0.5,1" -> [0.5, 1.0]."""
     return [float(part) for part in text.split(",")]
+
+
+def interval_of(text: str | None) -> Any:
+    """The two levels of --guidance-interval. Raises UsageError."""
+    if (values := parsed("--guidance-interval", text, floats, _TWO_LEVELS)) is not None and len(values) != 2:
+        raise UsageError(f"--guidance-interval {text} has {len(values)} numbers; {_TWO_LEVELS}")
+    return values and tuple(values)
 
 
 def coefficient(option: str, text: str | None) -> float | list[float] | None:

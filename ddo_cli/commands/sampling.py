@@ -21,6 +21,7 @@ from ddo_cli.commands.options import (
     Force,
     Form,
     Guidance,
+    GuidanceInterval,
     GuideCkpt,
     GuidedCkpt,
     Json,
@@ -38,6 +39,7 @@ from ddo_cli.commands.options import (
     classes_of,
     device_of,
     floats,
+    interval_of,
     lines_of,
     parsed,
     seeds_of,
@@ -58,6 +60,7 @@ def sample(
     cfg_scale: CfgScale = None,
     guide_ckpt: GuideCkpt = None,
     guidance: Guidance = 1.0,
+    guidance_interval: GuidanceInterval = None,
     batch: Batch = None,
     out: Annotated[Path, typer.Option(help="Directory of the sample set.")] = Path("samples"),
     form: Form = None,
@@ -82,7 +85,7 @@ def sample(
     sampling = parse_sampling(overrides or [], flags)
     registry.load_file(model_file)
     device_ = device_of(device)
-    others = guides.Others(guide_ckpt, guidance)
+    others = guides.Others(guide_ckpt, guidance, interval=interval_of(guidance_interval))
     made = guides.of_plain_sampling(others, ckpt, device_)
     found = engine.run(
         ckpt,
@@ -116,6 +119,7 @@ def guide_sample(
     boost_weight_period: Annotated[int | None, typer.Option(help="Steps between doubled weights.")] = None,
     guide_ckpt: GuideCkpt = None,
     guidance: Guidance = 1.0,
+    guidance_interval: GuidanceInterval = None,
     classifier: Annotated[
         str | None, typer.Option(help="Classifier guidance: a noisy-image classifier (`ddo train-classifier`).")
     ] = None,
@@ -166,7 +170,7 @@ def guide_sample(
             "decay": decay, "boost": boost, "boost_churn_period": boost_churn_period,
             "boost_weight_period": boost_weight_period,
         },
-        others=Others(guide_ckpt, guidance, classifier, classifier_weight),
+        others=Others(guide_ckpt, guidance, classifier, classifier_weight, interval_of(guidance_interval)),
         force=force,
         device=device_of(device),
         dry_run=dry_run,

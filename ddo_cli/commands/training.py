@@ -22,6 +22,7 @@ from ddo_cli.commands.options import (
     lines_of,
     recipe_of,
 )
+from ddo_cli.errors import UsageError
 
 
 def finetune_ddo(
@@ -40,7 +41,7 @@ def finetune_ddo(
     eval_every: Annotated[int | None, typer.Option(help="Images between candidates.")] = None,
     num_fake: Annotated[int | None, typer.Option(help="Samples of the reference per round.")] = None,
     eval_num: Annotated[int | None, typer.Option(help="Images per score of the metric.")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32, tf32 or bf16.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, tf32, bf16 or fp16.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     out: Out = None,
     model_file: ModelFile = None,
@@ -59,13 +60,15 @@ def finetune_ddo(
         "finetune.num_fake": num_fake, "finetune.precision": precision, "metric.num_images": eval_num,
     }  # fmt: skip
     from ddo_cli import rundir
+    from ddo_cli.engines import estimate, finetune_report
     from ddo_cli.engines import finetune_ddo as engine
-    from ddo_cli.engines import finetune_report
 
     settings = recipe_of(recipe, overrides, given)
     found = engine.run(settings, out or Path("runs") / settings.name, device=device_of(device), dry_run=dry_run)
     if dry_run:
-        console.result(found, lines_of(found))
+        by_round = found.get("settings_by_round")
+        lines = lines_of({key: value for key, value in estimate.shown(found).items() if key != "settings_by_round"})
+        console.result(found, lines, console.table(*finetune_report.settings_table(by_round)) if by_round else None)
         return
     columns, rows = finetune_report.table_of(rundir.RunDir(Path(found["out"])), found["metric"])
     counted = f" of {found['metric_images']:,} images" if found["metric_images"] else ""
@@ -95,12 +98,13 @@ def train_disc(
     num_fake: Annotated[int | None, typer.Option(help="Samples to draw.")] = None,
     images: Annotated[int | None, typer.Option(help="Real images at most, repeats counted.")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Images between checkpoints.")] = None,
+    eval_num: Annotated[int | None, typer.Option(help="With --select fid: images per score of a checkpoint.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     batch: Annotated[int | None, typer.Option(help="Real images per step, over all processes.")] = None,
     select: Annotated[
         str | None, typer.Option(help="Final checkpoint by held-out bce, or fid of guided samples.")
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="float32, tf32 or bf16.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, tf32, bf16 or fp16.")] = None,
     conditional: Annotated[
         bool | None, typer.Option("--conditional/--unconditional", help="Whether it sees labels.")
     ] = None,
@@ -122,11 +126,13 @@ def train_disc(
         "seed": seed, "data.source": data, "model.ckpt": ckpt, "model.file": model_file, "discriminator.fake": fake,
         "discriminator.num_fake": num_fake, "discriminator.images": images, "discriminator.lr": lr,
         "discriminator.batch": batch, "discriminator.select": select, "discriminator.conditional": conditional,
-        "discriminator.eval_every": eval_every, "discriminator.precision": precision,
+        "discriminator.eval_every": eval_every, "discriminator.precision": precision, "metric.num_images": eval_num,
     }  # fmt: skip
     from ddo_cli.engines import train_disc as engine
 
     settings = recipe_of(recipe, overrides, given)
+    if eval_num is not None and settings.discriminator.select != "fid":
+        raise UsageError(f"--eval-num {eval_num} has no effect without scores of checkpoints; add --select fid")
     out = out or engine.default_out(settings, ckpt)
     found = engine.run(settings, out, device=device_of(device), force=force, dry_run=dry_run)
     if dry_run:
@@ -143,7 +149,7 @@ def pretrain(
     images: Annotated[int | None, typer.Option(help="Images to train on, repeats counted.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     batch: Annotated[int | None, typer.Option(help="Images per step, over all processes.")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32, tf32 or bf16.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, tf32, bf16 or fp16.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     out: Annotated[
         Path | None,
@@ -161,12 +167,13 @@ def pretrain(
         "seed": seed, "data.source": data, "model.file": model_file, "pretrain.images": images, "pretrain.lr": lr,
         "pretrain.batch": batch, "pretrain.precision": precision,
     }  # fmt: skip
+    from ddo_cli.engines import estimate
     from ddo_cli.engines import pretrain as engine
 
     settings = recipe_of(recipe, overrides, given, own_model=True)
     out = out or Path("runs") / f"{settings.name}-pretrain"
     found = engine.run(settings, out, device=device_of(device), dry_run=dry_run)
-    console.result(found, lines_of(found))
+    console.result(found, lines_of(estimate.shown(found) if dry_run else found))
 
 
 def train_classifier(

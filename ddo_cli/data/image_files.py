@@ -62,7 +62,7 @@ def folder_entries(source: str, path: Path) -> tuple[list[str], np.ndarray]:
     except OSError as error:
         raise DataError(f"{index} cannot be read ({error.strerror}); correct its permissions") from None
     names = _image_names(source, names)
-    labels = _indexed_labels(source, names, text)
+    labels = indexed_labels(source, names, text)
     tops = [name.partition("/")[0] for name in names if "/" in name]
     classes = sorted(set(tops))
     if text is None and len(tops) == len(names) and len(classes) > 1:
@@ -92,7 +92,7 @@ def zip_entries(source: str, archive: zipfile.ZipFile) -> tuple[list[str], np.nd
     """Names of a zip's images, sorted, and their labels int64 (N,). Raises DataError, or one of ZIP_ERRORS."""
     text = archive.read(INDEX) if INDEX in archive.namelist() else None
     names = _image_names(source, archive.namelist())
-    return names, _indexed_labels(source, names, text)
+    return names, indexed_labels(source, names, text)
 
 
 def broken_zip(source: str, error: Exception) -> DataError:
@@ -113,7 +113,7 @@ def _image_names(source: str, names: list[str]) -> list[str]:
     return found
 
 
-def _indexed_labels(source: str, names: list[str], text: bytes | None) -> np.ndarray:
+def indexed_labels(source: str, names: list[str], text: bytes | None) -> np.ndarray:
     """Labels of dataset.json, int64 (N,): {"labels": [[name, class], ...]}, or null for none."""
     where, labels = f"{source}: {INDEX}", np.full(len(names), NO_LABEL)
     if text is None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ddo_cli.checkpoint import EMBEDDED
-from ddo_cli.data import arrays, cifar, image_files, samples
+from ddo_cli.data import arrays, cifar, image_files, latents, samples
 from ddo_cli.data.embedded import embedded_names, open_embedded
 from ddo_cli.data.items import ItemSet, item_set
 from ddo_cli.errors import DataError
@@ -22,7 +22,8 @@ def open_images(source: str, num: int | None = None, cache: bool = True) -> Item
     when every image lies in one); a zip of images (labels from dataset.json); an .npz (arr_0, samples or images: uint8,
     channels first or last, or float points (N, d); label, labels or arr_1: class numbers or one-hot rows); a folder of
     nothing but .npz files with the same arrays (their concatenation, sorted by name); cifar-10-python.tar.gz or the
-    folder in it (its training images); a sample set that ddo wrote; or "embedded:<name>", see `embedded.embedded_sets`.
+    folder in it (its training images); a sample set that ddo wrote; latents or tokens of `ddo encode` or of EDM2's own
+    archives, see `latents`, which are read when asked for; or "embedded:<name>", see `embedded.embedded_sets`.
     num: use this many. Embedded sets that are generated are made in this number; of any other, a random choice that is
     always the same (numpy's RandomState(0), as EDM does), in the set's order.
     cache: whether many images are kept decoded for later runs (`data.cache`); such items are read-only.
@@ -33,6 +34,8 @@ def open_images(source: str, num: int | None = None, cache: bool = True) -> Item
     path = Path(source)
     if source.startswith(EMBEDDED):
         return open_embedded(source, num)
+    if latents.is_latents(path):
+        return latents.open_latents(source, path, num)
     if path.is_dir():
         return _open_directory(source, path, num, cache)
     if not path.is_file():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -78,6 +78,26 @@ class Inspection:
         """
         total = sum(int(limb) << (32 * place) for place, limb in enumerate(self.total)) % (1 << 256)
         return hashlib.sha256(repr((self.num, self.shape, total)).encode()).hexdigest()
+
+    def order(self) -> str:
+        """Hex digest of the images in their order."""
+        return hashlib.sha256(repr(self.digest()).encode() + self.digests.astype("<i8").tobytes()).hexdigest()
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What `restore` takes. After `all_reduce`, when every row was seen."""
+        limits = np.array([self.low, self.high], dtype=np.int64)
+        return {"digests": self.digests, "total": self.total, "limits": limits, "shape": np.array(self.shape)}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Takes over what a pass over the same images has found. Raises ValueError if it is not that."""
+        content = {"digests": self.digests.shape, "total": self.total.shape, "limits": (2,), "shape": (3,)}
+        for key, shape in content.items():
+            if key not in state or state[key].shape != shape or state[key].dtype != np.int64:
+                raise ValueError(f"its array '{key}' is not int64 {shape}")
+        self.digests, self.total = state["digests"].copy(), state["total"].copy()
+        self.low, self.high = (int(limit) for limit in state["limits"])
+        self.shape = tuple(int(size) for size in state["shape"])
+        self.seen[:] = 1
 
     def warnings(self, name: str) -> list[str]:
         """What looks wrong with the set, a sentence each."""

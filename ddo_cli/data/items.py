@@ -14,22 +14,43 @@ from ddo_cli.likelihood import NO_LABEL, LikelihoodModel
 INDEX = "dataset.json"  # labels of EDM's and StyleGAN's archives
 
 
+class Encoded(NamedTuple):
+    """What is known of a set of latents or tokens.
+
+    encoder: `LikelihoodModel.encoder_id` of the model that made them, "" where unknown; image_shape: of the images they
+    were made of; digest: of items and labels, as written down when they were made.
+    """
+
+    encoder: str
+    image_shape: tuple[int, ...]
+    digest: str
+
+
 class ItemSet(NamedTuple):
     """Items in a fixed order, with their labels.
 
     items: uint8 images (N, C, H, W) or float32 points (N, d), not to be written to, since they may be a file's pages;
-    labels: int64 (N,), -1 = none; name: as given by the user; num_classes: one more than the largest label, or the
-    number of class folders or of one-hot columns; 0 = no labels.
+    or what a model's encoder made of images, see `encoded`. labels: int64 (N,), -1 = none; name: as given by the user;
+    num_classes: one more than the largest label, or the number of class folders or of one-hot columns; 0 = no labels.
+    encoded: of latents or tokens; then `items` only stands in for an array (`data.latents.Lazy`).
     """
 
     items: np.ndarray
     labels: np.ndarray
     name: str
     num_classes: int
+    encoded: Encoded | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an item before any encoding: what a model's `shape` is."""
+        return tuple(self.items.shape[1:]) if self.encoded is None else self.encoded.image_shape
 
 
 def digest(items: ItemSet) -> str:
     """Hex SHA-256 of items and labels: whether a continued run still sees the same data."""
+    if items.encoded is not None:
+        return items.encoded.digest
     found = hashlib.sha256(np.ascontiguousarray(items.items).data)
     found.update(np.ascontiguousarray(items.labels).data)
     return found.hexdigest()
@@ -42,17 +63,19 @@ def check_fits(items: ItemSet, model: LikelihoodModel, hflip: bool = False, *, n
     num_classes: whose labels are needed (0: none); None: the model's.
     """
     num_classes = model.num_classes if num_classes is None else num_classes
-    if hflip and (items.items.ndim != 4 or items.items.dtype != np.uint8):
+    if hflip and not holds_images(items):
         raise DataError(
-            f"data.hflip = true mirrors images, and {items.name} holds {describe(items.items.shape[1:])}; leave it out"
+            f"data.hflip = true mirrors images, and {items.name} holds {describe_items(items)}; leave it out"
         )
     found = items.items.shape[1:]
     if found != model.shape and found not in model.latent_shapes:
         encoded = f" (encoded: {', '.join(map(str, model.latent_shapes))})" if model.latent_shapes else ""
         raise DataError(
-            f"{items.name} holds {describe(found)} where the model needs {describe(model.shape)}{encoded}; "
+            f"{items.name} holds {describe_items(items)} where the model needs {describe(model.shape)}{encoded}; "
             "convert the images, or choose a model of their size"
         )
+    if items.encoded is not None:
+        _check_encoder(items.name, items.encoded, model)
     if not num_classes:
         return
     if len(items.labels) and items.labels.min() < 0:
@@ -65,6 +88,31 @@ def check_fits(items: ItemSet, model: LikelihoodModel, hflip: bool = False, *, n
             f"{items.name} has {items.num_classes} classes where the model has {num_classes}; choose a model with as "
             "many classes, or correct the labels"
         )
+
+
+def _check_encoder(name: str, encoded: Encoded, model: LikelihoodModel) -> None:
+    if encoded.image_shape != tuple(model.shape):
+        raise DataError(
+            f"{name} was encoded from {describe(encoded.image_shape)} where the model needs {describe(model.shape)}; "
+            "encode images of that size (ddo encode)"
+        )
+    own = model.encoder_id() if encoded.encoder else ""
+    if own and own != encoded.encoder:
+        raise DataError(
+            f"{name} was encoded by {encoded.encoder}, and the model's encoder is {own}: it would take the items for "
+            "other images; encode the images with this model (ddo encode)"
+        )
+
+
+def holds_images(items: ItemSet) -> bool:
+    """Whether the items are images, and not points, latents or tokens."""
+    return items.items.ndim == 4 and items.items.dtype == np.uint8
+
+
+def check_images(items: ItemSet, use: str) -> None:
+    """Raises DataError unless the set holds images. use: what they are needed for and what to do instead, a clause."""
+    if not holds_images(items):
+        raise DataError(f"{items.name} holds {describe_items(items)}, not images; {use}")
 
 
 def check_balance(real: ItemSet, fake: ItemSet, num_classes: int) -> None:
@@ -113,3 +161,12 @@ def describe(shape: Sequence[int]) -> str:
         return f"points of {' x '.join(map(str, shape))} numbers"
     kind = {1: "grey", 3: "RGB"}.get(shape[0], f"{shape[0]}-channel")
     return f"{shape[2]}x{shape[1]} {kind}"
+
+
+def describe_items(items: ItemSet) -> str:
+    """The items of a set for people."""
+    shape = tuple(items.items.shape[1:])
+    if holds_images(items) or (items.items.ndim == 2 and items.items.dtype.kind == "f"):
+        return describe(shape)
+    kind = "latents" if items.items.dtype.kind == "f" else "tokens"
+    return f"{kind} of shape {'x'.join(map(str, shape))}"

@@ -1,6 +1,7 @@
 """The on-disk sample set: generated items, labels and seeds, written batch by batch so that a set can be continued.
 
-`shards`: shard-000000.safetensors, ... with tensors `items`, `labels`, `seeds`, one file per batch.
+`shards`: shard-000000.safetensors, ... with tensors `items`, `labels`, `seeds`, one file per batch; items are
+          images or points, or where manifest.json says `latents`, x itself: float32 latents or int32 tokens.
 `png`:    <seed:06d>.png, and labels in manifest.json.
 `npz`:    samples.npz with `arr_0` (N, H, W, C) as ADM's tools read it, `labels` and `seeds`.
 
@@ -66,7 +67,7 @@ class Writer:
                     to_image(item.numpy()).save(temporary, format="png")
         tensors = {"labels": batch.label, "seeds": batch.seeds, "nfe": torch.tensor([batch.nfe, batch.disc_nfe])}
         if self.form != "png":
-            tensors["items"] = batch.items
+            tensors["items"] = _compact(batch.items)
         write_tensors(self._shard(batch.number), tensors)
 
     def finish(self) -> dict[str, Any]:
@@ -140,6 +141,11 @@ class Writer:
                     raise RunError(f"{self.out} is not empty and holds no sample set; choose another --out")
                 write_json(path, {**self.manifest, "complete": False})
         dist.barrier()
+
+
+def _compact(items: Tensor) -> Tensor:
+    """Samplers carry latents in float64 and tokens in int64, twice of what there is to know."""
+    return items.to({torch.float64: torch.float32, torch.int64: torch.int32}.get(items.dtype, items.dtype))
 
 
 def open_samples(path: Path) -> SampleSet:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 import ddo_cli
 from ddo_cli import dist
 from ddo_cli.checkpoint import EMBEDDED
-from ddo_cli.data import arrays, cache, cifar, image_files, images, readers, samples
+from ddo_cli.data import arrays, cache, cifar, image_files, images, latents, readers, samples
 from ddo_cli.data.inspection import Inspection
 from ddo_cli.data.items import ItemSet, choice, count_classes, describe
 from ddo_cli.data.readers import Reader
@@ -136,6 +136,8 @@ def open_stream(source: str, num: int | None = None) -> ImageStream:
     path = Path(source)
     if num is not None and num < 1:
         raise DataError(f"{source}: num = {num} must be at least 1")
+    if latents.is_latents(path):
+        raise latents.not_images(source)
     if path.is_dir():
         return _directory(source, path, num)
     if path.is_file() and path.suffix.lower() == ".zip":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
@@ -11,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ddo_cli.diffusion import ablation, flow, guidance, levels, precond, samplers
-from ddo_cli.diffusion.guidance import Guide
+from ddo_cli.diffusion.guidance import Guide, Interval
 from ddo_cli.diffusion.precond import PrecondName
 from ddo_cli.errors import NumericsError, UsageError
 from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, drop_labels
@@ -38,6 +39,9 @@ class LatentCodec(Codec, Protocol):
 
     def draw(self, latents: Tensor, rng: RowRng | None) -> Tensor:
         """x (B, C, h, w) of what `latents` returned; rng None: of the mean."""
+
+    def encoder_id(self) -> str:
+        """What `latents` depends on beside the images: a hash of the encoder's weights."""
 
 
 class DiffusionDraw(NamedTuple):
@@ -92,6 +96,9 @@ class DiffusionModel(LikelihoodModel):
             "step_ratio",
             "clip_denoised",
             "cfg_scale",
+            "cfg_sigma_min",
+            "cfg_sigma_max",
+            "dtype",
         }
     )
 
@@ -144,6 +151,10 @@ class DiffusionModel(LikelihoodModel):
     def latents(self, items: Tensor) -> Tensor:
         """Images -> mean and deviation of their latents."""
         return super().latents(items) if self.latent_codec is None else self.latent_codec.latents(items)
+
+    def encoder_id(self) -> str:
+        """The codec's."""
+        return "" if self.latent_codec is None else self.latent_codec.encoder_id()
 
     def decode(self, x: Tensor) -> Tensor:
         """x in model space -> items on disk."""
@@ -204,7 +215,7 @@ class DiffusionModel(LikelihoodModel):
         guides: Sequence[Guide] = (),
         x0: Tensor | None = None,
     ) -> Sampled:
-        """Samples in model space, float64.
+        """Samples in model space, float64 or what spec.dtype says.
 
         Each row draws its latent, then (with classes) a label, used or not, then the sampler's noise step by step: the
         order of EDM's scripts, whose images come back for the same seeds.
@@ -214,7 +225,7 @@ class DiffusionModel(LikelihoodModel):
         fixed schedule out: with few steps, as our models take, a low level would be left with one of them, and a curve
         over levels would show the integrator's error. So every level costs the same.
         """
-        latent = rng.randn(self.state_shape).to(label.device, torch.float64)
+        latent = rng.randn(self.state_shape).to(label.device, levels.dtype_of(spec))
         if self.num_classes:
             rng.randint(self.num_classes)
         sigmas = self.sigmas(spec).to(label.device)
@@ -261,13 +272,25 @@ class DiffusionModel(LikelihoodModel):
 
         denoise = bound(label)
         if spec.cfg_scale is not None and spec.cfg_scale != 1:
-            # The conditional pass is the later one, so that the variance is its own.
-            denoise = guidance.classifier_free(denoise, bound(torch.full_like(label, NO_LABEL)), spec.cfg_scale)
+            unconditional = bound(torch.full_like(label, NO_LABEL))
+            denoise = guidance.extrapolated(denoise, unconditional, spec.cfg_scale, _cfg_interval(spec))
         if spec.clip_denoised:
             denoise = _clipped(denoise)
         for guide in guides:
             denoise = guide.steer(denoise, label, trace)
         return denoise
+
+    def passes(self, spec: SamplingRecipe) -> int:
+        """Counted: one sample of a copy whose network says 0 everywhere."""
+        counted = copy.copy(self)  # shares the weights, which nothing reads
+        counted.evaluate = lambda x, sigma, label: (torch.zeros_like(x), torch.zeros_like(x))  # type: ignore
+        counted.denoise = lambda x, sigma, label: torch.zeros_like(x)  # type: ignore[method-assign]
+        return counted.sample(torch.full((1,), NO_LABEL), RowRng([0]), spec).nfe
+
+    def units(self) -> Sequence[nn.Module]:
+        """The network's."""
+        units = getattr(self.net, "units", None)
+        return units() if callable(units) else ()
 
     def random_labels(self, rng: RowRng) -> Tensor:
         """Labels as EDM's scripts draw them: from each item's own generator, after its latent."""
@@ -280,9 +303,17 @@ class DiffusionModel(LikelihoodModel):
         levels.check(spec, self.options, self.precond)
         if spec.cfg_scale not in (None, 1.0) and not self.num_classes:
             raise UsageError(f"sampling.cfg_scale = {spec.cfg_scale} needs a class-conditional model; leave it out")
+        if (spec.cfg_sigma_min, spec.cfg_sigma_max) != (None, None):
+            if spec.cfg_scale in (None, 1.0):
+                raise UsageError("sampling.cfg_sigma_min and cfg_sigma_max are of a cfg_scale other than 1; set it too")
+            what = "the guidance of sampling.cfg_scale"
+            levels.check_interval(what, _cfg_interval(spec), spec, self.sigmas(spec)[:-1])
 
     def check_guides(self, spec: SamplingRecipe, guides: Sequence[Guide]) -> None:
-        """Any guide steers a denoiser; boosting needs a sampler that churns."""
+        """Any guide steers a denoiser; boosting needs a sampler that churns, an interval one of its levels."""
+        for guide in guides:
+            if isinstance(interval := getattr(guide, "interval", None), Interval) and not self._boost(guides):
+                levels.check_interval("--guidance-interval", interval, spec, self.sigmas(spec)[:-1])
         if self._boost(guides) and (spec.sampler or "heun") not in samplers.CHURNED:
             raise UsageError(f"boost churns samples, which sampler {spec.sampler} cannot do; use heun or euler")
 
@@ -307,8 +338,12 @@ class DiffusionModel(LikelihoodModel):
         return levels.bounds(spec, self.options, self.precond)
 
     def sigmas(self, spec: SamplingRecipe) -> Tensor:
-        """Decreasing noise levels of a sampling run, ending in 0, (steps + 1,), float64."""
+        """Decreasing noise levels of a sampling run, (steps + 1,): see `levels.sigmas`."""
         return levels.sigmas(spec, self.options, self.precond)
+
+
+def _cfg_interval(spec: SamplingRecipe) -> Interval:
+    return Interval(spec.cfg_sigma_min or 0.0, math.inf if spec.cfg_sigma_max is None else spec.cfg_sigma_max)
 
 
 def _clipped(denoise: samplers.Denoiser) -> samplers.Denoiser:

@@ -34,12 +34,30 @@ class Guide(Protocol):
     def steer(self, denoise: Denoiser, label: Tensor, trace: Trace) -> Denoiser: ...
 
 
-def classifier_free(conditional: Denoiser, unconditional: Denoiser, cfg_scale: float) -> Denoiser:
-    """D_uncond + cfg_scale (D_cond - D_uncond) (arXiv 2207.12598); 1 is the conditional model itself."""
+class Interval(NamedTuple):
+    """The noise levels (low, high] at which a guidance acts (arXiv 2404.07724)."""
+
+    low: float = 0.0
+    high: float = math.inf
+
+    def holds(self, sigma: Tensor) -> Tensor:
+        """Whether they lie within, of sigma's shape."""
+        return (sigma > self.low) & (sigma <= self.high)
+
+
+def extrapolated(good: Denoiser, bad: Denoiser, scale: float, interval: Interval = Interval()) -> Denoiser:  # noqa: B008
+    """D_bad + scale (D_good - D_bad) within the interval, elsewhere D_good; `bad` is evaluated where it is needed.
+
+    Classifier-free guidance: conditional and unconditional (arXiv 2207.12598); 1 is the conditional model itself.
+    """
 
     def denoise(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
-        base = unconditional(x, sigma, stage)
-        return base + cfg_scale * (conditional(x, sigma, stage) - base)
+        inside = rows_of(interval.holds(sigma), x)  # one for all, or one per row
+        if not bool(inside.any()):
+            return good(x, sigma, stage)
+        base = bad(x, sigma, stage)
+        denoised = good(x, sigma, stage)  # the later pass, so that a learned variance is its own
+        return torch.where(inside, base + scale * (denoised - base), denoised)
 
     return denoise
 
@@ -51,22 +69,25 @@ class Network(Protocol):
 
 
 class AutoGuide(NamedTuple):
-    """D_bad + scale (D - D_bad), D_bad a worse version of the model (arXiv 2406.02507); 1 is the model itself."""
+    """D_bad + scale (D - D_bad), D_bad a worse version of the model (arXiv 2406.02507); 1 is the model itself.
+
+    With an unconditional network for D_bad it is classifier-free guidance.
+    """
 
     bad: Network
     scale: float
+    interval: Interval = Interval()
 
     def steer(self, denoise: Denoiser, label: Tensor, trace: Trace) -> Denoiser:
         """The guided denoiser."""
         if self.scale == 1:
             return denoise
 
-        def guided(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
+        def bad(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
             trace.nfe += 1
-            base = self.bad.denoise(x, sigma, label).to(x.dtype)
-            return base + self.scale * (denoise(x, sigma, stage) - base)
+            return self.bad.denoise(x, sigma, label).to(x.dtype)
 
-        return guided
+        return extrapolated(denoise, bad, self.scale, self.interval)
 
 
 class GradientGuide(NamedTuple):
@@ -111,7 +132,7 @@ class GradientGuide(NamedTuple):
                 trace.log_ratio = torch.where(inside, value, math.inf)
                 if step % self.boost.weight_period == 0:
                     w = torch.where(trace.log_ratio < 0, self.boost.factor * w, w)
-            return torch.where(rows_of(inside, x), denoised + rows_of(w, x) * direction, denoised)
+            return torch.where(rows_of(inside, x), denoised + rows_of(w, x).to(x.dtype) * direction, denoised)
 
         return guided
 
@@ -128,10 +149,12 @@ def climb(potential: Potential, x: Tensor, sigma: Tensor, label: Tensor) -> tupl
     """L (B,) and sigma^2 grad_x L, of x's shape and type. sigma: scalar or (B,).
 
     The chain rule's factor is m = 1 / sqrt(1 + sigma^2), since L sees m x. One backward pass; the potential is
-    evaluated in float32 unless a caller differentiates through it (then x carries a graph, and its type is kept).
+    evaluated in float32 unless a caller differentiates through it (then x carries a graph, and its type is kept);
+    not in the precision that sampling may ask for its own passes, in which small gradients vanish.
     """
     differentiated = torch.is_grad_enabled() and x.requires_grad
-    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode
+    full = torch.autocast(x.device.type, enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), full:  # whatever the caller's mode
         sigma = sigma.to(x.device, torch.float64)
         scale = rows_of(noise.scale_of(sigma), x)
         t = noise.time_of(sigma).expand(len(x)).clone()

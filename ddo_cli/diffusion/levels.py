@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from ddo_cli.diffusion import ablation, samplers, schedules
+from ddo_cli.diffusion.guidance import Interval
 from ddo_cli.diffusion.precond import Discrete, Preconditioner
 from ddo_cli.errors import UsageError
 from ddo_cli.schema import GENERALISED, SamplingRecipe
 
-STEPS = 18  # default of every sampler; EDM's for 32x32 images
+STEPS = 18  # default of the samplers; EDM's for 32x32 images
+DPM_V3_STEPS = 25  # of dpm-v3; DDO's for 512x512 images
 RHO = 7.0
 
 
@@ -27,9 +29,28 @@ class Bounds(Protocol):
 
 
 def sigmas(spec: SamplingRecipe, defaults: Bounds, known: Preconditioner) -> Tensor:
-    """Decreasing noise levels ending in 0, (steps + 1,), float64. Fewer where the network knows too few."""
+    """Decreasing noise levels, (steps + 1,), of `dtype_of(spec)`. Fewer where the network knows too few.
+
+    They end in 0, and those of dpm-v3 in the smallest; the network is evaluated at all but the last.
+    """
+    return _sigmas(spec, defaults, known).to(dtype_of(spec))
+
+
+def dtype_of(spec: SamplingRecipe) -> torch.dtype:
+    """The type of state and noise levels."""
+    return torch.float32 if spec.dtype == "float32" else torch.float64
+
+
+def _sigmas(spec: SamplingRecipe, defaults: Bounds, known: Preconditioner) -> Tensor:
     low, high = bounds(spec, defaults, known)
-    n = STEPS if spec.steps is None else spec.steps
+    n, rho = steps_of(spec), RHO if spec.rho is None else spec.rho
+    if sampler_of(spec) == "dpm-v3":
+        found = known.round_sigma(schedules.snapped_sigmas(n, low, high, rho)).unique_consecutive()
+        if len(found) < 2:
+            raise UsageError(
+                f"sampling.sigma_min = {low:g} and sigma_max = {high:g} are one level to this network; set them apart"
+            )
+        return found
     if (choice := ablation_of(spec)) is not None:
         found = torch.cat([ablation.levels(choice, n, low, high), torch.zeros(1, dtype=torch.float64)])
     elif (spacing := spacing_of(spec, known)) == "steps":
@@ -43,7 +64,7 @@ def sigmas(spec: SamplingRecipe, defaults: Bounds, known: Preconditioner) -> Ten
     elif spacing == "vp":
         found = schedules.vp_sigmas(n, low, high)
     else:
-        found = schedules.karras_sigmas(n, low, high, RHO if spec.rho is None else spec.rho)
+        found = schedules.karras_sigmas(n, low, high, rho, dtype_of(spec))
     found[:-1] = known.round_sigma(found[:-1])
     # Steps between equal levels do nothing. EDM's samplers keep them: churned ones draw noise.
     return found if sampler_of(spec) in samplers.CHURNED else found.unique_consecutive()
@@ -80,6 +101,11 @@ def sampler_of(spec: SamplingRecipe) -> str:
     return spec.sampler or "heun"
 
 
+def steps_of(spec: SamplingRecipe) -> int:
+    """The number of steps."""
+    return spec.steps or (DPM_V3_STEPS if sampler_of(spec) == "dpm-v3" else STEPS)
+
+
 def spacing_of(spec: SamplingRecipe, known: Preconditioner) -> str:
     """The plain samplers' spacing of levels."""
     if spec.spacing is not None or sampler_of(spec) not in ("ddim", "ddpm"):
@@ -95,7 +121,11 @@ def check(spec: SamplingRecipe, defaults: Bounds, known: Preconditioner) -> None
         raise UsageError(f"sampling.sigma_min = {low} must be below sampling.sigma_max = {high}")
     if spec.s_churn and sampler not in samplers.CHURNED:
         raise UsageError(f"sampling.s_churn = {spec.s_churn} needs sampler heun or euler; {sampler} has no churn")
+    if sampler == "dpm-v3" and spec.spacing not in (None, "karras"):
+        raise UsageError(f"sampling.spacing = {spec.spacing}: dpm-v3 has a spacing of its own; leave it out")
     if choice is not None:
+        if spec.dtype == "float32":
+            raise UsageError(f"{ablation_keys(spec)}: EDM's generalised sampler is float64; leave sampling.dtype out")
         if sampler not in samplers.CHURNED or spec.spacing is not None:
             raise UsageError(
                 f"{ablation_keys(spec)}: EDM's generalised sampler needs sampler heun or euler and no sampling.spacing"
@@ -116,5 +146,16 @@ def check(spec: SamplingRecipe, defaults: Bounds, known: Preconditioner) -> None
     try:
         sigmas(spec, defaults, known)
     except ValueError as error:
-        key = "steps" if spec.respacing is None else "respacing"
-        raise UsageError(f"sampling.{key} = {getattr(spec, key)}: {error}; give fewer") from None
+        wish = f"steps = {steps_of(spec)}" if spec.respacing is None else f"respacing = {spec.respacing}"
+        raise UsageError(f"sampling.{wish}: {error}; give fewer") from None
+
+
+def check_interval(what: str, interval: Interval, spec: SamplingRecipe, visited: Tensor) -> None:
+    """Raises UsageError if the interval of a guidance holds none of the levels at which the network is evaluated."""
+    if spec.s_churn or ablation_of(spec) is not None:
+        return  # churn and its steps evaluate it elsewhere too
+    if not bool(interval.holds(visited).any()):
+        raise UsageError(
+            f"{what} from {interval.low:g} to {interval.high:g} holds none of the sampler's noise levels, "
+            f"{float(visited.min()):.3g} to {float(visited.max()):.3g}; widen it"
+        )

@@ -1,7 +1,7 @@
 """Samplers: functions of a denoiser, a state and decreasing noise levels. Adding one touches this file only.
 
 State and noise levels are float64, as in EDM's reference sampler, so that the number of steps is limited by the
-network's accuracy and not by the integrator's rounding; the denoiser casts for its network.
+network's accuracy and not by the integrator's rounding; or float32, as in EDM2's. The denoiser casts for its network.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ddo_cli.diffusion.dpm_v3 import dpm_v3
 from ddo_cli.rng import RowRng
 
 
@@ -80,9 +81,11 @@ class Churn:
         """(x_hat, sigma_hat), sigma_hat scalar or (B,). Nothing is drawn where there can be no churn at all."""
         if self.s_churn == 0 and self.boost is None:
             return x, sigma
+        inside = bool(self.s_min <= sigma <= self.s_max)
+        if not inside and x.dtype == torch.float32 and self.boost is None:
+            return x, sigma  # EDM2's sampler, the float32 one, draws inside the window only
         # Drawn at every step, inside the window or not, so that the window does not shift the later noise.
         eps = self.eps(x)
-        inside = bool(self.s_min <= sigma <= self.s_max)
         if self.boost is None:
             gamma = _gamma(self.s_churn, num_steps) if inside else 0.0
             sigma_hat = self.round_sigma(sigma * (1 + gamma))
@@ -90,7 +93,7 @@ class Churn:
         raised = self._raised(x, self.boost)  # (B,)
         self.step += 1
         own = _gamma(self.s_churn, num_steps), _gamma(self.boost.s_churn, num_steps)
-        gammas = torch.where(raised, sigma.new_tensor(own[1]), sigma.new_tensor(own[0])) * inside  # (B,) float64
+        gammas = torch.where(raised, sigma.new_tensor(own[1]), sigma.new_tensor(own[0])) * inside  # (B,)
         s_noise = torch.where(raised, sigma.new_tensor(self.boost.s_noise), sigma.new_tensor(self.s_noise))
         sigma_hat = self.round_sigma(sigma * (1 + gammas))
         added = (sigma_hat**2 - sigma**2).clamp(min=0).sqrt() * s_noise
@@ -98,7 +101,7 @@ class Churn:
 
     def eps(self, x: Tensor) -> Tensor:
         """Fresh standard normal numbers of x's shape, each row's from its own generator."""
-        return self.rng.randn(x.shape[1:], dtype=torch.float64).to(x.device)
+        return self.rng.randn(x.shape[1:], dtype=x.dtype).to(x.device)
 
     def _raised(self, x: Tensor, boost: Boost) -> Tensor:
         last = self.trace.log_ratio
@@ -201,6 +204,7 @@ SAMPLERS: dict[str, Sampler] = {
     "euler": euler,
     "heun": heun,
     "dpmpp-2m": dpmpp_2m,
+    "dpm-v3": dpm_v3,
     "ddim": partial(ancestral, eta=0.0),
     "ddpm": partial(ancestral, eta=1.0),
 }

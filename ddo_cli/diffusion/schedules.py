@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 
 import torch
@@ -9,15 +10,33 @@ from torch import Tensor
 
 from ddo_cli.diffusion import noise
 
+GRID = 250  # intervals of dpm-v3's grid of levels, those of DDO's authors
 
-def karras_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
-    """Decreasing noise levels ending in 0, (n + 1,), float64. EDM, eq. 5 (arXiv 2206.00364).
+
+def karras_sigmas(
+    n: int, sigma_min: float, sigma_max: float, rho: float = 7.0, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Decreasing noise levels ending in 0, (n + 1,). EDM, eq. 5 (arXiv 2206.00364).
 
     sigma_min, sigma_max: in model-space units (pixels lie in [-1, 1]), 0 < sigma_min < sigma_max.
+    dtype: of the calculation too: EDM2's levels are float32 and start at 79.99998.
     """
-    ramp = torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
+    ramp = torch.arange(n, dtype=dtype) / max(n - 1, 1)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
+    return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=dtype)])
+
+
+def snapped_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
+    """Decreasing noise levels ending in sigma_min, (n + 1,), float64: Karras's, moved to the nearest nodes of a grid.
+
+    The grid has GRID intervals of equal length in log sigma. Raises ValueError if two levels meet on a node.
+    """
+    low, high = math.log(sigma_min), math.log(sigma_max)
+    sigmas = karras_sigmas(n + 1, sigma_min, sigma_max, rho)[:-1]
+    nodes = (GRID * (high - sigmas.log()) / (high - low)).round()
+    if bool((nodes.diff() < 1).any()):
+        raise ValueError(f"two of the {n} steps meet on one node of dpm-v3's grid of {GRID} intervals")
+    return (high + nodes / GRID * (low - high)).exp()
 
 
 def vp_sigmas(n: int, sigma_min: float, sigma_max: float) -> Tensor:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from ddo_cli import console, dist, rundir
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import ItemSet, check_fits, digest
+from ddo_cli.data.items import ItemSet, check_fits, describe_items, digest, holds_images
 from ddo_cli.data.pairs import split
 from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.engines import analyses, guides, sample
@@ -136,7 +136,11 @@ def select(what: str | None, subject: Subject) -> list[str]:
 def _inapplicable(subject: Subject) -> dict[str, str]:
     """Why an analysis cannot be done, by name."""
     found = {}
-    if subject.real.items.ndim != 4:
+    if subject.real.encoded is not None:
+        found["regeneration"] = f"it compares images, and these data are {describe_items(subject.real)}: give --data"
+        if subject.recipe.metric.ref is None:
+            found["nfe"] = f"it scores images, and these data are {describe_items(subject.real)}: give --data"
+    elif not holds_images(subject.real):
         found["regeneration"] = "it compares images, and these data are points"
         found["nfe"] = "it scores images, and these data are points, whose density is that of infinitely many steps"
     if subject.recipe.metric.name != "js":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,14 +13,27 @@ from torch import Tensor, nn
 from ddo_cli import checkpoint
 from ddo_cli.errors import CheckpointError, UsageError
 from ddo_cli.files import sha256
-from ddo_cli.models import adm_files, dg_files, diffusers_files, discriminators, foreign, pt_files, registry
+from ddo_cli.models import (
+    adm_files,
+    dg_files,
+    diffusers_files,
+    discriminators,
+    edm2_files,
+    foreign,
+    pt_files,
+    registry,
+    var_files,
+    vqvae,
+)
 from ddo_cli.schema import GuidanceRecipe, nearest
 
 SMALL = 32  # side up to which EDM samples in 18 steps; 40 above (arXiv 2206.00364, table 2)
 # Of ImageNet 64x64 (ibid., table 5), which the published ADM network of EDM's is for.
 _IMAGENET = {"sampler": "heun", "steps": 256, "s_churn": 40.0, "s_min": 0.05, "s_max": 50.0, "s_noise": 1.003}
+_EDM2 = {"sampler": "heun", "steps": 32, "dtype": "float32"}  # arXiv 2312.02696, as its program draws
 _ADM = {"sampler": "ddpm", "steps": 250, "clip_denoised": True}  # arXiv 2105.05233
 _SCHEDULES = {"linear": "ddpm", "cosine": "iddpm"}
+_HALF = "its authors run it in float16; here it runs in float32, unless a precision is asked for"
 FORMATS, FORMAT_NAMES = (".pkl", ".pt", ".pth"), ".pkl, .pt or .pth"
 _ORDERS = ("legacy", "new")
 
@@ -39,16 +53,17 @@ def run(
     *,
     model: str | None = None,
     trunk: str | None = None,
+    vae: Path | None = None,
     settings: Sequence[str] = (),
     verify: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Writes `out` and returns what layout promises of `convert --json`.
 
-    source: a .pkl of EDM's family (the averaged weights); a .pt or .pth of an ADM diffusion model, an ADM classifier
+    source: a .pkl of EDM or EDM2 (the averaged weights); a .pt or .pth of an ADM diffusion model, an ADM classifier
     or a published discriminator; or a folder of diffusers with a UNet2DModel and its scheduler. model, trunk: the model
     that a discriminator guides, and the converted classifier under it. settings: KEY=VALUE texts, what the file of an
-    ADM diffusion model does not tell; see `told`.
+    ADM diffusion model or of VAR does not tell; see `told`. vae: the tokenizer of a VAR.
     verify: reads the written file again and compares every tensor. Raises CheckpointError if the file cannot be used.
     """
     if not source.exists():
@@ -60,21 +75,25 @@ def run(
     given = told(settings)
     digest = diffusers_files.digest(source) if source.is_dir() else sha256(source)
     link = {"command": "convert", "source": source.resolve().name, "source_sha256": digest}
-    found = _read(source, model, trunk, given)
+    found = _read(source, model, trunk, given, vae)
     kind, config = found.header["kind"], found.header["config"]
     for option, value in (("--model", model), ("--trunk", trunk)):
         if value is not None and kind != "discriminator":
             raise UsageError(f"{option} is for discriminators, and {source} holds a {kind}; leave it out")
+    if vae is not None and config["name"] != "var":
+        raise UsageError(f"--vae is for VAR's transformers, and {source} holds a {config['name']}; leave it out")
+    if vae is not None:
+        link |= {"vae": vae.resolve().name, "vae_sha256": sha256(vae)}
     result = {
         "out": str(out),
         "family": found.family,
         "kind": kind,
         "network": config["name"],
         "shape": config["shape"],
-        "num_classes": config["num_classes"],
+        **({"num_classes": config["num_classes"]} if "num_classes" in config else {}),
         "num_tensors": len(found.tensors),
         "num_parameters": _num_parameters(kind, config),
-        **{key: config["options"][key] for key in ("precond", "learned_variance") if kind == "model"},
+        **{key: config["options"][key] for key in ("precond", "learned_variance") if key in config["options"]},
         **found.notes,
         **({"sampling": found.header["sampling"]} if "sampling" in found.header else {}),
         "source": link["source"],
@@ -90,9 +109,10 @@ def run(
 
 
 def told(settings: Sequence[str]) -> dict[str, Any]:
-    """What the user tells of an ADM diffusion model, as `adm_files.unet` takes it.
+    """What the user tells of an ADM diffusion model, as `adm_files.unet` takes it, or of a VAR.
 
     qkv: legacy or new; schedule: linear or cosine; size: side of the images; num_heads: in place of 64 channels each.
+    patch_nums: sides of a VAR's token maps.
     Raises UsageError for anything else.
     """
     found: dict[str, Any] = {}
@@ -104,16 +124,19 @@ def told(settings: Sequence[str]) -> dict[str, Any]:
             found["precond"] = _SCHEDULES[value]
         elif key in ("size", "num_heads") and value.isdecimal() and 0 < int(value) < 2**16:
             found[key] = int(value)
+        elif key == "patch_nums" and re.fullmatch(r"\d{1,3}(,\d{1,3}){1,31}", value):
+            found[key] = tuple(map(int, value.split(",")))
         else:
-            keys = ("qkv", "schedule", "size", "num_heads")
+            keys = ("qkv", "schedule", "size", "num_heads", "patch_nums")
             raise UsageError(
                 f"'{text}' cannot be used{nearest(key, set(keys) - {key})}; write qkv=legacy or qkv=new, "
-                "schedule=linear or schedule=cosine, size=<side in pixels>, num_heads=<number>"
+                "schedule=linear or schedule=cosine, size=<side in pixels>, num_heads=<number>, of a VAR "
+                "patch_nums=1,2,3,..."
             )
     return found
 
 
-def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, Any]) -> Found:
+def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, Any], vae: Path | None) -> Found:
     """The file's content, whatever its family."""
     if given and source.suffix not in (".pt", ".pth"):
         raise UsageError(f"{source} tells its configuration itself; KEY=VALUE is for the .pt of an ADM diffusion model")
@@ -126,9 +149,14 @@ def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, A
             f"{source} is no file of published weights; give a {FORMAT_NAMES} file, or a folder of diffusers"
         )
     if source.suffix == ".pkl":
-        return _edm(source)
-    stored = pt_files.read(source, adm_files.EXPECTED)
+        pickled = foreign.open_network(source)
+        return _edm2(source, pickled) if edm2_files.is_edm2(pickled) else _edm(source, pickled)
+    stored = pt_files.read(source, adm_files.EXPECTED, inside=(var_files.NESTED_VAR,))
     pt_files.check_size(stored.values(), source)
+    if var_files.is_var(stored) or var_files.is_vae(stored):
+        return _var(source, stored, given, vae)
+    if "patch_nums" in given:
+        raise UsageError(f"{source} is no file of VAR, and patch_nums is for those; leave it out")
     if adm_files.is_unet(stored):
         return _adm(source, stored, given)
     if given:
@@ -136,15 +164,30 @@ def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, A
     return _discriminator_guidance(source, model, trunk)
 
 
-def _edm(source: Path) -> Found:
+def _edm(source: Path, pickled: foreign.Pickled) -> Found:
     """A network of EDM's pickles, with its published way of sampling."""
-    file = foreign.read_edm(source)
+    file = foreign.read_edm(source, pickled)
     side, is_adm = file.config["shape"][-1], file.config["name"] == "adm-unet"
     sampling = _IMAGENET if is_adm else {"sampler": "heun", "steps": 18 if side <= SMALL else 40}
     notes: dict[str, Any] = {"classes_found": " around ".join(file.classes), "stored_tensors": len(file.stored)}
     if file.half:
-        notes["note"] = "its authors run it in float16; here it runs in float32, unless a precision is asked for"
+        notes["note"] = _HALF
     return Found("edm", {"kind": "model", "config": file.config, "sampling": sampling}, file.tensors, notes)
+
+
+def _edm2(source: Path, pickled: foreign.Pickled) -> Found:
+    """A network of EDM2's pickles, with its published way of sampling and, by the file's name, which average it is."""
+    file = edm2_files.read(source, pickled)
+    ema = edm2_files.ema_of(source.name)
+    notes = {
+        "published_as": file.published or "no published size",
+        "stored_tensors": len(file.stored),
+        "stored_dtype": file.dtype,
+        **({"ema": ema} if ema else {}),
+        **({"note": _HALF} if file.half else {}),
+    }
+    header = {"kind": "model", "config": file.config, "sampling": _EDM2, **({"ema": ema} if ema else {})}
+    return Found("edm2", header, file.tensors, notes)
 
 
 def _adm(source: Path, stored: dict[str, Tensor], given: dict[str, Any]) -> Found:
@@ -156,6 +199,18 @@ def _adm(source: Path, stored: dict[str, Tensor], given: dict[str, Any]) -> Foun
         "stored_tensors": len(stored),
     }
     return Found("adm", {"kind": "model", "config": file.config, "sampling": _ADM}, file.tensors, notes)
+
+
+def _var(source: Path, stored: dict[str, Tensor], given: dict[str, Any], vae: Path | None) -> Found:
+    """A transformer with its tokenizer, or a tokenizer by itself."""
+    if odd := sorted(given.keys() - {"patch_nums"}):
+        raise UsageError(f"{source} is of VAR, of which only patch_nums can be told; leave {', '.join(odd)} out")
+    if var_files.is_vae(stored):
+        file = var_files.vae_file(stored, source, **given)
+        return Found("var", {"kind": vqvae.KIND, "config": file.config}, file.tensors, file.notes)
+    file = var_files.var(stored, source, vae, **given)
+    header = {"kind": "model", "config": file.config, "sampling": var_files.SAMPLING}
+    return Found("var", header, file.tensors, file.notes)
 
 
 def _discriminator_guidance(source: Path, model: str | None, trunk: str | None) -> Found:
@@ -177,9 +232,9 @@ def _discriminator_guidance(source: Path, model: str | None, trunk: str | None) 
 
 
 def _num_parameters(kind: str, config: dict[str, Any]) -> int:
-    if kind == "model":
+    if kind in ("model", vqvae.KIND):
         with torch.device("meta"):
-            network: nn.Module = registry.build(config)
+            network: nn.Module = registry.build({"num_classes": 0, "draw": {}, **config})
     else:  # built for real, since a discriminator reads its trunk from a file
         network = discriminators.build(kind, config)
     return sum(parameter.numel() for parameter in network.parameters())

@@ -19,6 +19,7 @@ from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import registry
 from ddo_cli.schema import Recipe
 from ddo_cli.training import loop
+from ddo_cli.training.ema import snapshot_name
 
 TRAIN_STATE = "train-state.safetensors"
 # (model, reference, setting) -> the loss that `loop.fit` takes
@@ -85,14 +86,15 @@ class Node:
     def drop(self) -> None:
         """Removes what only going on needs: the saved state, and candidates that nobody scored."""
         if dist.is_main():
-            (self.path / TRAIN_STATE).unlink(missing_ok=True)
+            loop.drop_state(self.path / TRAIN_STATE)
             for step in self.candidates_at:
                 if str(step) not in self.candidates:
-                    self.candidate_file(step).unlink(missing_ok=True)
+                    for width in (None, *self.shared.recipe.finetune.ema_widths[1:]):
+                        self.candidate_file(step, width).unlink(missing_ok=True)
 
-    def candidate_file(self, step: int) -> Path:
-        """Averaged weights after a step."""
-        return self.path / "checkpoints" / f"step-{step:06d}.safetensors"
+    def candidate_file(self, step: int, width: float | None = None) -> Path:
+        """Averaged weights after a step. width: of a further average; None: those that are scored."""
+        return self.path / "checkpoints" / snapshot_name(step, width)
 
     def record(self) -> dict[str, Any]:
         """What a sweep's table tells of the node, JSON-ready."""
@@ -133,6 +135,7 @@ class Node:
             last_good=self._last_good,
             evaluate_at=frozenset(self.candidates_at),
             evaluate=evaluate,
+            keep=self._keep_further,
             check=self._check,
             until=until,
             owner=" ".join(
@@ -142,11 +145,19 @@ class Node:
         return loop.fit(model, plan, shared.device)
 
     def _keep(self, step: int, ema: dict[str, Tensor]) -> str:
+        self._write_candidate(step, ema, self.candidate_file(step), *self.shared.recipe.finetune.ema_widths[:1])
+        return ""
+
+    def _keep_further(self, step: int, width: float, ema: dict[str, Tensor]) -> None:
+        self._write_candidate(step, ema, self.candidate_file(step, width), width)
+
+    def _write_candidate(self, step: int, ema: dict[str, Tensor], file: Path, width: float | None = None) -> None:
         if dist.is_main():
             *older, link = self.shared.header["provenance"]
             header = {**self.shared.header, "provenance": [*older, {**link, **self.tags}], "step": step}
-            checkpoint.save(self.candidate_file(step), ema, header)
-        return ""
+            if width is not None:  # a round begins anew: its averages know nothing of the images before
+                header["ema"] = {"std": width, "images": step * self.shared.recipe.finetune.batch}
+            checkpoint.save(file, ema, header)
 
     def _keep_and_score(self, step: int, ema: dict[str, Tensor]) -> str:
         if str(step) not in self.candidates:

@@ -56,7 +56,10 @@ def draw(
     path = run_dir.path / "samples"
     seeds = range(FIRST_FAKE_SEED, FIRST_FAKE_SEED + recipe.discriminator.num_fake)
     sampling = spec.model_dump()
-    sample.run(recipe.model.ckpt, seeds, path, form="shards", sampling=sampling, device=device, title="generated set")
+    sample.run(
+        recipe.model.ckpt, seeds, path, form="shards", sampling=sampling, keep=None, device=device,
+        title="generated set",
+    )  # fmt: skip
     fake = open_images(str(path))
     check_balance(real, fake, label_use)
     return fake

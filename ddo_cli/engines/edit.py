@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ddo_cli import console, dist, rundir
+from ddo_cli.arithmetic import arithmetic
 from ddo_cli.data.items import ItemSet, digest
 from ddo_cli.data.samples import Format, Writer
 from ddo_cli.engines import edit_inputs, edit_report, sample
@@ -168,6 +169,7 @@ def _edited(job: _Job, way: Way, only: Sequence[int]) -> Iterator[Batch]:
         x0 = base.encode(torch.from_numpy(job.sources.items[padded]).to(job.device))
         label = torch.from_numpy(job.sources.labels[padded])
         rng = RowRng([seed_from("edit", job.seed, row) for row in padded])
-        sampled = base.sample(label.to(job.device), rng, spec, [guide] if guide else [], x0)
+        with arithmetic(spec.precision or "float32", job.device):
+            sampled = base.sample(label.to(job.device), rng, spec, [guide] if guide else [], x0)
         items = base.decode(sampled.x).cpu()[: len(own)]
         yield Batch(number, items, label[: len(own)], torch.tensor(own), sampled.nfe, sampled.disc_nfe)

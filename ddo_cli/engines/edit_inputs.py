@@ -11,7 +11,7 @@ import torch
 
 from ddo_cli import checkpoint, console
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import INDEX, ItemSet, check_fits
+from ddo_cli.data.items import INDEX, ItemSet, check_fits, check_images
 from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.diffusion.guidance import GradientGuide
 from ddo_cli.engines import guides
@@ -135,6 +135,7 @@ def open_sources(source: str, num: int, label: int | None, base: DiffusionModel)
         has = f"has classes 0 to {base.num_classes - 1}" if base.num_classes else "has no classes: leave it out"
         raise UsageError(f"--label {label} is not possible; this model {has}")
     opened = open_images(source)
+    check_images(opened, "give the images that are to be edited")
     check_fits(opened, base, num_classes=0)
     items, labels = opened.items[:num], opened.labels[:num]
     if not base.num_classes:

@@ -11,7 +11,7 @@ import torch
 
 from ddo_cli import console, dist, pictures
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import ItemSet, digest
+from ddo_cli.data.items import ItemSet, check_images, digest
 from ddo_cli.diffusion import noise
 from ddo_cli.engines.fid import DEFAULT_REFERENCE, few
 from ddo_cli.engines.scoring import open_reference
@@ -84,7 +84,9 @@ def _reference(ref: str | None, disc: discriminators.Loaded | None, extractor: E
     if disc is None or ref is not None or not data:
         return open_reference(ref or DEFAULT_REFERENCE, extractor)
     try:
-        return open_images(data["source"], data.get("num"))
+        found = open_images(data["source"], data.get("num"))
+        check_images(found, "a distance needs images")
+        return found
     except DataError as error:
         raise DataError(
             f"{error} (the data that {disc.checkpoint.path} was trained on; another target can be given by --ref)"

@@ -22,7 +22,7 @@ from ddo_cli.engines.convert import FORMAT_NAMES, FORMATS, told
 from ddo_cli.errors import CheckpointError, UsageError
 from ddo_cli.files import replacing, sha256
 from ddo_cli.inert_pickle import Storage
-from ddo_cli.models import adm_files, adm_keys, diffusers_files, foreign, pt_files, registry
+from ddo_cli.models import adm_files, adm_keys, diffusers_files, edm2_files, foreign, pt_files, registry, var_files
 
 _INERT = ("dropout",)  # options of ours that change no tensor and no sample
 
@@ -112,12 +112,19 @@ def _original(like: Path, settings: Sequence[str]) -> Original:
         return _edm(like)
     stored = pt_files.read(like, adm_files.EXPECTED)
     pt_files.check_size(stored.values(), like)
+    if var_files.is_var(stored) or "patch_nums" in given:
+        raise UsageError(f"{like} is of VAR, whose files are not written; the safetensors file is the model to share")
     return _adm(like, stored, given)
 
 
 def _edm(like: Path) -> Original:
     """An EDM pickle."""
-    file = foreign.read_edm(like)
+    pickled = foreign.open_network(like)
+    if edm2_files.is_edm2(pickled):
+        raise UsageError(
+            f"--like {like} is a file of EDM2, which can be converted but not written; give one of EDM or ADM"
+        )
+    file = foreign.read_edm(like, pickled)
 
     def write(tensors: dict[str, Tensor], path: Path) -> None:
         for key, tensor in tensors.items():

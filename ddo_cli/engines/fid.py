@@ -7,32 +7,29 @@ and recall, EDM's FID, ADM's sFID. What could make it another one is refused, or
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 
 from ddo_cli import console, dist
 from ddo_cli.data.inspection import balance
-from ddo_cli.engines import fid_inputs, fid_pass, fid_pictures, fid_report
+from ddo_cli.engines import fid_figures, fid_inputs, fid_pass, fid_pictures, fid_report
+from ddo_cli.engines.fid_figures import MANIFOLD
 from ddo_cli.engines.fid_inputs import PUBLISHED_NUM, Opened, Side
-from ddo_cli.engines.fid_pass import Passed, Source, Taken, Wanted
+from ddo_cli.engines.fid_pass import Passed, Source, Wanted
 from ddo_cli.errors import UsageError
-from ddo_cli.metrics import frechet
 from ddo_cli.metrics.extractor import Extractor, Precision
 from ddo_cli.metrics.features import select_extractor
 from ddo_cli.metrics.inception_score import SPLITS
-from ddo_cli.metrics.kid import kernel_distance
 from ddo_cli.metrics.likelihood_histogram import FeatureGaussian
-from ddo_cli.metrics.manifold import K_DENSITY, manifold
-from ddo_cli.metrics.uncertainty import merged, uncertainty
+from ddo_cli.metrics.manifold import K_DENSITY
 from ddo_cli.schema import nearest as nearest_name
 
 DEFAULT_REFERENCE = "embedded:digits32"
-MANIFOLD = ("precision", "recall", "density", "coverage")
+MAIN = "fid"  # network of the metrics without one of their own
 OWN_NETWORK = ("fd_dinov2", "fd_clip")  # metrics with an extractor of their own
 METRICS = ("fid", "sfid", "is", "kid", *MANIFOLD, *OWN_NETWORK)
 CHUNKS = 10  # of the jackknife
@@ -42,15 +39,17 @@ KID_SUBSET = 1000  # images of a subset
 class Options(NamedTuple):
     """What is measured, and how.
 
-    metrics: of METRICS; weights, extractor, precision, download: as `select_extractor` takes them; num: images to use;
+    metrics: of METRICS; weights: a file of the main extractor (of the sole one, where one is asked for), or files by
+    `metrics.weights.Network`; extractor, precision, download: as `select_extractor` takes them; num: images to use;
     repeat: ranges of seeds scored apart; workers: processes that decode, None as suits the images; uncertainty:
     standard error and limit of the FID; per_class: an FID of each class; adm: ADM's protocol of the IS; nearest:
     pictures of so many images closest to the reference's; nll: further sets of the histogram of likelihoods, () for
-    the scored set alone, None for none; pictures: directory of both; sampling: of a model's images.
+    the scored set alone, None for none; pictures: directory of both; cache: what passes over the same images have left
+    is used, and kept for others; sampling: of a model's images.
     """
 
     metrics: tuple[str, ...] = ("fid",)
-    weights: str | None = None
+    weights: str | Mapping[str, str] | None = None
     extractor: str | None = None
     precision: Precision = "float32"
     download: bool = False
@@ -63,6 +62,7 @@ class Options(NamedTuple):
     adm: bool = False
     nearest: int = 0
     nll: tuple[str, ...] | None = None
+    cache: bool = True
     pictures: Path = Path("fid-pictures")
     sampling: dict[str, Any] | None = None
 
@@ -86,9 +86,10 @@ def run(
     """
     options = options or Options()
     _check(options)
+    # All is opened before the first network pass, so that a mistake costs no wait.
+    compared = [fid_inputs.comparable(other) for other in options.nll or ()]
     extractors = _extractors(options, device)
     name = ref or DEFAULT_REFERENCE
-    # All is opened before the first network pass, so that a mistake costs no wait.
     sources = fid_inputs.open_sources(source, options.num, options.repeat, options.sampling or {}, device)
     wanted = [_wanted(options, extractor) for extractor in extractors]
     opened = fid_inputs.open_reference(name, wanted) if any(_needs_reference(one) for one in wanted) else None
@@ -109,17 +110,23 @@ def run(
         return {**found, "dry_run": True, "metrics": list(options.metrics), "warnings": warnings}
     sides = _sides(opened, wanted, options, device)
     wanted = [_with_gaussian(one, side, options) for one, side in zip(wanted, sides, strict=True)]
-    started, repeats = time.monotonic(), list[dict[str, Any]]()
+    started, repeats, kept = time.monotonic(), list[dict[str, Any]](), 0
     for number, one in enumerate(sources, 1):
         title = source if options.repeat == 1 else f"{source} {number}/{options.repeat}"
-        last = fid_pass.run(one, wanted, options.batch, options.workers, device, title)
+        last = fid_pass.run(one, wanted, options.batch, options.workers, device, title, cache=options.cache)
+        kept += one.num if last.is_kept else 0
         warnings += _inspected(source, last)
         taken = last.taken if dist.is_main() else []
-        repeats.append(dist.from_main(fid_pass.together(partial(_figures, taken, sides[: len(taken)], options))))
-    speed = sum(one.num for one in sources) / max(time.monotonic() - started, 1e-9)
+        figures = partial(fid_figures.of_set, taken, sides[: len(taken)], options.metrics, options.uncertainty)
+        repeats.append(dist.from_main(fid_pass.together(figures)))
+    passed = sum(one.num for one in sources) - kept
     found |= fid_report.summary(repeats)
-    found |= {"images_per_second": round(speed, 1), "content_digest": last.inspection.digest()}
-    found |= _pictures(sources[-1], last, sides[0], wanted[0], options, device)
+    found |= {
+        "images_per_second": round(passed / max(time.monotonic() - started, 1e-9), 1) if passed else None,
+        "images_from_cache": kept,
+        "content_digest": last.inspection.digest(),
+    }
+    found |= _pictures(sources[-1], last, sides[0], wanted[0], compared, options, device)
     found |= {"warnings": warnings, "comparable": not warnings and _is_published(extractors)}
     found |= {"protocol": {extractor.key: extractor.protocol() for extractor in extractors}}
     if benchmark is not None:
@@ -146,8 +153,6 @@ def _check(options: Options) -> None:
         raise UsageError("--uncertainty and --per-class are of the metric fid; add it to --metrics")
     if (options.nearest or options.nll is not None) and set(options.metrics) <= set(OWN_NETWORK):
         raise UsageError("--nearest and --nll use features of the main extractor; add one of its metrics, e.g. fid")
-    for name in options.nll or ():
-        fid_inputs.comparable(name)
 
 
 def _check_numbers(options: Options, sources: Sequence[Source], opened: Opened | None) -> None:
@@ -182,11 +187,11 @@ def _extractors(options: Options, device: torch.device) -> list[Extractor]:
     found = []
     own = [metric for metric in options.metrics if metric in OWN_NETWORK]
     rest = [metric for metric in options.metrics if metric not in OWN_NETWORK]
+    files = _weight_files(options, [*([MAIN] if rest else []), *own])
     if rest:
         kind: Literal["fid", "fd_embedded"] = "fd_embedded" if options.extractor else "fid"
-        found.append(
-            select_extractor(kind, options.weights, options.extractor, device, options.precision, options.download)
-        )
+        weights = files.get(MAIN)
+        found.append(select_extractor(kind, weights, options.extractor, device, options.precision, options.download))
         asked = [*rest, *(["--nll"] if options.nll is not None else [])]
         for metric, output in (("sfid", "spatial"), ("is", "logits"), ("--nll", "spatial")):
             if metric in asked and output not in found[0].outputs:
@@ -195,9 +200,25 @@ def _extractors(options: Options, device: torch.device) -> list[Extractor]:
                     "weights with --weights, or leave the metric out"
                 )
     for metric in own:
-        weights = options.weights if not rest and len(own) == 1 else None
+        weights = files.get(metric)
         found.append(select_extractor(metric, weights, None, device, options.precision, options.download))  # type: ignore[arg-type]
     return found
+
+
+def _weight_files(options: Options, networks: Sequence[str]) -> Mapping[str, str]:
+    """The weight files by network, of those that the metrics need. Raises UsageError for a file without effect."""
+    if options.weights is None:
+        return {}
+    if isinstance(options.weights, str):
+        return {networks[0] if len(networks) == 1 else MAIN: options.weights}
+    for network in options.weights:
+        if network not in networks:
+            raise UsageError(
+                f"--weights {network}={options.weights[network]} has no effect: the metrics "
+                f"{','.join(options.metrics)} need the networks {', '.join(networks)}; add a metric of {network}, or "
+                "leave the file out"
+            )
+    return options.weights
 
 
 def _wanted(options: Options, extractor: Extractor) -> Wanted:
@@ -226,7 +247,7 @@ def _sides(opened: Opened | None, wanted: Sequence[Wanted], options: Options, de
         return [Side(None, None, None, None, None) for _ in wanted]
     # Of the reference neither a score nor parts are needed.
     asked = [one._replace(chunks=1, score=None) for one in wanted]
-    return fid_inputs.sides(opened, asked, options.batch, options.workers, device)
+    return fid_inputs.sides(opened, asked, options.batch, options.workers, device, options.cache)
 
 
 def _with_gaussian(wanted: Wanted, side: Side, options: Options) -> Wanted:
@@ -294,64 +315,24 @@ def _is_published(extractors: Sequence[Extractor]) -> bool:
 
 
 def _pictures(
-    source: Source, passed: Passed, side: Side, wanted: Wanted, options: Options, device: torch.device
+    source: Source,
+    passed: Passed,
+    side: Side,
+    wanted: Wanted,
+    compared: Sequence[Source],
+    options: Options,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Draws what was asked for and returns where it is."""
+    """Draws what was asked for and returns where it is. Collective."""
     found: dict[str, Any] = {}
-    if options.nearest and dist.is_main():
+    if options.nearest:
         path = options.pictures / "nearest.png"
-        found["nearest"] = {
-            **fid_pictures.memorised(source, passed, side, options.nearest, path),
-            "picture": str(path),
-        }
+        draw = partial(fid_pictures.memorised, source, passed, side, options.nearest, path)
+        found["nearest"] = dist.from_main(fid_pass.together(lambda: draw() if dist.is_main() else None))
     if options.nll is not None:
         path = options.pictures / "likelihoods.png"
-        fid_pictures.likelihoods(source, passed, options.nll, wanted, options.batch, device, path)
+        asked = (options.batch, options.workers, device)
+        values = fid_pictures.likelihoods(source, passed, compared, wanted, asked, options.cache)
+        fid_pass.together(lambda: fid_pictures.histograms(values, path) if dist.is_main() else None)
         found["likelihoods"] = str(path)
-    return found
-
-
-def _figures(taken: Sequence[Taken], sides: Sequence[Side], options: Options) -> dict[str, Any]:
-    """All figures of one set. Computed by the main process."""
-    found: dict[str, Any] = {}
-    for one, side in zip(taken, sides, strict=True):
-        found |= _of_extractor(one, side, options)
-    return found
-
-
-def _of_extractor(one: Taken, side: Side, options: Options) -> dict[str, Any]:
-    key, found = one.extractor.key, dict[str, Any]()
-    # Another network's figures get its name, so that they are never taken for Inception's.
-    end = "" if key == "fid" else f"_{key.removeprefix('fd_')}"
-    if "pool" in one.moments and side.pool is not None:
-        reference = frechet.reference(side.pool.mean, side.pool.cov)
-        chunks = one.moments["pool"].result()
-        if options.uncertainty and len(chunks) > 1:
-            sure = uncertainty(reference, chunks)
-            found |= {key: sure.value, f"{key}_std_error": sure.std_error, f"{key}_infinity": sure.infinity}
-        else:
-            whole = merged(chunks)
-            found[key] = frechet.distance_to(reference, whole.mean, whole.cov)
-    if "sfid" in options.metrics and "spatial" in one.moments and side.spatial is not None:
-        spatial = merged(one.moments["spatial"].result())
-        found[f"sfid{end}"] = frechet.frechet_distance(spatial.mean, spatial.cov, side.spatial.mean, side.spatial.cov)
-    if one.score is not None:
-        score = one.score.result()
-        found |= {f"is{end}": score.mean, f"is{end}_std": score.std}
-    if one.features is not None and side.features is not None:
-        fake, real = one.features.result(), side.features.to(one.features.result())
-        if "kid" in options.metrics:
-            kid = kernel_distance(fake, real)
-            found |= {f"kid{end}": kid.mean, f"kid{end}_std": kid.std}
-        if chosen := [metric for metric in MANIFOLD if metric in options.metrics]:
-            values = manifold(fake, real)._asdict()
-            found |= {f"{metric}{end}": values[metric] for metric in chosen}
-    if one.classes is not None and side.classes is not None:
-        found[f"{key}_per_class"] = [
-            frechet.frechet_distance(fake.mean, fake.cov, real.mean, real.cov) if min(fake.n, real.n) > 1 else None
-            for fake, real in zip(one.classes.result(), side.classes, strict=False)
-        ]
-    if one.nll is not None:
-        nats = one.nll.result()
-        found |= {"nll_spatial_mean": float(nats.mean()), "nll_spatial_median": float(np.quantile(nats, 0.5))}
     return found

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddo_cli import dist, feature_cache
+from ddo_cli import dist
 from ddo_cli.data.stream import ImageStream, open_stream
 from ddo_cli.engines import fid_pass
 from ddo_cli.engines.fid_pass import Source, Wanted
 from ddo_cli.errors import DataError, UsageError
-from ddo_cli.likelihood import LikelihoodModel, generate, labels_of, num_batches
+from ddo_cli.likelihood import LikelihoodModel, check_labels, generate, labels_of, num_batches
 from ddo_cli.metrics import references
 from ddo_cli.metrics.extractor import Extractor
 from ddo_cli.metrics.references import ReferenceFile
@@ -37,12 +37,14 @@ class Drawn:
     """Images that a model draws for the seeds first .. first + num - 1, never on disk."""
 
     num_lossy = 0
+    identity: str | None = None  # its images are known once they are drawn
 
     def __init__(self, name: str, model: LikelihoodModel, spec: SamplingRecipe, first: int, num: int, device: Any):
         self.name, self.model, self.spec, self.device = name, model, spec, device
         self.seeds = range(first, first + num)
         self.num_classes = model.num_classes if spec.labels != "random" else 0
-        self.labels = labels_of(self.seeds, self.num_classes).numpy()
+        counted = range(num) if spec.labels == "position" else self.seeds
+        self.labels = labels_of(counted, self.num_classes).numpy()
 
     @property
     def num(self) -> int:
@@ -108,7 +110,7 @@ def open_sources(
             stream,
             positions=stream.positions[i * part : (i + 1) * part],
             labels=stream.labels[i * part : (i + 1) * part],
-            identity=None,
+            identity=None if stream.identity is None else f"{stream.identity} {i}/{repeat}",
         )
         for i in range(repeat)
     ]
@@ -118,6 +120,7 @@ def _drawn(name: str, num: int, repeat: int, sampling: dict[str, Any], device: t
     loaded = registry.load_model(name, device)
     spec = SamplingRecipe(**loaded.checkpoint.header.get("sampling", {})).merged(**sampling)
     loaded.model.check_sampling(spec)
+    check_labels(spec, loaded.model.num_classes, num)
     if len(loaded.model.shape) != 3:
         raise UsageError(f"{name} draws points, not images; a Frechet distance needs images")
     for i in range(repeat):
@@ -173,53 +176,22 @@ def open_reference(name: str, wanted: Sequence[Wanted]) -> Opened:
 
 
 def sides(
-    opened: Opened, wanted: Sequence[Wanted], batch: int, workers: int | None, device: torch.device
+    opened: Opened, wanted: Sequence[Wanted], batch: int, workers: int | None, device: torch.device, cache: bool = True
 ) -> list[Side]:
-    """The reference's side of every extractor. Moments of images are kept in the cache and found there again."""
+    """The reference's side of every extractor. cache: as `fid_pass.run` takes it."""
     if opened.file is not None:
         return [_of_file(opened.file, one, batch) for one in wanted]
     stream = opened.stream
     assert stream is not None, "images or a file"
-    found = [_cached(stream, one) for one in wanted]
-    missing = [one for one, side in zip(wanted, found, strict=True) if side is None]
-    if missing:
-        passed = fid_pass.run(stream, missing, batch, workers, device, f"reference {opened.name}")
-        fresh = iter(passed.taken)
-        for i, one in enumerate(wanted):
-            if found[i] is None:
-                found[i] = _of_pass(stream, one, next(fresh))
-    return [side for side in found if side is not None]
+    passed = fid_pass.run(stream, wanted, batch, workers, device, f"reference {opened.name}", cache=cache)
+    return [_of_pass(stream, taken) for taken in passed.taken]
 
 
-def _of_pass(stream: ImageStream, wanted: Wanted, taken: fid_pass.Taken) -> Side:
+def _of_pass(stream: ImageStream, taken: fid_pass.Taken) -> Side:
     kinds = {kind: merged(chunks.result()).statistics() for kind, chunks in taken.moments.items()}
-    if dist.is_main() and (key := _key(stream, wanted)) is not None:
-        arrays: dict[str, np.ndarray] = {}
-        for kind, found in kinds.items():
-            arrays |= {f"{kind}.mean": found.mean.numpy(), f"{kind}.cov": found.cov.numpy()}
-        feature_cache.store(key, arrays)
     features = taken.features.result() if taken.features is not None else None
     classes = taken.classes.result() if taken.classes is not None else None
     return Side(kinds.get("pool"), kinds.get("spatial"), features, classes, stream)
-
-
-def _cached(stream: ImageStream, wanted: Wanted) -> Side | None:
-    """The side from the cache, where moments are all that is wanted and an earlier run has left them."""
-    key = _key(stream, wanted)
-    arrays = dist.from_main(feature_cache.load(key) if key is not None and dist.is_main() else None)
-    if arrays is None or wanted.features or wanted.classes:
-        return None
-    kinds = {
-        kind: Statistics(torch.from_numpy(arrays[f"{kind}.mean"]), torch.from_numpy(arrays[f"{kind}.cov"]), stream.num)
-        for kind in wanted.moments
-    }
-    return Side(kinds.get("pool"), kinds.get("spatial"), None, None, stream)
-
-
-def _key(stream: ImageStream, wanted: Wanted) -> str | None:
-    if stream.identity is None or not wanted.moments:
-        return None
-    return feature_cache.key_of(stream.identity, wanted.extractor.protocol(), wanted.moments)
 
 
 def _of_file(file: ReferenceFile, wanted: Wanted, batch: int) -> Side:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from ddo_cli import console, dist
 from ddo_cli.data.inspection import Inspection
+from ddo_cli.engines import fid_cache
 from ddo_cli.errors import DdoError
+from ddo_cli.files import cache_directory
 from ddo_cli.metrics.accumulators import Accumulator, ChunkedMoments, FeatureStore
 from ddo_cli.metrics.extractor import Extractor
 from ddo_cli.metrics.inception_score import InceptionScore
@@ -25,11 +28,12 @@ LOGITS = 1008  # classes of the Inception that scores rest on
 
 
 class Source(Protocol):
-    """Images that a pass can take: `data.stream.ImageStream`, or a model that draws them."""
+    """Images that a pass can take: `data.stream.ImageStream`, or a model that draws them, which has no identity."""
 
     name: str
     labels: np.ndarray
     num_classes: int
+    identity: str | None
 
     @property
     def num(self) -> int: ...
@@ -90,17 +94,84 @@ class Taken:
 
 
 class Passed(NamedTuple):
-    """What a pass gave: by extractor, in the order asked for; and of the images themselves."""
+    """What a pass gave: by extractor, in the order asked for; and of the images themselves.
+
+    is_kept: an earlier pass had left it all, and no image went through a network.
+    """
 
     taken: list[Taken]
     inspection: Inspection
+    is_kept: bool = False
 
 
 def run(
-    source: Source, wanted: Sequence[Wanted], batch: int, workers: int | None, device: torch.device, title: str
+    source: Source,
+    wanted: Sequence[Wanted],
+    batch: int,
+    workers: int | None,
+    device: torch.device,
+    title: str,
+    cache: bool = True,
 ) -> Passed:
-    """Passes all images through every extractor once; collective. workers: that decode; None: as suits the source."""
+    """Passes all images through every extractor once; collective. workers: that decode; None: as suits the source.
+
+    cache: what an earlier pass over the same images has left is taken from there, and what this one finds is kept.
+    """
     taken = [Taken(one, source) for one in wanted]
+    looked_up = partial(_pass, source, batch=batch, workers=workers, device=device)
+    keeps = dist.from_main(cache and source.identity is not None and cache_directory() is not None)
+    known = _known(source, partial(looked_up, [], title=f"digests of {title}")) if keeps else None
+    due = [(one.extractor, one.accumulators) for one in taken]
+    if known is not None:
+        done = dist.from_main([fid_cache.restore(known, *one) for one in due] if dist.is_main() else [])
+        due = [
+            (extractor, [one for one, is_done in zip(accumulators, flags, strict=True) if not is_done])
+            for (extractor, accumulators), flags in zip(due, done, strict=True)
+        ]
+    is_kept = known is not None and not any(accumulators for _, accumulators in due)
+    inspection = known if known is not None and is_kept else looked_up(due, title=title)
+    if known is not None and inspection.order() != known.order():
+        # Other images under the same names, sizes and times: what was restored is of the old ones.
+        if dist.is_main():
+            fid_cache.forget_inspection(source)
+        dist.barrier()
+        return run(source, wanted, batch, workers, device, title, cache)
+    for one in taken:
+        for accumulator in one.accumulators:
+            accumulator.all_reduce()
+    if keeps and dist.is_main():
+        if known is None:
+            fid_cache.keep_inspection(source, inspection)
+        for extractor, accumulators in due:
+            fid_cache.store(inspection, extractor, accumulators)
+    return Passed(taken, inspection, is_kept)
+
+
+def _known(source: Source, look: Callable[[], Inspection]) -> Inspection | None:
+    """The images' digests, by the files' identity or by decoding them; None if they are new. Collective.
+
+    look: decodes all images and passes them through no network. Only for sets that may have been seen before.
+    """
+    found = dist.from_main(fid_cache.inspection(source) if dist.is_main() else None)
+    if found is not None:
+        return found
+    if not dist.from_main(together(lambda: dist.is_main() and fid_cache.may_be_known(source))):
+        return None
+    found = look()
+    if dist.is_main():
+        fid_cache.keep_inspection(source, found)
+    return found
+
+
+def _pass(
+    source: Source,
+    due: Sequence[tuple[Extractor, Sequence[Accumulator]]],
+    batch: int,
+    workers: int | None,
+    device: torch.device,
+    title: str,
+) -> Inspection:
+    """Decodes all images and feeds the accumulators of each extractor; collective. Returns the images' own figures."""
     inspection = Inspection(source.labels, source.num_classes)
     own = source.share(batch)
     count = source.default_workers(device, batch) if workers is None else workers
@@ -109,31 +180,30 @@ def run(
         with console.progress(title, len(own), "images") as bar:
             for rows, images in source.batches(batch, own, count, pin=device.type == "cuda"):
                 inspection.update(rows, images)
-                for one in taken:
-                    outputs = tuple({accumulator.needs: None for accumulator in one.accumulators})
-                    found = one.extractor.extract(images, outputs)
-                    for accumulator in one.accumulators:
+                for extractor, accumulators in due:
+                    if not accumulators:
+                        continue
+                    found = extractor.extract(images, tuple({one.needs: None for one in accumulators}))
+                    for accumulator in accumulators:
                         accumulator.update(rows, found)
                 bar.advance(len(rows))
 
     together(take)
-    for one in taken:
-        for accumulator in one.accumulators:
-            accumulator.all_reduce()
     inspection.all_reduce(device)
-    return Passed(taken, inspection)
+    return inspection
 
 
 def together(act: Callable[[], T]) -> T:
     """What `act` returns here, once no process has failed in it. Collective.
 
-    Raises on every process the DdoError of the first one that did: left alone, the others would wait for it in the next
-    collective call, which breaks down with a traceback when it ends, and the main process would not report the reason.
+    Raises on every process the DdoError or OSError of the first one that did: left alone, the others would wait for it
+    in the next collective call, which breaks down with a traceback when it ends, and the main process would not report
+    the reason.
     """
-    failure: DdoError | None = None
+    failure: DdoError | OSError | None = None
     try:
         found = act()
-    except DdoError as error:
+    except (DdoError, OSError) as error:
         failure = error
     for other in dist.gathered(failure):
         if other is not None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ddo_cli import dist, pictures
-from ddo_cli.engines import fid_inputs, fid_pass
+from ddo_cli import pictures
+from ddo_cli.engines import fid_pass
 from ddo_cli.engines.fid_inputs import Side
 from ddo_cli.engines.fid_pass import Passed, Source, Wanted
 from ddo_cli.errors import UsageError
@@ -22,7 +22,8 @@ NEIGHBOURS = 3  # nearest images of the reference that are shown
 def memorised(source: Source, passed: Passed, side: Side, count: int, path: Path) -> dict[str, Any]:
     """Draws the `count` images that are closest to one of the reference, with their nearest there; a row for each rank.
 
-    Returns distances and positions. Raises UsageError where the reference has no images.
+    Returns distances, positions and the picture's path. Called by the main process. Raises UsageError where the
+    reference has no images.
     """
     taken = passed.taken[0]
     if side.stream is None or side.features is None or taken.features is None:
@@ -39,6 +40,7 @@ def memorised(source: Source, passed: Passed, side: Side, count: int, path: Path
         "nearest_rows": found.rows[order, 0].tolist(),
         "distances": found.distances[order, 0].tolist(),
         "median_distance": float(found.distances[:, 0].median()),
+        "picture": str(path),
     }
 
 
@@ -51,16 +53,28 @@ def _images(source: Source, rows: np.ndarray) -> np.ndarray:
 
 
 def likelihoods(
-    source: Source, passed: Passed, others: Sequence[str], wanted: Wanted, batch: int, device: torch.device, path: Path
-) -> None:
-    """Histograms of the negative log-likelihood of sFID's features, of the scored set and of others (DG, Fig. 9)."""
+    source: Source,
+    passed: Passed,
+    others: Sequence[Source],
+    wanted: Wanted,
+    asked: tuple[int, int | None, torch.device],
+    cache: bool,
+) -> dict[str, np.ndarray]:
+    """Negative log-likelihood of sFID's features, nats of each image, by set (DG, Fig. 9). Collective.
+
+    asked: batch, workers and device of the passes over `others`.
+    """
     taken = passed.taken[0]
     assert taken.nll is not None, "asked for by the caller"
     values = {source.name: taken.nll.result()}
-    for name in others:
-        alone = Wanted(wanted.extractor, gaussian=wanted.gaussian)
-        found = fid_pass.run(fid_inputs.comparable(name), [alone], batch, None, device, name).taken[0].nll
+    alone = Wanted(wanted.extractor, gaussian=wanted.gaussian)
+    for other in others:
+        found = fid_pass.run(other, [alone], *asked, other.name, cache=cache).taken[0].nll
         assert found is not None
-        values[name] = found.result()
-    if dist.is_main():
-        pictures.histograms(values, path, "nats per image under the data's Gaussian (sFID features)")
+        values[other.name] = found.result()
+    return values
+
+
+def histograms(values: Mapping[str, np.ndarray], path: Path) -> None:
+    """Draws the sets' likelihoods over each other. Called by the main process."""
+    pictures.histograms(dict(values), path, "nats per image under the data's Gaussian (sFID features)")

@@ -21,9 +21,10 @@ from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet, check_fits, digest
 from ddo_cli.data.pairs import Pairs, Shuffled
 from ddo_cli.data.samples import open_samples
-from ddo_cli.engines import ddo_sweep, finetune_report, sample
+from ddo_cli.engines import ddo_reference, ddo_sweep, estimate, finetune_report, sample
 from ddo_cli.engines.ddo_node import TRAIN_STATE, MakeLoss, Node, Shared, halve
 from ddo_cli.engines.scoring import Scoring
+from ddo_cli.errors import RecipeError
 from ddo_cli.files import read_json, replacing, sha256, write_json
 from ddo_cli.likelihood import LikelihoodModel, map_draw, repeat_draw
 from ddo_cli.metrics import published
@@ -47,11 +48,11 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
     check_fits(real, reference.model, recipe.data.hflip)
     spec = _sampling(recipe, reference)
-    loop.local_rows(recipe.finetune.batch, recipe.finetune.micro_batch)
     scoring = Scoring(recipe, real, spec, device)
-    plan = ddo_sweep.plan_of(recipe, partial(scoring.passes, reference.model))
+    plans = _plans(recipe, reference, scoring)
     if dry_run:
-        return _dry_run(recipe, out, reference.model, plan)
+        expected = estimate.of_finetuning(recipe, reference, plans, real, scoring)
+        return {**_dry_run(recipe, out, reference.model, plans[0]), "estimate": expected}
     loop.set_precision(recipe.finetune.precision)
     with rundir.locked(out) as run_dir:
         identity = {"reference_sha256": reference.checkpoint.sha256, "data_sha256": digest(real), **scoring.identity}
@@ -61,6 +62,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             console.info(f"{out} is finished; nothing to do")
             return _result(recipe, run_dir, state, scoring.key)
         if "reference" not in state:
+            console.info(estimate.summary(estimate.of_finetuning(recipe, reference, plans, real, scoring)))
             console.info(f"scoring the reference {recipe.model.ckpt}")
             scoring.picture(reference.model, out / "reference.png")
             repeats = _repeats(scoring, reference.model, out / "reference-scores.json", [])
@@ -68,7 +70,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
         console.info(f"reference: {scoring.key} {state['reference']['score']:.4g}")
         del reference  # each round loads its own
         for number in range(len(state["rounds"]) + 1, recipe.finetune.rounds + 1):
-            this_round = _Round(number, recipe, run_dir, real, spec, scoring, plan, device)
+            this_round = _Round(number, recipe, run_dir, real, spec, scoring, plans[number - 1], device)
             state = run_dir.advance(rounds=[*state["rounds"], this_round.run(state)])
         if dist.is_main():
             _copy(_reference_file(recipe, run_dir, len(state["rounds"])), run_dir.final)
@@ -91,7 +93,8 @@ class _Round:
         plan: ddo_sweep.Plan,
         device: torch.device,
     ):
-        self.number, self.recipe, self.run_dir, self.real = number, recipe, run_dir, real
+        self.whole, self.recipe = recipe, recipe.of_round(number)
+        self.number, self.run_dir, self.real = number, run_dir, real
         self.spec, self.scoring, self.plan, self.device = spec, scoring, plan, device
         self.path = run_dir.path / f"round-{number:02d}"
         self.title = f"round {number}/{recipe.finetune.rounds}"
@@ -100,28 +103,30 @@ class _Round:
         """The round's record: candidates, the best one's figures, and whether it was promoted."""
         ref_file = _reference_file(self.recipe, self.run_dir, self.number - 1)
         before = state["rounds"][-1] if state["rounds"] else state["reference"]
+        error = ddo_reference.check_precision(self.recipe, ref_file, self.real, self.number, self.device)
         self._draw_fake_set(ref_file)
         nodes = self._train(ref_file)
-        record = self._promote(ref_file, nodes, before)
+        record = self._promote(ref_file, nodes, before) | ({} if error is None else {"reference_error": error})
         self._drop_train_state()
         if self.plan.is_sweep:
             console.show(console.table(*finetune_report.sweep_table(record, self.recipe, self.scoring.key)))
         return record
 
     def _draw_fake_set(self, ref_file: str | Path) -> None:
-        first = FIRST_FAKE_SEED + (self.number - 1) * self.recipe.finetune.num_fake  # rounds do not overlap
+        before = sum(self.whole.finetune.of_round(number).num_fake for number in range(1, self.number))
+        first = FIRST_FAKE_SEED + before  # rounds do not overlap
         seeds = range(first, first + self.recipe.finetune.num_fake)
         sampling = self.spec.model_dump()
         title = f"{self.title} fake set"
         sample.run(
-            ref_file, seeds, self.path / "samples", form="shards", sampling=sampling, device=self.device, title=title
-        )
+            ref_file, seeds, self.path / "samples", form="shards", sampling=sampling,
+            keep=self.recipe.finetune.fake_as, device=self.device, title=title,
+        )  # fmt: skip
 
     def _train(self, ref_file: str | Path) -> list[Node]:
         """Trains every setting, or as far as the sweep takes it, and scores its candidates."""
         draw = self.recipe.finetune.draw
-        ref = registry.load_model(ref_file, self.device, draw)
-        ref.model.requires_grad_(False)
+        ref = ddo_reference.load(ref_file, self.recipe.finetune, self.device)
         shared = Shared(
             number=self.number,
             title=self.title,
@@ -223,8 +228,8 @@ class _Round:
         Every candidate has its score on disk, so a run killed before the round's record is written trains no more.
         """
         if dist.is_main():
-            for file in [self.path / TRAIN_STATE, *self.path.glob(f"nodes/*/{TRAIN_STATE}")]:
-                file.unlink(missing_ok=True)
+            for place in [self.path, *self.path.glob("nodes/*")]:
+                loop.drop_state(place / TRAIN_STATE)
 
     def _header(self, ref: checkpoint.Checkpoint) -> dict[str, Any]:
         """Header of this round's checkpoints: the reference's configuration and a longer chain of provenance."""
@@ -232,7 +237,7 @@ class _Round:
             "command": "finetune-ddo",
             "round": self.number,
             "reference_sha256": ref.sha256,
-            "recipe": self.recipe.model_dump(mode="json"),
+            "recipe": self.whole.model_dump(mode="json"),
         }
         return {
             "kind": "model",
@@ -248,6 +253,21 @@ def _sampling(recipe: Recipe, reference: registry.Loaded) -> SamplingRecipe:
     spec = sample.spec_of(reference.checkpoint, **given)
     reference.model.check_sampling(spec)
     return spec
+
+
+def _plans(recipe: Recipe, reference: registry.Loaded, scoring: Scoring) -> list[ddo_sweep.Plan]:
+    """What each round does. Raises RecipeError or UsageError where one of them could not be run."""
+    config, plans = reference.checkpoint.header["config"], []
+    for number in range(1, recipe.finetune.rounds + 1):
+        settings = recipe.finetune.of_round(number)
+        draw = {**config["draw"], **settings.draw}
+        place = f"round {number}: finetune.draw"
+        if found := registry.problems(config["name"], config["options"], draw, place):
+            raise RecipeError("\n".join(found))
+        sample.keeps_latents(reference.model, settings.fake_as)
+        loop.local_rows(settings.batch, settings.micro_batch)
+        plans.append(ddo_sweep.plan_of(recipe.of_round(number), partial(scoring.passes, reference.model)))
+    return plans
 
 
 def _reference_file(recipe: Recipe, run_dir: rundir.RunDir, rounds_done: int) -> str | Path:
@@ -319,4 +339,5 @@ def _dry_run(recipe: Recipe, out: Path, model: LikelihoodModel, plan: ddo_sweep.
             "reference_forward": 2 * settings.batch,
         },
         **(plan.forecast() if plan.is_sweep else {}),
+        **finetune_report.settings_by_round(recipe),
     }

@@ -39,7 +39,7 @@ def table_of(run_dir: rundir.RunDir, key: str) -> tuple[list[str], list[Row]]:
 
 def sweep_table(record: dict[str, Any], recipe: Recipe, key: str) -> report.Table:
     """All nodes of a round's sweep: scores at the rungs, best candidate, and how far each came."""
-    batch, nodes = recipe.finetune.batch, record["nodes"]
+    batch, nodes = recipe.finetune.of_round(record["round"]).batch, record["nodes"]
     rungs = sorted({rung["step"] for node in nodes for rung in node["rungs"]})
     columns = ["node", *(f"{step * batch:,} images" for step in rungs), "best candidate", "at", "outcome"]
     rows = []
@@ -52,6 +52,32 @@ def sweep_table(record: dict[str, Any], recipe: Recipe, key: str) -> report.Tabl
             outcome += ", best of the round"
         rows.append((_setting(node).title, *(scores.get(step, "-") for step in rungs), *figures, outcome))
     return report.Table(f"Round {record['round']}: {key} of every node (lower is better)", columns, rows)
+
+
+def settings_by_round(recipe: Recipe) -> dict[str, Any]:
+    """For `--dry-run`: which rounds run with which values of the keys that differ; empty where all are alike."""
+    last = recipe.finetune.rounds
+    starts = [1, *sorted(number for number in recipe.finetune.from_round if number <= last)]
+    ends = [*(number - 1 for number in starts[1:]), last]
+    dumped = [recipe.finetune.of_round(number).model_dump(mode="json", exclude={"from_round"}) for number in starts]
+    keys = [key for key in dumped[0] if any(one[key] != dumped[0][key] for one in dumped)]
+    rows = [
+        {"rounds": f"{start} to {end}" if start < end else f"{start}", **{key: one[key] for key in keys}}
+        for start, end, one in zip(starts, ends, dumped, strict=True)
+    ]
+    return {"settings_by_round": rows} if keys else {}
+
+
+def settings_table(by_round: list[dict[str, Any]]) -> report.Table:
+    """`settings_by_round` for people."""
+    rows = [tuple(map(_shown, row.values())) for row in by_round]
+    return report.Table("Settings that differ between rounds", list(by_round[0]), rows)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {inner}" for key, inner in value.items()) or "-"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def sweep_cost(rounds: list[dict[str, Any]]) -> str:
@@ -78,10 +104,12 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any], key: st
     log = [json.loads(line) for line in run_dir.log_file.read_text().splitlines()]
     chosen = {record["round"]: _setting(record) for record in rounds if "nodes" in record}
     log = [line for line in log if line["round"] not in chosen or _setting(line) == chosen[line["round"]]]
-    per_round = -(-recipe.finetune.images_per_round // recipe.finetune.batch) * recipe.finetune.batch
-    at = [(record["round"] - 1) * per_round + record["n_images"] for record in log]
+    settings = [recipe.finetune.of_round(number) for number in range(1, recipe.finetune.rounds + 1)]
+    lengths = [-(-one.images_per_round // one.batch) * one.batch for one in settings]
+    before = [sum(lengths[:number]) for number in range(len(lengths))]  # images of the rounds before, by round
+    at = [before[record["round"] - 1] + record["n_images"] for record in log]
     candidates = [
-        ((record["round"] - 1) * per_round + int(step) * recipe.finetune.batch, figures[key])
+        (before[record["round"] - 1] + int(step) * settings[record["round"] - 1].batch, figures[key])
         for record in rounds
         for step, figures in sorted(record["candidates"].items(), key=lambda item: int(item[0]))
     ]

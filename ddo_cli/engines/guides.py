@@ -12,10 +12,11 @@ from torch import nn
 from ddo_cli import checkpoint, console, dist
 from ddo_cli.diffusion import noise
 from ddo_cli.diffusion.denoiser import DiffusionModel
-from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, Guide
+from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, Guide, Interval, Network
 from ddo_cli.diffusion.samplers import Boost
 from ddo_cli.errors import CheckpointError, RunError, UsageError
 from ddo_cli.files import read_json
+from ddo_cli.likelihood import NO_LABEL
 from ddo_cli.models import discriminators, registry
 from ddo_cli.recipe import differing_keys
 from ddo_cli.schema import GuidanceRecipe, SamplingRecipe
@@ -176,6 +177,7 @@ class Others(NamedTuple):
     guidance: float = 1.0  # its scale, 1 = off
     classifier: str | None = None  # a noisy-image classifier
     classifier_weight: float = 1.0
+    interval: tuple[float, float] | None = None  # noise levels (low, high] at which guide_ckpt acts; None: all
 
 
 def other_guides(others: Others, base: DiffusionModel, device: torch.device) -> tuple[list[Guide], dict[str, Any]]:
@@ -184,14 +186,11 @@ def other_guides(others: Others, base: DiffusionModel, device: torch.device) -> 
     found: list[Guide] = []
     record: dict[str, Any] = {}
     if others.guide_ckpt is not None:
-        bad = registry.load_model(others.guide_ckpt, device)
-        if bad.model.state_shape != base.state_shape or diffusion_model(bad).num_classes not in (0, base.num_classes):
-            raise UsageError(
-                f"--guide-ckpt {others.guide_ckpt} draws {bad.model.state_shape} with {bad.model.num_classes} classes, "
-                f"the model {base.state_shape} with {base.num_classes}; autoguidance needs a version of the same model"
-            )
-        found.append(AutoGuide(diffusion_model(bad), others.guidance))
-        record["autoguidance"] = {"sha256": bad.checkpoint.sha256, "scale": others.guidance}
+        second, sha256 = _second_network(others.guide_ckpt, base, device)
+        found.append(AutoGuide(second, others.guidance, Interval(*others.interval) if others.interval else Interval()))
+        record["autoguidance"] = {"sha256": sha256, "scale": others.guidance}
+        if others.interval:
+            record["autoguidance"]["interval"] = list(others.interval)
     if others.classifier is not None:
         loaded = discriminators.load("classifier", others.classifier, device)
         config = loaded.checkpoint.header["config"]
@@ -208,6 +207,32 @@ def other_guides(others: Others, base: DiffusionModel, device: torch.device) -> 
     return found, record
 
 
+def _second_network(ckpt: str, base: DiffusionModel, device: torch.device) -> tuple[Network, str]:
+    """The denoiser that --guide-ckpt names, and its hash."""
+    bad = registry.load_model(ckpt, device)
+    model = diffusion_model(bad)
+    if model.state_shape != base.state_shape or model.num_classes not in (0, base.num_classes):
+        raise UsageError(
+            f"--guide-ckpt {ckpt} draws {model.state_shape} with {model.num_classes} classes, the model "
+            f"{base.state_shape} with {base.num_classes}; autoguidance needs a version of the same model"
+        )
+    if type(model.codec) is not type(base.codec) or model.encoder_id() != base.encoder_id():
+        raise UsageError(
+            f"--guide-ckpt {ckpt} draws in the space of a {type(model.codec).__name__} {model.encoder_id()[:12]}, the "
+            f"model in that of a {type(base.codec).__name__} {base.encoder_id()[:12]}; give one of the same space"
+        )
+    return (model if model.num_classes or not base.num_classes else _Unconditional(model)), bad.checkpoint.sha256
+
+
+class _Unconditional(NamedTuple):
+    """A network that knows no classes, whatever the labels of the one that it guides."""
+
+    model: DiffusionModel
+
+    def denoise(self, x: torch.Tensor, sigma: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return self.model.denoise(x, sigma, torch.full_like(label, NO_LABEL))
+
+
 def _check_others(others: Others) -> None:
     for value, name in ((others.guidance, "--guidance"), (others.classifier_weight, "--classifier-weight")):
         if not math.isfinite(value):
@@ -217,6 +242,12 @@ def _check_others(others: Others) -> None:
             f"--guidance {others.guidance:g} and --guide-ckpt {others.guide_ckpt} need one another; give both, a scale "
             "other than 1, or neither"
         )
+    if others.interval is not None:
+        low, high = others.interval
+        if not 0 <= low < high:
+            raise UsageError(f"--guidance-interval {low:g},{high:g} must be two increasing noise levels, such as 0.3,2")
+        if others.guide_ckpt is None:
+            raise UsageError(f"--guidance-interval {low:g},{high:g} needs --guide-ckpt FILE and --guidance")
     if others.classifier is None and others.classifier_weight != 1.0:
         raise UsageError(f"--classifier-weight {others.classifier_weight:g} needs --classifier FILE")
 

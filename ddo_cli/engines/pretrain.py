@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddo_cli import checkpoint, console, dist, rundir
+from ddo_cli import checkpoint, console, dist, rundir, sharding
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import check_fits, digest
 from ddo_cli.data.pairs import Shuffled
+from ddo_cli.engines import estimate, pretrain_tokenizer
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.files import write_json
-from ddo_cli.models import registry
+from ddo_cli.models import registry, vqvae
 from ddo_cli.rng import RowRng, seed_from
-from ddo_cli.schema import Recipe
+from ddo_cli.schema import PretrainRecipe, Recipe
 from ddo_cli.training import loop
+from ddo_cli.training.ema import snapshot_name
 
 
 def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = False) -> dict[str, Any]:
@@ -27,10 +29,12 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     The same call on an unfinished run continues it; on a finished one it returns the stored result.
     """
     settings = recipe.pretrain
+    if recipe.model.name == vqvae.NAME:
+        return pretrain_tokenizer.run(recipe, out, device=device, dry_run=dry_run)
     registry.load_file(recipe.model.file)
     real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
     config = registry.config_of(
-        recipe.model.name, real.items.shape[1:], real.num_classes, recipe.model.options, recipe.model.draw
+        recipe.model.name, real.shape, real.num_classes, recipe.model.options, recipe.model.draw
     )
     loop.local_rows(settings.batch, settings.micro_batch)
     steps = -(-settings.images // settings.batch)
@@ -44,7 +48,9 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
         return {
             "out": str(out), "dry_run": True, "model": config["name"], "parameters": parameters,
             "images": steps * settings.batch, "steps": steps, "batch": settings.batch, "data": real.name,
+            "estimate": estimate.of_pretraining(recipe, config, real, scoring),
         }  # fmt: skip
+    model.start_training()
     loop.set_precision(settings.precision)
     with rundir.locked(out) as run_dir:
         run_dir.claim("pretrain", recipe, data_sha256=digest(real), **scoring.identity)
@@ -53,6 +59,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             console.info(f"{out} is finished; nothing to do")
             return _result(run_dir, state)
         console.info(f"pretrain {config['name']}: {parameters:,} parameters, {steps} steps of {settings.batch} images")
+        console.info(estimate.summary(estimate.of_pretraining(recipe, config, real, scoring)))
         stream = Shuffled(real.items, real.labels, "pretrain", recipe.seed, hflip=recipe.data.hflip)
 
         def loss(wrapped: nn.Module, rows: loop.Rows) -> loop.Loss:
@@ -66,6 +73,13 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             log_lik = wrapped(x, label.to(device), draw)
             return loop.Loss(-log_lik.mean() / math.prod(model.state_shape), {})
 
+        header = {
+            "kind": "model",
+            "config": config,
+            "sampling": recipe.sampling.model_dump(mode="json", exclude_none=True),
+            "provenance": [{"command": "pretrain", "recipe": recipe.model_dump(mode="json"), "steps": steps}],
+        }
+        snapshots = _Snapshots(settings, steps, out / "checkpoints", header)
         state_file = out / "train-state.safetensors"
         plan = loop.Plan(
             title="pretraining",
@@ -77,21 +91,43 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             log_tags={},
             last_good=lambda: state_file,
             ema_ramp=settings.ema_ramp,
+            evaluate_at=snapshots.due,
+            evaluate=lambda step, ema: snapshots.keep(step, None, ema),
+            keep=snapshots.keep,
             dropout=True,
             owner=recipe.name,
         )
         ema = loop.fit(model, plan, device)
-        header = {
-            "kind": "model",
-            "config": config,
-            "sampling": recipe.sampling.model_dump(mode="json", exclude_none=True),
-            "provenance": [{"command": "pretrain", "recipe": recipe.model_dump(mode="json"), "steps": steps}],
-        }
+        header = snapshots.header_at(steps, None)
+        if sharding.is_sharded(model):
+            model = registry.build(config).to(device)
         score = _finish(model, ema, header, run_dir, scoring)
         state = run_dir.advance(finished=True, metric=scoring.key, score=score)
         if dist.is_main():
-            state_file.unlink(missing_ok=True)
+            loop.drop_state(state_file)
         return _result(run_dir, state)
+
+
+class _Snapshots:
+    """Averaged weights kept on the way, from which `ddo ema` makes other averages."""
+
+    def __init__(self, settings: PretrainRecipe, steps: int, path: Path, header: dict[str, Any]):
+        self.settings, self.path, self.header = settings, path, header
+        every = settings.snapshot_every and max(settings.snapshot_every // settings.batch, 1)
+        is_asked_for = every is not None or len(settings.ema_widths) > 1
+        self.due = frozenset([*range(every or steps, steps, every or steps), *([steps] * is_asked_for)])
+
+    def keep(self, step: int, width: float | None, ema: dict[str, Tensor]) -> str:
+        """Writes a snapshot. width: None for the first average."""
+        if dist.is_main():
+            checkpoint.save(self.path / snapshot_name(step, width), ema, self.header_at(step, width))
+        return ""
+
+    def header_at(self, step: int, width: float | None) -> dict[str, Any]:
+        """The header with the average that the weights are, where it is a power function."""
+        widths = [width] if width is not None else self.settings.ema_widths[:1]
+        images = step * self.settings.batch
+        return {**self.header, **({"ema": {"std": widths[0], "images": images}} if widths else {})}
 
 
 def _finish(

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from ddo_cli import console, dist, pictures, rundir
 from ddo_cli.checkpoint import Checkpoint
-from ddo_cli.data.samples import Format, Writer
+from ddo_cli.data.samples import Format, Writer, spell_seeds
 from ddo_cli.diffusion.guidance import Guide
 from ddo_cli.errors import UsageError
 from ddo_cli.files import sweep
-from ddo_cli.likelihood import LikelihoodModel, generate, num_batches
+from ddo_cli.likelihood import Batch, LikelihoodModel, check_labels, generate, num_batches
 from ddo_cli.models import registry
 from ddo_cli.schema import SamplingRecipe
 
 GRID_ITEMS = 64
+Keep = Literal["images", "latents"] | None
 
 
 def run(
@@ -33,6 +35,7 @@ def run(
     sampling: dict[str, Any] | None = None,
     guides: Sequence[Guide] = (),
     guidance: dict[str, Any] | None = None,
+    keep: Keep = "images",
     device: torch.device,
     title: str = "sampling",
     dry_run: bool = False,
@@ -42,26 +45,38 @@ def run(
     sampling: values of SamplingRecipe in place of the checkpoint's own.
     form: None: png for images, npz for points.
     guides: applied to the model; guidance: what identifies them, for the set's manifest.
+    keep: what of an example, see `keeps_latents`; latents, in float32 or int32, are for training and go into shards.
     Continues a set that an earlier run left unfinished; a finished one is left as it is.
     """
     model, file = ckpt if isinstance(ckpt, registry.Loaded) else registry.load_model(ckpt, device)
     spec = spec_of(file, **(sampling or {}))
     model.check_sampling(spec)
     model.check_guides(spec, guides)
-    _check_classes(model, classes, spec)
+    check_labels(spec, model.num_classes, len(seeds), classes)
+    _check_classes(model, classes)
     form = form or ("png" if len(model.shape) == 3 else "npz")
     if form == "png" and len(model.shape) != 3:
         raise UsageError(f"--format png needs images; this model draws items of shape {model.shape}: use shards or npz")
+    as_latents = keeps_latents(model, keep)
+    if as_latents and form != "shards":
+        raise ValueError(f"latents are kept in shards only, not as {form}")
+    if as_latents and getattr(spec, "smooth", None):
+        raise UsageError("sampling.smooth = true draws mixtures of codes, which are no tokens; use fake_as = images")
     made_by = {
         "checkpoint_sha256": file.sha256,
         "sampling": spec.model_dump(mode="json"),
         "classes": list(classes) if classes else None,
+        **({"seeds_as_given": spell_seeds(seeds)} if spec.labels == "position" else {}),  # which the labels follow
         **({"guidance": guidance} if guidance else {}),
+        **({"latents": True} if as_latents else {}),
     }
     found = {"out": str(out), "num_images": len(seeds), "checkpoint_sha256": file.sha256, "sampler": spec.sampler}
     if dry_run:
         return {**found, "batches": num_batches(len(seeds), spec.batch), "steps": spec.steps, "dry_run": True}
     warn_if_never_unconditional(model, spec)
+    draw = partial(
+        generate, model, spec=spec, batch=spec.batch, classes=classes, guides=guides, as_given=seeds, device=device
+    )
     with rundir.locked(out):
         if dist.is_main():
             sweep(out)
@@ -72,12 +87,11 @@ def run(
         speed = 0.0
         is_new = manifest is None
         if manifest is None:
-            speed = _draw(model, writer, missing, spec, classes, guides, device, title)
+            speed = _draw(partial(draw, as_latents=as_latents), writer, missing, title)
             manifest = writer.finish()
         grid = grid_path(out)
         if dist.is_main() and (is_new or not grid.is_file()):
-            first = writer.seeds[:GRID_ITEMS]
-            made = generate(model, first, spec, batch=spec.batch, classes=classes, guides=guides, device=device)
+            made = draw(writer.seeds[:GRID_ITEMS])
             pictures.contact_sheet(np.concatenate([batch.items.numpy() for batch in made]), grid)
     return {
         **found,
@@ -109,37 +123,37 @@ def grid_path(out: Path) -> Path:
     return place.with_name(f"{place.name}-grid.png")
 
 
-def _draw(
-    model: LikelihoodModel,
-    writer: Writer,
-    missing: list[int],
-    spec: SamplingRecipe,
-    classes: Sequence[int] | None,
-    guides: Sequence[Guide],
-    device: torch.device,
-    title: str,
-) -> float:
-    """Draws and stores the missing batches; returns items per second."""
+def _draw(draw: Callable[..., Iterator[Batch]], writer: Writer, missing: list[int], title: str) -> float:
+    """Draws and stores the missing batches; returns items per second. draw: `generate`, of seeds and batch numbers."""
     own = dist.shard(missing)
-    done = len(writer.seeds) - len(missing) * spec.batch
+    done = len(writer.seeds) - len(missing) * writer.batch
     if done > 0:
         console.info(f"{writer.out}: continues, {done} of {len(writer.seeds)} items are there")
     drawn, start = 0, time.monotonic()
-    with console.progress(title, min(len(own) * spec.batch, len(writer.seeds)), "items") as bar:
-        made = generate(
-            model, writer.seeds, spec, batch=spec.batch, classes=classes, guides=guides, only=own, device=device
-        )
-        for batch in made:
+    with console.progress(title, min(len(own) * writer.batch, len(writer.seeds)), "items") as bar:
+        for batch in draw(writer.seeds, only=own):
             writer.write(batch)
             drawn += len(batch.items)
             bar.advance(len(batch.items))
     return sum(dist.gathered(drawn)) / max(time.monotonic() - start, 1e-9)
 
 
-def _check_classes(model: LikelihoodModel, classes: Sequence[int] | None, spec: SamplingRecipe) -> None:
-    if spec.labels == "random" and (classes or not model.num_classes):
-        why = "--classes chooses them" if classes else "this model has no classes"
-        raise UsageError(f"sampling.labels = random: {why}; leave it out")
+def keeps_latents(model: LikelihoodModel, keep: Keep) -> bool:
+    """Whether a set keeps x itself instead of the image made of it; None: as the model wants it for training.
+
+    Raises UsageError for latents of a model that takes none for items.
+    """
+    if (keep or model.fake_as) != "latents":
+        return False
+    if tuple(model.state_shape) not in model.latent_shapes:
+        raise UsageError(
+            f"fake_as = latents keeps what a model draws before it is decoded, and a {type(model).__name__} draws its "
+            "items themselves; use images, or leave it out"
+        )
+    return True
+
+
+def _check_classes(model: LikelihoodModel, classes: Sequence[int] | None) -> None:
     if not classes:
         return
     if not model.num_classes:

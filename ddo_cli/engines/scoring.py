@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddo_cli import console, dist, pictures
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import ItemSet
+from ddo_cli.data.items import ItemSet, check_images
 from ddo_cli.diffusion import flow
 from ddo_cli.diffusion.guidance import Guide
 from ddo_cli.diffusion.mixture import toy2d
@@ -45,6 +45,8 @@ class Scoring:
         else:
             extractor = select_extractor(metric.name, metric.weights, metric.extractor, device)
             self.extractor = extractor
+            if metric.ref is None:
+                check_images(real, "set metric.ref to images, or to statistics of them (ddo stats)")
             self.reference = real if metric.ref is None else open_reference(metric.ref, extractor)
             self.key = extractor.key
             self.identity = {"extractor_sha256": extractor.sha256}
@@ -122,6 +124,7 @@ def open_comparable(source: str) -> ItemSet:
     opened = open_images(source)
     if opened.items.ndim != 4:
         raise DataError(f"{source} holds points, not images; a Frechet distance needs images (points: metric js)")
+    check_images(opened, "a Frechet distance needs the images themselves")
     if len(opened.items) < 2:
         raise DataError(f"{source} holds one image; a distance needs at least two, and thousands to mean something")
     return opened

@@ -69,7 +69,9 @@ def run(
         )
     kinds = tuple(kind for kind in KINDS if kind in chosen.outputs)
     wanted = Wanted(chosen, moments=kinds, features=features)
-    (taken,), inspection = fid_pass.run(stream, [wanted], batch, None, device, f"features of {data}")
+    # `out` is what is kept.
+    passed = fid_pass.run(stream, [wanted], batch, None, device, f"features of {data}", cache=False)
+    (taken,), inspection = passed.taken, passed.inspection
     for warning in inspection.warnings(data):
         console.warn(warning)
     described["digest"] = inspection.digest()

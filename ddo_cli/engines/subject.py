@@ -14,6 +14,7 @@ from ddo_cli.data.items import ItemSet
 from ddo_cli.diffusion import noise
 from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.diffusion.guidance import GradientGuide, Guide
+from ddo_cli.engines.model_space import encoded
 from ddo_cli.likelihood import NO_LABEL
 from ddo_cli.schema import Recipe, SamplingRecipe
 
@@ -43,7 +44,7 @@ class Subject(NamedTuple):
         rows = self.rows[:num]
         has_labels = bool(self.base.num_classes)
         label = torch.from_numpy(self.real.labels[rows]) if has_labels else torch.full((len(rows),), NO_LABEL)
-        return self.base.encode(torch.from_numpy(self.real.items[rows])), label
+        return encoded(self.base, self.real.items, rows, "real", self.recipe.seed, device=self.device), label
 
     def sides(self) -> dict[str, tuple[Guide, ...]]:
         """The guides of what is compared, by name."""

@@ -16,6 +16,7 @@ from ddo_cli.data.pairs import Shuffled, split
 from ddo_cli.diffusion import noise
 from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.engines import guides
+from ddo_cli.engines.model_space import encoded
 from ddo_cli.errors import DataError
 from ddo_cli.metrics.discrimination import BATCH, LEVELS, noisy
 from ddo_cli.models import discriminators, registry
@@ -68,7 +69,8 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             items, label = stream.rows(first + part.start, first + part.stop)
             rng = RowRng.for_rows("classifier", recipe.seed, part.step, rows=range(part.start, part.stop))
             t = law.times(rng.rand(dtype=torch.float64).to(device)).t
-            states = noisy(base.encode(items.to(device)), t, rng.randn(base.state_shape).to(device))
+            eps = rng.randn(base.state_shape).to(device)
+            states = noisy(base.encode(items.to(device), rng), t, eps)
             logits = wrapped(states, t)  # (B, classes)
             label = label.to(device)
             right = (logits.detach().argmax(1) == label).to(torch.float32).mean()
@@ -87,7 +89,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             owner=recipe.name,
         )
         network.load_state_dict(loop.fit(network, plan, device))
-        held_out = base.encode(torch.from_numpy(real.items[rows.held_out]))
+        held_out = encoded(base, real.items, rows.held_out, "classifier", recipe.seed, device=device)
         levels = _accuracies(
             network.eval(), base, settings, held_out, torch.from_numpy(real.labels[rows.held_out]), device
         )
@@ -124,7 +126,7 @@ def _accuracies(
             part = x0[start : start + BATCH]
             rng = RowRng.for_rows("classifier held-out", level, rows=range(start, start + len(part)))
             t = law.times((level + rng.rand(dtype=torch.float64)) / LEVELS).t
-            states = noisy(part.to(device), t.to(device), rng.randn(base.shape).to(device))
+            states = noisy(part.to(device), t.to(device), rng.randn(base.state_shape).to(device))
             right += int((network(states, t.to(device)).argmax(1).cpu() == label[start : start + BATCH]).sum())
             sigmas.append(noise.sigma_of(t))
         sigma = torch.cat(sigmas)

@@ -23,6 +23,7 @@ from ddo_cli.data.samples import manifest_of
 from ddo_cli.diffusion import noise
 from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.engines import disc_data, disc_report, guides, sample
+from ddo_cli.engines.model_space import encoded
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.files import read_json, replacing, sha256, write_json
 from ddo_cli.metrics.discrimination import HeldOut, noisy
@@ -135,8 +136,8 @@ class _Training:
             rows = split(len(items.items), self.settings.held_out, side, recipe.seed)
             hflip = recipe.data.hflip and side == "real"
             streams.append(Shuffled(items.items, items.labels, side, recipe.seed, only=rows.train, hflip=hflip))
-            index = rows.held_out
-            held.append((base.encode(torch.from_numpy(items.items[index])), torch.from_numpy(items.labels[index])))
+            x0 = encoded(base, items.items, rows.held_out, side, recipe.seed, device=device)
+            held.append((x0, torch.from_numpy(items.labels[rows.held_out])))
         self.pairs = Pairs(*streams)
         self.held_out = HeldOut(held[0], held[1], self.law, recipe.seed, device, self.settings.micro_batch or 256)
         self.file = run_dir.path / "metrics.json"
@@ -178,7 +179,7 @@ class _Training:
         u = rng.rand((2,), dtype=torch.float64).T.flatten()  # (2n,), real rows first
         eps = rng.randn((2, *self.base.state_shape)).transpose(0, 1).flatten(0, 1)  # (2n, ...)
         t, weight = self.law.times(u.to(self.device))
-        x0 = self.base.encode(torch.cat([real.items, fake.items]).to(self.device))
+        x0 = torch.cat([self.base.encode(side.items.to(self.device), rng) for side in (real, fake)])
         label = torch.cat([real.label, fake.label]).to(self.device)
         logit = wrapped(noisy(x0, t, eps.to(self.device)), t, label)  # (2n,)
         weights = (None, None) if weight is None else weight.to(torch.float32).split(n)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ddo_cli import checkpoint, console, dist, rundir
 from ddo_cli.data.images import open_images
+from ddo_cli.data.items import check_images
 from ddo_cli.data.pairs import Examples, Shuffled
 from ddo_cli.errors import DataError, UsageError
 from ddo_cli.metrics.digit_net import DigitNet
@@ -135,6 +136,7 @@ def _examples(sources: str) -> Examples:
         found = open_images(source)
         if found.items.ndim != 4:
             raise DataError(f"{source} holds points; an extractor is trained on images")
+        check_images(found, "an extractor is trained on images")
         if (found.labels < 0).any():
             raise DataError(f"{source} has images without a label; an extractor is trained as a classifier")
         for start in range(0, len(found.items), 4096):

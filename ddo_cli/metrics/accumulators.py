@@ -6,7 +6,8 @@ results depend neither on the order of arrival, nor on the batch, nor on how man
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+import functools
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,10 +22,22 @@ BUFFER = 512  # rows a chunk collects before its F x F sums are touched once; ch
 MAX_STORE = 8 * 2**30  # bytes of features kept whole: 1,048,576 images of 2048 features; chosen by us
 
 
+Kept = Literal["set", "rows", "order"]
+State = dict[str, np.ndarray]
+
+
 class Accumulator(Protocol):
-    """needs: the output of the extractor it reads ("pool", "logits", "spatial"; "images": the images themselves)."""
+    """needs: the output of the extractor it reads ("pool", "logits", "spatial"; "images": the images themselves).
+
+    kind: with images and extractor, all that decides its state. kept: what a state is good for: "set": the images in
+    any order; "rows": its arrays have an entry for each image, and can be put into another order; "order": this order.
+    """
 
     needs: str
+    kept: Kept
+
+    @property
+    def kind(self) -> str: ...
 
     def update(self, rows: np.ndarray, features: dict[str, Tensor]) -> None:
         """Adds features[needs] (B, ...) of the images at the positions `rows`, int64 (B,)."""
@@ -32,6 +45,14 @@ class Accumulator(Protocol):
 
     def all_reduce(self) -> None:
         """Adds what the other processes took; afterwards all hold the same. Every process calls it, once."""
+        ...
+
+    def state(self) -> State:
+        """What `restore` takes: all it has accumulated. After `all_reduce`."""
+        ...
+
+    def restore(self, state: State) -> None:
+        """Takes over a whole set's state, as if this process had seen every row. Raises ValueError if it is not one."""
         ...
 
 
@@ -47,6 +68,25 @@ def checked(rows: np.ndarray, features: Tensor, name: str) -> Tensor:
             f"extractor's weights, and use full precision"
         )
     return features
+
+
+ROWS = "features"  # the array of a FeatureStore's state
+
+
+def features_of(needs: str) -> str:
+    """The kind of a FeatureStore of this output."""
+    return f"features of {needs}"
+
+
+def named(state: State, key: str, shape: tuple[int, ...] | None = None, dtype: type | None = None) -> np.ndarray:
+    """A finite array out of a state. Raises ValueError if it is missing, or of another shape or type."""
+    array = state.get(key)
+    if array is None or (shape is not None and array.shape != shape) or (dtype is not None and array.dtype != dtype):
+        what = None if array is None else (array.shape, array.dtype)
+        raise ValueError(f"its array '{key}' is {what} instead of {shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"its array '{key}' holds NaN or infinity")
+    return array
 
 
 def random_parts(num: int, parts: int, seed: int = SEED) -> np.ndarray:
@@ -76,6 +116,10 @@ class Seen:
         self.counts.index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
         return index
 
+    def add_all(self) -> None:
+        """Counts every row once."""
+        self.counts += 1
+
     def all_reduce(self) -> None:
         """Adds the other processes' counts."""
         dist.all_reduce_sum(self.counts)
@@ -100,6 +144,7 @@ class ChunkedMoments:
         if num < 2 * chunks:
             raise DataError(f"{num} images are too few for a covariance in {chunks} chunks; give at least {2 * chunks}")
         self.needs = needs
+        self.kept: Kept = "set" if chunks == 1 else "order"
         self.part = random_parts(num, chunks)  # (num,)
         self.seen = Seen(num, device)
         self._moments = [Moments(num_features, device) for _ in range(chunks)]
@@ -115,6 +160,31 @@ class ChunkedMoments:
             waiting.append(values.detach().index_select(0, own))
             if sum(map(len, waiting)) >= BUFFER:
                 self._flush(chunk)
+
+    @property
+    def kind(self) -> str:
+        return f"moments of {self.needs} in {len(self._moments)} parts"
+
+    def state(self) -> State:
+        self.seen.check()
+        return {f"{i}.{key}": array for i, part in enumerate(self._moments) for key, array in part.state().items()}
+
+    def restore(self, state: State) -> None:
+        found = [
+            part.like({key: named(state, f"{i}.{key}") for key in part.KEYS}) for i, part in enumerate(self._moments)
+        ]
+        if [part.n for part in found] != np.bincount(self.part, minlength=len(found)).tolist():
+            raise ValueError("moments of another number of images")
+        self._moments = found
+        self.seen.add_all()
+
+    def whole(self) -> ChunkedMoments:
+        """The moments of all images in one part. After `all_reduce`."""
+        first = self._moments[0]
+        one = ChunkedMoments(len(self.part), first.mean.numel(), self.needs, 1, first.mean.device)
+        one._moments = [functools.reduce(Moments.merged, self.result())]
+        one.seen.add_all()
+        return one
 
     def _flush(self, chunk: int) -> None:
         if self._waiting[chunk]:
@@ -141,6 +211,8 @@ class FeatureStore:
     Memory: 4 N F bytes on `device` of every process (410 MB for 50,000 images of 2048 features), at most `max_bytes`.
     """
 
+    kept: Kept = "rows"
+
     def __init__(
         self,
         num: int,
@@ -163,6 +235,17 @@ class FeatureStore:
     def update(self, rows: np.ndarray, features: dict[str, Tensor]) -> None:
         values = checked(rows, features[self.needs], self.needs)
         self._features[self.seen.add(rows)] = values.detach().to(self._features)
+
+    @property
+    def kind(self) -> str:
+        return features_of(self.needs)
+
+    def state(self) -> State:
+        return {ROWS: self.result().cpu().numpy()}
+
+    def restore(self, state: State) -> None:
+        self._features.copy_(torch.from_numpy(named(state, ROWS, tuple(self._features.shape), np.float32)))
+        self.seen.add_all()
 
     def all_reduce(self) -> None:
         dist.all_reduce_sum(self._features)  # exact: a row is zero on every process but one

@@ -43,6 +43,7 @@ class CustomExtractor(Extractor):
     ) -> None:
         super().__init__(f"custom-{Path(path).stem}-{digest[:8]}", 0, digest, device, precision)
         self.network, self.path = function, path
+        self.is_fixed = Path(path).suffix != ".py"  # Python may read weights from other files
         self.num_features = self._probe()
 
     def _extract(self, images: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:

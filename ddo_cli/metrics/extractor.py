@@ -21,6 +21,7 @@ class Extractor(ABC):
     key: what a distance of these features is called ("fid" for Inception-v3 only); outputs: names of what it can give:
     "pool" (B, num_features), which everyone has, "logits" and "spatial" of Inception-v3; resize: how images reach the
     network's size; name: network, preprocessing and precision, so that numbers of different names cannot be compared;
+    is_fixed: whether `protocol` names all that decides the features, so that they may be kept for later runs;
     sha256: of the weight file; content_sha256: of the weights, whatever file they lie in; is_published: whether these
     are the weights that published numbers rest on.
     """
@@ -28,6 +29,7 @@ class Extractor(ABC):
     key: str
     resize: str
     outputs: tuple[str, ...] = ("pool",)
+    is_fixed: bool = True
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddo_cli import dist
 from ddo_cli.errors import DataError, UsageError
-from ddo_cli.metrics.accumulators import Seen, Spread, checked, random_parts
+from ddo_cli.metrics.accumulators import Kept, Seen, Spread, State, checked, named, random_parts
 
 Protocol = Literal["torch-fidelity", "adm"]
 SPLITS = 10  # torch-fidelity's
@@ -43,6 +43,7 @@ class InceptionScore:
     """Accumulates logits (B, classes) of `num` images. Memory: splits x classes float64, and 8 bytes per image."""
 
     needs = "logits"
+    kept: Kept = "order"  # which decides the splits
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class InceptionScore:
         protocol: Protocol = "torch-fidelity",
         device: torch.device | str = "cpu",
     ) -> None:
-        self.seen = Seen(num, device)
+        self.seen, self.protocol = Seen(num, device), protocol
         self.split = torch.from_numpy(splits_of(num, protocol).astype(np.int32)).to(device)  # (num,)
         self.sizes = torch.bincount(self.split)  # (splits,)
         options = {"dtype": torch.float64, "device": torch.device(device)}
@@ -71,6 +72,21 @@ class InceptionScore:
         for total in (self.sum_p, self.sum_p_log_p):
             dist.all_reduce_sum(total)
         self.seen.all_reduce()
+
+    @property
+    def kind(self) -> str:
+        return f"score of {self.needs} by {self.protocol}"
+
+    def state(self) -> State:
+        self.seen.check()
+        return {"sum_p": self.sum_p.cpu().numpy(), "sum_p_log_p": self.sum_p_log_p.cpu().numpy()}
+
+    def restore(self, state: State) -> None:
+        totals = {"sum_p": self.sum_p, "sum_p_log_p": self.sum_p_log_p}
+        found = {key: named(state, key, tuple(total.shape), np.float64) for key, total in totals.items()}
+        for key, total in totals.items():
+            total.copy_(torch.from_numpy(found[key]))
+        self.seen.add_all()
 
     def result(self) -> Spread:
         """Mean and standard deviation of the splits' scores. After `all_reduce`."""

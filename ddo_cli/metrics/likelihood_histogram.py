@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ddo_cli import dist
 from ddo_cli.errors import DataError
-from ddo_cli.metrics.accumulators import Seen, checked
+from ddo_cli.metrics.accumulators import Kept, Seen, State, checked, named
 
 # Eigenvalues below this part of the largest one are no variance but rounding: a covariance stored in float32 is off by
 # 2^-24 = 6e-8 of its size. Chosen by us.
@@ -40,6 +41,8 @@ class FeatureGaussian:
         self.mean, self.rank = mean, int(kept.sum())
         self._whitening = vectors[:, kept] / values[kept].sqrt()  # (F, rank)
         self._constant = float(values[kept].log().sum() + self.rank * math.log(2 * math.pi)) / 2
+        moments = (self.mean.cpu().numpy().tobytes(), cov.cpu().numpy().tobytes(), repr(threshold).encode())
+        self.digest = hashlib.sha256(b"".join(moments)).hexdigest()
 
     def nll(self, features: Tensor) -> Tensor:
         """-log N(x; mean, cov) in nats, (B,) float64, of features (B, F)."""
@@ -49,6 +52,8 @@ class FeatureGaussian:
 
 class NegativeLogLikelihoods:
     """The value of each of `num` images, by position; 12 bytes per image."""
+
+    kept: Kept = "rows"
 
     def __init__(self, num: int, gaussian: FeatureGaussian, needs: str = "spatial") -> None:
         self.needs, self.gaussian = needs, gaussian
@@ -63,6 +68,17 @@ class NegativeLogLikelihoods:
     def all_reduce(self) -> None:
         dist.all_reduce_sum(self._values)
         self.seen.all_reduce()
+
+    @property
+    def kind(self) -> str:
+        return f"likelihood of {self.needs} under {self.gaussian.digest}"
+
+    def state(self) -> State:
+        return {"nats": self.result()}
+
+    def restore(self, state: State) -> None:
+        self._values.copy_(torch.from_numpy(named(state, "nats", tuple(self._values.shape), np.float64)))
+        self.seen.add_all()
 
     def result(self) -> np.ndarray:
         """Nats per image, float64 (num,). After `all_reduce`."""

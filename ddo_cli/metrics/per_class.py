@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ddo_cli.errors import DataError
-from ddo_cli.metrics.accumulators import Seen, checked
+from ddo_cli.metrics.accumulators import Kept, Seen, State, checked, named
 from ddo_cli.metrics.stats import Moments
 
 MAX_BYTES = 4 * 2**30  # of sums of squares: 128 classes of 2048 features; chosen by us
@@ -15,6 +17,8 @@ MAX_BYTES = 4 * 2**30  # of sums of squares: 128 classes of 2048 features; chose
 
 class ClassMoments:
     """Mean and covariance of the features of each class. Memory: 8 F^2 bytes per class (33 MB at F = 2048)."""
+
+    kept: Kept = "order"
 
     def __init__(
         self,
@@ -54,6 +58,22 @@ class ClassMoments:
     def all_reduce(self) -> None:
         self._moments = [moments.all_reduce() for moments in self._moments]
         self.seen.all_reduce()
+
+    @property
+    def kind(self) -> str:
+        labels = hashlib.sha256(self.labels.astype("<i8").tobytes()).hexdigest()
+        return f"moments of {self.needs} by the {len(self._moments)} classes {labels}"
+
+    def state(self) -> State:
+        self.seen.check()
+        return {f"{i}.{key}": array for i, one in enumerate(self._moments) for key, array in one.state().items()}
+
+    def restore(self, state: State) -> None:
+        found = [one.like({key: named(state, f"{i}.{key}") for key in one.KEYS}) for i, one in enumerate(self._moments)]
+        if [one.n for one in found] != np.bincount(self.labels, minlength=len(found)).tolist():
+            raise ValueError("moments of other numbers of images")
+        self._moments = found
+        self.seen.add_all()
 
     def result(self) -> list[Moments]:
         """Moments of each class; a class of fewer than two images has no covariance. After `all_reduce`."""

@@ -41,6 +41,8 @@ class Moments:
     about the running mean, so that features far from zero lose no digits and no shift need be agreed on.
     """
 
+    KEYS = ("n", "mean", "scatter")  # of a state
+
     def __init__(self, num_features: int, device: torch.device | str = "cpu") -> None:
         self.n = 0
         self._mean = torch.zeros(num_features, dtype=torch.float64, device=device)  # (F,)
@@ -70,6 +72,22 @@ class Moments:
         delta = self._mean - merged._mean
         merged._scatter = dist.all_reduce_sum(self._scatter + torch.outer(delta, delta) * self.n)
         return merged
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What `like` takes."""
+        return {"n": np.array(self.n), "mean": self._mean.cpu().numpy(), "scatter": self._scatter.cpu().numpy()}
+
+    def like(self, state: dict[str, np.ndarray]) -> Moments:
+        """The moments of a state, of as many features as these. Raises ValueError if it holds others."""
+        n, mean, scatter = (state[key] for key in self.KEYS)
+        shapes = n.shape, mean.shape, scatter.shape
+        if shapes != ((), self._mean.shape, self._scatter.shape) or {mean.dtype, scatter.dtype} != {np.dtype("f8")}:
+            raise ValueError(f"moments of shapes {shapes} instead of {self._mean.numel()} features")
+        found = Moments(self._mean.numel(), self._mean.device)
+        found.n = int(n)
+        found._mean.copy_(torch.from_numpy(mean))
+        found._scatter.copy_(torch.from_numpy(scatter))
+        return found
 
     def merged(self, other: Moments) -> Moments:
         """The moments of both's rows; these two are left as they are."""

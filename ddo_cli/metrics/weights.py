@@ -12,7 +12,7 @@ import os
 import shlex
 import urllib.request
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ddo_cli import checkpoint, console, dist
-from ddo_cli.errors import CheckpointError
+from ddo_cli.errors import CheckpointError, UsageError
 from ddo_cli.files import replacing, sha256
 
 Network = Literal["fid", "fd_dinov2", "fd_clip"]
@@ -175,6 +175,29 @@ def _download(published: Published, target: Path) -> None:
                 bar.advance()
         if digest.hexdigest() != published.sha256:  # `replacing` drops it
             raise ValueError(f"wrong hash {digest.hexdigest()[:16]}... instead of {published.sha256[:16]}...")
+
+
+def by_network(given: Sequence[str]) -> str | dict[str, str] | None:
+    """The files of --weights: one PATH alone, or NAME=PATH by network, among which a PATH alone is Inception's.
+
+    A text with "=" that is a file's name is a path. Raises UsageError for an unknown name, and for two files of one.
+    """
+    found: dict[str, str] = {}
+    for text in given:
+        name, separator, path = text.partition("=")
+        if not separator or "/" in name or Path(text).is_file():
+            name, path = "fid", text
+        if name not in PUBLISHED or not path:
+            raise UsageError(
+                f"--weights {text}: {name or 'an empty name'} is no network with published weights, or its path is "
+                f"missing; write PATH, or NAME=PATH with one of {', '.join(PUBLISHED)}"
+            )
+        if name in found:
+            raise UsageError(f"--weights gives {name} two files, {found[name]} and {path}; leave one out")
+        found[name] = path
+    if len(given) == 1 and given[0] in found.values():
+        return given[0]
+    return found or None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from ddo_cli.models import adm_keys, adm_published, registry
 from ddo_cli.models.adm_published import Described
 from ddo_cli.models.adm_unet import AdmUnetOptions
 
-EXPECTED = "this program reads the published ADM diffusion models, ADM classifiers and DG discriminators"
+EXPECTED = "this program reads the published ADM diffusion models, ADM classifiers, DG discriminators and VARs"
 
 
 class AdmFile(NamedTuple):

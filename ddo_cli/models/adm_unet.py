@@ -120,6 +120,10 @@ class AdmUnet(nn.Module):
         out: Tensor = self.out(h)  # (B, out_channels, H, W)
         return out
 
+    def units(self) -> list[nn.Module]:
+        """Residual blocks and attention layers."""
+        return [module for module in self.modules() if isinstance(module, (ResBlock, Attention))]
+
 
 def level_widths(width: int, channel_mult: Sequence[float]) -> list[int]:
     """Channels of each level, finest first."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -46,3 +48,12 @@ class LevelCodec:
     def decode(self, x: Tensor) -> Tensor:
         """Tokens (B, H W) -> uint8 (B, 1, H, W)."""
         return (x.to(torch.float32) * 255 / (self.levels - 1)).round().to(torch.uint8).view(-1, *self.shape)
+
+
+def hash_of(tensors: dict[str, Tensor]) -> str:
+    """Hex digest of the tensors' names and float32 numbers, which a file's type and order do not change."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(repr((name, tuple(tensors[name].shape))).encode())
+        found.update(tensors[name].detach().to("cpu", torch.float32).contiguous().numpy().data)
+    return found.hexdigest()[:32]

@@ -150,6 +150,10 @@ class EdmUnet(nn.Module):
         out: Tensor = self.head(F.silu(self.head_norm(x)))  # (B, C, H, W)
         return out
 
+    def units(self) -> list[nn.Module]:
+        """The residual blocks."""
+        return [module for module in self.modules() if isinstance(module, Block)]
+
     def _initialise(self) -> None:
         """Xavier-uniform weights and zero biases; the last layer of every branch is close to zero."""
         for name, module in self.named_modules():

@@ -67,7 +67,7 @@ _READ = {
     "sigma_min", "sigma_max", "beta_d", "beta_min", "M", "epsilon_t", "C_1", "C_2",
 }  # fmt: skip
 _LONGEST = 64  # of a list or text among the arguments; chosen by us, far above every published one
-_DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MemoryError, RecipeError)
+DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MemoryError, RecipeError)
 
 
 class Converted(NamedTuple):
@@ -106,18 +106,33 @@ def edm_checkpoint(path: str | Path) -> Converted:
     return Converted(file.config, file.tensors)
 
 
-def read_edm(path: str | Path) -> EdmFile:
-    """The averaged network (`ema`) of an EDM .pkl: one of its four preconditioners around DDPM++, NCSN++ or ADM.
+class Pickled(NamedTuple):
+    """A network-snapshot of EDM or EDM2, read and not yet looked at. outer: its averaged network, preconditioned."""
 
-    Raises CheckpointError if the file is missing, damaged, refused by `read_pickle`, or holds another network.
-    """
+    content: dict[Any, Any]
+    outer: Record
+    storages: list[Storage]
+
+
+def open_network(path: str | Path) -> Pickled:
+    """The content of a network-snapshot. Raises CheckpointError if `read_pickle` refuses it or it has no `ema`."""
     content, storages = read_with_storages(path)
     outer = content.get("ema") if isinstance(content, dict) else None
     if not isinstance(outer, Record):
         raise CheckpointError(f"{path} holds no averaged network under the key 'ema'; give a network-snapshot of EDM")
+    return Pickled(content, outer, storages)
+
+
+def read_edm(path: str | Path, pickled: Pickled | None = None) -> EdmFile:
+    """The averaged network (`ema`) of an EDM .pkl: one of its four preconditioners around DDPM++, NCSN++ or ADM.
+
+    pickled: the file's content, if it has been read.
+    Raises CheckpointError if the file is missing, damaged, refused by `read_pickle`, or holds another network.
+    """
+    _, outer, storages = pickled or open_network(path)
     try:
         classes, config = _config(outer, path)
-        stored = dict(_tensors(outer, "", set()))
+        stored = dict(tensors_of(outer, "", set()))
         pt_files.check_size(stored.values(), path)
         _check_blocks(config, len(stored))
         _check_levels(stored)
@@ -126,18 +141,18 @@ def read_edm(path: str | Path) -> EdmFile:
         with torch.device("meta"):
             expected = registry.build(config).state_dict()
         half = bool((outer.state or {}).get("use_fp16"))
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise CheckpointError(
             f"{path}: the network does not fit its description ({type(error).__name__}: {printable(str(error))}); "
             "download it again"
         ) from None
-    _check(expected, tensors, names, path)
+    check_fits(expected, tensors, names, path)
     own = {key: tensors[key].to(torch.float32).clone(memory_format=torch.contiguous_format) for key in expected}
     return EdmFile(config, own, stored, storages, names, classes, half)
 
 
-def _check(expected: dict[str, Tensor], tensors: dict[str, Tensor], names: Names, path: str | Path) -> None:
-    """Raises CheckpointError unless the tensors are those of the network."""
+def check_fits(expected: dict[str, Tensor], tensors: dict[str, Tensor], names: Names, path: str | Path) -> None:
+    """Raises CheckpointError unless the tensors have the names and shapes of `expected`, a network's state dict."""
 
     def shown(key: str, tensor: Tensor) -> str:
         return printable(names.to_edm(key, tensor)[0])
@@ -157,7 +172,7 @@ def _check(expected: dict[str, Tensor], tensors: dict[str, Tensor], names: Names
 def _config(outer: Record, path: str | Path) -> tuple[tuple[str, str], dict[str, Any]]:
     """Class names and configuration of a preconditioned network, from the arguments it was made with."""
     state = outer.state or {}
-    given = _arguments(state["_init_kwargs"])
+    given = plain_arguments(state["_init_kwargs"])
     network = state["_modules"]["model"].class_name
     if outer.class_name not in _PRECONDS or network not in _NETWORKS:
         raise CheckpointError(
@@ -171,7 +186,7 @@ def _config(outer: Record, path: str | Path) -> tuple[tuple[str, str], dict[str,
     if state["_init_args"] != ():
         raise CheckpointError(f"{path}: the network was made with arguments that have no name")
     for key, known in {**fixed, **constants}.items():
-        value = given.get(key, known) if key in fixed else _number(state[key], key)
+        value = given.get(key, known) if key in fixed else number(state[key], key)
         if value != known and not (isinstance(value, float) and abs(value - known) < 1e-9):  # 20 - 0.1 is not 19.9
             raise CheckpointError(
                 f"{path}: {key} = {value!r} of its {network if key in fixed else outer.class_name}; every published "
@@ -180,15 +195,15 @@ def _config(outer: Record, path: str | Path) -> tuple[tuple[str, str], dict[str,
     options = {ours: given.get(theirs, default) for theirs, (ours, default) in arguments.items()}
     options |= {"precond": kind, "learned_variance": kind == "iddpm"}  # asks the network for twice the channels
     if kind == "edm":
-        options["sigma_data"] = _number(state["sigma_data"], "sigma_data")
+        options["sigma_data"] = number(state["sigma_data"], "sigma_data")
     if name == "adm-unet":
         options["group_channels"] = 4  # EDM's norms
-    channels, side, classes = (_number(state[key], key, int) for key in ("img_channels", "img_resolution", "label_dim"))
+    channels, side, classes = (number(state[key], key, int) for key in ("img_channels", "img_resolution", "label_dim"))
     draw = {"label_drop": given.get("label_dropout", 0)}  # a dropped label is a row of zeros there as here
     return (outer.class_name, network), registry.config_of(name, (channels, side, side), classes, options, draw)
 
 
-def _arguments(given: Any) -> dict[str, Any]:
+def plain_arguments(given: Any) -> dict[str, Any]:
     """Arguments of a constructor: numbers, texts and short lists of them. Others could be nested without end."""
     if type(given) is not dict:
         raise TypeError("arguments that are not a dict")
@@ -201,7 +216,7 @@ def _arguments(given: Any) -> dict[str, Any]:
     return given
 
 
-def _number(value: Any, key: str, kind: type = float) -> Any:
+def number(value: Any, key: str, kind: type = float) -> Any:
     """`value`, a number of this kind. Raises TypeError or ValueError."""
     if type(value) not in (int, kind):
         raise TypeError(f"{key} is not a number")
@@ -259,7 +274,7 @@ def _names(config: dict[str, Any]) -> Names:
     return EdmKeys(size, AdmUnetOptions.model_validate(config["options"]))
 
 
-def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of a module in the order of its state dict: parameters, buffers, then children."""
     if not isinstance(module, Record) or id(module) in seen:  # twice: a file of cycles would never end
         raise ValueError(f"'{prefix.rstrip('.')}' is not a module of its own")
@@ -271,4 +286,4 @@ def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Te
                 raise TypeError(f"'{prefix}{name}' is not a tensor of floating-point numbers")
             yield prefix + name, tensor
     for name, child in state["_modules"].items():
-        yield from _tensors(child, f"{prefix}{name}.", seen)
+        yield from tensors_of(child, f"{prefix}{name}.", seen)

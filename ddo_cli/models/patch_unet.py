@@ -102,6 +102,10 @@ class PatchUNet(nn.Module):
         patches = patches * (1 + self.gain(emb)[:, :, None, None])  # (B, C p p, H/p, W/p)
         return F.pixel_shuffle(self.head(torch.cat([h, patches], dim=1)), self.patch)  # (B, C, H, W)
 
+    def units(self) -> list[nn.Module]:
+        """The residual blocks."""
+        return [module for module in self.modules() if isinstance(module, ResBlock)]
+
 
 class Stage(nn.Module):
     """The residual blocks of one level, in one direction."""

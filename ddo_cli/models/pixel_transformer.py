@@ -15,6 +15,7 @@ from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, drop_labels
 from ddo_cli.models.codec import LevelCodec
 from ddo_cli.models.registry import register
+from ddo_cli.models.tokens import inverse_cdf, is_guided, of_tokens, sampled_log_prob
 from ddo_cli.rng import RowRng
 from ddo_cli.schema import SamplingRecipe
 
@@ -89,7 +90,7 @@ class PixelTransformer(LikelihoodModel):
 
     def predict(self, x: Tensor, label: Tensor, draw: AutoregressiveDraw) -> Tensor:
         """log p(x_i | x_<i, label), (B, L), nats, float32."""
-        return _of_tokens(self.logits(x, drop_labels(label, draw)).log_softmax(2), x)
+        return of_tokens(self.logits(x, drop_labels(label, draw)).log_softmax(2), x)
 
     def log_lik(self, prediction: Tensor, x: Tensor, draw: AutoregressiveDraw) -> Tensor:
         """log p(x), exact, (B,) nats."""
@@ -111,7 +112,7 @@ class PixelTransformer(LikelihoodModel):
         """
         self.check_guides(spec, guides)
         uniform = rng.rand((self.length,), dtype=torch.float64).to(label.device)  # (B, L)
-        guided = _is_guided(spec)
+        guided = is_guided(spec)
         labels = torch.cat([label, torch.full_like(label, NO_LABEL)]) if guided else label  # (B or 2B,)
         caches = [new_cache(self.options, len(labels), self.position) for _ in self.blocks]
         x = torch.empty(len(label), self.length, dtype=torch.int64, device=label.device)
@@ -122,11 +123,13 @@ class PixelTransformer(LikelihoodModel):
                 h = block(h, cache, i)
             logits = self.head(self.norm(h[:, 0])).to(torch.float32)  # (B or 2B, levels)
             conditional, unconditional = logits.chunk(2) if guided else (logits, None)
-            cumulative = sampled_log_prob(conditional, unconditional, spec).exp().cumsum(1)  # (B, levels), float64
-            # Scaled to end in exactly 1, above every uniform number; a level of probability 0 is never the first above.
-            x[:, i] = (cumulative / cumulative[:, -1:] <= uniform[:, i, None]).sum(1)
+            x[:, i] = inverse_cdf(sampled_log_prob(conditional, unconditional, spec), uniform[:, i])
             h = self.token(x[:, i].repeat(2) if guided else x[:, i])[:, None]
         return Sampled(x, self.length * (2 if guided else 1))
+
+    def units(self) -> list[nn.Module]:
+        """The transformer's blocks."""
+        return list(self.blocks)
 
     def check_sampling(self, spec: SamplingRecipe) -> None:
         """Adds to the contract's check: guidance needs classes."""
@@ -138,8 +141,8 @@ class PixelTransformer(LikelihoodModel):
     def log_density(self, x: Tensor, label: Tensor, spec: SamplingRecipe, guides: Sequence[Guide] = ()) -> Tensor:
         """log of the probability that `sample` draws x, (B,) nats: exact, with temperature, truncation and guidance."""
         self.check_guides(spec, guides)
-        unconditional = self.logits(x, torch.full_like(label, NO_LABEL)) if _is_guided(spec) else None
-        return _of_tokens(sampled_log_prob(self.logits(x, label), unconditional, spec), x).sum(1)
+        unconditional = self.logits(x, torch.full_like(label, NO_LABEL)) if is_guided(spec) else None
+        return of_tokens(sampled_log_prob(self.logits(x, label), unconditional, spec), x).sum(1)
 
     def _start(self, label: Tensor) -> Tensor:
         """The token before the first pixel, (B, 1, width). A model without classes ignores labels."""
@@ -185,37 +188,6 @@ class Block(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=cache is None)
         h = h + self.out(mixed.transpose(1, 2).flatten(2))
         return h + self.mlp(self.norm2(h))
-
-
-def sampled_log_prob(logits: Tensor, unconditional: Tensor | None, spec: SamplingRecipe) -> Tensor:
-    """Log-probabilities (..., levels) that tokens are drawn from, float64; levels cut off are -inf.
-
-    In this order: guidance on logits, temperature, the top_k likeliest levels (and their ties), and of what is left
-    the fewest likeliest levels that hold at least top_p of the probability.
-    """
-    logits = logits.to(torch.float64)
-    if unconditional is not None and spec.cfg_scale is not None:
-        logits = unconditional + spec.cfg_scale * (logits - unconditional)
-    logits = logits / (spec.temperature or 1.0)
-    if spec.top_k is not None and spec.top_k < logits.shape[-1]:
-        least = logits.topk(spec.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if spec.top_p is not None and spec.top_p < 1:
-        ordered, order = logits.log_softmax(-1).sort(dim=-1, descending=True, stable=True)
-        prob = ordered.exp()
-        likelier = prob.cumsum(-1) - prob  # mass of the levels before; 0 for the first, which is always kept
-        cut = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, likelier >= spec.top_p)
-        logits = logits.masked_fill(cut, -torch.inf)
-    return logits.log_softmax(-1)
-
-
-def _is_guided(spec: SamplingRecipe) -> bool:
-    return spec.cfg_scale not in (None, 1.0)
-
-
-def _of_tokens(log_prob: Tensor, x: Tensor) -> Tensor:
-    """Entries (B, L) of log_prob (B, L, levels) at the tokens x (B, L)."""
-    return log_prob.gather(2, x[:, :, None])[:, :, 0]
 
 
 @register("pixel-transformer", PixelTransformerOptions, DrawOptions)

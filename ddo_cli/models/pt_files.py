@@ -15,10 +15,11 @@ from ddo_cli import checkpoint
 from ddo_cli.errors import CheckpointError, printable
 
 
-def read(path: str | Path, expected: str) -> dict[str, Tensor]:
+def read(path: str | Path, expected: str, inside: Iterable[tuple[str, ...]] = ()) -> dict[str, Tensor]:
     """The tensors of a bare state dict, in their order and types.
 
     Their numbers may be fewer than their shapes say; see `check_size`.
+    inside: places, as keys from the outermost one, where a training checkpoint may hold the state dict instead.
     expected: for messages, what could have been given. Raises CheckpointError if the file is anything else.
     """
     file = checkpoint.resolve(path)
@@ -36,6 +37,8 @@ def read(path: str | Path, expected: str) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is not a whole .pt file of tensors ({_reason(error)}); {expected}, so download it again"
         ) from None
+    for place in inside:
+        content = _at(content, place) or content
     if not isinstance(content, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
@@ -44,6 +47,13 @@ def read(path: str | Path, expected: str) -> dict[str, Tensor]:
     if odd:
         raise CheckpointError(f"{path}: '{printable(odd[0])}' is not a plain tensor; {expected}")
     return _apart(content)
+
+
+def _at(content: object, place: tuple[str, ...]) -> object:
+    """What lies at a place of nested dicts; None if nothing does."""
+    for key in place:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

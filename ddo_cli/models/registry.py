@@ -37,8 +37,11 @@ BUILTIN = {
     "mixture": "ddo_cli.models.mixture_model",
     "edm-unet": "ddo_cli.models.edm_unet",
     "adm-unet": "ddo_cli.models.adm_unet",
+    "edm2-unet": "ddo_cli.models.edm2_unet",
     "diffusers-unet": "ddo_cli.models.diffusers_unet",
     "pixel-transformer": "ddo_cli.models.pixel_transformer",
+    "var": "ddo_cli.models.var",
+    "vqvae": "ddo_cli.models.vqvae",
 }
 
 
@@ -121,7 +124,7 @@ def build(config: dict[str, Any], draw: dict[str, Any] | None = None) -> Likelih
 
 
 class Loaded(NamedTuple):
-    """A model on its device, in eval mode, and the file it came from."""
+    """A model on its device, in eval mode, and the file it came from without its tensors, whose memory is free again."""
 
     model: LikelihoodModel
     checkpoint: Checkpoint
@@ -138,7 +141,7 @@ def load_model(path: str | Path, device: torch.device, draw: dict[str, Any] | No
         model.load_state_dict(file.tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: tensors do not fit the model its header describes: {error}") from None
-    return Loaded(model.to(device).eval(), file)
+    return Loaded(model.to(device).eval(), file._replace(tensors={}))
 
 
 def config_of(

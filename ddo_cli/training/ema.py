@@ -1,9 +1,12 @@
-"""Exponential moving averages of weights, with a half-life in images."""
+"""Averages of weights over training: with a half-life in images, or by power functions of several widths."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from ddo_cli.schema import TrainRecipe
+from ddo_cli.training.profiles import power_decay
 
 
 def ema_decay(batch: int, half_life: float, n_images: int, ramp: float | None = None) -> float:
@@ -18,11 +21,72 @@ def ema_decay(batch: int, half_life: float, n_images: int, ramp: float | None = 
 
 @torch.no_grad()
 def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
-    """ema <- decay * ema + (1 - decay) * weights for parameters, in place; buffers are copied."""
+    """ema <- decay * ema + (1 - decay) * weights for trained parameters, in place; the rest is the model's own."""
     state = model.state_dict()
-    trained = {name for name, _ in model.named_parameters()}
+    trained = _trained(model)
     for name, average in ema.items():
         if name in trained:
             average.lerp_(state[name].to(average.dtype), 1 - decay)
         else:
-            average.copy_(state[name])
+            ema[name] = state[name]
+
+
+def snapshot_name(step: int, width: float | None = None) -> str:
+    """The file of averaged weights after a step. width: of one of several averages, unless it is the first."""
+    return f"step-{step:06d}.safetensors" if width is None else f"step-{step:06d}-ema{width:.3f}.safetensors"
+
+
+class Averages:
+    """One set of averaged weights for each of recipe.ema_widths, or else the one of recipe.ema_half_life.
+
+    A set has every tensor of the model's state. Buffers and frozen parameters (a tokenizer, for example) are not
+    averaged: those entries are the model's own tensors, not copies.
+    """
+
+    def __init__(self, model: nn.Module, recipe: TrainRecipe, ramp: float | None = None):
+        self.recipe, self.ramp = recipe, ramp
+        self.widths = recipe.ema_widths
+        self.trained = _trained(model)
+        state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        self.sets: list[dict[str, Tensor]] = [
+            {name: tensor.clone() if name in self.trained else tensor for name, tensor in state.items()}
+            for _ in range(max(len(self.widths), 1))
+        ]
+
+    @property
+    def first(self) -> dict[str, Tensor]:
+        """The set that is scored, promoted and returned."""
+        return self.sets[0]
+
+    @property
+    def further(self) -> list[tuple[float, dict[str, Tensor]]]:
+        """The others with their widths."""
+        return list(zip(self.widths[1:], self.sets[1:], strict=True))
+
+    def update(self, model: nn.Module, n_images: int) -> None:
+        """Takes a step's weights in. n_images: trained on so far, that step among them."""
+        batch = self.recipe.batch
+        decays = [power_decay(batch, width, n_images) for width in self.widths]
+        for average, decay in zip(
+            self.sets, decays or [ema_decay(batch, self.recipe.ema_half_life, n_images, self.ramp)], strict=True
+        ):
+            update_ema(average, model, decay)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What resuming needs: averaged tensors as "ema.<name>" of the first set, "ema1.<name>" of the second ..."""
+        return {
+            f"ema{number or ''}.{name}": average[name]
+            for number, average in enumerate(self.sets)
+            for name in average
+            if name in self.trained
+        }
+
+    @torch.no_grad()
+    def restore(self, saved: dict[str, Tensor]) -> None:
+        """Takes over what `tensors` gave."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(saved[name])
+
+
+def _trained(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,12 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ddo_cli import checkpoint, console, dist
+from ddo_cli import checkpoint, console, dist, sharding
 from ddo_cli.errors import NumericsError, RunError, UsageError
 from ddo_cli.files import write_text
+from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.schema import TrainRecipe
-from ddo_cli.training.ema import ema_decay, update_ema
+from ddo_cli.training import optim
+from ddo_cli.training.ema import Averages
 from ddo_cli.training.lr import learning_rate
+from ddo_cli.training.recompute import recompute_units
 
 
 class Rows(NamedTuple):
@@ -54,6 +58,7 @@ class Plan(NamedTuple):
     ema_ramp: float | None = None
     evaluate_at: frozenset[int] = frozenset()  # steps after which `evaluate` is called
     evaluate: Callable[[int, dict[str, Tensor]], str] | None = None  # (step, averaged weights) -> short text to show
+    keep: Callable[[int, float, dict[str, Tensor]], Any] | None = None  # ditto, of recipe.ema_widths but the first
     check: Callable[[int, dict[str, float]], None] | None = None  # stops the run by raising NumericsError
     settled: Callable[[], bool] = lambda: False  # asked after each evaluation: whether to stop before `steps`
     until: int | None = None  # pause after this step, with all that going on needs in `state_file`; None: go to the end
@@ -85,25 +90,22 @@ def fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor]
     Raises NumericsError on a loss or gradient that is not finite.
     """
     recipe = plan.recipe
-    # A fixed order of parameters makes the saved optimizer state independent of how torch groups them.
+    _arrange(model, recipe)
+    optimizer, scale = optim.build(model, recipe), optim.LossScale(recipe, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise UsageError("this model has no trainable parameters; choose another")
-    betas = (recipe.adam_beta1, recipe.adam_beta2)
-    optimizer = torch.optim.Adam(parameters, lr=recipe.lr, betas=betas, weight_decay=recipe.weight_decay)
-    ema = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    averages = Averages(model, recipe, plan.ema_ramp)
     meter = _Meter(plan, device)
-    step = _restore(plan, model, optimizer, ema, meter)
+    step = _restore(plan, model, optimizer, scale, averages, meter)
     last = plan.steps if plan.until is None else min(plan.until, plan.steps)
     if step > last:
         raise RunError(f"{plan.state_file} is of step {step}, after step {last}; remove it, and training starts again")
     _trim_log(plan, step)
-    wrapped = dist.wrap(model, device)
+    wrapped = model if sharding.is_sharded(model) else dist.wrap(model, device)
     _set_mode(wrapped, plan)
     pieces = local_rows(recipe.batch, recipe.micro_batch)
     shown = ""
     if step in plan.evaluate_at and plan.evaluate is not None:
-        shown = plan.evaluate(step, ema)  # a killed process may not have finished it
+        shown = _evaluate(plan, step, averages)  # a killed process may not have finished it
         _set_mode(wrapped, plan)
     with console.progress(plan.title, last * recipe.batch, "images", step * recipe.batch) as bar:
         while step < last and not plan.settled():
@@ -112,35 +114,56 @@ def fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor]
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
+            if isinstance(model, LikelihoodModel):
+                model.before_step()
             for number, (start, stop) in enumerate(pieces):
                 with _synchronised(wrapped, last=number + 1 == len(pieces)), autocast(device, recipe.precision):
                     loss = plan.loss(wrapped, Rows(step, start, stop))
-                (loss.loss / len(pieces)).backward()
+                scale.backward(loss.loss / len(pieces))
                 meter.add(loss, 1 / len(pieces))
-            norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.grad_clip or math.inf)
-            if not bool(torch.isfinite(norm)):
+            scale.unscale(optimizer)
+            norm = sharding.clip_grad_norm(parameters, recipe.grad_clip or math.inf)
+            is_finite = bool(torch.isfinite(norm))
+            if not scale.step(optimizer, is_finite):
                 # With no finite gradient there is no step to take; weights and saved state are those of before.
                 raise NumericsError(
                     f"{plan.title}: the gradient of step {step} is not finite (loss {loss.loss.item():.4g}); "
                     f"the last good checkpoint is {plan.last_good()}; lower the learning rate ({rate:g}) and choose "
                     "another --out"
                 )
-            optimizer.step()
             step += 1
-            update_ema(ema, model, ema_decay(recipe.batch, recipe.ema_half_life, n_images, plan.ema_ramp))
-            meter.count(norm)
+            averages.update(model, n_images)
+            meter.count(norm if is_finite else torch.zeros_like(norm))
             if step % recipe.log_every == 0 or step == plan.steps:
-                record = meter.flush(step, n_images, rate)
+                record = meter.flush(step, n_images, rate, scale.log())
                 if plan.check is not None:
                     plan.check(step, record)
             bar.advance(recipe.batch, f"{meter.text} {shown}")
             due_now = step in plan.evaluate_at and plan.evaluate is not None
             if step % recipe.save_every == 0 or due_now or step == last:
-                _save(plan, model, optimizer, ema, meter, step)
+                _save(plan, model, optimizer, scale, averages, meter, step)
             if due_now and plan.evaluate is not None:
-                shown = plan.evaluate(step, ema)
+                shown = _evaluate(plan, step, averages)
                 _set_mode(wrapped, plan)
-    return ema
+    return sharding.full(averages.first)
+
+
+def _arrange(model: nn.Module, recipe: TrainRecipe) -> None:
+    """Recomputed and sharded as the recipe asks. Raises UsageError where the model does not take it."""
+    if recipe.recompute:
+        recompute_units(model)
+    if recipe.sharding == "fsdp":
+        if not isinstance(model, LikelihoodModel):
+            raise UsageError("sharding = fsdp is for models that pretrain and finetune-ddo train; use ddp")
+        sharding.shard(model, model.units())
+
+
+def _evaluate(plan: Plan, step: int, averages: Averages) -> str:
+    assert plan.evaluate is not None, "asked for by evaluate_at"
+    if plan.keep is not None:
+        for width, tensors in averages.further:
+            plan.keep(step, width, sharding.full(tensors))
+    return plan.evaluate(step, sharding.full(averages.first))
 
 
 def _set_mode(module: nn.Module, plan: Plan) -> None:
@@ -148,9 +171,9 @@ def _set_mode(module: nn.Module, plan: Plan) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """bf16 network passes where asked; tf32 is a switch of matrix products, set once by `set_precision`."""
-    if precision == "bf16":
-        return torch.autocast(device.type, torch.bfloat16)
+    """bf16 or fp16 network passes where asked; tf32 is a switch of matrix products, set once by `set_precision`."""
+    if precision in ("bf16", "fp16"):
+        return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
     return contextlib.nullcontext()
 
 
@@ -165,6 +188,8 @@ def set_precision(precision: str) -> None:
 @contextlib.contextmanager
 def _synchronised(module: nn.Module, last: bool) -> Iterator[None]:
     """Gradients are averaged over processes once per step, at its last backward pass."""
+    if sharding.is_sharded(module):
+        sharding.synchronise(module, last)
     if last or not isinstance(module, nn.parallel.DistributedDataParallel):
         yield
     else:
@@ -194,7 +219,7 @@ class _Meter:
         self.sums["grad_norm"] = self.sums.get("grad_norm", torch.zeros((), device=self.device)) + norm.detach()
         self.steps += 1
 
-    def flush(self, step: int, n_images: int, rate: float) -> dict[str, float]:
+    def flush(self, step: int, n_images: int, rate: float, more: dict[str, float]) -> dict[str, float]:
         keys = list(self.sums)
         means = dist.all_reduce_sum(torch.stack([self.sums[key] for key in keys])) / dist.world_size() / self.steps
         record = dict(zip(keys, means.tolist(), strict=True))
@@ -206,6 +231,7 @@ class _Meter:
             "n_images": n_images,
             "lr": rate,
             "images_per_second": round(speed, 2),
+            **more,
         }
         if dist.is_main():
             with open(self.plan.log_file, "a") as file:
@@ -239,34 +265,77 @@ def _trim_log(plan: Plan, step: int) -> None:
 
 
 def _save(
-    plan: Plan, model: nn.Module, optimizer: torch.optim.Adam, ema: dict[str, Tensor], meter: _Meter, step: int
+    plan: Plan,
+    model: nn.Module,
+    optimizer: torch.optim.Adam,
+    scale: optim.LossScale,
+    averages: Averages,
+    meter: _Meter,
+    step: int,
 ) -> None:
     meters = {name: dist.all_reduce_sum(tensor.clone()) / dist.world_size() for name, tensor in meter.sums.items()}
-    if dist.is_main():
-        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        tensors |= {f"ema.{name}": tensor for name, tensor in ema.items()}
-        for number, moments in optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{number}.{key}": value for key, value in moments.items()}
-        tensors |= {f"meter.{name}": tensor for name, tensor in meters.items()}
-        header = {"kind": "train-state", "step": step, "metered_steps": meter.steps, "owner": plan.owner}
-        checkpoint.save(plan.state_file, tensors, header)
+    rest = {f"meter.{name}": tensor for name, tensor in meters.items()}
+    header = {"kind": "train-state", "step": step, "metered_steps": meter.steps, "owner": plan.owner}
+    header |= {"loss_scale": scale.state()}
+    tensors = {**_weights(model), **averages.tensors()}
+    for number, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{number}.{key}": value for key, value in moments.items()}
+    if plan.recipe.sharding == "fsdp":
+        sharding.save(state_directory(plan.state_file), step, tensors, rest, header)
+    elif dist.is_main():
+        checkpoint.save(plan.state_file, {**tensors, **rest}, header)
     dist.barrier()
 
 
-def _restore(plan: Plan, model: nn.Module, optimizer: torch.optim.Adam, ema: dict[str, Tensor], meter: _Meter) -> int:
+def state_directory(state_file: Path) -> Path:
+    """Where the state lies that takes the place of `state_file` when weights are sharded."""
+    return state_file.with_suffix("")
+
+
+def drop_state(state_file: Path) -> None:
+    """Removes what resuming needs, in either form."""
+    state_file.unlink(missing_ok=True)
+    shutil.rmtree(state_directory(state_file), ignore_errors=True)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+def _restore(
+    plan: Plan,
+    model: nn.Module,
+    optimizer: torch.optim.Adam,
+    scale: optim.LossScale,
+    averages: Averages,
+    meter: _Meter,
+) -> int:
     dist.barrier()
-    if not plan.state_file.is_file():
+    place = None
+    if plan.recipe.sharding == "fsdp":
+        place = sharding.newest(state_directory(plan.state_file))
+        if place is None:
+            return 0
+        saved = sharding.read_rest(place)
+    elif plan.state_file.is_file():
+        saved = checkpoint.load(plan.state_file, kind="train-state")
+    else:
         return 0
-    saved = checkpoint.load(plan.state_file, kind="train-state")
     if saved.header["owner"] != plan.owner:
-        raise RunError(f"{plan.state_file} belongs to another run; remove it or choose another --out")
-    groups: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "adam": {}, "meter": {}}
-    for name, tensor in saved.tensors.items():
+        raise RunError(f"{place or plan.state_file} belongs to another run; remove it or choose another --out")
+    tensors = saved.tensors
+    if place is not None:
+        known = {**_weights(model), **averages.tensors(), **_empty_moments(optimizer)}
+        sharding.load(place, known)  # into the weights and averages themselves
+        tensors = {**tensors, **known}
+    groups: dict[str, dict[str, Tensor]] = {"model": {}, "adam": {}, "meter": {}}
+    for name, tensor in tensors.items():
         group, _, rest = name.partition(".")
-        groups[group][rest] = tensor
-    model.load_state_dict(groups["model"])
-    for name, tensor in groups["ema"].items():
-        ema[name].copy_(tensor)
+        groups.setdefault(group, {})[rest] = tensor
+    if place is None:
+        model.load_state_dict(groups["model"])
+        averages.restore(tensors)
+    scale.restore(saved.header.get("loss_scale", {}))
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in groups["adam"].items():
         number, _, key = name.partition(".")
@@ -276,3 +345,12 @@ def _restore(plan: Plan, model: nn.Module, optimizer: torch.optim.Adam, ema: dic
     meter.sums = {name: tensor.to(meter.device) for name, tensor in groups["meter"].items()}
     meter.steps = saved.header["metered_steps"]
     return int(saved.header["step"])
+
+
+def _empty_moments(optimizer: torch.optim.Adam) -> dict[str, Tensor]:
+    """Adam's state as it is after a step, named as `_save` does, to be filled."""
+    found: dict[str, Tensor] = {}
+    for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        found[f"adam.{number}.step"] = torch.zeros(())
+        found |= {f"adam.{number}.{key}": torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+    return found

@@ -1,0 +1,196 @@
+"""`ddo encode`: what a model's frozen encoder makes of an image set, once, for every later training run."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddo_cli import console, dist, rundir
+from ddo_cli.data import latents
+from ddo_cli.data.inspection import LIMBS, Inspection
+from ddo_cli.data.items import describe
+from ddo_cli.data.stream import ImageStream, open_stream
+from ddo_cli.errors import DataError, RunError, UsageError
+from ddo_cli.files import read_json, sweep, write_json
+from ddo_cli.likelihood import LikelihoodModel
+from ddo_cli.models import registry
+from ddo_cli.recipe import differing_keys
+
+FOUND_LATER = ("complete", "shards", "source_digest")  # keys of a manifest that say nothing of how the set is made
+TIMED = 8  # images whose encoding tells --dry-run the speed
+MARGIN = 1.05  # of the size on disk: headers and a file system's blocks
+
+
+def run(
+    data: str,
+    ckpt: str | Path | registry.Loaded,
+    out: Path,
+    *,
+    num: int | None = None,
+    shard: int = 1024,
+    batch: int = 64,
+    dtype: str | None = None,
+    workers: int | None = None,
+    device: torch.device,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Writes `model.latents` of every image of `data` into `out`, a data source for training that model.
+
+    num: use so many images, as `data.num` picks them; shard: images per file; batch: images per network pass; dtype:
+    "float16" halves the size of latents; workers: processes that decode images, None: as suits the machine. Images are
+    shared out over the processes that torchrun started. The same call continues an unfinished set and leaves a finished
+    one as it is. Raises DataError, UsageError, CheckpointError or RunError.
+    """
+    model, file = ckpt if isinstance(ckpt, registry.Loaded) else registry.load_model(ckpt, device)
+    stream = open_stream(data, num)
+    if stream.shape != tuple(model.shape):
+        raise DataError(
+            f"{data} holds {describe(stream.shape)} where the model needs {describe(model.shape)}; convert the images, "
+            "or choose a model of their size"
+        )
+    encoder = _Encoder(model, dtype, device)
+    shape, kind, speed = encoder.probe(stream, batch)
+    manifest = {
+        "format": latents.FORMAT,
+        "encoder": model.encoder_id(),
+        "model": {"name": file.header["config"]["name"], "sha256": file.sha256},
+        "source": data,
+        "source_identity": stream.identity,
+        "image_shape": list(model.shape),
+        "shape": list(shape),
+        "dtype": str(kind).removeprefix("torch."),
+        "num": stream.num,
+        "num_classes": stream.num_classes,
+        "shard": shard,
+    }
+    num_shards = -(-stream.num // shard)
+    size = int(stream.num * (math.prod(shape) * kind.itemsize + 8) * MARGIN)
+    found = {
+        "out": str(out), "num_images": stream.num, "shape": list(shape), "dtype": manifest["dtype"],
+        "encoder": manifest["encoder"], "shards": num_shards, "bytes": size,
+    }  # fmt: skip
+    if dry_run:
+        plan = {"images_per_second": round(speed, 2), "seconds": round(stream.num / speed / dist.world_size())}
+        return {**found, "bytes_free": _free(out), **plan, "dry_run": True}
+    with rundir.locked(out):
+        done = dist.from_main(_claim(out, manifest))
+        if done.get("complete"):
+            console.info(f"{out} is finished; nothing to do")
+            return {**found, "source_digest": done["source_digest"]}
+        missing = [number for number in range(num_shards) if not latents.shard_file(out, number).is_file()]
+        missing = dist.from_main(missing)
+        if (needed := size * len(missing) // num_shards) > dist.from_main(_free(out)):
+            raise RunError(
+                f"{out}: {needed / 1e9:.1f} GB are to be written, and {_free(out) / 1e9:.1f} are free; make room"
+            )
+        speed = _write(encoder, stream, out, missing, shard, batch, workers)
+        dist.barrier()
+        if dist.is_main():
+            infos = [latents.read_info(latents.shard_file(out, number)) for number in range(num_shards)]
+            latents.finish(out, {**manifest, "source_digest": _source_digest(stream, infos)}, infos)
+        dist.barrier()
+        digest = read_json(out / latents.MANIFEST)["source_digest"]
+    return {**found, "source_digest": digest, "images_per_second": round(speed, 2)}
+
+
+class _Encoder:
+    """A model's encoder, and the type its numbers are stored in."""
+
+    def __init__(self, model: LikelihoodModel, dtype: str | None, device: torch.device):
+        self.model, self.dtype, self.device = model, dtype, device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (b, C, H, W) -> (b, ...) on the CPU."""
+        made = self.model.latents(images.to(self.device)).cpu()
+        if self.dtype is None:
+            return made
+        if not made.is_floating_point():
+            raise UsageError(f"--dtype {self.dtype}: this model's items are tokens, {made.dtype}; leave it out")
+        made = made.to(getattr(torch, self.dtype))
+        if not bool(made.isfinite().all()):
+            raise UsageError(f"--dtype {self.dtype}: a latent is too large for it; leave it out")
+        return made
+
+    def probe(self, stream: ImageStream, batch: int) -> tuple[tuple[int, ...], torch.dtype, float]:
+        """Shape and type of what an image becomes, and images per second. Raises UsageError if there is nothing to do.
+
+        The first pass, which loads and warms up, is not timed.
+        """
+        rows = np.arange(min(TIMED, batch, stream.num))
+        _, images = next(iter(stream.batches(len(rows), rows)))
+        self(images[:1])
+        start = time.monotonic()
+        made = self(images)
+        return tuple(made.shape[1:]), made.dtype, len(rows) / max(time.monotonic() - start, 1e-9)
+
+
+def _free(out: Path) -> int:
+    """Bytes that the disk of `out` has left."""
+    return shutil.disk_usage(next(place for place in (out, *out.absolute().parents) if place.exists())).free
+
+
+def _claim(out: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Takes an empty directory, or one with a set of the same making; its manifest, on the main process only."""
+    if not dist.is_main():
+        return {}
+    sweep(out)
+    path = out / latents.MANIFEST
+    if not path.is_file():
+        if any(entry for entry in out.iterdir() if not entry.name.startswith(".")):
+            raise RunError(f"{out} is not empty and holds no encoded set; choose another --out")
+        write_json(path, {**manifest, "complete": False})
+        return manifest
+    there = read_json(path)
+    found = {key: value for key, value in there.items() if key not in FOUND_LATER}
+    if lines := differing_keys(manifest, found):
+        raise RunError(
+            f"{out} holds another encoded set; choose another --out or remove it. Differences (there -> now):\n  "
+            + "\n  ".join(lines)
+        )
+    files = [latents.shard_file(out, number) for number in range(len(there.get("shards", ())))]
+    if not all(file.is_file() for file in files):
+        there["complete"] = False  # a lost shard is made again
+    return there
+
+
+def _write(
+    encoder: _Encoder, stream: ImageStream, out: Path, missing: list[int], shard: int, batch: int, workers: int | None
+) -> float:
+    """Encodes this process's share of the missing shards; images per second of all processes."""
+    workers = stream.default_workers(encoder.device, batch) if workers is None else workers
+    own = dist.shard(missing)
+    total, drawn, start = sum(len(_rows(stream, number, shard)) for number in own), 0, time.monotonic()
+    with console.progress(f"encoding {stream.name}", total, "images") as bar:
+        for number in own:
+            rows = _rows(stream, number, shard)
+            inspection, parts = Inspection(stream.labels[rows]), []
+            for found, images in stream.batches(batch, rows, workers):
+                parts.append(encoder(images))
+                inspection.update(found - rows[0], images)
+                bar.advance(len(images))
+            notes = {"digests": inspection.total.tolist()}
+            labels = torch.from_numpy(stream.labels[rows])
+            latents.write_shard(latents.shard_file(out, number), torch.cat(parts), labels, notes)
+            drawn += len(rows)
+    return sum(dist.gathered(drawn)) / max(time.monotonic() - start, 1e-9)
+
+
+def _rows(stream: ImageStream, number: int, shard: int) -> np.ndarray:
+    """The images of a shard."""
+    return np.arange(number * shard, min((number + 1) * shard, stream.num))
+
+
+def _source_digest(stream: ImageStream, infos: list[latents.ShardInfo]) -> str:
+    """`Inspection.digest` of all images, from what the shards note of theirs: it is a sum."""
+    whole = Inspection(stream.labels, stream.num_classes)
+    whole.seen[:], whole.shape = 1, tuple(stream.shape)
+    whole.total = np.sum([info.notes["digests"] for info in infos], axis=0, dtype=np.int64).reshape(LIMBS)
+    return whole.digest()

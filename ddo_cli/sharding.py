@@ -1,0 +1,137 @@
+"""Weights, averages and optimizer state spread over processes (FSDP2, arXiv 2304.11277), and their state on disk.
+
+Each process keeps its rows of every weight; those of a unit are gathered while it computes. Beside `dist` the one
+caller of torch.distributed. In one process nothing is spread, and a state on disk has the same form, so that a run goes
+on with any number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ddo_cli import checkpoint, dist
+from ddo_cli.errors import CheckpointError
+
+REST = "rest.safetensors"  # beside the sharded tensors: the small ones, and the header
+UNFINISHED = "unfinished-"
+
+
+def shard(module: nn.Module, units: Sequence[nn.Module], methods: Sequence[str] = ()) -> None:
+    """Spreads the trainable weights over the processes: unit by unit, then what lies outside of units. In place.
+
+    methods: of `module` beside `forward` that compute with its weights.
+    Frozen weights (a tokenizer) and scalars stay whole on every process: the first are called on their own, the second
+    have no rows. `reduce_whole` averages the gradients of scalars.
+    """
+    if dist.world_size() == 1:
+        return
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for parameter in module.parameters():  # rows of a channels-last weight do not lie side by side
+        parameter.data = parameter.data.contiguous()
+    whole = {parameter for parameter in module.parameters() if not parameter.requires_grad or not parameter.ndim}
+    for unit in [*units, module]:
+        fully_shard(unit, ignored_params=whole)
+    for method in methods:
+        register_fsdp_forward_method(module, method)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether its weights are spread over processes."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def synchronise(module: nn.Module, last: bool) -> None:
+    """Whether the coming backward pass averages gradients over processes: once per step, in its last one."""
+    module.set_requires_gradient_sync(last)  # type: ignore[operator]
+
+
+def full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors, on every process, which all have to ask; those that are not spread as they are."""
+    return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
+    """Scales gradients down to a norm of at most `most` over all processes, and returns the norm they had."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not any(isinstance(gradient, DTensor) for gradient in gradients):
+        return nn.utils.clip_grad_norm_(parameters, most)
+    own = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    for gradient in whole:
+        dist.all_reduce_sum(gradient).div_(dist.world_size())
+    squares = dist.all_reduce_sum(_sum_of_squares(own)) + (_sum_of_squares(whole) if whole else 0)
+    norm = squares.sqrt()
+    if most < math.inf:
+        factor = (most / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
+        for gradient in [*own, *whole]:
+            gradient.mul_(factor)
+    return norm
+
+
+def _sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack([tensor.square().sum() for tensor in tensors]).sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On disk: one directory for each saved step, of which the newest whole one counts
+
+
+def newest(directory: Path) -> Path | None:
+    """The newest whole state in `directory`; None where there is none."""
+    whole = [path for path in directory.glob("*") if path.name.isdecimal()]
+    return dist.from_main(max(whole, key=lambda path: int(path.name), default=None))
+
+
+def save(
+    directory: Path, step: int, tensors: dict[str, Tensor], rest: dict[str, Tensor], header: dict[str, Any]
+) -> None:
+    """Writes a state: each process its rows of `tensors`, the main one `rest` and the header. The older ones go.
+
+    A state gets its name when it is whole, so a kill at any time leaves one.
+    """
+    from torch.distributed import checkpoint as dcp
+
+    target, unfinished = directory / f"{step:09d}", directory / f"{UNFINISHED}{step:09d}"
+    if dist.is_main():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(tensors, checkpoint_id=unfinished, no_dist=dist.world_size() == 1)
+    if dist.is_main():
+        checkpoint.save(unfinished / REST, rest, header)
+        shutil.rmtree(target, ignore_errors=True)  # of the same step, by a run that was told to start again
+        os.replace(unfinished, target)
+        for older in directory.iterdir():
+            if older != target:
+                shutil.rmtree(older, ignore_errors=True)
+    dist.barrier()
+
+
+def read_rest(place: Path) -> checkpoint.Checkpoint:
+    """Small tensors and header of a state. Raises CheckpointError."""
+    return checkpoint.load(place / REST, kind="train-state")
+
+
+def load(place: Path, tensors: dict[str, Tensor]) -> None:
+    """Fills `tensors` with what `save` wrote, whatever the number of processes was. Raises CheckpointError."""
+    from torch.distributed import checkpoint as dcp
+
+    try:
+        dcp.load(tensors, checkpoint_id=place, no_dist=dist.world_size() == 1)
+    except (dcp.CheckpointException, RuntimeError, OSError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{place} cannot be read ({type(error).__name__}: {reason}); remove {place.parent}, and training starts "
+            "again"
+        ) from None

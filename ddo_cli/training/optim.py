@@ -1,0 +1,98 @@
+"""Adam and AdamW as a recipe asks for them, and the loss scaling of float16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddo_cli.errors import UsageError
+from ddo_cli.likelihood import LikelihoodModel, is_vector
+from ddo_cli.schema import TrainRecipe
+
+# float16 holds no gradient below 6e-8 and none above 65504. Start and patience as in VAR's training: a round may have
+# 80 steps only, so few of them may go to finding the scale.
+_FIRST_SCALE = 2.0**11
+_STEPS_TO_DOUBLE = 1000
+SMALLEST_SCALE = 1.0  # chosen by us: here gradients overflow that were not scaled up at all
+
+
+def build(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Adam:
+    """The optimizer of the model's trainable parameters, in their order. Raises UsageError if there are none.
+
+    Groups are in the order decayed, exempt, which numbers the moments in a saved state.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise UsageError("this model has no trainable parameters; choose another")
+    keywords: dict[str, Any] = {
+        "lr": recipe.lr,
+        "betas": (recipe.adam_beta1, recipe.adam_beta2),
+        "eps": recipe.adam_eps,
+        "weight_decay": recipe.weight_decay,
+    }
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam([p for _, p in named], **keywords)
+    exempt = model.no_decay if isinstance(model, LikelihoodModel) else is_vector
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in named if not exempt(name, p)]},
+        {"params": [p for name, p in named if exempt(name, p)], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], **keywords)
+
+
+class LossScale:
+    """Scaling of the loss, so that small gradients survive float16; for other precisions nothing happens.
+
+    A step whose gradient overflows is left out and the scale halved; after a thousand good ones it doubles.
+    """
+
+    def __init__(self, recipe: TrainRecipe, device: torch.device):
+        self.is_on = recipe.precision == "fp16"
+        self.skipped = 0  # steps left out
+        self._scaler = torch.amp.GradScaler(
+            device.type, init_scale=_FIRST_SCALE, growth_interval=_STEPS_TO_DOUBLE, enabled=self.is_on
+        )
+
+    @property
+    def value(self) -> float:
+        """The factor of the loss."""
+        return self._scaler.get_scale()
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the scaled loss, added to those there are."""
+        self._scaler.scale(loss).backward()
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gradients in their own units; once before the step."""
+        self._scaler.unscale_(optimizer)
+
+    def step(self, optimizer: torch.optim.Optimizer, is_finite: bool) -> bool:
+        """Takes the optimizer's step, or leaves it out and lowers the scale. False: the scale can fall no further.
+
+        is_finite: of the gradient's norm over all processes, of which each may hold a part only.
+        """
+        if is_finite:
+            self._scaler.step(optimizer)
+            self._scaler.update()
+            return True
+        if not self.is_on or self.value <= SMALLEST_SCALE:
+            return False
+        self._scaler.update(self.value * self._scaler.get_backoff_factor())
+        self.skipped += 1
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """What resuming needs, JSON-ready; empty where nothing is scaled."""
+        return {"skipped": self.skipped, "scaler": self._scaler.state_dict()} if self.is_on else {}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Takes over what `state` gave."""
+        if self.is_on and saved:
+            self.skipped = saved["skipped"]
+            self._scaler.load_state_dict(saved["scaler"])
+
+    def log(self) -> dict[str, float]:
+        """What a line of the log tells of it."""
+        return {"loss_scale": self.value, "skipped_steps": self.skipped} if self.is_on else {}

@@ -1,0 +1,39 @@
+"""Activation checkpointing (arXiv 1604.06174): memory of a backward pass for one more forward pass of each block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ddo_cli.errors import UsageError
+from ddo_cli.likelihood import LikelihoodModel
+
+
+def recompute_units(model: nn.Module) -> None:
+    """From now on the backward pass of `model` keeps only the inputs of its units and computes their insides again.
+
+    Each unit's `forward` is replaced on the instance: a wrapping module would rename the weights in files. To be called
+    before the model is sharded or wrapped, so that the second pass runs on gathered weights, too.
+    Raises UsageError if the model names no units.
+    """
+    units = model.units() if isinstance(model, LikelihoodModel) else ()
+    if not units:
+        raise UsageError(
+            f"recompute = true: this {type(model).__name__} names no blocks to recompute; leave it out, and lower "
+            "micro_batch where memory is short"
+        )
+    for unit in units:
+        unit.forward = _recomputed(unit.forward)
+
+
+def _recomputed(forward: Any) -> Any:
+    def again(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():  # sampling and scores
+            return forward(*args, **kwargs)
+        # With the generator's state restored, dropout (in pretraining) hits the same activations again.
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return again

@@ -1,0 +1,271 @@
+"""Learning rates in images, optimizers, float16, and settings that change between rounds."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from conftest import CPU, make_checkpoint, tiny_recipe
+from torch.testing import assert_close
+
+from ddo_cli import checkpoint
+from ddo_cli.diffusion.denoiser import DiffusionModel
+from ddo_cli.engines import finetune_ddo
+from ddo_cli.errors import NumericsError, RecipeError, RunError
+from ddo_cli.models import registry
+from ddo_cli.recipe import load, to_yaml
+from ddo_cli.schema import Recipe, TrainRecipe
+from ddo_cli.training import loop, optim
+from ddo_cli.training.lr import learning_rate
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning rates
+
+
+def test_inverse_square_root_is_edm2s():
+    """EDM2-XS: 0.012, 10 million images of warm-up, falling from 70,000 batches of 2048 on; published values."""
+    recipe = TrainRecipe(lr=0.012, schedule="inverse-sqrt", warmup=10_000_000, decay_images=70_000 * 2048, batch=2048)
+    at = {5_000_000: 0.006, 10_000_000: 0.012, 143_360_000: 0.012, 286_720_000: 0.00848528, 2**31: 0.00310049}
+    for n_images, rate in at.items():
+        assert learning_rate(recipe, n_images, 2**31) == pytest.approx(rate, rel=1e-5)
+    # The decay counts the warm-up's images, too: where it is longer than the decay's start, both act.
+    recipe = TrainRecipe(lr=1.0, schedule="inverse-sqrt", warmup=400, decay_images=100)
+    assert learning_rate(recipe, 200, 1000) == pytest.approx(0.5 / math.sqrt(2))
+
+
+def test_line_is_vars():
+    """0.05 of the images after the warm-up at the top, then a line to the end's share."""
+    recipe = TrainRecipe(lr=2.0, schedule="linear", warmup=100, lr_hold=0.2, lr_final=0.1)
+    rates = [learning_rate(recipe, n, 1100) for n in (50, 100, 300, 700, 1100)]
+    assert rates == pytest.approx([1.0, 2.0, 2.0, 1.1, 0.2])
+
+
+def test_inverse_square_root_without_its_start():
+    with pytest.raises(RecipeError, match=r"finetune\.schedule = 'inverse-sqrt': inverse-sqrt needs decay_images"):
+        load("quickstart", ["finetune.schedule=inverse-sqrt"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+class Net(torch.nn.Module):
+    """Two layers; `scale` stands for gradients that overflow."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x)))
+
+
+def fit(path, *pauses, steps=6, factor=lambda step: 1.0, net=None, **recipe):
+    settings = TrainRecipe(**({"lr": 0.1, "batch": 2, "log_every": 1, "save_every": 100} | recipe))
+    path.mkdir(exist_ok=True)
+
+    def loss(model, rows):
+        x = torch.linspace(-1, 1, 6).reshape(2, 3) + rows.step
+        return loop.Loss(model(x).square().mean() * factor(rows.step), {})
+
+    for until in (*pauses, None):
+        trained = Net() if net is None else net
+        plan = loop.Plan(
+            title="x", steps=steps, recipe=settings, loss=loss, state_file=path / "state", log_file=path / "log",
+            log_tags={}, last_good=lambda: "none", until=until,
+        )  # fmt: skip
+        loop.fit(trained, plan, CPU)
+    return trained, [json.loads(line) for line in (path / "log").read_text().splitlines()]
+
+
+def test_adamw_decays_matrices_only(tmp_path):
+    """With no gradient at all each step takes lr * weight_decay off the weights that decay, and off nothing else."""
+    before = Net()
+    nothing = {"factor": lambda step: 0.0, "weight_decay": 0.5, "optimizer": "adamw", "steps": 3}
+    after, _ = fit(tmp_path / "adamw", **nothing)
+    assert_close(after.first.weight, before.first.weight * (1 - 0.1 * 0.5) ** 3)
+    assert torch.equal(after.first.bias, before.first.bias)
+    # Adam's decay is a gradient, which its division by the root mean square makes a step of lr, for biases as well.
+    after, _ = fit(tmp_path / "adam", **{**nothing, "optimizer": "adam", "steps": 1})
+    for ours, theirs in zip(after.parameters(), before.parameters(), strict=True):
+        assert_close(ours, theirs - 0.1 * theirs.sign(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_exempts_parameters_from_decay():
+    model = registry.load_model("embedded:digits32", CPU).model
+    recipe = TrainRecipe(optimizer="adamw", weight_decay=0.1, adam_eps=1e-6)
+    decayed, exempt = optim.build(model, recipe).param_groups
+    assert {p.ndim for p in exempt["params"]} == {1}
+    assert min(p.ndim for p in decayed["params"]) == 2
+    assert (decayed["weight_decay"], exempt["weight_decay"], decayed["eps"]) == (0.1, 0.0, 1e-6)
+    model.no_decay = lambda name, parameter: True
+    assert [group["weight_decay"] for group in optim.build(model, recipe).param_groups] == [0.0]
+
+
+def test_adamw_goes_on_as_if_it_had_not_stopped(tmp_path):
+    settings = {"optimizer": "adamw", "weight_decay": 0.1}
+    whole, _ = fit(tmp_path / "whole", **settings)
+    paused, _ = fit(tmp_path / "paused", 2, 5, **settings)
+    for ours, theirs in zip(paused.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_float16_is_near_float32_and_goes_on_as_if_it_had_not_stopped(tmp_path):
+    whole, log = fit(tmp_path / "whole", precision="fp16")
+    _, exact_log = fit(tmp_path / "exact")
+    assert_close(log[0]["loss"], exact_log[0]["loss"], rtol=1e-2, atol=0)
+    assert log[0]["loss"] != exact_log[0]["loss"]  # it was float16 indeed
+    assert (log[-1]["loss_scale"], log[-1]["skipped_steps"]) == (2048, 0)
+    assert "loss_scale" not in exact_log[0]
+    paused, again = fit(tmp_path / "paused", 1, 4, precision="fp16")
+    for ours, theirs in zip(paused.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert [line["loss"] for line in again] == [line["loss"] for line in log]
+
+
+def overflow(*steps):
+    return lambda step: torch.inf if step in steps else 1.0
+
+
+def test_a_step_that_overflows_is_left_out(tmp_path):
+    settings = {"precision": "fp16", "lr": 1e-3}
+    _, log = fit(tmp_path / "x", factor=overflow(1, 2), **settings)
+    assert [line["loss_scale"] for line in log] == [2048, 1024, 512, 512, 512, 512]
+    assert [line["skipped_steps"] for line in log] == [0, 1, 2, 2, 2, 2]
+    assert all(math.isfinite(line["grad_norm"]) for line in log)
+    short, _ = fit(tmp_path / "short", steps=1, **settings)
+    cut, _ = fit(tmp_path / "cut", steps=3, factor=overflow(1, 2), **settings)
+    for ours, theirs in zip(cut.parameters(), short.parameters(), strict=True):
+        assert torch.equal(ours, theirs)  # the second and third step changed nothing
+    _, paused = fit(tmp_path / "paused", 2, factor=overflow(1, 2), **settings)
+    assert [line["loss_scale"] for line in paused] == [line["loss_scale"] for line in log]
+    assert paused[-1]["skipped_steps"] == 2
+
+
+def test_a_scale_that_cannot_fall_further_stops_the_run(tmp_path):
+    with pytest.raises(NumericsError, match="the gradient of step 11 is not finite"):  # 2048 is 2^11
+        fit(tmp_path / "x", steps=20, factor=overflow(*range(20)), precision="fp16")
+    with pytest.raises(NumericsError, match="the gradient of step 1 is not finite"):
+        fit(tmp_path / "y", steps=20, factor=overflow(*range(1, 20)))
+
+
+def test_the_model_is_told_of_each_step(tmp_path, monkeypatch):
+    """Before the forward passes of every step, once for all its micro-batches, in rounds of DDO as well."""
+    calls = []
+    forward = DiffusionModel.forward
+    monkeypatch.setattr(DiffusionModel, "before_step", lambda self: calls.append("step"))
+    monkeypatch.setattr(DiffusionModel, "forward", lambda self, *a: (calls.append("pass"), forward(self, *a))[1])
+    ckpt = make_checkpoint(tmp_path / "ref.safetensors")
+    settings = ["finetune.rounds=1", "finetune.images_per_round=8", "finetune.micro_batch=2"]
+    finetune_ddo.run(tiny_recipe(ckpt, "diffusion", *settings), tmp_path / "run", device=CPU)
+    assert calls[calls.index("step") :] == ["step", *["step", "pass", "pass"] * 2]  # the first is the reference's
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings from a round on
+
+
+def test_later_settings_lie_on_top_of_earlier_ones():
+    draw = "finetune.draw={p_mean: -0.4, p_std: 1.6}"
+    changes = "finetune.from_round={2: {draw: {p_std: 3.0}, lr: 2e-5}, 4: {draw: {p_mean: 0.0}, alpha: [1, 2]}}"
+    recipe = load("quickstart", [draw, changes, "finetune.from_round.2.lr=3e-5"])
+    found = [recipe.finetune.of_round(number) for number in range(1, 6)]
+    assert [one.draw["p_std"] for one in found] == [1.6, 3.0, 3.0, 3.0, 3.0]
+    assert [one.draw["p_mean"] for one in found] == [-0.4, -0.4, -0.4, 0.0, 0.0]
+    assert [one.lr for one in found] == [recipe.finetune.lr, *[3e-5] * 4]
+    assert [one.alpha for one in found][2:] == [recipe.finetune.alpha, (1.0, 2.0), (1.0, 2.0)]
+    assert recipe.of_round(4).finetune == found[3]
+    assert Recipe.model_validate(yaml.safe_load(to_yaml(recipe))) == recipe  # keys of JSON are texts
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{3: {lrr: 1.0}}", r"unknown key 'finetune\.from_round\.3\.lrr' \(did you mean 'lr'\?\)"),
+        ("{3: {lr: -1.0}}", r"finetune\.from_round\.3\.lr = -1\.0: input should be greater than 0"),
+        ("{3: {draw: 5}}", r"finetune\.from_round\.3\.draw = 5: input should be a valid dictionary"),
+        ("{3: {rounds: 5}}", r"finetune\.from_round\.3\.rounds = 5: is of all rounds; remove it here"),
+        ("{3: {precision: bf16}}", r"finetune\.from_round\.3\.precision = 'bf16': is of all rounds"),
+        ("{1: {lr: 1.0}}", r"finetune\.from_round\.1.* input should be greater than or equal to 2"),
+        ("{two: {lr: 1.0}}", r"finetune\.from_round\.two.* input should be a valid integer"),
+        ("{3: {schedule: inverse-sqrt}}", r"finetune\.from_round\.3\.schedule = .* needs decay_images"),
+    ],
+)
+def test_settings_of_a_round_are_checked_like_the_others(text, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        load("quickstart", [f"finetune.from_round={text}"])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_mistake_is_told_once_where_it_comes_in():
+    with pytest.raises(RecipeError) as caught:
+        load("quickstart", ["finetune.from_round={2: {lr: -1.0}, 3: {beta: 0.01}, 4: {lrr: 2.0}}"])
+    lines = str(caught.value).splitlines()
+    assert ["from_round.2.lr" in lines[0], "from_round.4.lrr" in lines[1], len(lines)] == [True, True, 2]
+
+
+@pytest.fixture(scope="module")
+def changing(tmp_path_factory):
+    """Three rounds: the second with another p_std and twice the steps, the third with a sweep of two nodes."""
+    path = tmp_path_factory.mktemp("rounds")
+    ckpt = make_checkpoint(path / "ref.safetensors")
+    changes = "finetune.from_round={2: {draw: {p_std: 3.0}, images_per_round: 48}, 3: {alpha: [1, 2], num_fake: 24}}"
+    recipe = tiny_recipe(ckpt, "diffusion", "finetune.rounds=3", "metric.repeats=1", changes)
+    return ckpt, recipe, path / "run", finetune_ddo.run(recipe, path / "run", device=CPU)
+
+
+def test_rounds_run_with_their_own_settings(changing):
+    _, _, out, result = changing
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [max(line["step"] for line in log if line["round"] == number) for number in (1, 2, 3)] == [6, 12, 12]
+    assert ["nodes" in record for record in result["rounds"]] == [False, False, True]
+    assert [node["alpha"] for node in result["rounds"][2]["nodes"]] == [1, 2]
+    sets = [json.loads((out / f"round-0{n}" / "samples" / "manifest.json").read_text()) for n in (1, 2, 3)]
+    assert len({json.dumps(one["seeds"]) for one in sets}) == 3  # no seed is drawn twice
+    assert (out / "report.html").is_file()
+
+
+def test_the_draw_of_a_round_is_really_used(changing, tmp_path, monkeypatch):
+    """sigma = exp(p_mean + p_std n): with p_std = 3 log sigma spreads almost three times as far."""
+    ckpt, _, _, _ = changing
+    sigmas, draw = {}, DiffusionModel.draw
+
+    def seen(self, num_rows, rng):
+        found = draw(self, num_rows, rng)
+        sigmas.setdefault(self.draw_options.p_std, []).append(found.sigma.log())
+        return found
+
+    monkeypatch.setattr(DiffusionModel, "draw", seen)
+    changes = "finetune.from_round={2: {draw: {p_std: 3.0}}}"
+    plain = tiny_recipe(ckpt, "diffusion", "finetune.rounds=2", "metric.repeats=1", changes)
+    finetune_ddo.run(plain, tmp_path / "run", device=CPU)
+    own = checkpoint.read_header(ckpt)["config"]["draw"]["p_std"]
+    assert sorted(sigmas) == sorted({own, 3.0})
+    spread = {p_std: float(torch.cat(found).std()) for p_std, found in sigmas.items()}
+    assert spread[3.0] / spread[own] == pytest.approx(3.0 / own, rel=0.5)  # 24 values each
+
+
+def test_other_settings_of_a_round_are_another_run(changing):
+    _, recipe, out, result = changing
+    assert finetune_ddo.run(recipe, out, device=CPU) == result  # finished, and read back from YAML as the same
+    changed = recipe.model_dump()
+    changed["finetune"]["from_round"][2]["images_per_round"] = 96
+    with pytest.raises(RunError, match=r"finetune\.from_round\.2\.images_per_round: 48 -> 96"):
+        finetune_ddo.run(Recipe.model_validate(changed), out, device=CPU)
+
+
+def test_dry_run_shows_the_rounds_that_differ(changing, tmp_path):
+    ckpt, recipe, _, _ = changing
+    found = finetune_ddo.run(recipe, tmp_path / "run", device=CPU, dry_run=True)
+    shown = found["settings_by_round"]
+    assert [row["rounds"] for row in shown] == ["1", "2", "3"]
+    assert [row["images_per_round"] for row in shown] == [24, 48, 48]
+    assert shown[2]["draw"] == {"p_std": 3.0}
+    assert "batch" not in shown[0]
+    plain = finetune_ddo.run(tiny_recipe(ckpt), tmp_path / "run", device=CPU, dry_run=True)
+    assert "settings_by_round" not in plain
+    wrong = tiny_recipe(ckpt, "diffusion", "finetune.from_round={2: {draw: {p_sdt: 3.0}}}")
+    with pytest.raises(RecipeError, match=r"round 2: finetune\.draw\.p_sdt .*did you mean 'p_std'"):
+        finetune_ddo.run(wrong, tmp_path / "run", device=CPU, dry_run=True)

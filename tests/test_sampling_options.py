@@ -1,0 +1,413 @@
+"""EDM2's float32 sampler, guidance within an interval, labels by position, and the precision of sampling's passes."""
+
+import json
+
+import pytest
+import torch
+from conftest import CPU, KINDS, make_checkpoint, torchrun
+from test_sample import content
+from test_samplers import FixedNoise, analytic, stream
+from torch import nn
+from torch.testing import assert_close
+
+from ddo_cli import checkpoint
+from ddo_cli.arithmetic import arithmetic
+from ddo_cli.commands.options import interval_of
+from ddo_cli.data.samples import open_samples
+from ddo_cli.diffusion import levels, samplers
+from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
+from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, Interval, extrapolated
+from ddo_cli.diffusion.samplers import Churn, Trace
+from ddo_cli.diffusion.schedules import karras_sigmas
+from ddo_cli.engines import fid_inputs, guides, sample
+from ddo_cli.engines.guides import Others
+from ddo_cli.errors import RecipeError, RunError, UsageError
+from ddo_cli.likelihood import generate
+from ddo_cli.models import registry
+from ddo_cli.rng import RowRng
+from ddo_cli.schema import SamplingRecipe
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Float32, as EDM2 samples
+
+
+class Analytic(DiffusionModel):
+    """The denoiser of the parity vectors, with the factor `a` of its second term."""
+
+    def __init__(self, a, num_classes=0):
+        super().__init__(nn.Identity(), None, (3, 4, 4), num_classes, DiffusionOptions(), DiffusionDrawOptions())
+        self.a, self.seen = a, []
+
+    def denoise(self, x, sigma, label):
+        self.seen.append((x.dtype, sigma.dtype, sigma.item(), label))
+        linear, whole = (0.25 * x.float() / (sigma.float() ** 2 + 0.25), analytic(x, sigma).float())
+        return linear + self.a / 0.3 * (whole - linear)
+
+
+class FixedLatent(FixedNoise):
+    """Stands in for RowRng: the latent is stream(3), what follows is FixedNoise."""
+
+    def randn(self, shape, dtype=torch.float32):
+        if self.k == 0:
+            self.k = 1
+            return stream(3, (2, *shape)).to(dtype)
+        return super().randn(shape, dtype)
+
+    def randint(self, high):
+        return torch.zeros(2, dtype=torch.int64)
+
+
+def summary(x):
+    flat = x.flatten().double()
+    return torch.cat([flat[:4], flat[-2:], flat.mean()[None], flat.std(correction=0)[None]])
+
+
+# Of EDM2's own sampler, 32 steps: first four, last two, mean, standard deviation.
+PLAIN = [-0.575625, 1.05713, 0.251707, 1.07674, 0.16357, 0.572819, 0.04971837, 0.7011766]
+GUIDED = [-0.625319, 1.11399, 0.287775, 1.13375, 0.192705, 0.62244, 0.05307011, 0.7485485]
+EDM2 = SamplingRecipe(sampler="heun", steps=32, dtype="float32")
+
+
+def test_the_float32_levels_of_edm2():
+    found = karras_sigmas(32, 0.002, 80, dtype=torch.float32)
+    assert found.dtype == torch.float32
+    expected = [79.99998, 66.93087, 55.73619, 46.18639, 38.07486, 31.21641, 25.44535, 20.61405, 16.59137, 13.26122]
+    assert_close(found[:10], torch.tensor(expected), rtol=2e-7, atol=0)  # seven digits are printed
+    expected = [0.01575746, 0.00845305, 0.004266835, 0.00199999963, 0]
+    assert_close(found[-5:], torch.tensor(expected), rtol=2e-7, atol=0)
+    rounded = karras_sigmas(32, 0.002, 80).float()
+    assert rounded[0] == 80  # calculated in float64 they are others
+    assert (rounded != found).sum() > 10
+
+
+@pytest.mark.parametrize(("guided", "expected"), [(False, PLAIN), (True, GUIDED)])
+def test_parity_with_edm2(guided, expected):
+    model, second = Analytic(0.3), Analytic(0.2)
+    given = [AutoGuide(second, 1.7)] if guided else []
+    found = model.sample(torch.tensor([-1, -1]), FixedLatent(), EDM2, given)
+    assert found.x.dtype == torch.float32
+    assert {seen[:2] for seen in model.seen} == {(torch.float32, torch.float32)}
+    assert_close(summary(found.x), torch.tensor(expected, dtype=torch.float64), rtol=4e-6, atol=1e-6)  # six digits
+    assert found.nfe == (126 if guided else 63)
+
+
+def test_other_guidance_has_other_numbers():
+    for scale, a in ((1.6, 0.2), (1.7, 0.25)):
+        found = Analytic(0.3).sample(torch.tensor([-1, -1]), FixedLatent(), EDM2, [AutoGuide(Analytic(a), scale)])
+        assert (summary(found.x) - torch.tensor(GUIDED)).abs().max() > 1e-3
+
+
+def test_the_float32_sampler_draws_noise_inside_its_window_only():
+    sigmas = karras_sigmas(8, 0.002, 80)
+    inside = int(((sigmas[:-1] >= 0.05) & (sigmas[:-1] <= 50)).sum())
+    for dtype, draws in ((torch.float32, inside), (torch.float64, 8)):
+        rng = FixedNoise()
+        x = stream(3, (2, 3, 4, 4)).to(dtype)
+        found = samplers.heun(analytic_as(dtype), x, sigmas.to(dtype), Churn(40, 0.05, 50, 1.003, rng))
+        assert (rng.k, found.dtype) == (draws, dtype)
+    assert 0 < inside < 8
+
+
+def analytic_as(dtype):
+    return lambda x, sigma, stage="predictor": analytic(x, sigma).to(dtype)
+
+
+@pytest.mark.parametrize("sampler", sorted(samplers.SAMPLERS))
+def test_every_sampler_and_guide_keeps_the_type(sampler):
+    guide = GradientGuide(lambda x_vp, t, label: x_vp.flatten(1).sum(1), 0.1, 0.1, time_min=0.0)
+    spec = SamplingRecipe(sampler=sampler, steps=6)
+    rows = torch.tensor([-1, -1])
+    whole = Analytic(0.3).sample(rows, RowRng([1, 2]), spec, [guide])
+    for given in ([], [guide]):
+        found = Analytic(0.3).sample(rows, RowRng([1, 2]), spec.merged(dtype="float32"), given)
+        assert found.x.dtype == torch.float32
+    if sampler != "ddpm":  # which draws other numbers in another type
+        assert_close(found.x.double(), whole.x, rtol=1e-4, atol=1e-4)
+
+
+def test_the_generalised_sampler_is_float64():
+    with pytest.raises(UsageError, match=r"schedule = vp: EDM's generalised sampler is float64; leave sampling.dtype"):
+        Analytic(0.3).check_sampling(SamplingRecipe(schedule="vp", dtype="float32"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Guidance within an interval
+
+
+def constant(value, calls):
+    def denoise(x, sigma, stage="predictor"):
+        calls.append(sigma)
+        return torch.full_like(x, value)
+
+    return denoise
+
+
+def test_the_interval_is_open_below_and_closed_above():
+    calls = []
+    guided = extrapolated(constant(1.0, []), constant(0.0, calls), 3.0, Interval(0.5, 2.0))
+    x = torch.zeros(2, 1)
+    found = [guided(x, torch.tensor(sigma))[0].item() for sigma in (0.1, 0.5, 0.51, 2.0, 2.1)]
+    assert found == [1, 1, 3, 3, 1]
+    assert [sigma.item() for sigma in calls] == pytest.approx([0.51, 2.0])  # not evaluated where it is not needed
+    assert guided(x, torch.tensor([0.1, 1.0])).flatten().tolist() == [1, 3]  # each row by its own level
+
+
+def test_an_unlimited_interval_is_no_limit():
+    model, label = Analytic(0.3, 10), torch.tensor([1, 2])
+    plain = model.sample(label, RowRng([1, 2]), EDM2, [AutoGuide(Analytic(0.2), 1.7)])
+    same = model.sample(label, RowRng([1, 2]), EDM2, [AutoGuide(Analytic(0.2), 1.7, Interval(0.0, 100.0))])
+    assert torch.equal(plain.x, same.x)
+
+
+def test_evaluations_outside_the_interval_are_saved():
+    second = Analytic(0.2)
+    spec = SamplingRecipe(sampler="euler", steps=18)
+    visited = Analytic(0.3).sigmas(spec)[:-1]
+    inside = visited[(visited > 0.3) & (visited <= 6.0)]
+    found = Analytic(0.3).sample(
+        torch.tensor([-1, -1]), RowRng([1, 2]), spec, [AutoGuide(second, 2.0, Interval(0.3, 6.0))]
+    )
+    assert found.nfe == 18 + len(inside) < 36
+    assert [seen[2] for seen in second.seen] == inside.tolist()
+
+
+class Labelled(Analytic):
+    """Has another `a` without labels."""
+
+    def denoise(self, x, sigma, label):
+        return Analytic(0.3 if (label >= 0).all() else 0.2).denoise(x, sigma, label)
+
+
+@pytest.mark.parametrize(("low", "high"), [(None, None), (0.3, 6.0), (None, 6.0), (0.3, None)])
+def test_classifier_free_guidance_has_the_same_interval(low, high):
+    spec = SamplingRecipe(sampler="euler", steps=18, cfg_scale=1.7, cfg_sigma_min=low, cfg_sigma_max=high)
+    label = torch.tensor([1, 2])
+    found = Labelled(0.3, 10).sample(label, RowRng([1, 2]), spec)
+    guide = AutoGuide(Analytic(0.2), 1.7, Interval(low or 0.0, high or 1e9))
+    other = Analytic(0.3, 10).sample(label, RowRng([1, 2]), SamplingRecipe(sampler="euler", steps=18), [guide])
+    assert_close(found.x, other.x)
+    assert found.nfe == other.nfe
+
+
+def test_an_interval_that_never_acts_or_limits_nothing_is_refused():
+    model = Analytic(0.3, 10)
+    with pytest.raises(UsageError, match="cfg_sigma_max are of a cfg_scale other than 1; set it too"):
+        model.check_sampling(SamplingRecipe(cfg_sigma_max=2.0))
+    with pytest.raises(UsageError, match=r"of sampling.cfg_scale from 90 to inf holds none .*, 0.002 to 80; widen it"):
+        model.check_sampling(SamplingRecipe(cfg_scale=2.0, cfg_sigma_min=90.0))
+    with pytest.raises(UsageError, match=r"--guidance-interval from 0.0021 to 0.0022 holds none of the sampler's"):
+        model.check_guides(SamplingRecipe(), [AutoGuide(model, 2.0, Interval(0.0021, 0.0022))])
+    with pytest.raises(ValueError, match=r"cfg_sigma_min = 3.0 must be below cfg_sigma_max = 2.0"):
+        SamplingRecipe(cfg_scale=2.0, cfg_sigma_min=3.0, cfg_sigma_max=2.0)
+    with pytest.raises(RecipeError, match=r"cfg_sigma_min = 3.0 must be below"):
+        SamplingRecipe(cfg_scale=2.0, cfg_sigma_max=2.0).merged(cfg_sigma_min=3.0)
+    model.check_sampling(SamplingRecipe(cfg_scale=2.0, cfg_sigma_max=2.0).merged(cfg_scale=1.0))  # a file's own
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"), [("0.3", "has 1 numbers; write two noise levels"), ("a,b", "cannot be read")]
+)
+def test_an_interval_is_two_numbers(text, complaint):
+    with pytest.raises(UsageError, match=complaint):
+        interval_of(text)
+
+
+def test_intervals_of_options():
+    assert (interval_of(None), interval_of("0.3,2")) == (None, (0.3, 2.0))
+    for bad in ((2.0, 0.3), (-1.0, 2.0), (float("nan"), 1.0)):
+        with pytest.raises(UsageError, match="must be two increasing noise levels"):
+            guides._check_others(Others("x", 2.0, interval=bad))
+    with pytest.raises(UsageError, match=r"--guidance-interval 0.3,2 needs --guide-ckpt"):
+        guides._check_others(Others(interval=(0.3, 2.0)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A second network in files
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def unconditional(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "unconditional.safetensors"
+    options = {"patch": 4, "widths": [8], "depths": [1], "emb_width": 16}
+    config = registry.config_of("patch-unet", (3, 32, 32), 0, options, {})
+    torch.manual_seed(5)
+    model = registry.build(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    checkpoint.save(path, model.state_dict(), {"kind": "model", "config": config, "sampling": {}, "provenance": []})
+    return str(path)
+
+
+def test_an_unconditional_network_is_classifier_free_guidance(ckpt, unconditional):
+    base, second = (registry.load_model(path, CPU).model for path in (ckpt, unconditional))
+    found, record = guides.other_guides(Others(unconditional, 1.7), base, CPU)
+    x, sigma, label = torch.randn(4, 3, 32, 32), torch.tensor(0.7), torch.tensor([0, 3, 7, 9])
+    steered = base.steered(label, SamplingRecipe(), found, Trace())(x, sigma)
+    d, d_g = base.denoise(x, sigma, label), second.denoise(x, sigma, torch.full((4,), -1))
+    assert_close(steered, d_g + 1.7 * (d - d_g))
+    assert (steered - d).abs().max() > 1e-2
+    assert "interval" not in record["autoguidance"]
+
+
+def test_the_interval_of_a_second_network_is_in_the_manifest(ckpt, unconditional, tmp_path):
+    made = guides.of_plain_sampling(Others(unconditional, 2.0, interval=(0.3, 6.0)), ckpt, CPU)
+    settings = {"sampler": "euler", "steps": 8}
+    found = sample.run(
+        ckpt, range(4), tmp_path / "set", sampling=settings, guides=made.guides, guidance=made.record, device=CPU
+    )
+    assert 8 < found["nfe"] < 16
+    manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    assert manifest["guidance"]["autoguidance"]["interval"] == [0.3, 6.0]
+
+
+def test_a_network_of_another_space_is_refused(ckpt, unconditional, monkeypatch):
+    base = registry.load_model(ckpt, CPU).model
+    base.codec = object()
+    with pytest.raises(UsageError, match=r"draws in the space of a PixelCodec .*, the model in that of a object"):
+        guides.other_guides(Others(unconditional, 2.0), base, CPU)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels by position
+
+GIVEN = [7, 3, 20, 1, 15, 4, 0, 9, 30, 31, 12, 13, 14, 2, 5, 6, 8, 10, 11, 16]
+POSITION = {"labels": "position", "batch": 6, "steps": 2}
+
+
+def settings_of(kind):
+    return {key: value for key, value in POSITION.items() if key != "steps" or kind in ("diffusion", "edm2")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_label_is_the_place_among_the_seeds(kind, tmp_path):
+    ckpt = make_checkpoint(tmp_path / "m.safetensors", kind)
+    sample.run(ckpt, GIVEN, tmp_path / "set", form="shards", sampling=settings_of(kind), device=CPU)
+    found = open_samples(tmp_path / "set")
+    assert found.seeds.tolist() == sorted(GIVEN)
+    assert found.labels.tolist() == [GIVEN.index(seed) % 10 for seed in sorted(GIVEN)]
+    assert found.labels.tolist() != [seed % 10 for seed in sorted(GIVEN)]
+    # The items are those of the labels: another order draws others.
+    model, _ = registry.load_model(ckpt, CPU)
+    spec = SamplingRecipe(**settings_of(kind))
+    (one,) = generate(model, GIVEN, spec, batch=6, only=[1])
+    assert torch.equal(one.items, torch.from_numpy(found.items[6:12]))
+    (other,) = generate(model, sorted(GIVEN), spec, batch=6, only=[1])
+    assert not torch.equal(other.items, one.items)
+
+
+def test_an_interrupted_set_goes_on_and_another_order_is_another_set(ckpt, tmp_path):
+    sample.run(ckpt, GIVEN, tmp_path / "whole", form="shards", sampling=POSITION, device=CPU)
+    sample.run(ckpt, GIVEN, tmp_path / "cut", form="shards", sampling=POSITION, device=CPU)
+    (tmp_path / "cut" / "shard-000002.safetensors").unlink()
+    sample.run(ckpt, GIVEN, tmp_path / "cut", form="shards", sampling=POSITION, device=CPU)
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+    with pytest.raises(RunError, match="seeds_as_given: 7,3,20,1,15,4,0,9,30-31,12-14,2,5-6,8,10-11,16 -> 0-16,20"):
+        sample.run(ckpt, sorted(GIVEN), tmp_path / "whole", form="shards", sampling=POSITION, device=CPU)
+
+
+def test_labels_by_position_that_cannot_be_are_refused(ckpt, unconditional, tmp_path):
+    def run(name=ckpt, num=20, **more):
+        sample.run(name, range(num), tmp_path / "x", sampling={"labels": "position"}, device=CPU, dry_run=True, **more)
+
+    with pytest.raises(UsageError, match=r"each of 10 classes the same number of images, and 25 seeds .*; draw 30"):
+        run(num=25)
+    with pytest.raises(UsageError, match="labels = position: --classes chooses them; leave it out"):
+        run(classes=[1, 2])
+    with pytest.raises(UsageError, match="labels = position: this model has no classes"):
+        run(unconditional)
+    with pytest.raises(UsageError, match="and 25 seeds are no multiple"):
+        fid_inputs.open_sources(ckpt, 25, 1, {"labels": "position"}, CPU)
+    run()
+
+
+def test_a_score_knows_the_labels_by_position(ckpt):
+    first, second = fid_inputs.open_sources(ckpt, 20, 2, {"labels": "position", "steps": 2}, CPU)
+    assert first.labels.tolist() == second.labels.tolist() == [*range(10)] * 2
+    model, _ = registry.load_model(ckpt, CPU)
+    made = generate(model, second.seeds, second.spec, batch=20)
+    assert torch.cat([batch.label for batch in made]).tolist() == second.labels.tolist()
+
+
+@pytest.mark.slow
+def test_two_processes_draw_the_same_set(ckpt, tmp_path):
+    sample.run(ckpt, GIVEN, tmp_path / "one", sampling=POSITION, device=CPU)
+    options = ["--seeds", ",".join(map(str, GIVEN)), "--out", str(tmp_path / "two"), "--device", "cpu", "--json"]
+    keys = [f"{key}={value}" for key, value in POSITION.items()]
+    torchrun("-m", "ddo_cli", "sample", "--ckpt", ckpt, *options, *keys)
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision
+
+
+def images(model, precision, steps=4):
+    spec = SamplingRecipe(precision=precision, **({} if steps is None else {"steps": steps}))
+    model.check_sampling(spec)
+    (made,) = generate(model, range(8), spec, batch=8)
+    return made
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_changes_images_a_little(ckpt, precision):
+    model, _ = registry.load_model(ckpt, CPU)
+    plain, half = images(model, None), images(model, precision)
+    assert half.nfe == plain.nfe
+    apart = (plain.items.int() - half.items.int()).abs().float()
+    assert 0 < apart.mean() < 1.5  # grey levels
+    assert torch.equal(plain.items, images(model, "float32").items)
+    assert torch.equal(plain.items, images(model, "tf32").items)  # a CPU has none
+
+
+def test_an_autoregressive_model_draws_in_half_precision(tmp_path):
+    model, _ = registry.load_model(make_checkpoint(tmp_path / "t.safetensors", "autoregressive"), CPU)
+    plain, half = images(model, None, None), images(model, "bf16", None)
+    assert half.nfe == plain.nfe
+    same = (plain.items == half.items).float().mean()
+    assert 0.3 < same < 1  # one token that differs leads to others
+
+
+def test_precision_is_of_sampling_alone(ckpt, tmp_path):
+    model, _ = registry.load_model(ckpt, CPU)
+    x, label = torch.randn(4, 3, 32, 32), torch.arange(4)
+    draw = model.draw(4, RowRng(range(4)))
+    before = model(x, label, draw)
+    list(generate(model, range(2), SamplingRecipe(precision="bf16", steps=2), batch=2))
+    assert torch.equal(model(x, label, draw), before)
+    sample.run(ckpt, range(2), tmp_path / "set", sampling={"precision": "bf16", "steps": 2}, device=CPU)
+    assert json.loads((tmp_path / "set" / "manifest.json").read_text())["sampling"]["precision"] == "bf16"
+
+
+def test_switches_are_put_back():
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = switches[0].allow_tf32, switches[1].fp32_precision
+    for precision, inside in (("tf32", (True, "tf32")), ("float32", (False, "ieee")), ("bf16", (False, "ieee"))):
+        with arithmetic(precision, CPU):
+            assert (switches[0].allow_tf32, switches[1].fp32_precision) == inside
+            assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
+        assert (switches[0].allow_tf32, switches[1].fp32_precision) == before
+
+
+def test_a_guides_gradient_stays_float32():
+    weight = torch.randn(16, 1)
+    seen = []
+
+    def potential(x_vp, t, label):
+        value = x_vp.flatten(1)[:, :16] @ weight
+        seen.append(value.dtype)
+        return value[:, 0]
+
+    guide = GradientGuide(potential, 1.0, time_min=0.0)
+    with arithmetic("bf16", CPU):
+        Analytic(0.3).sample(torch.tensor([-1, -1]), RowRng([1, 2]), SamplingRecipe(steps=3), [guide])
+    assert set(seen) == {torch.float32}
+
+
+def test_levels_have_the_type_of_the_state():
+    assert levels.dtype_of(SamplingRecipe()) == levels.dtype_of(SamplingRecipe(dtype="float64")) == torch.float64
+    assert Analytic(0.3).sigmas(EDM2).dtype == torch.float32
