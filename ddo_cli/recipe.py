@@ -82,7 +82,7 @@ def load(
 
 
 def differing_keys(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Lines "key: theirs -> ours" of all keys whose values differ. None is the same as no key: a later one's default."""
+    """Lines "key: theirs -> ours" of all keys whose values differ. None is the same as no key."""
     left, right = dict(_flatten(theirs)), dict(_flatten(ours))
     return [
         f"{key}: {left.get(key, 'absent')} -> {right.get(key, 'absent')}"

@@ -26,8 +26,8 @@ from ddo_cli.training import loop
 
 GRID_ITEMS = 32
 # Codes that no latent of a batch is near are put among its latents: every so many steps, in the first half of a run.
-# And for a first share of a run nothing is rounded: codes that start at nothing would let the decoder learn shapes, and
-# never colours. Both chosen by us; the published tokenizer comes without its training.
+# For a first share of a run nothing is rounded, so that there is something to round. Both chosen by us; the published
+# tokenizer comes without its training.
 REVIVE_EVERY = 25
 UNROUNDED = 0.2
 

@@ -124,7 +124,7 @@ def build(config: dict[str, Any], draw: dict[str, Any] | None = None) -> Likelih
 
 
 class Loaded(NamedTuple):
-    """A model on its device, in eval mode, and the file it came from without its tensors, whose memory is free again."""
+    """A model on its device, in eval mode, and its file without the tensors, whose memory is free again."""
 
     model: LikelihoodModel
     checkpoint: Checkpoint

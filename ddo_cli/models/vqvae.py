@@ -17,7 +17,7 @@ from ddo_cli import checkpoint
 from ddo_cli.errors import CheckpointError
 from ddo_cli.likelihood import DrawOptions, Options
 from ddo_cli.models import registry
-from ddo_cli.models.vqvae_nets import Decoder, Encoder, full_precision
+from ddo_cli.models.vqvae_nets import STREAM, Decoder, Encoder, full_precision, keep_directions
 
 KIND, NAME = "tokenizer", "vqvae"
 NUM_PHI = 4  # convolutions that the scales share
@@ -87,6 +87,7 @@ class Vqvae(nn.Module):
         self.quantize = Quantizer(options)
         self.quant_conv = nn.Conv2d(z, z, 3, padding=1)
         self.post_quant_conv = nn.Conv2d(z, z, 3, padding=1)
+        keep_directions(conv for name, conv in self.named_modules() if name.rpartition(".")[2] in STREAM)
 
     def latent(self, images: Tensor) -> Tensor:
         """f (B, z, p, p), before quantisation."""
@@ -159,15 +160,21 @@ class Quantizer(nn.Module):
         """(B, z, p, p) averaged over areas to the side of a scale."""
         return F.interpolate(full, size=(self.sides[scale], self.sides[scale]), mode="area")
 
-    @torch.no_grad()
     def tokens(self, f: Tensor) -> Tensor:
         """Tokens (B, L) of f."""
-        found, rest = [], f
+        return self.searched(f)[0]
+
+    @torch.no_grad()
+    def searched(self, f: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L) of f, and the vectors (B, L, z) that each is the nearest code of."""
+        found, vectors, rest = [], [], f
         for scale in range(len(self.sides)):
-            nearest = self._nearest(self.reduced(rest, scale))  # (B, p_s^2)
+            rows = self.reduced(rest, scale).flatten(2).transpose(1, 2)  # (B, p_s^2, z)
+            nearest = self._nearest(rows)  # (B, p_s^2)
             rest = rest - self.contribution(self.codes(nearest, scale), scale)
             found.append(nearest)
-        return torch.cat(found, dim=1)
+            vectors.append(rows)
+        return torch.cat(found, dim=1), torch.cat(vectors, dim=1)
 
     def f_hat(self, tokens: Tensor) -> Tensor:
         """The sum of what all scales contribute, float32."""
@@ -201,9 +208,8 @@ class Quantizer(nn.Module):
             f_hat = f_hat + self.contribution(self.codes(tokens[:, start:stop], scale), scale)
             yield f_hat
 
-    def _nearest(self, z: Tensor) -> Tensor:
-        """Nearest codes (B, h w) of (B, z, h, w): argmin |e|^2 - 2 z e."""
-        rows = z.flatten(2).transpose(1, 2)  # (B, h w, z)
+    def _nearest(self, rows: Tensor) -> Tensor:
+        """Nearest codes (B, n) of (B, n, z): argmin |e|^2 - 2 z e."""
         weight = self.embedding.weight
         return (weight.square().sum(1) - 2 * rows @ weight.T).argmin(2)
 
