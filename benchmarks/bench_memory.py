@@ -4,8 +4,8 @@
     python benchmarks/bench_memory.py NAME       that case
 
 Measured is the growth of the largest resident set since a step of a tiny model, which imports what steps import (the
-optimizer brings torch's compiler stack, 150 MB and more). What the estimate leaves out: pages that the allocator keeps
-and workspaces of convolutions. Speeds mean something on an idle machine only.
+optimizer brings torch's compiler stack, 150 MB and more). What the estimate leaves out: workspaces of convolutions; what
+the heap adds is a guess. Speeds mean something on an idle machine only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddo_cli.engines import estimate
+from ddo_cli.engines import estimate, step_cost
 from ddo_cli.likelihood import repeat_draw
 from ddo_cli.models import registry
 from ddo_cli.objectives.ddo import ddo_loss
@@ -94,12 +94,10 @@ def one(name: str) -> None:
     expected = estimate.estimate(config, settings, SamplingRecipe(batch=1), [item, item], work, device=CPU)
     held = expected["bytes"]
     assert held["peak_in"] == "a training step", held
-    speed = expected["flops"]["step"] / seconds / (expected["flops_per_second"]["float32"] / estimate.EFFICIENCY["cpu"])
-    print(
-        json.dumps(
-            {"case": name, "estimated": held["peak"], "measured": found, "seconds": seconds, "of_matmul_speed": speed}
-        )
-    )
+    speed = expected["flops"]["step"] / seconds / step_cost.matmul_speed(CPU, "float32")
+    sizes = {"estimated": held["peak"] - held["program"], "measured": found}
+    times = {"seconds": seconds, "estimated_seconds": expected["seconds"]["step"], "of_matmul_speed": speed}
+    print(json.dumps({"case": name, **sizes, **times, "is_timed": expected["is_timed"]["training"]}))
 
 
 def run() -> None:
@@ -111,7 +109,8 @@ def run() -> None:
         ratio = line["estimated"] / line["measured"]
         print(
             f"memory of a DDO step, {name}: estimated {mib['estimated']:,.0f} MiB, "
-            f"measured {mib['measured']:,.0f} MiB, ratio {ratio:.3f}; {line['seconds']:.1f} s, "
+            f"measured {mib['measured']:,.0f} MiB, ratio {ratio:.3f}; {line['seconds']:.1f} s, estimated "
+            f"{line['estimated_seconds']:.1f} s ({'timed' if line['is_timed'] else 'assumed'}), "
             f"{line['of_matmul_speed']:.2f} of a matrix product's speed"
         )
 

@@ -1,4 +1,4 @@
-"""The number format of network passes that nobody trains: sampling."""
+"""The number format of network passes that nobody trains: of samples, their features, and codes of images."""
 
 from __future__ import annotations
 

@@ -50,10 +50,9 @@ def resolve(path: str | Path) -> Path:
         return file
     file = Path(name)
     if not file.is_file():
-        what = "is a directory; give the weight file inside it" if file.is_dir() else "does not exist"
-        if file.suffix == ".safetensors" and not file.is_dir():
-            what += "; give the path of a weight file (`ddo convert` makes one of published weights)"
-        raise CheckpointError(f"{name} {what}")
+        remedy = "give the path of a weight file (`ddo convert` makes one of published weights)"
+        is_directory = "is a directory; give the weight file inside it"
+        raise CheckpointError(f"{name} {is_directory if file.is_dir() else f'does not exist; {remedy}'}")
     return file
 
 
@@ -111,5 +110,5 @@ def _open(file: Path, name: str, kind: str | None, tensors: bool) -> Checkpoint:
             "give a file that ddo wrote"
         ) from None
     if kind is not None and found != kind:
-        raise CheckpointError(f"{name} holds a checkpoint of kind '{found}' where a '{kind}' is needed")
+        raise CheckpointError(f"{name} holds a checkpoint of kind '{found}' where a '{kind}' is needed; give one")
     return Checkpoint(loaded, header, sha256(file) if tensors else "", name)

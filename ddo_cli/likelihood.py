@@ -111,8 +111,8 @@ class LikelihoodModel(nn.Module, ABC):
         Raises UsageError where a model has no such part.
         """
         raise UsageError(
-            f"a {type(self).__name__} works on {'x'.join(map(str, self.shape))} items themselves, so there is nothing "
-            "to precompute"
+            f"this model works on {'x'.join(map(str, self.shape))} items as they are, so there is nothing to encode; "
+            "give the items themselves for training"
         )
 
     def encoder_id(self) -> str:

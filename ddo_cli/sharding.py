@@ -34,13 +34,16 @@ def shard(module: nn.Module, units: Sequence[nn.Module], methods: Sequence[str] 
     """
     if dist.world_size() == 1:
         return
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    # By itself FSDP would move weights to a GPU wherever there is one, also those of a run on CPUs.
+    mesh = init_device_mesh(next(module.parameters()).device.type, (dist.world_size(),))
     for parameter in module.parameters():  # rows of a channels-last weight do not lie side by side
         parameter.data = parameter.data.contiguous()
     whole = {parameter for parameter in module.parameters() if not parameter.requires_grad or not parameter.ndim}
     for unit in [*units, module]:
-        fully_shard(unit, ignored_params=whole)
+        fully_shard(unit, mesh=mesh, ignored_params=whole)
     for method in methods:
         register_fsdp_forward_method(module, method)
 

@@ -13,7 +13,7 @@ from ddo_cli.data.images import open_images
 from ddo_cli.data.inspection import Inspection
 from ddo_cli.data.latents import MANIFEST
 from ddo_cli.data.stream import open_stream
-from ddo_cli.engines import encode
+from ddo_cli.engines import encode, info, sample
 from ddo_cli.errors import DataError, RunError, UsageError
 from ddo_cli.models import registry
 
@@ -133,7 +133,7 @@ def test_dry_run_writes_nothing(ckpt, tmp_path):
 
 
 def test_what_is_refused(ckpt, tmp_path):
-    with pytest.raises(UsageError, match="nothing to precompute"):
+    with pytest.raises(UsageError, match="nothing to encode"):
         encoded(make_checkpoint(tmp_path / "pixels.safetensors"), tmp_path / "a")
     with pytest.raises(DataError, match="8x8 grey"):
         encode.run("embedded:digits8", ckpt, tmp_path / "b", device=CPU)
@@ -148,8 +148,21 @@ def test_what_is_refused(ckpt, tmp_path):
         open_stream(str(tmp_path / "set"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x.txt").write_text("")
-    with pytest.raises(RunError, match="not empty"):
-        encoded(ckpt, tmp_path / "full")
+    sample.run(ckpt, range(2), tmp_path / "drawn", sampling={"steps": 2}, device=CPU)
+    for name in ("full", "drawn"):
+        before = sorted((tmp_path / name).iterdir())
+        with pytest.raises(RunError, match="not empty and holds no encoded set"):
+            encoded(ckpt, tmp_path / name)
+        assert sorted((tmp_path / name).iterdir()) == before
+
+
+def test_info_tells_a_set_of_tokens_from_one_of_samples(ckpt, tmp_path):
+    encoded(ckpt, tmp_path / "set")
+    found = info.run(str(tmp_path / "set"))
+    assert (found["holds"], found["num"], found["shards"]) == ("encoded set", 40, 3)
+    sample.run(ckpt, range(2), tmp_path / "drawn", sampling={"steps": 2}, form="shards", device=CPU)
+    found = info.run(str(tmp_path / "drawn"))
+    assert (found["holds"], found["num"]) == ("sample set", 2)
 
 
 def test_a_full_disk_is_noticed_before(ckpt, tmp_path, monkeypatch):

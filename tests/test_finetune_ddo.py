@@ -213,6 +213,13 @@ def test_uneven_batches_are_refused_before_anything_is_written(finished, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_labels_of_a_fake_set_are_checked_before_anything_is_written(tmp_path):
+    ckpt = make_checkpoint(tmp_path / "ref.safetensors")
+    with pytest.raises(UsageError, match=r"position gives each of 10 classes .* 16 seeds .* draw 20"):
+        finetune_ddo.run(tiny_recipe(ckpt, "diffusion", "sampling.labels=position"), tmp_path / "run", device=CPU)
+    assert not (tmp_path / "run").exists()
+
+
 def test_dry_run_writes_nothing(finished, tmp_path):
     kind, ckpt, _, _ = finished
     found = finetune_ddo.run(tiny_recipe(ckpt, kind), tmp_path / "run", device=CPU, dry_run=True)

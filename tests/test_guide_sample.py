@@ -264,7 +264,7 @@ def test_classifier_guidance_raises_the_probability_of_the_label(ckpt, disc, tmp
 
 def test_autoguidance_of_plain_sampling(ckpt, tmp_path):
     bad = make_checkpoint(tmp_path / "bad.safetensors", seed=3)
-    made = guides.of_plain_sampling(Others(bad, 2.0), ckpt, CPU)
+    made = guides.of_plain_sampling(Others(bad, 2.0), registry.load_model(ckpt, CPU), CPU)
     settings = {"sampler": "euler", "steps": 3}
     found = sample.run(
         ckpt, range(4), tmp_path / "set", sampling=settings, guides=made.guides, guidance=made.record, device=CPU
@@ -274,7 +274,7 @@ def test_autoguidance_of_plain_sampling(ckpt, tmp_path):
     header = {"kind": "model", "config": small, "sampling": {}, "provenance": []}
     checkpoint.save(tmp_path / "small.safetensors", registry.build(small).state_dict(), header)
     with pytest.raises(UsageError, match="autoguidance needs a version of the same model"):
-        guides.of_plain_sampling(Others(str(tmp_path / "small.safetensors"), 2.0), ckpt, CPU)
+        guides.of_plain_sampling(Others(str(tmp_path / "small.safetensors"), 2.0), registry.load_model(ckpt, CPU), CPU)
 
 
 def test_options_without_effect_are_refused(ckpt, disc, tmp_path):
@@ -283,7 +283,7 @@ def test_options_without_effect_are_refused(ckpt, disc, tmp_path):
     with pytest.raises(UsageError, match="--boost-churn-period 3 has no effect without --boost"):
         run(disc, tmp_path / "x", guidance={"boost_churn_period": 3})
     for others in (Others(guidance=2.0), Others(guide_ckpt=ckpt), Others(classifier_weight=3.0)):
-        with pytest.raises(UsageError, match=r"need one another|needs --classifier"):
+        with pytest.raises(UsageError, match=r"is the scale of|no effect at scale 1|needs --classifier"):
             run(disc, tmp_path / "x", others=others)
     for others in (Others(ckpt, float("nan")), Others(classifier_weight=float("inf"))):
         with pytest.raises(UsageError, match="is not a finite number"):

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from ddo_cli import checkpoint
 from ddo_cli.diffusion.denoiser import DiffusionModel
-from ddo_cli.engines import finetune_ddo
+from ddo_cli.engines import finetune_ddo, step_cost
 from ddo_cli.errors import NumericsError, RecipeError, RunError
 from ddo_cli.models import registry
 from ddo_cli.recipe import load, to_yaml
@@ -129,6 +129,13 @@ def overflow(*steps):
     return lambda step: torch.inf if step in steps else 1.0
 
 
+def test_the_scale_doubles_after_good_steps_in_a_row(tmp_path, monkeypatch):
+    """The one that overflows ends the row of those before it."""
+    monkeypatch.setattr(optim, "_STEPS_TO_DOUBLE", 3)
+    _, log = fit(tmp_path / "x", factor=overflow(2), precision="fp16", lr=1e-3)
+    assert [line["loss_scale"] for line in log] == [2048, 2048, 1024, 1024, 1024, 2048]
+
+
 def test_a_step_that_overflows_is_left_out(tmp_path):
     settings = {"precision": "fp16", "lr": 1e-3}
     _, log = fit(tmp_path / "x", factor=overflow(1, 2), **settings)
@@ -159,6 +166,7 @@ def test_the_model_is_told_of_each_step(tmp_path, monkeypatch):
     monkeypatch.setattr(DiffusionModel, "forward", lambda self, *a: (calls.append("pass"), forward(self, *a))[1])
     ckpt = make_checkpoint(tmp_path / "ref.safetensors")
     settings = ["finetune.rounds=1", "finetune.images_per_round=8", "finetune.micro_batch=2"]
+    monkeypatch.setattr(step_cost, "timed", lambda *_: {})  # steps of its own
     finetune_ddo.run(tiny_recipe(ckpt, "diffusion", *settings), tmp_path / "run", device=CPU)
     assert calls[calls.index("step") :] == ["step", *["step", "pass", "pass"] * 2]  # the first is the reference's
 

@@ -91,20 +91,51 @@ def test_an_interrupted_run_ends_in_the_same_weights(trained, tmp_path, monkeypa
     assert all(torch.equal(found.tensors[key], tensor) for key, tensor in expected.tensors.items())
 
 
-def test_unused_codes_are_moved_to_latents():
+def test_unused_codes_are_moved_to_what_the_tokens_stand_for():
     torch.manual_seed(0)
     model = Vqvae((3, 32, 32), VqvaeOptions.model_validate(OPTIONS))
     with torch.no_grad():
         model.quantize.embedding.weight[3:] = 100.0
     images = torch.rand(4, 3, 32, 32) * 2 - 1
     kept = model.quantize.embedding.weight[:3].clone()
-    used = sorted(model.quantize.tokens(model.latent(images)).unique().tolist())
+    tokens, vectors = model.quantize.searched(model.latent(images))
+    used = sorted(tokens.unique().tolist())
     assert set(used) <= {0, 1, 2}
     pretrain_tokenizer._revive(model, images, ("a", 1))
-    weight, f = model.quantize.embedding.weight, model.latent(images).permute(0, 2, 3, 1).flatten(0, 2)
+    weight = model.quantize.embedding.weight
     assert torch.equal(weight[used], kept[used])
-    assert (weight[3:, None] == f).all(2).any(1).all()
+    assert (weight[3:, None] == vectors.flatten(0, 1)).all(2).any(1).all()
     assert len(weight.unique(dim=0)) == 16
+
+
+def test_codes_are_revived_by_the_same_images_however_the_batch_is_cut(tmp_path, monkeypatch):
+    seen = {}
+
+    def watched(model, images, key):
+        seen.setdefault(key, []).append(images)
+
+    monkeypatch.setattr(pretrain_tokenizer, "_revive", watched)
+    for micro in (8, 2):
+        short = recipe("pretrain.images=16", f"pretrain.micro_batch={micro}")
+        pretrain_tokenizer.run(short, tmp_path / str(micro), device=CPU)
+    ((whole, pieces),) = seen.values()  # once in either run, at step 0
+    assert torch.equal(whole, pieces)
+    assert len(whole) == 8
+
+
+def test_images_pass_what_lies_outside_of_residual_branches_from_the_start():
+    model = Vqvae((3, 32, 32), VqvaeOptions.model_validate(OPTIONS))
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        h = model.encoder.conv_in(x)  # (2, 4, 8, 8)
+        assert_close(h, torch.cat([x, torch.zeros(2, 1, 8, 8)], dim=1))
+        for passed in (model.quant_conv(h), model.post_quant_conv(h), model.quantize.contribution(h, 3)):
+            assert_close(passed, h)
+        assert_close(model.encoder.down[0].resample(h), h[:, :, 1::2, 1::2])
+        wide = model.encoder.down[1].block[0].shortcut(h)
+        assert_close(wide[:, :4], h)
+        assert_close(model.decoder.up[1].resample(wide)[:, :, ::2, 1::2], wide)
+        assert_close(model.decoder.conv_out(h), x)
 
 
 def test_grey_images_have_tokens_too(tmp_path):

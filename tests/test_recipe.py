@@ -1,5 +1,7 @@
 """Recipes: every problem at once, the nearest name, values as given."""
 
+import re
+
 import pytest
 import torch
 import yaml
@@ -10,6 +12,7 @@ from ddo_cli.errors import RecipeError
 from ddo_cli.models import registry
 from ddo_cli.recipe import load, parse_sampling
 from ddo_cli.schema import Recipe, SamplingRecipe
+from ddo_cli.training import loop
 
 NAMES = sorted(recipes.recipe_names())
 
@@ -165,6 +168,21 @@ def test_recipes_of_published_models_build_their_networks(name, shape, num_class
         model = registry.build(config, found.finetune.draw)
     assert sum(p.numel() for p in model.parameters()) == parameters
     model.check_sampling(found.sampling)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_launch_lines_share_batches_evenly(name, monkeypatch):
+    """Among as many processes as the recipe's own lines start."""
+    text = recipes.recipe_names()[name].read_text()
+    per_node, nodes = re.findall(r"--nproc-per-node (\d+)", text), re.findall(r"--nnodes (\d+)", text)
+    worlds = {1, *map(int, per_node), *(int(per_node[0]) * int(count) for count in nodes)}
+    recipe = load(name)
+    for world in worlds:
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        for number in range(1, recipe.finetune.rounds + 1):
+            settings = recipe.finetune.of_round(number)
+            assert loop.local_rows(settings.batch, settings.micro_batch)
+        assert loop.local_rows(recipe.pretrain.batch, recipe.pretrain.micro_batch)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if load(name).data.source.startswith("embedded:")])

@@ -1,11 +1,10 @@
-"""EDM2's float32 sampler, guidance within an interval, labels by position, and the precision of sampling's passes."""
+"""EDM2's float32 sampler, guidance within an interval, and the precision of sampling's passes."""
 
 import json
 
 import pytest
 import torch
-from conftest import CPU, KINDS, make_checkpoint, torchrun
-from test_sample import content
+from conftest import CPU, make_checkpoint
 from test_samplers import FixedNoise, analytic, stream
 from torch import nn
 from torch.testing import assert_close
@@ -13,15 +12,14 @@ from torch.testing import assert_close
 from ddo_cli import checkpoint
 from ddo_cli.arithmetic import arithmetic
 from ddo_cli.commands.options import interval_of
-from ddo_cli.data.samples import open_samples
 from ddo_cli.diffusion import levels, samplers
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, Interval, extrapolated
 from ddo_cli.diffusion.samplers import Churn, Trace
 from ddo_cli.diffusion.schedules import karras_sigmas
-from ddo_cli.engines import fid_inputs, guides, sample
+from ddo_cli.engines import guides, sample
 from ddo_cli.engines.guides import Others
-from ddo_cli.errors import RecipeError, RunError, UsageError
+from ddo_cli.errors import RecipeError, UsageError
 from ddo_cli.likelihood import generate
 from ddo_cli.models import registry
 from ddo_cli.rng import RowRng
@@ -232,7 +230,10 @@ def ckpt(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unconditional(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "unconditional.safetensors"
+    return without_classes(tmp_path_factory.mktemp("model") / "unconditional.safetensors")
+
+
+def without_classes(path):
     options = {"patch": 4, "widths": [8], "depths": [1], "emb_width": 16}
     config = registry.config_of("patch-unet", (3, 32, 32), 0, options, {})
     torch.manual_seed(5)
@@ -255,7 +256,9 @@ def test_an_unconditional_network_is_classifier_free_guidance(ckpt, unconditiona
 
 
 def test_the_interval_of_a_second_network_is_in_the_manifest(ckpt, unconditional, tmp_path):
-    made = guides.of_plain_sampling(Others(unconditional, 2.0, interval=(0.3, 6.0)), ckpt, CPU)
+    made = guides.of_plain_sampling(
+        Others(unconditional, 2.0, interval=(0.3, 6.0)), registry.load_model(ckpt, CPU), CPU
+    )
     settings = {"sampler": "euler", "steps": 8}
     found = sample.run(
         ckpt, range(4), tmp_path / "set", sampling=settings, guides=made.guides, guidance=made.record, device=CPU
@@ -270,76 +273,6 @@ def test_a_network_of_another_space_is_refused(ckpt, unconditional, monkeypatch)
     base.codec = object()
     with pytest.raises(UsageError, match=r"draws in the space of a PixelCodec .*, the model in that of a object"):
         guides.other_guides(Others(unconditional, 2.0), base, CPU)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Labels by position
-
-GIVEN = [7, 3, 20, 1, 15, 4, 0, 9, 30, 31, 12, 13, 14, 2, 5, 6, 8, 10, 11, 16]
-POSITION = {"labels": "position", "batch": 6, "steps": 2}
-
-
-def settings_of(kind):
-    return {key: value for key, value in POSITION.items() if key != "steps" or kind in ("diffusion", "edm2")}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_label_is_the_place_among_the_seeds(kind, tmp_path):
-    ckpt = make_checkpoint(tmp_path / "m.safetensors", kind)
-    sample.run(ckpt, GIVEN, tmp_path / "set", form="shards", sampling=settings_of(kind), device=CPU)
-    found = open_samples(tmp_path / "set")
-    assert found.seeds.tolist() == sorted(GIVEN)
-    assert found.labels.tolist() == [GIVEN.index(seed) % 10 for seed in sorted(GIVEN)]
-    assert found.labels.tolist() != [seed % 10 for seed in sorted(GIVEN)]
-    # The items are those of the labels: another order draws others.
-    model, _ = registry.load_model(ckpt, CPU)
-    spec = SamplingRecipe(**settings_of(kind))
-    (one,) = generate(model, GIVEN, spec, batch=6, only=[1])
-    assert torch.equal(one.items, torch.from_numpy(found.items[6:12]))
-    (other,) = generate(model, sorted(GIVEN), spec, batch=6, only=[1])
-    assert not torch.equal(other.items, one.items)
-
-
-def test_an_interrupted_set_goes_on_and_another_order_is_another_set(ckpt, tmp_path):
-    sample.run(ckpt, GIVEN, tmp_path / "whole", form="shards", sampling=POSITION, device=CPU)
-    sample.run(ckpt, GIVEN, tmp_path / "cut", form="shards", sampling=POSITION, device=CPU)
-    (tmp_path / "cut" / "shard-000002.safetensors").unlink()
-    sample.run(ckpt, GIVEN, tmp_path / "cut", form="shards", sampling=POSITION, device=CPU)
-    assert content(tmp_path / "cut") == content(tmp_path / "whole")
-    with pytest.raises(RunError, match="seeds_as_given: 7,3,20,1,15,4,0,9,30-31,12-14,2,5-6,8,10-11,16 -> 0-16,20"):
-        sample.run(ckpt, sorted(GIVEN), tmp_path / "whole", form="shards", sampling=POSITION, device=CPU)
-
-
-def test_labels_by_position_that_cannot_be_are_refused(ckpt, unconditional, tmp_path):
-    def run(name=ckpt, num=20, **more):
-        sample.run(name, range(num), tmp_path / "x", sampling={"labels": "position"}, device=CPU, dry_run=True, **more)
-
-    with pytest.raises(UsageError, match=r"each of 10 classes the same number of images, and 25 seeds .*; draw 30"):
-        run(num=25)
-    with pytest.raises(UsageError, match="labels = position: --classes chooses them; leave it out"):
-        run(classes=[1, 2])
-    with pytest.raises(UsageError, match="labels = position: this model has no classes"):
-        run(unconditional)
-    with pytest.raises(UsageError, match="and 25 seeds are no multiple"):
-        fid_inputs.open_sources(ckpt, 25, 1, {"labels": "position"}, CPU)
-    run()
-
-
-def test_a_score_knows_the_labels_by_position(ckpt):
-    first, second = fid_inputs.open_sources(ckpt, 20, 2, {"labels": "position", "steps": 2}, CPU)
-    assert first.labels.tolist() == second.labels.tolist() == [*range(10)] * 2
-    model, _ = registry.load_model(ckpt, CPU)
-    made = generate(model, second.seeds, second.spec, batch=20)
-    assert torch.cat([batch.label for batch in made]).tolist() == second.labels.tolist()
-
-
-@pytest.mark.slow
-def test_two_processes_draw_the_same_set(ckpt, tmp_path):
-    sample.run(ckpt, GIVEN, tmp_path / "one", sampling=POSITION, device=CPU)
-    options = ["--seeds", ",".join(map(str, GIVEN)), "--out", str(tmp_path / "two"), "--device", "cpu", "--json"]
-    keys = [f"{key}={value}" for key, value in POSITION.items()]
-    torchrun("-m", "ddo_cli", "sample", "--ckpt", ckpt, *options, *keys)
-    assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

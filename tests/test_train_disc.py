@@ -172,9 +172,12 @@ def test_every_time_law_trains(ckpt, tmp_path, law, weighting):
     [
         (["guidance.boost=true", "sampling.sampler=ddim"], "which sampler ddim cannot do"),
         (["guidance.time_min=0.97"], "holds none of the sampler's times"),
+        (["sampling.labels=position"], "64 seeds are no multiple"),
+        (["discriminator.recompute=true"], "names no blocks to recompute"),
+        (["discriminator.sharding=fsdp"], "sharding = fsdp is for models that pretrain and finetune-ddo train"),
     ],
 )
-def test_guidance_is_checked_before_training(ckpt, tmp_path, overrides, message):
+def test_settings_are_checked_before_training(ckpt, tmp_path, overrides, message):
     recipe = tiny_disc_recipe(ckpt, "discriminator.select=fid", *overrides)
     with pytest.raises(UsageError, match=message):
         train_disc.run(recipe, tmp_path / "run", device=CPU)

@@ -1,6 +1,7 @@
 """VAR's .pth files -> ours, in the names and with the buffers that the official program writes."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,10 +126,13 @@ def test_unknown_sides_are_asked_for_and_checked(files, tmp_path):
         convert.run(files[0], out, vae=files[1])
     with pytest.raises(UsageError, match="makes 21 tokens in 3 scales"):
         convert.run(files[0], out, vae=files[1], settings=["patch_nums=1,2,4"])
-    with pytest.raises(UsageError, match="leave order out"):
+    with pytest.raises(UsageError, match="leave the other KEY=VALUE out"):
         convert.run(files[0], out, vae=files[1], settings=["qkv=new"])
-    with pytest.raises(CheckpointError, match="grow"):
-        convert.run(files[1], out, settings=["patch_nums=4,3"])
+    for text in ("4,3", "1,4,2", "1", "0,1"):
+        with pytest.raises(UsageError, match="growing sides"):
+            convert.run(files[1], out, settings=[f"patch_nums={text}"])
+    with pytest.raises(UsageError, match="trained on 4 scales; tell their sides"):
+        convert.run(files[1], out)
     assert not out.exists()
 
 
@@ -175,6 +179,21 @@ def spoil(change, vae_options=NARROW_VAE):
 def test_damaged_files_are_refused(change, message, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         spoil(change)(tmp_path)
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_the_tokenizer_is_blamed_for_what_is_its_own(tmp_path):
+    with pytest.raises(CheckpointError, match=r"vae.pth: the tensors make no VAR"):
+        spoil(lambda var, vae: vae.update({"quantize.embedding.weight": torch.ones(3)}))(tmp_path)
+    with pytest.raises(UsageError, match=r"vae.pth has 5 codes of 4 numbers, and .*var_d2.pth was trained on 3 of 4"):
+        spoil(lambda var, vae: vae.update({"quantize.embedding.weight": torch.ones(5, 4)}))(tmp_path)
+    with pytest.raises(UsageError, match=r"--vae nope\.pth is no file"):
+        convert.run(tmp_path / "var_d2.pth", tmp_path / "a.safetensors", vae=Path("nope.pth"))
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"1 tensors .* not finite, head.linear.bias"):
+        spoil(lambda var, vae: var["head.bias"][1].fill_(torch.nan))(tmp_path)
     assert not (tmp_path / "a.safetensors").exists()
 
 

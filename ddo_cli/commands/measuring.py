@@ -38,7 +38,8 @@ FileSettings = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY=VALUE]...",
-        help="What an ADM .pt does not tell: qkv=legacy|new, schedule=linear|cosine, size=, num_heads=.",
+        help="What a file does not tell. ADM .pt: qkv=legacy|new, schedule=linear|cosine, size=, num_heads=. "
+        "VAR .pth: patch_nums=1,2,3,...",
         show_default=False,
     ),
 ]
@@ -270,10 +271,12 @@ def export(
 
 
 def info(
-    path: Annotated[str, typer.Argument(help="A weight file, sample set, run directory, or embedded:<name>.")],
+    path: Annotated[
+        str, typer.Argument(help="A weight file, sample or encoded set, run directory, or embedded:<name>.")
+    ],
     json_: Json = False,
 ) -> None:
-    """What a checkpoint, sample set or run holds: model, provenance, hashes."""
+    """What a checkpoint, sample set, encoded set or run holds: model, provenance, hashes."""
     console.use_json(json_)
     from ddo_cli.engines import info as engine
 

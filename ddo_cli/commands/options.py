@@ -23,7 +23,7 @@ ModelFile = Annotated[str | None, typer.Option(help="Python file that registers 
 RecipeName = Annotated[str, typer.Option(help="A recipe by name (see `ddo recipes`) or a YAML file.")]
 Data = Annotated[
     str | None,
-    typer.Option(help="Real images: a folder, zip, npz, or embedded:<name>."),
+    typer.Option(help="Real images: a folder, zip, npz, embedded:<name>, or what `ddo encode` made of them."),
 ]
 Out = Annotated[Path | None, typer.Option(help="Directory of the run. Default: runs/<recipe>.")]
 Overrides = Annotated[

@@ -86,9 +86,10 @@ def sample(
     registry.load_file(model_file)
     device_ = device_of(device)
     others = guides.Others(guide_ckpt, guidance, interval=interval_of(guidance_interval))
-    made = guides.of_plain_sampling(others, ckpt, device_)
+    loaded = registry.load_model(ckpt, device_)
+    made = guides.of_plain_sampling(others, loaded, device_)
     found = engine.run(
-        ckpt,
+        loaded,
         seeds_of(seeds, seed, num),
         out,
         form=form_,

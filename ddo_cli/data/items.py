@@ -69,10 +69,11 @@ def check_fits(items: ItemSet, model: LikelihoodModel, hflip: bool = False, *, n
         )
     found = items.items.shape[1:]
     if found != model.shape and found not in model.latent_shapes:
-        encoded = f" (encoded: {', '.join(map(str, model.latent_shapes))})" if model.latent_shapes else ""
+        shapes = " or ".join("x".join(map(str, shape)) for shape in model.latent_shapes)
+        remedy = "encode the images with this model (ddo encode)" if items.encoded and shapes else "convert the images"
         raise DataError(
-            f"{items.name} holds {describe_items(items)} where the model needs {describe(model.shape)}{encoded}; "
-            "convert the images, or choose a model of their size"
+            f"{items.name} holds {describe_items(items)} where the model needs {describe(model.shape)}"
+            f"{f', encoded as {shapes}' if shapes else ''}; {remedy}, or choose a model of their size"
         )
     if items.encoded is not None:
         _check_encoder(items.name, items.encoded, model)

@@ -171,14 +171,18 @@ def _open_shards(source: str, path: Path, manifest: dict[str, Any], num: int | N
         hashes = [shard["sha256"] for shard in manifest["shards"]]
         encoded = Encoded(manifest["encoder"], tuple(manifest["image_shape"]), _hashed("latents", *hashes))
         num_classes = int(manifest["num_classes"])
+        if not hashes:
+            raise ValueError("it names no shard")
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{source}: {MANIFEST} is damaged ({error}); encode the images again") from None
+        raise DataError(
+            f"{source}: {MANIFEST} is damaged ({error}); remove the set, and encode the images again"
+        ) from None
     files = [shard_file(path, number) for number in range(len(hashes))]
     for file, sha256 in zip(files, hashes, strict=True):
         if not file.is_file():
-            raise DataError(f"{file} is missing from an encoded set; copy it again, or encode the images again")
+            raise DataError(f"{file} is missing from an encoded set; copy it again, or run the same ddo encode again")
         if read_info(file).sha256 != sha256:
-            raise DataError(f"{file} is not the shard that {MANIFEST} names; copy the set again, or encode it again")
+            raise _damaged(file, ValueError(f"it is not the shard that {MANIFEST} names"))
     try:
         if content_hash(load_file(files[0])) != hashes[0]:
             raise ValueError("its content has changed")

@@ -61,15 +61,18 @@ def run(
     """Writes `out` and returns what layout promises of `convert --json`.
 
     source: a .pkl of EDM or EDM2 (the averaged weights); a .pt or .pth of an ADM diffusion model, an ADM classifier
-    or a published discriminator; or a folder of diffusers with a UNet2DModel and its scheduler. model, trunk: the model
-    that a discriminator guides, and the converted classifier under it. settings: KEY=VALUE texts, what the file of an
-    ADM diffusion model or of VAR does not tell; see `told`. vae: the tokenizer of a VAR.
-    verify: reads the written file again and compares every tensor. Raises CheckpointError if the file cannot be used.
+    or a published discriminator; a .pth of VAR or its tokenizer; or a folder of diffusers with a UNet2DModel and its
+    scheduler. model, trunk: the model that a discriminator guides, and the converted classifier under it.
+    settings: KEY=VALUE texts, what the file of an ADM diffusion model or of VAR does not tell; see `told`.
+    vae: the tokenizer of a VAR. verify: reads the written file again and compares every tensor.
+    Raises CheckpointError if the file cannot be used, UsageError where an option does not fit it.
     """
     if not source.exists():
         raise UsageError(f"{source} does not exist; give a {FORMAT_NAMES} file, or a folder of diffusers")
     if out.exists() and not dry_run:
         raise UsageError(f"--out {out} exists; choose another name, or remove it")
+    if vae is not None and not vae.is_file():
+        raise UsageError(f"--vae {vae} is no file; give the .pth of the tokenizer, e.g. vae_ch160v4096z32.pth")
     if out.suffix in FORMATS:
         raise UsageError(f"--out {out} would be taken for a file of another format; name it {out.stem}.safetensors")
     given = told(settings)
@@ -77,6 +80,11 @@ def run(
     link = {"command": "convert", "source": source.resolve().name, "source_sha256": digest}
     found = _read(source, model, trunk, given, vae)
     kind, config = found.header["kind"], found.header["config"]
+    if odd := [name for name, tensor in found.tensors.items() if not bool(tensor.isfinite().all())]:
+        raise CheckpointError(
+            f"{source}: {len(odd)} tensors have numbers that are not finite, {odd[0]} is the first; "
+            "the file is damaged or its training has diverged: download it again"
+        )
     for option, value in (("--model", model), ("--trunk", trunk)):
         if value is not None and kind != "discriminator":
             raise UsageError(f"{option} is for discriminators, and {source} holds a {kind}; leave it out")
@@ -124,22 +132,30 @@ def told(settings: Sequence[str]) -> dict[str, Any]:
             found["precond"] = _SCHEDULES[value]
         elif key in ("size", "num_heads") and value.isdecimal() and 0 < int(value) < 2**16:
             found[key] = int(value)
-        elif key == "patch_nums" and re.fullmatch(r"\d{1,3}(,\d{1,3}){1,31}", value):
-            found[key] = tuple(map(int, value.split(",")))
+        elif key == "patch_nums" and (sides := _sides(value)):
+            found[key] = sides
         else:
             keys = ("qkv", "schedule", "size", "num_heads", "patch_nums")
             raise UsageError(
                 f"'{text}' cannot be used{nearest(key, set(keys) - {key})}; write qkv=legacy or qkv=new, "
-                "schedule=linear or schedule=cosine, size=<side in pixels>, num_heads=<number>, of a VAR "
-                "patch_nums=1,2,3,..."
+                "schedule=linear or schedule=cosine, size=<side in pixels>, num_heads=<number>, of a VAR the "
+                "growing sides of its token maps, patch_nums=1,2,3,..."
             )
     return found
+
+
+def _sides(text: str) -> tuple[int, ...]:
+    """ "1,2,4" -> (1, 2, 4); nothing for a text that is no list of growing sides, the first one 1."""
+    if not re.fullmatch(r"1(,\d{1,3}){1,31}", text):
+        return ()
+    sides = tuple(map(int, text.split(",")))
+    return sides if list(sides) == sorted(set(sides)) else ()
 
 
 def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, Any], vae: Path | None) -> Found:
     """The file's content, whatever its family."""
     if given and source.suffix not in (".pt", ".pth"):
-        raise UsageError(f"{source} tells its configuration itself; KEY=VALUE is for the .pt of an ADM diffusion model")
+        raise UsageError(f"{source} tells its configuration itself; KEY=VALUE is for an ADM .pt or a VAR .pth")
     if source.is_dir():
         folder = diffusers_files.read(source)
         header = {"kind": "model", "config": folder.config, "sampling": folder.sampling}
@@ -203,8 +219,8 @@ def _adm(source: Path, stored: dict[str, Tensor], given: dict[str, Any]) -> Foun
 
 def _var(source: Path, stored: dict[str, Tensor], given: dict[str, Any], vae: Path | None) -> Found:
     """A transformer with its tokenizer, or a tokenizer by itself."""
-    if odd := sorted(given.keys() - {"patch_nums"}):
-        raise UsageError(f"{source} is of VAR, of which only patch_nums can be told; leave {', '.join(odd)} out")
+    if given.keys() - {"patch_nums"}:
+        raise UsageError(f"{source} is of VAR, of which only patch_nums can be told; leave the other KEY=VALUE out")
     if var_files.is_vae(stored):
         file = var_files.vae_file(stored, source, **given)
         return Found("var", {"kind": vqvae.KIND, "config": file.config}, file.tensors, file.notes)

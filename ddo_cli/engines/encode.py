@@ -79,6 +79,7 @@ def run(
     if dry_run:
         plan = {"images_per_second": round(speed, 2), "seconds": round(stream.num / speed / dist.world_size())}
         return {**found, "bytes_free": _free(out), **plan, "dry_run": True}
+    _check_free_place(out)
     with rundir.locked(out):
         done = dist.from_main(_claim(out, manifest))
         if done.get("complete"):
@@ -137,6 +138,16 @@ def _free(out: Path) -> int:
     return shutil.disk_usage(next(place for place in (out, *out.absolute().parents) if place.exists())).free
 
 
+def _check_free_place(out: Path) -> None:
+    """Raises RunError for a directory of something else, before a lock is put there."""
+    if not dist.is_main() or not out.is_dir():
+        return
+    path = out / latents.MANIFEST
+    is_own = path.is_file() and read_json(path).get("format") == latents.FORMAT
+    if not is_own and any(not entry.name.startswith(".") for entry in out.iterdir()):
+        raise RunError(f"{out} is not empty and holds no encoded set; choose another --out")
+
+
 def _claim(out: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """Takes an empty directory, or one with a set of the same making; its manifest, on the main process only."""
     if not dist.is_main():
@@ -144,8 +155,6 @@ def _claim(out: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     sweep(out)
     path = out / latents.MANIFEST
     if not path.is_file():
-        if any(entry for entry in out.iterdir() if not entry.name.startswith(".")):
-            raise RunError(f"{out} is not empty and holds no encoded set; choose another --out")
         write_json(path, {**manifest, "complete": False})
         return manifest
     there = read_json(path)
@@ -155,8 +164,9 @@ def _claim(out: Path, manifest: dict[str, Any]) -> dict[str, Any]:
             f"{out} holds another encoded set; choose another --out or remove it. Differences (there -> now):\n  "
             + "\n  ".join(lines)
         )
-    files = [latents.shard_file(out, number) for number in range(len(there.get("shards", ())))]
-    if not all(file.is_file() for file in files):
+    num_shards = -(-manifest["num"] // manifest["shard"])
+    files = [latents.shard_file(out, number) for number in range(num_shards)]
+    if len(there.get("shards", ())) != num_shards or not all(file.is_file() for file in files):
         there["complete"] = False  # a lost shard is made again
     return there
 

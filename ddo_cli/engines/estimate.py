@@ -2,7 +2,7 @@
 
 Memory is that of torch's tensors: the weights and what goes with them, counted, and the training step and the
 scoring pass, run on tensors without content (`step_cost`); on a CPU also the program itself. A GPU adds about a
-gigabyte for its context and the workspaces of kernels; a CPU the holes between the tensors on its heap, a tenth or two.
+gigabyte for its context and the workspaces of kernels; a CPU the holes between the tensors on its heap, a guess.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ GIB, HOUR = 2**30, 3600
 # Python, the libraries, and torch's compiler stack, which the optimizer imports: the resident set of a run on a CPU
 # before its first weights.
 PROGRAM = {"cpu": int(0.65 * GIB), "cuda": 0}
+# Share of a step's memory that glibc's heap takes beside it: it fills the holes between what lasts badly. Measured on
+# steps with a batch of 2: 0.4 for EDM2-S, 0.6 for VAR-d16. MALLOC_MMAP_THRESHOLD_=1048576 avoids it, for more system
+# calls (EDM2-S: 1.3 GiB became 0.1).
+HOLES = {"cpu": 0.5, "cuda": 0.0}
 
 
 class Work(NamedTuple):
@@ -105,7 +109,7 @@ def estimate(
     except Exception as error:  # a user's network may do anything; the run itself is not at stake
         reason = str(error).strip().split("\n")[0]
         return {"not_estimated": f"{config['name']} does not run without data: {type(error).__name__}: {reason}"[:300]}
-    speed, seconds, is_timed = _seconds(found, setup, work)
+    speed = _speed(found, setup, work)
     item_size = _numel(items[-1][0]) * torch.empty((), dtype=items[-1][1]).element_size()
     averages = max(len(settings.ema_widths), 1)
     disk = {
@@ -118,11 +122,14 @@ def estimate(
         "sharding": settings.sharding if dist.world_size() > 1 else "none",
         "bytes": _bytes(found, settings, averages, device),
         "disk_bytes": {**disk, "total": sum(disk.values())},
-        "flops": {"step": setup.pieces * found.piece.flops, "image": _image(found, spec, *_flops(found))},
+        "flops": {
+            "step": setup.pieces * found.piece.flops,
+            "image": (found.per_sample * found.predict.flops + found.decode.flops) // spec.batch,
+        },
         "passes_per_image": found.per_sample,
-        "flops_per_second": speed,
-        "is_timed": is_timed,
-        "seconds": seconds,
+        "flops_per_second": speed.per_second,
+        "is_timed": speed.is_timed,
+        "seconds": speed.seconds,
     }
 
 
@@ -136,7 +143,17 @@ def described(estimate: dict[str, Any]) -> dict[str, str]:
     if "not_estimated" in estimate:
         return {"estimate": f"not estimated: {estimate['not_estimated']}"}
     amount, disk, seconds = estimate["bytes"], estimate["disk_bytes"], estimate["seconds"]
-    shown = ("program", "weights", "moments", "averages", "reference", "evaluation_copy", "gradients", "activations")
+    shown = (
+        "program",
+        "weights",
+        "moments",
+        "averages",
+        "reference",
+        "evaluation_copy",
+        "gradients",
+        "activations",
+        "heap",
+    )
     parts = ", ".join(f"{key.replace('_', ' ')} {_gib(amount[key])}" for key in shown if amount[key])
     drawn = seconds["fake_sets"] + seconds["scores"]
     return {
@@ -184,16 +201,18 @@ def _bytes(found: Passes, settings: TrainRecipe, averages: int, device: torch.de
         step += gradients + 3 * largest + 2 * outside
     elif world > 1:
         step += gradients  # the buckets that gradients are averaged in
+    heap = int(HOLES[device.type] * step)
     # Adam's update of all weights at once needs a temporary tensor for each; on a CPU they come one by one.
     optimizer = gradients + (gradients if device.type == "cuda" else 0)
-    score = gradients + max(found.predict.peak, found.decode.peak)
-    moments = {"a training step": step, "the optimizer's step": optimizer, "a score": score}
+    score = max(found.predict.peak, found.decode.peak)  # gradients are gone by then
+    moments = {"a training step": step + heap, "the optimizer's step": optimizer, "a score": score}
     where = max(moments, key=lambda key: moments[key])
     return {
         **lasting,
         "gradients": gradients,
         "activations": found.piece.saved,
         "step": step,
+        "heap": heap,
         "score": score,
         "peak": sum(lasting.values()) + moments[where],
         "peak_in": where,
@@ -205,29 +224,28 @@ def _numel(shape: Sequence[int]) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Speed
+# Time
 
 
-def _seconds(
-    found: Passes, setup: Setup, work: Work
-) -> tuple[dict[str, float], dict[str, float], dict[str, bool]]:
-    """Operations per second of training and of sampling, seconds of each part of the run, and which speed was timed.
+class _Speed(NamedTuple):
+    """How long a run takes, by passes that were timed where they take seconds only."""
 
-    Passes that can be timed in seconds are; for others the speed of a matrix product and a share of it are taken.
-    """
-    device, spec = setup.device, setup.spec
-    training, sampling = setup.settings.precision, spec.precision or "float32"
-    share = EFFICIENCY[device.type]
-    product = {kind: share * step_cost.matmul_speed(device, kind) for kind in {training, sampling}}
-    predict, decode = _flops(found)
-    guess = Seconds(
-        found.piece.flops / product[training], 0.0, predict / product[sampling], decode / product[sampling]
-    )
-    with _forked(device):
+    seconds: dict[str, float]  # of each part of the run
+    per_second: dict[str, float]  # operations
+    is_timed: dict[str, bool]
+
+
+def _speed(found: Passes, setup: Setup, work: Work) -> _Speed:
+    training, sampling = setup.settings.precision, setup.spec.precision or "float32"
+    share = EFFICIENCY[setup.device.type]
+    speed = {kind: share * step_cost.matmul_speed(setup.device, kind) for kind in {training, sampling}}
+    flops = Seconds(found.piece.flops, 0.0, found.predict.flops, found.decode.flops)
+    guess = Seconds(flops.piece / speed[training], 0.0, flops.predict / speed[sampling], flops.decode / speed[sampling])
+    with _forked(setup.device):
         timed = step_cost.timed(setup, guess)
-    passes = Seconds(*(at_hand if one is None else one for one, at_hand in zip(timed, guess, strict=True)))
+    passes = guess._replace(**timed)
     step = setup.pieces * passes.piece + passes.update
-    image = _image(found, spec, passes.predict, passes.decode) / dist.world_size()
+    image = _image(found, setup.spec, passes) / dist.world_size()
     seconds = {
         "step": step,
         "training": work.steps * step,
@@ -235,17 +253,17 @@ def _seconds(
         "scores": work.scored * image,
     }
     seconds["total"] = sum(value for key, value in seconds.items() if key != "step")
-    speed = {"training": found.piece.flops / passes.piece, "sampling": (predict + decode) / (passes.predict + passes.decode)}
-    return speed, seconds, {"training": timed.piece is not None, "sampling": timed.predict is not None}
+    image_flops = _image(found, setup.spec, flops) / dist.world_size()
+    return _Speed(
+        seconds,
+        {"training": setup.pieces * flops.piece / max(step, 1e-9), "sampling": image_flops / max(image, 1e-9)},
+        {"training": "piece" in timed, "sampling": "predict" in timed},
+    )
 
 
-def _image(found: Passes, spec: SamplingRecipe, predict: float, decode: float) -> float:
+def _image(found: Passes, spec: SamplingRecipe, batch: Seconds) -> float:
     """What an image takes where a batch's pass and its decoding take so much."""
-    return (found.per_sample * predict + decode) / spec.batch
-
-
-def _flops(found: Passes) -> tuple[int, int]:
-    return found.predict.flops, found.decode.flops
+    return (found.per_sample * batch.predict + batch.decode) / spec.batch
 
 
 def _forked(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -120,6 +120,7 @@ def _drawn(name: str, num: int, repeat: int, sampling: dict[str, Any], device: t
     loaded = registry.load_model(name, device)
     spec = SamplingRecipe(**loaded.checkpoint.header.get("sampling", {})).merged(**sampling)
     loaded.model.check_sampling(spec)
+    loaded.model.encoder_id()  # loads an autoencoder that is no part of the weights, before anything is drawn
     check_labels(spec, loaded.model.num_classes, num)
     if len(loaded.model.shape) != 3:
         raise UsageError(f"{name} draws points, not images; a Frechet distance needs images")

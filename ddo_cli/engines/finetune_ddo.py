@@ -26,7 +26,7 @@ from ddo_cli.engines.ddo_node import TRAIN_STATE, MakeLoss, Node, Shared, halve
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.errors import RecipeError
 from ddo_cli.files import read_json, replacing, sha256, write_json
-from ddo_cli.likelihood import LikelihoodModel, map_draw, repeat_draw
+from ddo_cli.likelihood import LikelihoodModel, check_labels, map_draw, repeat_draw
 from ddo_cli.metrics import published
 from ddo_cli.models import registry
 from ddo_cli.objectives.ddo import ddo_loss
@@ -264,8 +264,9 @@ def _plans(recipe: Recipe, reference: registry.Loaded, scoring: Scoring) -> list
         place = f"round {number}: finetune.draw"
         if found := registry.problems(config["name"], config["options"], draw, place):
             raise RecipeError("\n".join(found))
-        sample.keeps_latents(reference.model, settings.fake_as)
-        loop.local_rows(settings.batch, settings.micro_batch)
+        sample.keeps_latents(reference.model, settings.fake_as, scoring.spec)
+        check_labels(scoring.spec, reference.model.num_classes, settings.num_fake)
+        loop.check(reference.model, settings)
         plans.append(ddo_sweep.plan_of(recipe.of_round(number), partial(scoring.passes, reference.model)))
     return plans
 

@@ -28,8 +28,8 @@ def diffusion_model(loaded: registry.Loaded) -> DiffusionModel:
     """The model, if guides can steer it. Raises UsageError."""
     if not isinstance(loaded.model, DiffusionModel):
         raise UsageError(
-            f"{loaded.checkpoint.path} is a {type(loaded.model).__name__}; discriminator guidance changes a score, so "
-            "it needs a diffusion model"
+            f"{loaded.checkpoint.path} holds the network {loaded.checkpoint.header['config']['name']}; guidance "
+            "changes a score, so it needs a diffusion model"
         )
     return loaded.model
 
@@ -237,10 +237,11 @@ def _check_others(others: Others) -> None:
     for value, name in ((others.guidance, "--guidance"), (others.classifier_weight, "--classifier-weight")):
         if not math.isfinite(value):
             raise UsageError(f"{name} {value} is not a finite number; give a weight")
-    if (others.guide_ckpt is None) != (others.guidance == 1.0):
+    if others.guide_ckpt is None and others.guidance != 1.0:
+        raise UsageError(f"--guidance {others.guidance:g} is the scale of --guide-ckpt FILE; give both or neither")
+    if others.guide_ckpt is not None and others.guidance == 1.0:
         raise UsageError(
-            f"--guidance {others.guidance:g} and --guide-ckpt {others.guide_ckpt} need one another; give both, a scale "
-            "other than 1, or neither"
+            f"--guide-ckpt {others.guide_ckpt} has no effect at scale 1; give one with --guidance, e.g. 1.7"
         )
     if others.interval is not None:
         low, high = others.interval
@@ -268,9 +269,9 @@ class Made(NamedTuple):
     record: dict[str, Any]
 
 
-def of_plain_sampling(others: Others, ckpt: str, device: torch.device) -> Made:
+def of_plain_sampling(others: Others, loaded: registry.Loaded, device: torch.device) -> Made:
     """The guides of `ddo sample`, which has no discriminator."""
     _check_others(others)
     if others.guide_ckpt is None:
         return Made([], {})
-    return Made(*other_guides(others, diffusion_model(registry.load_model(ckpt, device)), device))
+    return Made(*other_guides(others, diffusion_model(loaded), device))

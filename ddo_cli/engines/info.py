@@ -1,4 +1,4 @@
-"""`ddo info`: what a checkpoint, sample set or run directory holds."""
+"""`ddo info`: what a checkpoint, sample set, encoded set or run directory holds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ddo_cli import checkpoint
+from ddo_cli.data import latents
 from ddo_cli.data.samples import MANIFEST
 from ddo_cli.errors import UsageError
 from ddo_cli.files import read_json, sha256
@@ -20,7 +21,9 @@ def run(path: str) -> dict[str, Any]:
     place = Path(path)
     if place.is_dir():
         if (place / MANIFEST).is_file():
-            return {"holds": "sample set", "path": path, **_short(read_json(place / MANIFEST))}
+            manifest = read_json(place / MANIFEST)
+            kind = "encoded set" if manifest.get("format") == latents.FORMAT else "sample set"
+            return {"holds": kind, "path": path, **_short(manifest)}
         if (place / "state.json").is_file():
             return _run_directory(place)
         if (place / "edit.json").is_file():
@@ -82,4 +85,6 @@ def _link(link: dict[str, Any]) -> dict[str, Any]:
 
 
 def _short(manifest: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in manifest.items() if key != "labels"}
+    """A manifest with the number of its shards in the place of their hashes, and without labels."""
+    short = {key: value for key, value in manifest.items() if key not in ("labels", "shards")}
+    return {**short, "shards": len(manifest["shards"])} if "shards" in manifest else short

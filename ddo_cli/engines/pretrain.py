@@ -16,6 +16,7 @@ from ddo_cli.data.pairs import Shuffled
 from ddo_cli.engines import estimate, pretrain_tokenizer
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.files import write_json
+from ddo_cli.likelihood import map_draw
 from ddo_cli.models import registry, vqvae
 from ddo_cli.rng import RowRng, seed_from
 from ddo_cli.schema import PretrainRecipe, Recipe
@@ -36,11 +37,11 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     config = registry.config_of(
         recipe.model.name, real.shape, real.num_classes, recipe.model.options, recipe.model.draw
     )
-    loop.local_rows(settings.batch, settings.micro_batch)
     steps = -(-settings.images // settings.batch)
     torch.manual_seed(seed_from("init", recipe.seed))  # weights are the only thing drawn from the global generator
     model = registry.build(config).to(device)
     check_fits(real, model, recipe.data.hflip)
+    loop.check(model, settings)
     model.check_sampling(recipe.sampling)
     scoring = Scoring(recipe, real, recipe.sampling, device)
     parameters = sum(p.numel() for p in model.parameters())
@@ -67,8 +68,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             base = rows.step * settings.batch
             items, label = stream.rows(base + rows.start, base + rows.stop)
             rng = RowRng.for_rows("pretrain", recipe.seed, rows.step, rows=range(rows.start, rows.stop))
-            draw = model.draw(len(items), rng)
-            draw = type(draw)(*(tensor.to(device) for tensor in draw))
+            draw = map_draw(lambda tensor: tensor.to(device), model.draw(len(items), rng))
             x = model.encode(items.to(device), rng)
             log_lik = wrapped(x, label.to(device), draw)
             return loop.Loss(-log_lik.mean() / math.prod(model.state_shape), {})
@@ -89,7 +89,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             state_file=state_file,
             log_file=run_dir.log_file,
             log_tags={},
-            last_good=lambda: state_file,
+            last_good=lambda: loop.state_directory(state_file) if settings.sharding == "fsdp" else state_file,
             ema_ramp=settings.ema_ramp,
             evaluate_at=snapshots.due,
             evaluate=lambda step, ema: snapshots.keep(step, None, ema),

@@ -20,16 +20,15 @@ from ddo_cli.files import write_json
 from ddo_cli.metrics.scorer import own_batches
 from ddo_cli.models import registry, vqvae
 from ddo_cli.models.vqvae import Vqvae
+from ddo_cli.models.vqvae_nets import full_precision
 from ddo_cli.rng import permutation, seed_from
 from ddo_cli.schema import Recipe
 from ddo_cli.training import loop
 
 GRID_ITEMS = 32
-# Codes that no latent of a batch is near are put among its latents: every so many steps, in the first half of a run.
-# For a first share of a run nothing is rounded, so that there is something to round. Both chosen by us; the published
-# tokenizer comes without its training.
-REVIVE_EVERY = 25
-UNROUNDED = 0.2
+# Every so many steps of a run's first half, codes that nothing in some images is near are moved to where they are of
+# use. Both chosen by us; the published tokenizer comes without its training.
+REVIVE_EVERY, REVIVE_IMAGES = 25, 32
 
 
 def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = False) -> dict[str, Any]:
@@ -73,10 +72,11 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             base = rows.step * settings.batch
             items, _ = stream.rows(base + rows.start, base + rows.stop)
             images = vqvae.scaled(items.to(device))
-            # A function of weights and step, as all of a step must be.
             if rows.step % REVIVE_EVERY == 0 and 2 * rows.step < steps and (rows.start, rows.stop) == first_rows:
-                _revive(model, images, ("revive", recipe.seed, rows.step))
-            found = wrapped(images, rows.step >= UNROUNDED * steps)
+                # The same images for every process: a function of weights and step, as all of a step must be.
+                some, _ = stream.rows(base, base + min(settings.batch, REVIVE_IMAGES))
+                _revive(model, vqvae.scaled(some.to(device)), ("revive", recipe.seed, rows.step))
+            found = wrapped(images)
             error = F.mse_loss(found.images, images)
             codes = len(found.tokens.unique())
             log = {"image_error": error, "quantisation": found.loss, "codes_used": error.new_tensor(float(codes))}
@@ -108,13 +108,11 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
 
 
 def _revive(model: Vqvae, images: Tensor, key: tuple[str | int, ...]) -> None:
-    """Moves codes that no latent of the main process's images is near to latents drawn at random."""
-    with torch.no_grad():
-        f = model.latent(images)
-        weight = model.quantize.embedding.weight
-        used = torch.bincount(model.quantize.tokens(f).flatten(), minlength=len(weight))
-        unused = (used == 0).nonzero()[:, 0]
-        candidates = f.permute(0, 2, 3, 1).flatten(0, 2)  # (B p p, z)
+    """Moves codes that no token of the images is to vectors, drawn at random, that the tokens stand for."""
+    with torch.no_grad(), full_precision(images.device):
+        tokens, vectors = model.quantize.searched(model.latent(images))
+        weight, candidates = model.quantize.embedding.weight, vectors.flatten(0, 1)  # (B L, z)
+        unused = (torch.bincount(tokens.flatten(), minlength=len(weight)) == 0).nonzero()[:, 0]
         order = permutation(len(candidates), *key).to(unused.device)
         number = min(len(unused), len(candidates))
         weight[unused[:number]] = candidates[order[:number]]

@@ -14,7 +14,7 @@ import torch
 from ddo_cli import console, dist, pictures, rundir
 from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.data.samples import Format, Writer, spell_seeds
-from ddo_cli.diffusion.guidance import Guide
+from ddo_cli.diffusion.guidance import GradientGuide, Guide
 from ddo_cli.errors import UsageError
 from ddo_cli.files import sweep
 from ddo_cli.likelihood import Batch, LikelihoodModel, check_labels, generate, num_batches
@@ -57,11 +57,10 @@ def run(
     form = form or ("png" if len(model.shape) == 3 else "npz")
     if form == "png" and len(model.shape) != 3:
         raise UsageError(f"--format png needs images; this model draws items of shape {model.shape}: use shards or npz")
-    as_latents = keeps_latents(model, keep)
+    as_latents = keeps_latents(model, keep, spec)
     if as_latents and form != "shards":
         raise ValueError(f"latents are kept in shards only, not as {form}")
-    if as_latents and getattr(spec, "smooth", None):
-        raise UsageError("sampling.smooth = true draws mixtures of codes, which are no tokens; use fake_as = images")
+    model.encoder_id()  # loads an autoencoder that is no part of the weights: without it the first batch is for nothing
     made_by = {
         "checkpoint_sha256": file.sha256,
         "sampling": spec.model_dump(mode="json"),
@@ -96,7 +95,7 @@ def run(
     return {
         **found,
         "nfe": manifest["nfe"],
-        **({"disc_nfe": manifest["disc_nfe"]} if guides else {}),
+        **({"disc_nfe": manifest["disc_nfe"]} if any(isinstance(guide, GradientGuide) for guide in guides) else {}),
         "images_per_second": round(speed, 2),
         "seeds": manifest["seeds"],
         "grid": str(grid),
@@ -138,17 +137,22 @@ def _draw(draw: Callable[..., Iterator[Batch]], writer: Writer, missing: list[in
     return sum(dist.gathered(drawn)) / max(time.monotonic() - start, 1e-9)
 
 
-def keeps_latents(model: LikelihoodModel, keep: Keep) -> bool:
+def keeps_latents(model: LikelihoodModel, keep: Keep, spec: SamplingRecipe) -> bool:
     """Whether a set keeps x itself instead of the image made of it; None: as the model wants it for training.
 
-    Raises UsageError for latents of a model that takes none for items.
+    Raises UsageError for latents of a model that takes none for items, or is sampled so that it draws none.
     """
     if (keep or model.fake_as) != "latents":
         return False
     if tuple(model.state_shape) not in model.latent_shapes:
         raise UsageError(
-            f"fake_as = latents keeps what a model draws before it is decoded, and a {type(model).__name__} draws its "
-            "items themselves; use images, or leave it out"
+            "fake_as = latents keeps what a model draws before it is decoded, and this model draws its items as they "
+            "are; use images, or leave it out"
+        )
+    if spec.smooth:
+        raise UsageError(
+            "sampling.smooth = true draws mixtures of codes, which are no tokens: fake_as = latents cannot keep them; "
+            "use fake_as = images"
         )
     return True
 

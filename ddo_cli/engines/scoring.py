@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ddo_cli import console, dist, pictures
+from ddo_cli.arithmetic import arithmetic
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet, check_images
 from ddo_cli.diffusion import flow
@@ -74,7 +75,8 @@ class Scoring:
         images: only the first so many of those seeds (a density has none); None: all.
         """
         if self.density is not None:
-            return dist.from_main(self.density.score(model, self.spec, guides))
+            with arithmetic("float32", self.device):  # as `generate` is, apart from the run's own precision
+                return dist.from_main(self.density.score(model, self.spec, guides))
         first = repeat * self.metric.num_images
         seeds = range(first, first + (images or self.metric.num_images))
         own = dist.shard(range(num_batches(len(seeds), self.spec.batch)))
@@ -87,8 +89,7 @@ class Scoring:
         if self.density is not None:
             points = self.density.size**2
             return points * 4 * flow.STEPS * (1 + 2 * math.prod(model.shape))  # a backward pass for each dimension
-        (one,) = generate(model, range(1), self.spec, batch=1, device=self.device)
-        return one.nfe * (images or self.metric.num_images)
+        return model.passes(self.spec) * (images or self.metric.num_images)
 
     def picture(self, model: LikelihoodModel, path: Path) -> None:
         """What the model draws, for people: the same seeds for every model, or its density beside the data's."""

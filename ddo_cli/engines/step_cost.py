@@ -6,6 +6,7 @@ built for it, on items of zeros, since a pass takes as long whatever its weights
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -66,12 +67,12 @@ class Passes(NamedTuple):
 
 
 class Seconds(NamedTuple):
-    """What those take, and the update of weights and averages after a step's last micro-batch. None: not timed."""
+    """What those take, and the update of weights and averages after a step's last micro-batch."""
 
-    piece: float | None = None
-    update: float | None = None
-    predict: float | None = None
-    decode: float | None = None
+    piece: float
+    update: float
+    predict: float
+    decode: float
 
 
 def traced(setup: Setup) -> Passes:
@@ -80,7 +81,7 @@ def traced(setup: Setup) -> Passes:
     with torch.device("meta"):
         model, ref = (registry.build(setup.config, setup.draw) for _ in range(2))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    draws = _draws(model, setup)
+    draws, per_sample = _draws(model, setup), model.passes(setup.spec)
     if settings.recompute:
         recompute_units(model)
     with memory.imagined():
@@ -94,7 +95,12 @@ def traced(setup: Setup) -> Passes:
         draws = tuple(map_draw(lambda one: _zeros(one.shape, one.dtype, device), draw) for draw in draws)
         trial = _Trial(model, ref, setup, draws)
         some = min(setup.pieces, 2)  # the second one has gradients beside it
-        piece = memory.cost(lambda: [trial.piece() for _ in range(some)], model, ref)
+
+        def pieces() -> None:
+            for _ in range(some):
+                trial.piece()
+
+        piece = memory.cost(pieces, model, ref)
         for parameter in model.parameters():
             parameter.grad = None
         return Passes(
@@ -106,17 +112,21 @@ def traced(setup: Setup) -> Passes:
             piece=piece._replace(flops=piece.flops // some),
             predict=memory.cost(trial.predict, model, ref),
             decode=memory.cost(trial.decode, model, ref),
-            per_sample=model.passes(setup.spec),
+            per_sample=per_sample,
         )
 
 
-def timed(setup: Setup, guess: Seconds) -> Seconds:
-    """What a new network takes, as far as `guess` lets it be timed; nothing where it does not fit."""
-    short = [seconds is not None and seconds <= LONGEST for seconds in (guess.piece, guess.predict)]
-    if not any(short) or (setup.settings.sharding == "fsdp" and dist.world_size() > 1):
-        return Seconds()
+def timed(setup: Setup, guess: Seconds) -> dict[str, float]:
+    """The fields of `Seconds` that a new network was timed for: those that, by `guess`, do not take long.
+
+    Empty where it does not run, e.g. for want of memory. None is timed that would be spread over processes.
+    """
+    found: dict[str, float] = {}
     device = setup.device
-    try:
+    is_short = {"training": guess.piece <= LONGEST, "sampling": guess.predict + guess.decode <= LONGEST}
+    if not any(is_short.values()) or (setup.settings.sharding == "fsdp" and dist.world_size() > 1):
+        return found
+    with contextlib.suppress(Exception):  # the run itself is not at stake
         with torch.device(device):
             model = registry.build(setup.config, setup.draw)
         draws = _draws(model, setup)
@@ -124,15 +134,11 @@ def timed(setup: Setup, guess: Seconds) -> Seconds:
             recompute_units(model)
         model.to(device)
         trial = _Trial(model, model, setup, [map_draw(lambda one: one.to(device), draw) for draw in draws])
-        piece = update = predict = decode = None
-        if short[1]:
-            predict, decode = (_seconds(run, device) for run in (trial.predict, trial.decode))
-        if short[0]:
-            piece = _seconds(trial.piece, device)
-            update = _seconds(trial.update(), device)
-        return Seconds(piece, update, predict, decode)
-    except Exception:  # it may not fit; the run itself is not at stake
-        return Seconds()
+        if is_short["sampling"]:
+            found |= {"predict": _seconds(trial.predict, device), "decode": _seconds(trial.decode, device)}
+        if is_short["training"]:
+            found |= {"piece": _seconds(trial.piece, device), "update": _seconds(trial.update(), device)}
+    return found
 
 
 class _Trial:

@@ -26,6 +26,7 @@ from ddo_cli.engines import disc_data, disc_report, guides, sample
 from ddo_cli.engines.model_space import encoded
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.files import read_json, replacing, sha256, write_json
+from ddo_cli.likelihood import check_labels
 from ddo_cli.metrics.discrimination import HeldOut, noisy
 from ddo_cli.models import discriminators, registry
 from ddo_cli.objectives.discriminator import discriminator_loss
@@ -61,7 +62,7 @@ def run(
     config = discriminators.config_of("discriminator", settings.name, base.state_shape, label_use, settings.options)
     torch.manual_seed(seed_from("init", recipe.seed))  # weights are the only thing drawn from the global generator
     network = discriminators.build("discriminator", config).to(device)
-    loop.local_rows(settings.batch, settings.micro_batch)
+    loop.check(network, settings)
     scoring = Scoring(recipe, real, spec, device) if settings.select == "fid" else None
     guide = guides.discriminator_guide(network, recipe.guidance, len(base.state_shape))
     if scoring is not None:
@@ -70,6 +71,7 @@ def run(
     if given is None:
         disc_data.check_sizes(len(real.items), settings.num_fake, real.name, settings.held_out)
         disc_data.check_classes(real, settings.num_fake, label_use)
+        check_labels(spec, base.num_classes, settings.num_fake)
     if dry_run:
         return _dry_run(recipe, out, network, real)
     loop.set_precision(settings.precision)

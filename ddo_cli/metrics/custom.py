@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ddo_cli import checkpoint
+from ddo_cli.arithmetic import arithmetic
 from ddo_cli.errors import CheckpointError, DataError, UsageError
 from ddo_cli.files import sha256
-from ddo_cli.metrics.extractor import Extractor, Precision, arithmetic, short
+from ddo_cli.metrics.extractor import Extractor, Precision, short
 
 SUFFIXES = (".pt", ".ts", ".py")
 PYTHON_CONTRACT = "extractor(device) -> a function of uint8 images (B, 3, H, W) that returns features (B, F)"

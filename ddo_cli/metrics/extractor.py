@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ddo_cli.arithmetic import arithmetic
 from ddo_cli.errors import DataError, NumericsError, UsageError
 
 Precision = Literal["float32", "tf32", "bf16"]
@@ -89,23 +89,6 @@ class Extractor(ABC):
     @abstractmethod
     def _extract(self, images: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:
         """uint8 (B, 3, H, W) -> {output: (B, its size)}, of those asked for."""
-
-
-@contextlib.contextmanager
-def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Float32 as it stands where "float32" is asked for: a score must not depend on a run's own precision.
-
-    "tf32": convolutions and products in TensorFloat-32 where the device has it; "bf16": in bfloat16.
-    """
-    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    before = convolutions.fp32_precision, products.allow_tf32
-    convolutions.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    products.allow_tf32 = precision == "tf32"
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            yield
-    finally:
-        convolutions.fp32_precision, products.allow_tf32 = before
 
 
 def short(error: BaseException) -> str:

@@ -21,8 +21,8 @@ _THEIRS = {"pool": "2048", "logits": "logits_unbiased"}
 _EARLY_END = "768"
 
 # Images of a pass on a CPU, whatever batch is asked for: one takes 14 MB in the first layers (two of 64 x 147 x 147).
-# Eight keep all of `ddo fid` below 1.3 GB; sixteen are a tenth faster and take 1.5 GB, 256 would take 4 GB.
-CPU_BATCH = 8
+# Four keep all of `ddo fid` below 1.5 GB; eight are no faster and come to 1.6 GB, 256 would take 4 GB.
+CPU_BATCH = 4
 
 
 class InceptionExtractor(Extractor):

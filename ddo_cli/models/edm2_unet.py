@@ -235,9 +235,9 @@ class Edm2Model(DiffusionModel):
         return found / u.exp() - u * x[0].numel()
 
     def before_step(self) -> None:
-        """Forced weight normalisation of every layer."""
+        """Forced weight normalisation of every layer that is trained."""
         for module in self.modules():
-            if isinstance(module, MPConv):
+            if isinstance(module, MPConv) and module.weight.requires_grad:
                 module.force_norm()
 
     def units(self) -> Sequence[nn.Module]:

@@ -130,8 +130,8 @@ def _load(place: str, device: str) -> Any:
     found = vae.config.in_channels, vae.config.latent_channels, factor
     if found != (3, CHANNELS, FACTOR):
         raise CheckpointError(
-            f"{place} makes {found[1]} channels at 1/{factor} of the side of {found[0]} where {CHANNELS} at 1/{FACTOR} "
-            f"of 3 are needed; {_REMEDY}"
+            f"the autoencoder {place} makes {found[1]} channels at 1/{factor} of the side of images of {found[0]}, and "
+            f"these models take {CHANNELS} at 1/{FACTOR} of RGB images; {_REMEDY}"
         )
     return vae.to(device).eval().requires_grad_(False)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,9 +114,12 @@ def var(
     if not is_vae(tokenizer):
         raise CheckpointError(f"--vae {vae} holds no VQVAE of VAR; {EXPECTED}")
     pt_files.check_size(tokenizer.values(), vae)
-    try:
+    with _blamed(path):
         sides = _sides(stored, path, patch_nums)
+    with _blamed(vae):
         vae_options = _vae_options(tokenizer, sides)
+    with _blamed(path):
+        _check_codes(stored, vae_options, path, vae)
         options, num_classes = _var_options(stored, vae_options)
         side = vae_options.image_side
         shape = (tokenizer["encoder.conv_in.weight"].shape[1], side, side)
@@ -126,8 +130,6 @@ def var(
             expected = registry.build(config)
         _check_buffers(stored, sides)
         tensors = _renamed(stored) | {f"vqvae.{key}": tensor for key, tensor in _renamed(tokenizer, True).items()}
-    except _DAMAGE as error:
-        raise CheckpointError(_unfit(path, error)) from None
     tensors = _checked(expected, tensors, path)
     size = f"var_d{options.depth}" if len(sides) == len(LISTS[0]) and options.width is None else "no published one"
     notes = {"published_as": size, "patch_nums": ",".join(map(str, sides)), "tokenizer": vae.name}
@@ -136,14 +138,15 @@ def var(
 
 def vae_file(stored: dict[str, Tensor], path: str | Path, patch_nums: tuple[int, ...] | None = None) -> VarFile:
     """A tokenizer by itself, to train a VAR on. patch_nums: of the published 256x256 one unless told."""
-    try:
+    with _blamed(path):
+        scales = len(stored["quantize.ema_vocab_hit_SV"])  # with which it was trained; other lists may be as long
+        if patch_nums is None and scales != len(LISTS[0]):
+            raise UsageError(f"{path} was trained on {scales} scales; tell their sides, e.g. patch_nums=1,2,3,4")
         options = _vae_options(stored, patch_nums or LISTS[0])
         shape = (stored["encoder.conv_in.weight"].shape[1], options.image_side, options.image_side)
         with torch.device("meta"):
             expected = vqvae.Vqvae(shape, options)
         tensors = _renamed(stored, of_vae=True)
-    except _DAMAGE as error:
-        raise CheckpointError(_unfit(path, error)) from None
     notes = {"patch_nums": ",".join(map(str, options.patch_nums))}
     return VarFile(vqvae.config_of(shape, options), _checked(expected, tensors, path), notes)
 
@@ -203,6 +206,16 @@ def _var_options(stored: dict[str, Tensor], tokenizer: vqvae.VqvaeOptions) -> tu
     return options, rows - 1
 
 
+def _check_codes(stored: dict[str, Tensor], tokenizer: vqvae.VqvaeOptions, path: str | Path, vae: Path) -> None:
+    """Raises UsageError if the transformer was trained on other codes than the tokenizer's."""
+    theirs = (stored["head.weight"].shape[0], stored["word_embed.weight"].shape[1])
+    if theirs != (tokenizer.vocabulary, tokenizer.z_channels):
+        raise UsageError(
+            f"--vae {vae} has {tokenizer.vocabulary} codes of {tokenizer.z_channels} numbers, and {path} was trained "
+            f"on {theirs[0]} of {theirs[1]}; give the tokenizer that it was trained with"
+        )
+
+
 def _count(stored: dict[str, Tensor], pattern: str) -> int:
     """How many different numbers stand in the names that match. Raises ValueError unless they are 0, 1, ..."""
     numbers = sorted({int(match[1]) for key in stored if (match := re.fullmatch(pattern, key))})
@@ -248,8 +261,11 @@ def _checked(expected: nn.Module, tensors: dict[str, Tensor], path: str | Path) 
     return {key: tensors[key].to(torch.float32).contiguous() for key in wanted}
 
 
-def _unfit(path: str | Path, error: BaseException) -> str:
-    return (
-        f"{path}: the tensors make no VAR ({type(error).__name__}: {printable(str(error))}); {EXPECTED}; "
-        "download it again"
-    )
+@contextlib.contextmanager
+def _blamed(path: str | Path) -> Iterator[None]:
+    """Turns what reading odd tensors may raise into a CheckpointError of this file."""
+    try:
+        yield
+    except _DAMAGE as error:
+        why = f"{type(error).__name__}: {printable(str(error))}"
+        raise CheckpointError(f"{path}: the tensors make no VAR ({why}); {EXPECTED}; download it again") from None

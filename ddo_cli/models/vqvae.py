@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from ddo_cli import checkpoint
 from ddo_cli.errors import CheckpointError
 from ddo_cli.likelihood import DrawOptions, Options
 from ddo_cli.models import registry
-from ddo_cli.models.vqvae_nets import STREAM, Decoder, Encoder, full_precision, keep_directions
+from ddo_cli.models.vqvae_nets import Decoder, Encoder, full_precision, start_as_identity
 
 KIND, NAME = "tokenizer", "vqvae"
 NUM_PHI = 4  # convolutions that the scales share
@@ -87,7 +87,7 @@ class Vqvae(nn.Module):
         self.quantize = Quantizer(options)
         self.quant_conv = nn.Conv2d(z, z, 3, padding=1)
         self.post_quant_conv = nn.Conv2d(z, z, 3, padding=1)
-        keep_directions(conv for name, conv in self.named_modules() if name.rpartition(".")[2] in STREAM)
+        start_as_identity(self)
 
     def latent(self, images: Tensor) -> Tensor:
         """f (B, z, p, p), before quantisation."""
@@ -106,15 +106,12 @@ class Vqvae(nn.Module):
             images = self.decoder(self.post_quant_conv(f_hat)).clamp(-1, 1)
         return ((images + 1) / 2 * 255).to(torch.uint8)
 
-    def forward(self, images: Tensor, rounds: bool = True) -> Reconstruction:
-        """Images as they come back, with gradients: the rounding passes them straight through to the encoder.
-
-        rounds: False: the decoder gets f itself, while the codes already learn to follow it.
-        """
+    def forward(self, images: Tensor) -> Reconstruction:
+        """Images as they come back, with gradients: the rounding passes them straight through to the encoder."""
         f = self.latent(images)
         with full_precision(f.device):
             quantised = self.quantize(f.to(torch.float32))
-        back = self.decoder(self.post_quant_conv(quantised.f_hat if rounds else f))
+        back = self.decoder(self.post_quant_conv(quantised.f_hat))
         return Reconstruction(back, quantised.loss, f, quantised.tokens)
 
 
@@ -141,6 +138,9 @@ class Quantizer(nn.Module):
         self.embedding = nn.Embedding(options.vocabulary, z)
         nn.init.uniform_(self.embedding.weight, -1 / options.vocabulary, 1 / options.vocabulary)  # VQ-VAE's
         self.phi = nn.ModuleList(nn.Conv2d(z, z, 3, padding=1) for _ in range(NUM_PHI))
+        for phi in cast(Iterator[nn.Conv2d], iter(self.phi)):  # codes start by contributing themselves
+            nn.init.dirac_(phi.weight)
+            nn.init.zeros_(cast(nn.Parameter, phi.bias))
         self.phi_of = phi_of_scale(len(self.sides))
 
     def codes(self, tokens: Tensor, scale: int) -> Tensor:

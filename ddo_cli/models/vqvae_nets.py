@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ddo_cli.arithmetic import arithmetic
 
 NORM_EPS = 1e-6
 # Names of the convolutions that everything passes, those outside of residual branches.
@@ -148,21 +151,19 @@ class Upsample(nn.Conv2d):
         return super().forward(F.interpolate(h, scale_factor=2.0, mode="nearest"))
 
 
-def keep_directions(modules: Iterable[nn.Module]) -> None:
-    """Starts convolutions as orthogonal maps at their central tap (delta-orthogonal, arXiv 1806.05393).
+def start_as_identity(model: nn.Module) -> None:
+    """Makes each convolution of STREAM pass on its input's channels, as many as fit, as they are.
 
-    About ten of them follow one another on the way through encoder and decoder. With torch's own start their product
-    shrinks what varies less, and training would wait for long in a state that gives back shapes but only grey.
+    About ten of them follow one another from image to image. With torch's own start their product all but loses the
+    directions in which images vary least, and training stays for long where shapes come back, but grey.
     """
-    for conv in modules:
-        if not isinstance(conv, nn.Conv2d):
-            continue
-        nn.init.zeros_(conv.weight)
-        nn.init.orthogonal_(conv.weight[:, :, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2])
-        if conv.bias is not None:
+    for name, conv in model.named_modules():
+        if name.rpartition(".")[2] in STREAM and isinstance(conv, nn.Conv2d):
+            nn.init.dirac_(conv.weight)
+            assert conv.bias is not None, "all have one"
             nn.init.zeros_(conv.bias)
 
 
-def full_precision(device: torch.device) -> torch.autocast:
-    """A region in float32 inside of an autocast one: tokens decide by small differences."""
-    return torch.autocast(device.type, enabled=False)
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Float32 without TensorFloat-32 inside, whatever the run's precision: tokens decide by small differences."""
+    return arithmetic("float32", device)

@@ -81,12 +81,6 @@ class Averages:
             if name in self.trained
         }
 
-    @torch.no_grad()
-    def restore(self, saved: dict[str, Tensor]) -> None:
-        """Takes over what `tensors` gave."""
-        for name, tensor in self.tensors().items():
-            tensor.copy_(saved[name])
-
 
 def _trained(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}

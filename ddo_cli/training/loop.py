@@ -26,7 +26,7 @@ from ddo_cli.schema import TrainRecipe
 from ddo_cli.training import optim
 from ddo_cli.training.ema import Averages
 from ddo_cli.training.lr import learning_rate
-from ddo_cli.training.recompute import recompute_units
+from ddo_cli.training.recompute import recompute_units, units_of
 
 
 class Rows(NamedTuple):
@@ -66,6 +66,18 @@ class Plan(NamedTuple):
     owner: str = ""  # identifies the run; a saved state of another is refused
 
 
+def check(model: nn.Module, recipe: TrainRecipe) -> None:
+    """Raises UsageError for settings that this model, or this number of processes, cannot be trained with.
+
+    `fit` would say so as well, but only after what a run does first: references are scored, fake sets drawn.
+    """
+    local_rows(recipe.batch, recipe.micro_batch)
+    if recipe.recompute:
+        units_of(model)
+    if recipe.sharding == "fsdp" and not isinstance(model, LikelihoodModel):
+        raise UsageError("sharding = fsdp is for models that pretrain and finetune-ddo train; use ddp")
+
+
 def local_rows(batch: int, micro_batch: int | None) -> list[tuple[int, int]]:
     """(start, stop) of each forward pass of this process: a contiguous share of the global batch, cut in equal pieces.
 
@@ -90,6 +102,7 @@ def fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor]
     Raises NumericsError on a loss or gradient that is not finite.
     """
     recipe = plan.recipe
+    check(model, recipe)
     _arrange(model, recipe)
     optimizer, scale = optim.build(model, recipe), optim.LossScale(recipe, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -113,7 +126,6 @@ def fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor]
             rate = learning_rate(recipe, n_images, plan.steps * recipe.batch)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            optimizer.zero_grad(set_to_none=True)
             if isinstance(model, LikelihoodModel):
                 model.before_step()
             for number, (start, stop) in enumerate(pieces):
@@ -133,6 +145,7 @@ def fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor]
                 )
             step += 1
             averages.update(model, n_images)
+            optimizer.zero_grad(set_to_none=True)  # now: evaluations need the memory
             meter.count(norm if is_finite else torch.zeros_like(norm))
             if step % recipe.log_every == 0 or step == plan.steps:
                 record = meter.flush(step, n_images, rate, scale.log())
@@ -149,12 +162,10 @@ def fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor]
 
 
 def _arrange(model: nn.Module, recipe: TrainRecipe) -> None:
-    """Recomputed and sharded as the recipe asks. Raises UsageError where the model does not take it."""
+    """Recomputed and sharded as the recipe asks."""
     if recipe.recompute:
         recompute_units(model)
-    if recipe.sharding == "fsdp":
-        if not isinstance(model, LikelihoodModel):
-            raise UsageError("sharding = fsdp is for models that pretrain and finetune-ddo train; use ddp")
+    if recipe.sharding == "fsdp" and isinstance(model, LikelihoodModel):
         sharding.shard(model, model.units())
 
 
@@ -277,9 +288,7 @@ def _save(
     rest = {f"meter.{name}": tensor for name, tensor in meters.items()}
     header = {"kind": "train-state", "step": step, "metered_steps": meter.steps, "owner": plan.owner}
     header |= {"loss_scale": scale.state()}
-    tensors = {**_weights(model), **averages.tensors()}
-    for number, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"adam.{number}.{key}": value for key, value in moments.items()}
+    tensors = _lasting(model, optimizer, averages)
     if plan.recipe.sharding == "fsdp":
         sharding.save(state_directory(plan.state_file), step, tensors, rest, header)
     elif dist.is_main():
@@ -298,8 +307,17 @@ def drop_state(state_file: Path) -> None:
     shutil.rmtree(state_directory(state_file), ignore_errors=True)
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+def _lasting(model: nn.Module, optimizer: torch.optim.Adam, averages: Averages) -> dict[str, Tensor]:
+    """The tensors that a step changes, themselves, and not copies: "model.<name>", "ema.<name>", "adam.<number>.<key>".
+
+    Also before the first step, since `optim.build` makes Adam's moments.
+    """
+    moments = optimizer.state_dict()["state"]
+    return {
+        **{f"model.{name}": tensor for name, tensor in model.state_dict().items()},
+        **averages.tensors(),
+        **{f"adam.{number}.{key}": tensor for number, of_one in moments.items() for key, tensor in of_one.items()},
+    }
 
 
 def _restore(
@@ -323,34 +341,18 @@ def _restore(
         return 0
     if saved.header["owner"] != plan.owner:
         raise RunError(f"{place or plan.state_file} belongs to another run; remove it or choose another --out")
-    tensors = saved.tensors
+    own = _lasting(model, optimizer, averages)
     if place is not None:
-        known = {**_weights(model), **averages.tensors(), **_empty_moments(optimizer)}
-        sharding.load(place, known)  # into the weights and averages themselves
-        tensors = {**tensors, **known}
-    groups: dict[str, dict[str, Tensor]] = {"model": {}, "adam": {}, "meter": {}}
-    for name, tensor in tensors.items():
-        group, _, rest = name.partition(".")
-        groups.setdefault(group, {})[rest] = tensor
-    if place is None:
-        model.load_state_dict(groups["model"])
-        averages.restore(tensors)
+        sharding.load(place, own)
+    else:
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(saved.tensors[name])
     scale.restore(saved.header.get("loss_scale", {}))
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in groups["adam"].items():
-        number, _, key = name.partition(".")
-        moments.setdefault(int(number), {})[key] = tensor
-    state = optimizer.state_dict()
-    optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
-    meter.sums = {name: tensor.to(meter.device) for name, tensor in groups["meter"].items()}
+    meter.sums = {
+        name.removeprefix("meter."): tensor.to(meter.device)
+        for name, tensor in saved.tensors.items()
+        if name.startswith("meter.")
+    }
     meter.steps = saved.header["metered_steps"]
     return int(saved.header["step"])
-
-
-def _empty_moments(optimizer: torch.optim.Adam) -> dict[str, Tensor]:
-    """Adam's state as it is after a step, named as `_save` does, to be filled."""
-    found: dict[str, Tensor] = {}
-    for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        found[f"adam.{number}.step"] = torch.zeros(())
-        found |= {f"adam.{number}.{key}": torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-    return found

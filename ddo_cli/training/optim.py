@@ -33,19 +33,31 @@ def build(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Adam:
         "weight_decay": recipe.weight_decay,
     }
     if recipe.optimizer == "adam":
-        return torch.optim.Adam([p for _, p in named], **keywords)
+        return _with_moments(torch.optim.Adam([p for _, p in named], **keywords))
     exempt = model.no_decay if isinstance(model, LikelihoodModel) else is_vector
     groups: list[dict[str, Any]] = [
         {"params": [p for name, p in named if not exempt(name, p)]},
         {"params": [p for name, p in named if exempt(name, p)], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], **keywords)
+    return _with_moments(torch.optim.AdamW([group for group in groups if group["params"]], **keywords))
+
+
+def _with_moments(optimizer: torch.optim.Adam) -> torch.optim.Adam:
+    """The optimizer with the zeros that its first step would make, so that a saved state can be read into them.
+
+    What does not fit into memory also shows at once, not after the first step.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    return optimizer
 
 
 class LossScale:
     """Scaling of the loss, so that small gradients survive float16; for other precisions nothing happens.
 
-    A step whose gradient overflows is left out and the scale halved; after a thousand good ones it doubles.
+    A step whose gradient overflows is left out and the scale halved; after a thousand good ones in a row it doubles.
     """
 
     def __init__(self, recipe: TrainRecipe, device: torch.device):
@@ -80,6 +92,7 @@ class LossScale:
         if not self.is_on or self.value <= SMALLEST_SCALE:
             return False
         self._scaler.update(self.value * self._scaler.get_backoff_factor())
+        self._scaler.load_state_dict({**self._scaler.state_dict(), "_growth_tracker": 0})  # which `update` leaves
         self.skipped += 1
         return True
 

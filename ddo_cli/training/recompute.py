@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,14 +20,19 @@ def recompute_units(model: nn.Module) -> None:
     before the model is sharded or wrapped, so that the second pass runs on gathered weights, too.
     Raises UsageError if the model names no units.
     """
+    for unit in units_of(model):
+        unit.forward = _recomputed(unit.forward)
+
+
+def units_of(model: nn.Module) -> Sequence[nn.Module]:
+    """What can be recomputed of the model. Raises UsageError if it names nothing."""
     units = model.units() if isinstance(model, LikelihoodModel) else ()
     if not units:
         raise UsageError(
             f"recompute = true: this {type(model).__name__} names no blocks to recompute; leave it out, and lower "
             "micro_batch where memory is short"
         )
-    for unit in units:
-        unit.forward = _recomputed(unit.forward)
+    return units
 
 
 def _recomputed(forward: Any) -> Any:

@@ -1,0 +1,96 @@
+"""Discriminators, classifiers and edits of models that work on latents."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, TINY_ENCODER, tiny_disc_recipe
+from test_latents import DATA, encoded, ref, same
+from toy_latent import ToyCodec, make_toy
+
+from ddo_cli.data.images import open_images
+from ddo_cli.data.samples import open_samples
+from ddo_cli.engines import analyze, edit, guide_sample, sample, train_classifier, train_disc
+from ddo_cli.errors import UsageError
+from ddo_cli.models import registry
+from ddo_cli.recipe import load
+
+
+def test_a_discriminator_of_latents_guides(tmp_path):
+    ckpt = make_toy(tmp_path / "m.safetensors", std=0.25)
+    source = encoded(ckpt, tmp_path / "set", num=96)
+    overrides = [f"metric.ref={ref(tmp_path)}", "discriminator.conditional=false"]
+    images = train_disc.run(tiny_disc_recipe(ckpt, *overrides), tmp_path / "images", device=CPU)
+    options = [*overrides, f"data.source={source}", "data.num=null"]
+    latents = train_disc.run(tiny_disc_recipe(ckpt, *options), tmp_path / "latents", device=CPU)
+    same(images["final"], latents["final"])
+    assert images["heldout_bce"] == latents["heldout_bce"]
+    fake = open_samples(tmp_path / "latents" / "samples").items
+    assert fake.shape == (64, 12, 16, 16)
+
+    plain = sample.run(ckpt, range(8), tmp_path / "plain", form="shards", device=CPU)
+    guided = guide_sample.run(latents["final"], ckpt, range(8), tmp_path / "guided", form="shards", device=CPU)
+    assert guided["disc_nfe"] > 0
+    first, second = (open_samples(Path(found["out"])).items for found in (plain, guided))
+    assert first.dtype == second.dtype == np.uint8
+    assert (first != second).any()
+
+    found = analyze.run(latents["final"], ckpt, tmp_path / "analysis", what="gain,trajectory", device=CPU)
+    assert np.isfinite(found["gain"]["gain"])
+    with pytest.raises(UsageError, match="regeneration does not apply here: it compares images"):
+        analyze.run(latents["final"], ckpt, tmp_path / "analysis", what="regeneration", device=CPU)
+
+
+def test_a_given_set_of_images_is_encoded(tmp_path):
+    ckpt = make_toy(tmp_path / "m.safetensors")
+    sample.run(ckpt, range(64), tmp_path / "fake", device=CPU)
+    ToyCodec.largest = 0
+    recipe = tiny_disc_recipe(
+        ckpt, "data.num=600", "discriminator.conditional=false", "discriminator.held_out=16",
+        f"discriminator.fake={tmp_path / 'fake'}",
+    )  # fmt: skip
+    found = train_disc.run(recipe, tmp_path / "run", device=CPU)
+    assert np.isfinite(found["heldout_bce"])
+    assert 0 < ToyCodec.largest <= 16  # rows of a step or held out
+
+
+def test_held_out_items_are_encoded_in_batches(tmp_path):
+    from ddo_cli.engines.model_space import BATCH
+    from ddo_cli.engines.model_space import encoded as in_model_space
+
+    model = registry.load_model(make_toy(tmp_path / "m.safetensors", std=0.5), CPU).model
+    items = open_images(DATA, 300).items
+    ToyCodec.largest = 0
+    rows = np.arange(299, -1, -1)
+    found = in_model_space(model, items, rows, "real", 0, device=CPU)
+    assert ToyCodec.largest == BATCH
+    mean = model.encode(torch.from_numpy(items[rows]))
+    eps = (found - mean) / 0.5  # standard normal: 921,600 numbers, so 4 standard errors are 0.0042 and 0.0029
+    assert abs(float(eps.mean())) < 0.0042
+    assert abs(float(eps.std()) - 1) < 0.003
+    assert torch.equal(found, in_model_space(model, items, rows, "real", 0, device=CPU))
+    assert not torch.equal(found, in_model_space(model, items, rows, "fake", 0, device=CPU))
+
+
+def test_a_classifier_of_latents(tmp_path):
+    ckpt = make_toy(tmp_path / "m.safetensors", std=0.25)
+    source = encoded(ckpt, tmp_path / "set", num=96)
+    results = []
+    for name, options in (("images", [f"data.source={DATA}", "data.num=96"]), ("latents", [f"data.source={source}"])):
+        settings = f"classifier={{options: {json.dumps(TINY_ENCODER)}, held_out: 16, images: 32, batch: 8}}"
+        recipe = load("quickstart", [settings, *options], {"model.ckpt": ckpt})
+        results.append(train_classifier.run(recipe, tmp_path / name, device=CPU))
+    same(results[0]["final"], results[1]["final"])
+    assert results[0]["heldout_accuracy"] == results[1]["heldout_accuracy"]
+
+
+def test_edit_starts_from_the_mean_latent(tmp_path):
+    """One step from a level of almost nothing returns the source: with a drawn latent it would be off by std."""
+    ckpt = make_toy(tmp_path / "m.safetensors", std=0.5)
+    sample.run(ckpt, range(4), tmp_path / "source", device=CPU)
+    found = edit.run(
+        str(tmp_path / "source"), tmp_path / "edit", [0.0021], ckpt=ckpt, num=4, label=0, ref=ref(tmp_path), device=CPU
+    )
+    assert found["levels"][0]["psnr"] > 45
