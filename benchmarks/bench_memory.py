@@ -4,7 +4,7 @@
     python benchmarks/bench_memory.py NAME       that case
 
 Measured is the growth of the largest resident set since a step of a tiny model, which imports what steps import (the
-optimizer brings torch's compiler stack, 150 MB and more). What the estimate leaves out: workspaces of convolutions; what
+optimizer brings torch's compiler stack, 150 MB and more). The estimate leaves out workspaces of convolutions, and what
 the heap adds is a guess. Speeds mean something on an idle machine only.
 """
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,8 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
+# How long a process waits for others: checkpoints, pictures and the reference's statistics are the main process's alone.
+_PATIENCE = timedelta(hours=2)
 
 
 def rank() -> int:
@@ -42,7 +45,7 @@ def init(device: str | None = None) -> torch.device:
         torch.cuda.set_device(device)
     if world_size() > 1 and not torch_dist.is_initialized():
         with _stdout_to_stderr():
-            torch_dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+            torch_dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=_PATIENCE)
     return torch.device(device)
 
 

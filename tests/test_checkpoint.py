@@ -65,7 +65,9 @@ def test_model_round_trip(tmp_path):
     path = make_checkpoint(tmp_path / "m.safetensors")
     model, file = registry.load_model(path, CPU)
     assert not model.training
-    assert all(torch.equal(file.tensors[name], tensor) for name, tensor in model.state_dict().items())
+    assert not file.tensors  # they are the model's now, and not held twice
+    stored = checkpoint.load(path).tensors
+    assert all(torch.equal(stored[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_tensors_that_do_not_fit_the_header(tmp_path):

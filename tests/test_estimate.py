@@ -93,4 +93,6 @@ def test_frozen_weights_have_no_average():
     found = estimate.estimate(config, settings, SamplingRecipe(batch=2), [item, item], WORK, device=CPU)
     held = found["bytes"]
     assert held["averages"] == held["gradients"] < held["weights"]
+    lasting = ("program", "weights", "moments", "averages", "reference", "evaluation_copy")
+    assert held["peak"] == sum(held[key] for key in (*lasting, "step", "heap"))
     assert found["disk_bytes"]["train_state"] == pytest.approx(held["weights"] + 3 * held["gradients"], rel=0.01)

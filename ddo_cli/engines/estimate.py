@@ -32,7 +32,7 @@ GIB, HOUR = 2**30, 3600
 PROGRAM = {"cpu": int(0.65 * GIB), "cuda": 0}
 # Share of a step's memory that glibc's heap takes beside it: it fills the holes between what lasts badly. Measured on
 # steps with a batch of 2: 0.4 for EDM2-S, 0.6 for VAR-d16. MALLOC_MMAP_THRESHOLD_=1048576 avoids it, for more system
-# calls (EDM2-S: 1.3 GiB became 0.1).
+# calls (EDM2-S: 1.2 GiB became 0.1).
 HOLES = {"cpu": 0.5, "cuda": 0.0}
 
 

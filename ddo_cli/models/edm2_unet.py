@@ -178,8 +178,9 @@ class Block(nn.Module):
         """Cosine attention, (B, 3 width, H, W) -> (B, width, H, W): q, k and v of each pixel have unit magnitude."""
         b, c, h, w = qkv.shape
         heads = c // (3 * self.head_width)
-        parts = normalize(qkv.view(b, heads, self.head_width, 3, h * w), 2)  # a head's channels, in each q, k and v
-        q, k, v = parts.transpose(2, 4).unbind(3)  # (B, heads, H W, head_width) each
+        # (3, B, heads, H W, head_width), channels innermost: the fused kernels take no other layout.
+        parts = qkv.view(b, heads, self.head_width, 3, h * w).permute(3, 0, 1, 4, 2).contiguous()
+        q, k, v = normalize(parts, 4).unbind(0)  # over a head's channels
         out = F.scaled_dot_product_attention(q, k, v)  # divides by sqrt(head_width)
         return out.transpose(2, 3).reshape(b, c // 3, h, w)
 
