@@ -14,7 +14,7 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
-# How long a process waits for others: checkpoints, pictures and the reference's statistics are the main process's alone.
+# How long processes wait for one another: checkpoints, pictures and statistics are the main process's alone.
 _PATIENCE = timedelta(hours=2)
 
 

@@ -45,14 +45,6 @@ def _own_cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture
-def no_estimate(monkeypatch):
-    """Leaves out the estimate of memory and time that a run starts with: for short runs it is half of the time."""
-    from ddo_cli.engines import estimate
-
-    monkeypatch.setattr(estimate, "estimate", lambda *_, **__: {"not_estimated": "left out of this test"})
-
-
 @pytest.fixture(autouse=True)
 def _plain_process():
     """Undoes what a command run in this process leaves: JSON output, flushed denormals (hypothesis refuses them)."""

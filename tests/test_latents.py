@@ -28,7 +28,6 @@ from ddo_cli.errors import DataError, RecipeError, UsageError
 from ddo_cli.models import registry
 from ddo_cli.recipe import load
 
-pytestmark = pytest.mark.usefixtures("no_estimate")
 DATA = "embedded:digits32"
 SHORT = ("finetune.rounds=1", "finetune.eval_every=24", "metric.num_images=8", "metric.repeats=1")
 

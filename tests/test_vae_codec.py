@@ -167,7 +167,6 @@ def test_pickled_weights_are_not_read(tmp_path, monkeypatch):
         StabilityCodec().latents(images(1))
 
 
-@pytest.mark.usefixtures("no_estimate")
 def test_edm2_of_latents_learns_from_an_encoded_set(vae, tmp_path):
     """Images and their latents give the same weights, and the autoencoder is in none of the files."""
     options = {**TINY_EDM2, "attn_resolutions": [4], "codec": "sd-vae"}

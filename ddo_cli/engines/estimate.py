@@ -1,4 +1,4 @@
-"""What a training run will take: memory of each process, disk, hours. Printed before it starts.
+"""What a training run will take: memory of each process, disk, hours. Printed by `--dry-run`.
 
 Memory is that of torch's tensors: the weights and what goes with them, counted, and the training step and the
 scoring pass, run on tensors without content (`step_cost`); on a CPU also the program itself. A GPU adds about a
@@ -167,11 +167,6 @@ def described(estimate: dict[str, Any]) -> dict[str, str]:
 
 def _known(estimate: dict[str, Any], part: str) -> str:
     return "timed" if estimate["is_timed"][part] else "assumed"
-
-
-def summary(estimate: dict[str, Any]) -> str:
-    """One line for the start of a run."""
-    return "estimate: " + "; ".join(described(estimate).values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -62,7 +62,6 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             console.info(f"{out} is finished; nothing to do")
             return _result(recipe, run_dir, state, scoring.key)
         if "reference" not in state:
-            console.info(estimate.summary(estimate.of_finetuning(recipe, reference, plans, real, scoring)))
             console.info(f"scoring the reference {recipe.model.ckpt}")
             scoring.picture(reference.model, out / "reference.png")
             repeats = _repeats(scoring, reference.model, out / "reference-scores.json", [])

@@ -46,10 +46,11 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     scoring = Scoring(recipe, real, recipe.sampling, device)
     parameters = sum(p.numel() for p in model.parameters())
     if dry_run:
+        expected = estimate.of_pretraining(recipe, config, real, scoring)
         return {
             "out": str(out), "dry_run": True, "model": config["name"], "parameters": parameters,
             "images": steps * settings.batch, "steps": steps, "batch": settings.batch, "data": real.name,
-            "estimate": estimate.of_pretraining(recipe, config, real, scoring),
+            "estimate": expected,
         }  # fmt: skip
     model.start_training()
     loop.set_precision(settings.precision)
@@ -60,7 +61,6 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             console.info(f"{out} is finished; nothing to do")
             return _result(run_dir, state)
         console.info(f"pretrain {config['name']}: {parameters:,} parameters, {steps} steps of {settings.batch} images")
-        console.info(estimate.summary(estimate.of_pretraining(recipe, config, real, scoring)))
         stream = Shuffled(real.items, real.labels, "pretrain", recipe.seed, hflip=recipe.data.hflip)
 
         def loss(wrapped: nn.Module, rows: loop.Rows) -> loop.Loss:
