@@ -79,8 +79,8 @@ def test_draws_do_not_depend_on_sharing(pair):
 
 
 def test_gradient_of_the_ratio_against_finite_differences(pair):
+    x, label, draw = batch(pair[0], 2)
     model, ref = (m.double() for m in pair)
-    x, label, draw = batch(model, 2)
     x = x.double() if x.is_floating_point() else x
     draw = map_draw(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, draw)
     if isinstance(model, DiffusionModel):
