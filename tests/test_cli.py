@@ -134,8 +134,10 @@ def test_interruption_says_so(ckpt, tmp_path):
     command = [sys.executable, "-m", "ddo_cli", "sample", "--ckpt", ckpt, "--num", "100000", "--json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     started = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment,
+        # A shell's background jobs ignore the signal, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     while not (tmp_path / "samples" / "000000.png").is_file():
         assert started.poll() is None
         time.sleep(0.1)
