@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ddo_cli import console, dist
 from ddo_cli.data.inspection import Inspection
@@ -27,19 +26,10 @@ T = TypeVar("T")
 LOGITS = 1008  # classes of the Inception that scores rest on
 
 
-class Source(Protocol):
+class Source(fid_cache.HasIdentity, Protocol):
     """Images that a pass can take: `data.stream.ImageStream`, or a model that draws them, which has no identity."""
 
     name: str
-    labels: np.ndarray
-    num_classes: int
-    identity: str | None
-
-    @property
-    def num(self) -> int: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
 
     @property
     def num_lossy(self) -> int: ...
@@ -47,10 +37,6 @@ class Source(Protocol):
     def share(self, batch: int) -> np.ndarray: ...
 
     def default_workers(self, device: torch.device, batch: int) -> int: ...
-
-    def batches(
-        self, batch: int, rows: np.ndarray | None = None, workers: int = 0, pin: bool = False
-    ) -> Iterator[tuple[np.ndarray, Tensor]]: ...
 
 
 class Wanted(NamedTuple):
