@@ -118,6 +118,11 @@ def read_with_storages(path: str | Path, known: str = WEIGHTS) -> tuple[Any, lis
         return machine.content(stream), machine.storages
 
 
+def parse_pickle(where: str, raw: bytes, known: str = WEIGHTS) -> Any:
+    """`read_pickle` of bytes that `where` names."""
+    return Machine(where, len(raw), known).content(io.BytesIO(raw))
+
+
 class Machine:
     """One reading of one file of `size` bytes. `path` and `known`, what would do instead, are for messages."""
 
@@ -192,6 +197,7 @@ class Machine:
                 case (
                     "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT"
                     | "SHORT_BINUNICODE" | "BINUNICODE" | "BINUNICODE8"
+                    | "SHORT_BINSTRING" | "BINSTRING"  # Python 2: bytes, read as latin-1
                 ):  # fmt: skip
                     stack.append(arg)
                 case "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8":
@@ -270,6 +276,7 @@ class Machine:
     def _numbers(self, raw: Any, kind: Any, shape: Any, order: Any) -> np.ndarray:
         """A view of `raw`. Sizes are multiplied as whole numbers: numpy's own product of a hostile shape overflows."""
         dtype = _of(kind, _ScalarType).numpy
+        raw = raw.encode("latin-1") if type(raw) is str else raw
         sizes = [_of(size, int) for size in _of(shape, tuple)]
         if len(sizes) > _MOST_DIMENSIONS or min(sizes, default=0) < 0:
             raise ValueError("an array has an impossible shape")

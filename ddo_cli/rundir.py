@@ -11,7 +11,7 @@ import yaml
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from ddo_cli import dist
+from ddo_cli import console, dist
 from ddo_cli.errors import RunError
 from ddo_cli.files import read_json, sweep, write_json, write_text
 from ddo_cli.recipe import differing_keys, to_yaml
@@ -39,10 +39,10 @@ class RunDir:
             write_json(self.state_file, state)
         return dist.from_main(state)
 
-    def claim(self, command: str, recipe: Recipe, **identity: Any) -> None:
+    def claim(self, command: str, recipe: Recipe, **identity: Any) -> dict[str, Any]:
         """Takes a new directory, or continues one with the same command, recipe and identity (e.g. hashes of inputs).
 
-        Raises RunError listing what differs.
+        Returns the state, the same on every process. Raises RunError listing what differs.
         """
         if dist.is_main():
             if self.recipe_file.is_file():
@@ -54,7 +54,14 @@ class RunDir:
                 write_json(self.state_file, {"command": command, **identity})
                 write_text(self.recipe_file, to_yaml(recipe))
             sweep(self.path)
-        dist.barrier()
+        return dist.from_main(self.state())
+
+    def is_finished(self, state: dict[str, Any]) -> bool:
+        """Whether nothing is left to do; says so."""
+        is_finished = bool(state.get("finished")) and dist.from_main(self.final.is_file())
+        if is_finished:
+            console.info(f"{self.path} is finished; nothing to do")
+        return is_finished
 
     def _compare(self, command: str, recipe: Recipe, identity: dict[str, Any]) -> None:
         state = self.state()

@@ -136,21 +136,23 @@ GOOD, LABELS = array(some_rows(1)), labels_of([1, 2, 3])
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
-        (b"", "not a whole batch"),
-        (b"junk", "not a whole batch"),
-        (batch(GOOD, LABELS)[:-1000], "not a whole batch"),
+        (b"", "not a whole pickle"),
+        (b"junk", "not a whole pickle"),
+        (batch(GOOD, LABELS)[:-1000], "not a whole pickle"),
         (batch(GOOD, labels_of([1, 2])), "3 images and 2 labels"),
         (batch(GOOD, labels_of([1, 2, 10])), r"not one of 0\.\.9"),
         (batch(GOOD, b"](\x88\x88\x88e"), r"not one of 0\.\.9"),
         (batch(GOOD, b"K\x03"), "TypeError"),
         (batch(array(some_rows(1)[:, :3071]), LABELS), "not \\(N, 3072\\)"),
         (batch(array(some_rows(1)[:0]), labels_of([])), "not a whole batch"),
-        (batch(array(some_rows(1), shape=(4, 3072)), LABELS), "cannot reshape"),
-        (batch(array(some_rows(1), kind=b"f4"), LABELS), "no array of uint8"),
+        (batch(array(some_rows(1), shape=(4, 3072)), LABELS), "wrong length"),
+        (batch(array(some_rows(1), kind=b"f4"), LABELS), "wrong length"),
+        (batch(array(some_rows(1), kind=b"i1"), LABELS), "no array of uint8"),
         (batch(b"K\x01", LABELS), "not a whole batch"),
         (batch(GOOD, LABELS).replace(b"U\x06labels", b"U\x06coarse"), "KeyError"),
-        (b"\x80\x02T\xff\xff\xff\x7f.", "not a whole batch"),  # a text of 2 GB that is not there
-        (b"\x80\x02}(\x85U\x01au.", "not a whole batch"),
+        (b"\x80\x02T\xff\xff\xff\x7f.", "not a whole pickle"),  # a text of 2 GB that is not there
+        (b"\x80\x02}(\x85U\x01au.", "not a whole pickle"),
+        (b"\x80\x02cnumpy\ndtype\nU\x01x\x85\x81.", "not a whole pickle"),
         (b"\x80\x02}K\x01r\xff\xff\xff\xff.", "not a whole batch"),  # a memo of 4 billion places
     ],
 )
@@ -196,14 +198,13 @@ def test_nothing_of_a_pickle_is_run(tmp_path, write):
 @pytest.mark.parametrize(
     ("raw", "match"),
     [
-        (b"cposix\nsystem\nU\x06touch x\x85R.", r"refused: its pickle names 'posix system'"),
-        (b"\x80\x02cbuiltins\neval\nU\x011\x85R.", r"names 'builtins eval'"),
-        (b"\x80\x02cnumpy\nload\nU\x01x\x85R.", r"names 'numpy load'"),
-        (b"(U\x01xios\nsystem\n.", "uses the operation INST"),
-        (b"\x80\x02\x82\x01.", "uses the operation EXT1"),
-        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "uses the operation"),
-        (b"\x80\x02U\x01xQ.", "uses the operation BINPERSID"),
-        (b"\x80\x02cnumpy\ndtype\nU\x01x\x85\x81.", "uses the operation NEWOBJ"),
+        (b"cposix\nsystem\nU\x06touch x\x85R.", r"refused: it names 'posix\.system'"),
+        (b"\x80\x02cbuiltins\neval\nU\x011\x85R.", r"names 'builtins\.eval'"),
+        (b"\x80\x02cnumpy\nload\nU\x01x\x85R.", r"names 'numpy\.load'"),
+        (b"(U\x01xios\nsystem\n.", "uses the pickle operation INST"),
+        (b"\x80\x02\x82\x01.", "uses the pickle operation EXT1"),
+        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "names 'os.system'"),
+        (b"\x80\x02U\x01xQ.", "uses the pickle operation BINPERSID"),
     ],
 )
 def test_hostile_batches_are_refused(tmp_path, raw, match):

@@ -56,10 +56,8 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     loop.set_precision(recipe.finetune.precision)
     with rundir.locked(out) as run_dir:
         identity = {"reference_sha256": reference.checkpoint.sha256, "data_sha256": digest(real), **scoring.identity}
-        run_dir.claim("finetune-ddo", recipe, **identity)
-        state = dist.from_main(run_dir.state())
-        if state.get("finished") and run_dir.final.is_file():
-            console.info(f"{out} is finished; nothing to do")
+        state = run_dir.claim("finetune-ddo", recipe, **identity)
+        if run_dir.is_finished(state):
             return _result(recipe, run_dir, state, scoring.key)
         if "reference" not in state:
             console.info(f"scoring the reference {recipe.model.ckpt}")

@@ -55,10 +55,8 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     model.start_training()
     loop.set_precision(settings.precision)
     with rundir.locked(out) as run_dir:
-        run_dir.claim("pretrain", recipe, data_sha256=digest(real), **scoring.identity)
-        state = dist.from_main(run_dir.state())
-        if state.get("finished") and run_dir.final.is_file():
-            console.info(f"{out} is finished; nothing to do")
+        state = run_dir.claim("pretrain", recipe, data_sha256=digest(real), **scoring.identity)
+        if run_dir.is_finished(state):
             return _result(run_dir, state)
         console.info(f"pretrain {config['name']}: {parameters:,} parameters, {steps} steps of {settings.batch} images")
         stream = Shuffled(real.items, real.labels, "pretrain", recipe.seed, hflip=recipe.data.hflip)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddo_cli import checkpoint, console, dist, rundir
+from ddo_cli import checkpoint, dist, rundir
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import check_fits, digest
 from ddo_cli.data.pairs import Shuffled, split
@@ -55,10 +55,10 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
         return {"out": str(out), "dry_run": True, "parameters": parameters, "steps": steps, "data": real.name}
     loop.set_precision(settings.precision)
     with rundir.locked(out) as run_dir:
-        run_dir.claim("train-classifier", recipe, data_sha256=digest(real), model_sha256=loaded.checkpoint.sha256)
-        state = dist.from_main(run_dir.state())
-        if state.get("finished") and run_dir.final.is_file():
-            console.info(f"{out} is finished; nothing to do")
+        state = run_dir.claim(
+            "train-classifier", recipe, data_sha256=digest(real), model_sha256=loaded.checkpoint.sha256
+        )
+        if run_dir.is_finished(state):
             return _result(run_dir, state)
         rows = split(len(real.items), settings.held_out, "classifier", recipe.seed)
         law = _law(settings, base)

@@ -79,10 +79,8 @@ def run(
         identity = {"model_sha256": loaded.checkpoint.sha256, "data_sha256": digest(real), "config": config}
         identity |= {"fake_sha256": digest(given)} if given is not None else {}
         identity |= scoring.identity if scoring is not None else {}
-        run_dir.claim("train-disc", recipe, **identity)
-        state = dist.from_main(run_dir.state())
-        if state.get("finished") and run_dir.final.is_file():
-            console.info(f"{out} is finished; nothing to do")
+        state = run_dir.claim("train-disc", recipe, **identity)
+        if run_dir.is_finished(state):
             return _result(run_dir, state)
         fake = given or disc_data.draw(recipe, spec, run_dir, label_use, real, device)
         header = _header(recipe, loaded, config, spec, real, fake)
