@@ -110,7 +110,7 @@ Coefficient = Annotated[float | tuple[float, ...], BeforeValidator(_coefficient)
 
 
 # What a run has once for all its rounds.
-_OF_THE_RUN = ("rounds", "from_round", "precision", "sharding", "fake_as")
+_OF_THE_RUN = ("rounds", "from_round", "precision", "sharding", "fake_as", "keep_candidates")
 
 
 def _numbers(value: Any) -> Any:
@@ -133,6 +133,7 @@ class FinetuneRecipe(TrainRecipe):
     reference_precision: Literal["float32", "bf16"] = "float32"  # of its weights; bf16 moves the log-ratio: measured
     draw: dict[str, Any] = Field(default_factory=dict)  # training randomness in place of the reference's (p_std, ...)
     eval_every: int = Field(3840, ge=1)  # images between candidates of a round
+    keep_candidates: Literal["all", "best"] = "all"  # on disk, once a round is over
     max_denoising_ratio: float = Field(2.0, gt=1)  # stop when the plain loss on real images exceeds this x reference's
     sweep_rungs: int = Field(3, ge=1)  # of a sweep: 3 halve the nodes at 1/4 and 1/2 of a round, 1 keeps them all
     sweep_images: int | None = Field(None, ge=2)  # per score at a rung; None: half of metric.num_images

@@ -122,6 +122,40 @@ def test_resume_equals_uninterrupted(finished, tmp_path, monkeypatch, number, be
     assert not list((tmp_path / "run").rglob("*.part"))
 
 
+@pytest.mark.parametrize("kind", ["edm2"])
+def test_only_the_best_candidates_stay(tmp_path, monkeypatch, kind):
+    ckpt = make_checkpoint(tmp_path / "ref.safetensors", kind)
+    keys = ("finetune.ema_widths=[0.1,0.05]", "finetune.max_denoising_ratio=1e9")
+    everything, out = tmp_path / "all", tmp_path / "best"
+    finetune_ddo.run(tiny_recipe(ckpt, kind, *keys), everything, device=CPU)
+    drop, calls = finetune_ddo._drop_candidates, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 2:  # after the first round's record
+            raise KilledError
+        drop(*args)
+
+    recipe = tiny_recipe(ckpt, kind, *keys, "finetune.keep_candidates=best")
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_ddo, "_drop_candidates", killed)
+        with pytest.raises(KilledError):
+            finetune_ddo.run(recipe, out, device=CPU)
+    assert len(list((out / "round-01" / "checkpoints").iterdir())) == 4
+    result = finetune_ddo.run(recipe, out, device=CPU)
+    for record in result["rounds"]:
+        here = out / f"round-{record['round']:02d}" / "checkpoints"
+        step = record["best_images"] // recipe.finetune.batch
+        names = [f"step-{step:06d}-ema0.050.safetensors", f"step-{step:06d}.safetensors"]
+        assert sorted(path.name for path in here.iterdir()) == names
+        for name in names:
+            ours, theirs = (
+                checkpoint.load(path).tensors for path in (here / name, everything / here.relative_to(out) / name)
+            )
+            assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert finetune_ddo.run(recipe, out, device=CPU) == result
+
+
 def test_finished_run_answers_again_and_changes_nothing(finished):
     kind, ckpt, out, result = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != ".lock"}

@@ -57,17 +57,21 @@ def of_finetuning(
         if is_latent
         else (model.shape, torch.uint8 if len(model.shape) == 3 else torch.float32)
     )
-    nodes = [(plan, node) for plan in plans for node in ddo_sweep.planned(plan.rungs, plan.candidates_at)]
+    of_rounds = [ddo_sweep.planned(plan.rungs, plan.candidates_at) for plan in plans]
+    nodes = [(plan, node) for plan, found in zip(plans, of_rounds, strict=True) for node in found]
+    candidates = [sum(len(node["candidates"]) for node in found) for found in of_rounds]
+    # The best one's stay, and every candidate of the round that runs.
+    kept = sum(candidates) if settings.keep_candidates == "all" else len(rounds) - 1 + max(candidates)
     per_score = (
         0 if scoring.density is not None else recipe.metric.num_images
     )  # densities are of points, which cost little
-    scores = settings.rounds * (scoring.repeats - 1) + scoring.repeats + sum(len(n["candidates"]) for _, n in nodes)
+    scores = settings.rounds * (scoring.repeats - 1) + scoring.repeats + sum(candidates)
     of_rungs = sum(len(node["rungs"]) * plan.images for plan, node in nodes) if per_score else 0
     work = Work(
         steps=sum(node["stopped_at"] for _, node in nodes),
         scored=scores * per_score + of_rungs,
         fake=sum(one.num_fake for one in rounds),
-        stored=sum(len(node["candidates"]) for _, node in nodes) * max(len(settings.ema_widths), 1) + len(rounds) + 1,
+        stored=kept * max(len(settings.ema_widths), 1) + len(rounds) + 1,
     )
     items = [(tuple(real.items.shape[1:]), _type_of(real)), fake]
     config = reference.checkpoint.header["config"]
@@ -78,7 +82,8 @@ def of_pretraining(recipe: Recipe, config: dict[str, Any], real: ItemSet, scorin
     """The estimate of `pretrain`."""
     settings = recipe.pretrain
     per_score = 0 if scoring.density is not None else recipe.metric.num_images
-    stored = 1 if settings.snapshot_every is None else 1 + settings.images // settings.snapshot_every
+    snapshots = 0 if settings.snapshot_every is None else settings.images // settings.snapshot_every
+    stored = 1 + snapshots * max(len(settings.ema_widths), 1)
     work = Work(-(-settings.images // settings.batch), scoring.repeats * per_score, 0, stored)
     items = [(tuple(real.items.shape[1:]), _type_of(real))]
     return estimate(config, settings, recipe.sampling, items, work, device=scoring.device)

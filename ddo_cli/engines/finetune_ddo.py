@@ -33,6 +33,7 @@ from ddo_cli.objectives.ddo import ddo_loss
 from ddo_cli.rng import RowRng
 from ddo_cli.schema import Recipe, SamplingRecipe
 from ddo_cli.training import loop
+from ddo_cli.training.ema import snapshot_name
 
 FIRST_FAKE_SEED = 1_000_000  # beyond the seeds of scores
 
@@ -66,9 +67,11 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             state = run_dir.advance(reference={"repeats": repeats, "score": _mean(repeats, scoring.key)}, rounds=[])
         console.info(f"reference: {scoring.key} {state['reference']['score']:.4g}")
         del reference  # each round loads its own
+        _drop_candidates(recipe, run_dir, state["rounds"])
         for number in range(len(state["rounds"]) + 1, recipe.finetune.rounds + 1):
             this_round = _Round(number, recipe, run_dir, real, spec, scoring, plans[number - 1], device)
             state = run_dir.advance(rounds=[*state["rounds"], this_round.run(state)])
+            _drop_candidates(recipe, run_dir, state["rounds"])
         if dist.is_main():
             _copy(_reference_file(recipe, run_dir, len(state["rounds"])), run_dir.final)
             finetune_report.write(run_dir, recipe, state, scoring.key)
@@ -93,7 +96,7 @@ class _Round:
         self.whole, self.recipe = recipe, recipe.of_round(number)
         self.number, self.run_dir, self.real = number, run_dir, real
         self.spec, self.scoring, self.plan, self.device = spec, scoring, plan, device
-        self.path = run_dir.path / f"round-{number:02d}"
+        self.path = _round_path(run_dir, number)
         self.title = f"round {number}/{recipe.finetune.rounds}"
 
     def run(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -270,7 +273,27 @@ def _plans(recipe: Recipe, reference: registry.Loaded, scoring: Scoring) -> list
 
 def _reference_file(recipe: Recipe, run_dir: rundir.RunDir, rounds_done: int) -> str | Path:
     """The weights that the next round starts from."""
-    return run_dir.path / f"round-{rounds_done:02d}" / "best.safetensors" if rounds_done else recipe.model.ckpt
+    return _round_path(run_dir, rounds_done) / "best.safetensors" if rounds_done else recipe.model.ckpt
+
+
+def _round_path(run_dir: rundir.RunDir, number: int) -> Path:
+    return run_dir.path / f"round-{number:02d}"
+
+
+def _drop_candidates(recipe: Recipe, run_dir: rundir.RunDir, rounds: list[dict[str, Any]]) -> None:
+    """Of finished rounds, and only there: a killed run may promote again. All averages of the best step stay."""
+    if recipe.finetune.keep_candidates == "all" or not dist.is_main():
+        return
+    for record in rounds:
+        path, settings = _round_path(run_dir, record["round"]), recipe.finetune.of_round(record["round"])
+        best = path
+        if "nodes" in record:
+            best = path / "nodes" / ddo_sweep.Setting(record["alpha"], record["beta"]).directory
+        step = record["best_images"] // settings.batch
+        kept = {best / "checkpoints" / snapshot_name(step, width) for width in (None, *settings.ema_widths[1:])}
+        for file in path.rglob("checkpoints/step-*.safetensors"):
+            if file not in kept:
+                file.unlink()
 
 
 def _copy(source: str | Path, target: Path) -> None:
