@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 import time
+import traceback
 from typing import Annotated, Any
 
 import typer
@@ -61,7 +62,21 @@ app.command()(measuring.recipes)
 
 
 def main() -> None:
-    """Runs a command; a user's mistake is one message on stderr and exit code 2, never a traceback."""
+    """Runs a command; a user's mistake is one message on stderr and exit code 2, never a traceback.
+
+    Our own mistakes are tracebacks. Of several processes one that has made it ends at once, like one that met the
+    user's: on its way out of the interpreter, NCCL would wait for the others, who wait for it.
+    """
+    try:
+        _run()
+    except Exception:
+        if not _is_one_of_several():
+            raise
+        traceback.print_exc()
+        _exit(1)
+
+
+def _run() -> None:
     # Options are parsed after this; an error before --json is read must still answer in JSON.
     console.use_json("--json" in sys.argv)
     try:
@@ -108,4 +123,8 @@ def _exit(code: int) -> None:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else sys.exit(code)
+    os._exit(code) if _is_one_of_several() else sys.exit(code)
+
+
+def _is_one_of_several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1  # `dist` would load torch

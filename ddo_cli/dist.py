@@ -44,8 +44,11 @@ def init(device: str | None = None) -> torch.device:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
     if world_size() > 1 and not torch_dist.is_initialized():
+        # NCCL takes the GPU's number from it. Without, it guesses that of the rank, wrongly on a second machine, and
+        # connects in the first collective call, where a process that has failed shows as a hang.
+        options: dict[str, Any] = {"device_id": torch.device(device)} if device.startswith("cuda") else {}
         with _stdout_to_stderr():
-            torch_dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=_PATIENCE)
+            torch_dist.init_process_group("nccl" if options else "gloo", timeout=_PATIENCE, **options)
     return torch.device(device)
 
 

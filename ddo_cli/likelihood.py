@@ -23,7 +23,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from ddo_cli.arithmetic import arithmetic
+from ddo_cli.arithmetic import Precision, arithmetic
 from ddo_cli.diffusion.guidance import Guide
 from ddo_cli.errors import UsageError
 from ddo_cli.rng import RowRng
@@ -124,7 +124,10 @@ class LikelihoodModel(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, x: Tensor) -> Tensor:
-        """x in model space -> items as they lie on disk; the inverse of `encode` on its image."""
+        """x in model space -> items as they lie on disk; the inverse of `encode` on its image.
+
+        TF32 where the caller's `arithmetic` is that; see `decoding_precision`.
+        """
 
     @abstractmethod
     def draw(self, num_rows: int, rng: RowRng) -> Any:
@@ -241,6 +244,15 @@ def check_labels(spec: SamplingRecipe, num_classes: int, num_seeds: int, classes
         )
 
 
+def decoding_precision(spec: SamplingRecipe) -> Precision:
+    """The arithmetic that `generate` decodes in: TensorFloat-32 wherever sampling is not in exact float32.
+
+    An image has 8 bits, and published figures were decoded so: EDM2's autoencoder with the convolutions in TF32 that
+    torch has by default, VAR's in half precision.
+    """
+    return "float32" if spec.precision in (None, "float32") else "tf32"
+
+
 def num_batches(num_seeds: int, batch: int) -> int:
     """Batches that `generate` cuts a set into."""
     return -(-num_seeds // batch)
@@ -269,6 +281,9 @@ def generate(
     only: numbers of the batches to make (for several processes, or to continue); all by default.
     as_given: the set's seeds in the order that labels by position count; None: that of `seeds`.
     as_latents: leaves them in model space.
+
+    Samples are drawn in the arithmetic of spec.precision, and decoded in TF32 (`decoding_precision`) where that is
+    tf32, bf16 or fp16, in exact float32 otherwise. On a CPU images are decoded in float32.
     """
     model.check_guides(spec, guides)
     ordered = sorted(seeds)
@@ -286,5 +301,6 @@ def generate(
             label = labels_of(numbers, model.num_classes, classes)
         with arithmetic(spec.precision or "float32", device):
             sampled = model.sample(label.to(device), RowRng(padded), spec, guides)
-        items = (sampled.x if as_latents else model.decode(sampled.x)).cpu()[: len(own)]
+        with arithmetic(decoding_precision(spec), device):
+            items = (sampled.x if as_latents else model.decode(sampled.x)).cpu()[: len(own)]
         yield Batch(number, items, label[: len(own)], torch.tensor(own), sampled.nfe, sampled.disc_nfe)

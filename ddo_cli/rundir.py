@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from ddo_cli import console, dist
-from ddo_cli.errors import RunError
+from ddo_cli.errors import DdoError, RunError
 from ddo_cli.files import read_json, sweep, write_json, write_text
 from ddo_cli.recipe import differing_keys, to_yaml
 from ddo_cli.schema import Recipe
@@ -98,6 +98,7 @@ def locked(path: Path) -> Iterator[RunDir]:
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file; choose another --out")
     path.mkdir(parents=True, exist_ok=True)
+    is_foreign = not (path / ".lock").exists() and any(path.iterdir())
     lock = FileLock(path / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -106,5 +107,9 @@ def locked(path: Path) -> Iterator[RunDir]:
     try:
         dist.barrier()
         yield run
+    except DdoError:
+        if is_foreign:  # refused: nothing of ours stays in it
+            (path / ".lock").unlink(missing_ok=True)
+        raise
     finally:
         lock.release()

@@ -30,7 +30,7 @@ def shard(module: nn.Module, units: Sequence[nn.Module], methods: Sequence[str] 
 
     methods: of `module` beside `forward` that compute with its weights.
     Frozen weights (a tokenizer) and scalars stay whole on every process: the first are called on their own, the second
-    have no rows. `reduce_whole` averages the gradients of scalars.
+    have no rows. `clip_grad_norm` averages the gradients of scalars.
     """
     if dist.world_size() == 1:
         return
@@ -53,9 +53,9 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
-def synchronise(module: nn.Module, last: bool) -> None:
-    """Whether the coming backward pass averages gradients over processes: once per step, in its last one."""
-    module.set_requires_gradient_sync(last)  # type: ignore[operator]
+def own_rows(tensor: Tensor) -> Tensor:
+    """This process's rows of a tensor that is spread, in place of which it can be changed; others as they are."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ def clip_grad_norm(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not any(isinstance(gradient, DTensor) for gradient in gradients):
         return nn.utils.clip_grad_norm_(parameters, most)
-    own = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
+    own = [own_rows(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
     whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
     for gradient in whole:
         dist.all_reduce_sum(gradient).div_(dist.world_size())
@@ -119,11 +119,6 @@ def save(
             if older != target:
                 shutil.rmtree(older, ignore_errors=True)
     dist.barrier()
-
-
-def read_rest(place: Path) -> checkpoint.Checkpoint:
-    """Small tensors and header of a state. Raises CheckpointError."""
-    return checkpoint.load(place / REST, kind="train-state")
 
 
 def load(place: Path, tensors: dict[str, Tensor]) -> None:

@@ -6,10 +6,15 @@ import toy_latent
 import var_models
 from conftest import CPU
 
-from ddo_cli.engines import estimate, step_cost
+from ddo_cli import dist
+from ddo_cli.arithmetic import arithmetic
+from ddo_cli.diffusion.denoiser import DiffusionModel
+from ddo_cli.engines import estimate, sample_cost, step_cost
 from ddo_cli.models import registry
+from ddo_cli.rng import RowRng
 from ddo_cli.schema import SamplingRecipe
 from ddo_cli.schema_training import FinetuneRecipe, PretrainRecipe
+from ddo_cli.training import memory
 
 WORK = estimate.Work(steps=10, scored=100, fake=50, stored=3)
 IMAGE = ((3, 16, 16), torch.uint8)
@@ -96,3 +101,97 @@ def test_frozen_weights_have_no_average():
     lasting = ("program", "weights", "moments", "averages", "reference", "evaluation_copy")
     assert held["peak"] == sum(held[key] for key in (*lasting, "step", "heap"))
     assert found["disk_bytes"]["train_state"] == pytest.approx(held["weights"] + 3 * held["gradients"], rel=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+VAR = {"depth": 3, "width": 32, "heads": 2, "vqvae": var_models.SMALL_VAE}  # 30 tokens
+EDM2 = {"width": 16, "channel_mult": [1, 2], "num_blocks": 1}
+CASES = {
+    "var": ("var", (3, 64, 64), VAR, {}),
+    "guided": ("var", (3, 64, 64), VAR, {"cfg_scale": 2.0}),
+    "smooth": ("var", (3, 64, 64), VAR, {"smooth": True}),
+    "bf16": ("var", (3, 64, 64), VAR, {"precision": "bf16"}),
+    "pixels": ("pixel-transformer", (1, 4, 4), {"width": 16, "depth": 3, "heads": 2}, {}),
+    "heun": ("edm2-unet", (3, 16, 16), EDM2, {"sampler": "heun", "steps": 4}),
+    "churned": ("edm2-unet", (3, 16, 16), EDM2, {"sampler": "heun", "steps": 4, "s_churn": 1.0, "cfg_scale": 2.0}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_batch_of_samples_takes_what_it_takes_when_it_is_drawn(case):
+    """Counted on real tensors, with all steps, and every block run."""
+    name, shape, options, values = CASES[case]
+    config = registry.config_of(name, shape, 4, options, {})
+    spec = SamplingRecipe(batch=2, **values)
+    model, label = registry.build(config).eval(), torch.zeros(2, dtype=torch.int64)
+    with torch.no_grad(), arithmetic(spec.precision or "float32", CPU):
+        drawn = memory.cost(lambda: model.sample(label, RowRng(range(2)), spec), model).peak
+    with torch.device("meta"):
+        model = registry.build(config)
+    with memory.imagined():
+        memory.without_content(model, CPU)
+        found = sample_cost.of(model, spec, CPU)
+    assert found.traced == sample_cost.WHOLE
+    assert found.peak == pytest.approx(drawn, rel=0.02)
+
+
+def test_a_score_has_the_keys_and_values_of_all_tokens(monkeypatch):
+    config = registry.config_of("var", (3, 64, 64), 4, VAR, {})
+    item, settings = ((3, 64, 64), torch.uint8), FinetuneRecipe(batch=2)
+
+    def score(**values):
+        spec = SamplingRecipe(batch=64, **values)
+        held = estimate.estimate(config, settings, spec, [item, item], WORK, device=CPU)["bytes"]
+        assert held["score_of"] == sample_cost.WHOLE
+        return held["score"]
+
+    # Without the decoder, whose images would take the most.
+    monkeypatch.setattr(registry.find("var").build(  # the class
+        (3, 64, 64), 4, registry.find("var").options.model_validate(VAR), registry.find("var").draw_options()
+    ).__class__, "decode", lambda self, x: x)
+    monkeypatch.setattr(step_cost, "LONGEST", 0.0)
+    caches = 64 * 3 * 2 * 30 * 32 * 4  # rows, blocks, keys and values, tokens, width, bytes
+    plain, guided = score(), score(cfg_scale=2.0)
+    assert guided > plain + caches
+
+
+def test_what_cannot_be_followed_is_said(monkeypatch):
+    whole = of(LATENT)
+    assert whole["bytes"]["score_of"] == sample_cost.WHOLE
+    assert "a score's" not in estimate.described(whole)["memory"]
+    monkeypatch.setattr(sample_cost, "LONGEST", 10)
+    part = of(LATENT)
+    assert part["bytes"]["score_of"] == "the first 10 operations of a sample"
+
+    def fail(*given):
+        raise ValueError("its tensors are empty")
+
+    monkeypatch.setattr(DiffusionModel, "sample", fail)
+    monkeypatch.setattr(DiffusionModel, "passes", lambda self, spec: 8)
+    without = of(LATENT)
+    assert without["bytes"]["score_of"] == "one pass (ValueError: its tensors are empty)"
+    assert 0 < without["bytes"]["score"] <= whole["bytes"]["score"]
+    assert "; a score's is that of one pass (ValueError" in estimate.described(without)["memory"]
+
+
+def test_what_is_whole_where_weights_are_sharded(monkeypatch):
+    """Averages on their way to be scored; and the candidate beside two other models, when training is over."""
+    monkeypatch.setattr(dist, "world_size", lambda: 64)
+    monkeypatch.setattr(step_cost, "LONGEST", 0.0)
+    config = registry.config_of("pixel-transformer", (1, 4, 4), 10, {"width": 64, "depth": 12, "heads": 2}, {})
+    item = ((1, 4, 4), torch.uint8)
+
+    def held(settings):
+        return estimate.estimate(config, settings, SamplingRecipe(batch=1), [item, item], WORK, device=CPU)["bytes"]
+
+    sharded = held(FinetuneRecipe(batch=64, sharding="fsdp"))
+    assert sharded["gathered"] == pytest.approx(64 * sharded["gradients"], rel=0.001)
+    assert sharded["candidate"] == sharded["evaluation_copy"] == sharded["gathered"] + sharded["candidate"] - sharded["gathered"]
+    assert sharded["peak_in"] == "a promotion"
+    whole = 2 * sharded["candidate"] + sharded["program"] + sharded["reference"]
+    assert sharded["peak"] == whole + sharded["score"]
+    assert "candidate" in estimate.MOMENTS_OF_A_RUN["a promotion"]
+    assert held(FinetuneRecipe(batch=64))["gathered"] == 0
+    assert held(PretrainRecipe(batch=64, sharding="fsdp"))["candidate"] == 0

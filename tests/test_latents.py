@@ -215,10 +215,11 @@ def test_finetuning_on_latents_equals_finetuning_on_their_images(tmp_path):
     assert fake.items.shape == (16, 12, 16, 16)
     assert fake.manifest["latents"] is True
     other = finetuned(tmp_path, "decoded", ckpt, "finetune.fake_as=images")
-    decoded = open_samples(other / "round-01" / "samples").items
-    assert decoded.dtype == np.uint8
+    again = open_samples(other / "round-01" / "samples")  # decoded, and encoded as `ddo encode` does
+    assert again.manifest["encoded"] is True
     model = registry.load_model(ckpt, CPU).model
-    np.testing.assert_array_equal(model.decode(torch.from_numpy(fake.items)).numpy(), decoded)
+    expected = model.latents(model.decode(torch.from_numpy(fake.items)))
+    np.testing.assert_array_equal(again.items, expected.numpy())
     found, expected = weights(other / last), weights(images / last)
     assert any(not torch.equal(found[name], expected[name]) for name in found)  # images were rounded to 8 bits
 
@@ -271,7 +272,20 @@ def test_var_on_tokens(tmp_path, fake_as):
         runs.append(tmp_path / name / last)
     same(*runs)
     fake = open_samples(tmp_path / "tokens" / "round-01" / "samples").items
-    assert (fake.dtype, fake.shape[1:]) == ((np.uint8, (3, 32, 32)) if fake_as == "images" else (np.int32, (85,)))
+    assert (fake.dtype, fake.shape[1:]) == (np.int16 if fake_as == "images" else np.int32, (85,))
+    sample.run(
+        ckpt,
+        range(1_000_000, 1_000_016),
+        tmp_path / "x",
+        form="shards",
+        sampling={"batch": 8},
+        keep="latents",
+        device=CPU,
+    )
+    x, model = torch.from_numpy(open_samples(tmp_path / "x").items), registry.load_model(ckpt, CPU).model
+    again = model.latents(model.decode(x.to(torch.int64)))
+    assert not torch.equal(again.to(torch.int32), x)
+    np.testing.assert_array_equal(fake, (again if fake_as == "images" else x).numpy())
 
 
 def test_pretraining_on_latents_equals_pretraining_on_their_images(tmp_path):
@@ -317,7 +331,7 @@ def test_fake_as_latents_needs_a_model_of_latents(tmp_path):
 def test_a_set_of_samples_is_of_images_unless_asked(tmp_path):
     ckpt = make_toy(tmp_path / "m.safetensors")
     sample.run(ckpt, range(4), tmp_path / "images", form="shards", device=CPU)
-    sample.run(ckpt, range(4), tmp_path / "latents", form="shards", keep=None, device=CPU)
+    sample.run(ckpt, range(4), tmp_path / "latents", form="shards", keep="latents", device=CPU)
     images, latents = (open_samples(tmp_path / name) for name in ("images", "latents"))
     assert images.items.dtype == np.uint8
     assert "latents" not in images.manifest

@@ -1,5 +1,9 @@
 """Recomputed blocks, imagined computations, and the estimates made of them."""
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import CPU, KINDS, make_checkpoint, tiny_recipe
@@ -28,17 +32,20 @@ def gradients(model) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_recomputed_gradients_are_the_same_bits(kind, tmp_path):
+def test_recomputed_gradients_are_the_same_bits(kind, tmp_path, monkeypatch):
     model = registry.load_model(make_checkpoint(tmp_path / "x.safetensors", kind), CPU).model
     before, names = gradients(model), list(model.state_dict())
-    calls = 0
+    calls, first = 0, model.units()[0]
+    forward = type(first).forward
 
-    def count(*_):
+    def counted(self, *args, **kwargs):
         nonlocal calls
-        calls += 1
+        calls += self is first
+        return forward(self, *args, **kwargs)
 
-    model.units()[0].forward = _counted(model.units()[0].forward, count)
-    recompute_units(model)
+    monkeypatch.setattr(type(first), "forward", counted)
+    for _ in range(2):  # the second time changes nothing
+        recompute_units(model)
     after = gradients(model)
     assert calls == 2  # once more in the backward pass
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -50,12 +57,31 @@ def test_recomputed_gradients_are_the_same_bits(kind, tmp_path):
     assert calls == 3
 
 
-def _counted(forward, count):
-    def counted(*args, **kwargs):
-        count()
-        return forward(*args, **kwargs)
+@pytest.fixture
+def no_collector():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
-    return counted
+
+def test_a_recomputed_model_goes_when_nobody_has_it(tmp_path, no_collector):
+    """By its references alone, and not when the collector comes by."""
+    model = registry.load_model(make_checkpoint(tmp_path / "x.safetensors", "edm2"), CPU).model
+    recompute_units(model)
+    gradients(model)
+    unit = weakref.ref(model.units()[0])
+    del model
+    assert unit() is None
+
+
+def test_a_copy_of_a_recomputed_model_computes_with_its_own_weights(tmp_path):
+    model = registry.load_model(make_checkpoint(tmp_path / "x.safetensors"), CPU).model
+    recompute_units(model)
+    before, copied = gradients(model), copy.deepcopy(model)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    assert all(torch.equal(a, b) for a, b in zip(before, gradients(copied), strict=True))
 
 
 @pytest.mark.parametrize(

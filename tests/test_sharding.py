@@ -129,7 +129,7 @@ def test_a_state_reads_back_and_replaces_the_one_before(tmp_path):
     found = state(0.0)
     sharding.load(sharding.newest(place), found)
     torch.testing.assert_close(found, state(10.0), rtol=0, atol=0)
-    assert sharding.read_rest(sharding.newest(place)).header["step"] == 10
+    assert checkpoint.load(sharding.newest(place) / sharding.REST, kind="train-state").header["step"] == 10
 
 
 @pytest.mark.parametrize("where", ["shards", "rest", "rename"])

@@ -12,6 +12,7 @@ from ddo_cli.errors import CheckpointError, DataError, RecipeError, UsageError
 from ddo_cli.likelihood import labels_of, repeat_draw
 from ddo_cli.models import registry, var_blocks
 from ddo_cli.models.tokens import sampled_log_prob
+from ddo_cli.models.var_blocks import Cache
 from ddo_cli.rng import RowRng
 from ddo_cli.schema import SamplingRecipe
 
@@ -279,6 +280,24 @@ def test_half_precision_changes_the_network_passes_only(models):
     assert 1e-4 < (half - plain).abs().max() < 0.3
     assert (log_ratio == 0).all()
     assert torch.equal(images, model.decode(sampled.x))
+
+
+@torch.no_grad()
+def test_keys_and_values_are_kept_in_the_type_of_attention(models, monkeypatch):
+    """Which rounds them when they come in, once, to what it would make of them at every scale."""
+    model, logits = models[False], []
+    forward, caches = model.head.forward, model._caches
+    monkeypatch.setattr(model.head, "forward", lambda h, c: logits.append(forward(h, c)) or logits[-1])
+    assert model._caches(2)[0].key.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {tensor.dtype for cache in model._caches(2) for tensor in cache} == {torch.bfloat16}
+        model.sample(LABEL, RowRng(range(2)), SPECS["guided"])
+        own, wide = list(logits), [Cache(*(t.to(torch.float32) for t in cache)) for cache in caches(4)]
+        monkeypatch.setattr(model, "_caches", lambda rows: wide)
+        logits.clear()
+        model.sample(LABEL, RowRng(range(2)), SPECS["guided"])
+    assert len(own) == len(logits) == 4
+    assert all(torch.equal(a, b) for a, b in zip(own, logits, strict=True))
 
 
 @torch.no_grad()

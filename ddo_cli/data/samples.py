@@ -1,7 +1,8 @@
 """The on-disk sample set: generated items, labels and seeds, written batch by batch so that a set can be continued.
 
 `shards`: shard-000000.safetensors, ... with tensors `items`, `labels`, `seeds`, one file per batch; items are
-          images or points, or where manifest.json says `latents`, x itself: float32 latents or int32 tokens.
+          images or points, or where manifest.json says `latents`, x itself: float32 latents or int32 tokens, and
+          where it says `encoded`, what the model's encoder makes of the image.
 `png`:    <seed:06d>.png, and labels in manifest.json.
 `npz`:    samples.npz with `arr_0` (N, H, W, C) as ADM's tools read it, `labels` and `seeds`.
 
@@ -153,15 +154,24 @@ def open_samples(path: Path) -> SampleSet:
     manifest = read_json(path / MANIFEST)
     if not manifest.get("complete"):
         raise DataError(f"{path} is an unfinished sample set; run the command that made it again, it continues")
-    files = sorted(path.glob("shard-*.safetensors"))
+    num: int = manifest["num"]
+    columns: dict[str, np.ndarray] = {}
     try:
-        shards: list[dict[str, Tensor]] = [load_file(file) for file in files]
-        columns = [torch.cat([shard[key] for shard in shards]).numpy() for key in ("items", "labels", "seeds")]
-    except (SafetensorError, KeyError, RuntimeError, OSError) as error:
+        first = 0
+        # By name: a directory on a network may be listed late. Into place, since a set may fill half of the memory.
+        for number in range(num_batches(num, manifest["batch"])):
+            shard = load_file(path / f"shard-{number:06d}.safetensors")
+            for key in ("items", "labels", "seeds"):
+                values = shard[key].numpy()
+                columns.setdefault(key, np.empty((num, *values.shape[1:]), values.dtype))[
+                    first : first + len(values)
+                ] = values
+            first += len(shard["seeds"])
+        if first != num:
+            raise ValueError(f"{first} items where the manifest says {num}")
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise DataError(f"{path} holds a damaged shard ({error}); remove the directory and sample again") from None
-    if len(columns[0]) != manifest["num"]:
-        raise DataError(f"{path} holds {len(columns[0])} items where its manifest says {manifest['num']}; sample again")
-    return SampleSet(columns[0], columns[1], columns[2], manifest)
+    return SampleSet(columns["items"], columns["labels"], columns["seeds"], manifest)
 
 
 def manifest_of(path: Path) -> dict[str, Any]:

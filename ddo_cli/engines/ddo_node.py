@@ -67,7 +67,7 @@ class Node:
             if step <= trained and str(step) not in self.candidates:  # kept unscored on the way to the last rung
                 self._score(step, checkpoint.load(self.candidate_file(step), kind="model").tensors)
         if str(self.steps) not in self.candidates:
-            self._train(self.steps, self._keep_and_score)
+            self._train(self.steps, self._keep_and_score, wants_averages=False)
 
     def climb(self, step: int, images: int) -> None:
         """Trains to a rung and scores the averaged weights there; candidates on the way are kept, not scored."""
@@ -113,8 +113,10 @@ class Node:
             **({"reason": self.diverged["reason"]} if self.diverged else {}),
         }
 
-    def _train(self, until: int, evaluate: Callable[[int, dict[str, Tensor]], str]) -> dict[str, Tensor]:
-        """Continues to step `until` of the round; returns the averaged weights."""
+    def _train(
+        self, until: int, evaluate: Callable[[int, dict[str, Tensor]], str], wants_averages: bool = True
+    ) -> dict[str, Tensor]:
+        """Continues to step `until` of the round; returns the averaged weights, if wanted."""
         shared, settings = self.shared, self.shared.recipe.finetune
         model = registry.load_model(shared.ref_file, shared.device, settings.draw).model
         loss = shared.make_loss(model, shared.ref, self.setting)
@@ -138,6 +140,7 @@ class Node:
             keep=self._keep_further,
             check=self._check,
             until=until,
+            wants_averages=wants_averages,
             owner=" ".join(
                 [f"round {shared.number} of {shared.ref_sha256}", *([self.setting.title] * bool(self.tags))]
             ),
@@ -171,8 +174,13 @@ class Node:
         self._write()
 
     def _measure(self, step: int, ema: dict[str, Tensor], images: int | None = None) -> dict[str, float]:
+        """The figures of averaged weights. Empties `ema`.
+
+        Where weights are sharded it alone holds the whole averages: a score should not have them beside its own copy.
+        """
         self.reached, self.is_scoring = max(self.reached, step), True
         self.shared.scratch.load_state_dict(ema)
+        ema.clear()
         figures = self.shared.scoring.run(self.shared.scratch, 0, images=images)
         self.is_scoring = False
         return figures

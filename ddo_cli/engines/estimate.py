@@ -16,9 +16,10 @@ import torch
 
 from ddo_cli import dist
 from ddo_cli.data.items import ItemSet
-from ddo_cli.engines import ddo_sweep, step_cost
+from ddo_cli.engines import ddo_sweep, sample_cost, step_cost
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.engines.step_cost import ItemType, Passes, Seconds, Setup
+from ddo_cli.likelihood import decoding_precision
 from ddo_cli.models import registry
 from ddo_cli.schema import FinetuneRecipe, Recipe, SamplingRecipe, TrainRecipe
 
@@ -30,6 +31,15 @@ GIB, HOUR = 2**30, 3600
 # Python, the libraries, and torch's compiler stack, which the optimizer imports: the resident set of a run on a CPU
 # before its first weights.
 PROGRAM = {"cpu": int(0.65 * GIB), "cuda": 0}
+LASTING = ("program", "weights", "moments", "averages", "reference", "evaluation_copy")  # throughout a training
+# What is there at once, of the keys of `bytes`, when memory is short. By a promotion training is over.
+MOMENTS_OF_A_RUN = {
+    "a training step": (*LASTING, "step", "heap"),
+    "the optimizer's step": (*LASTING, "optimizer"),
+    "the gathering of averages": (*LASTING, "gathered"),
+    "a score": (*LASTING, "score"),
+    "a promotion": ("program", "reference", "evaluation_copy", "candidate", "score"),
+}
 # Share of a step's memory that glibc's heap takes beside it: it fills the holes between what lasts badly. Measured on
 # steps with a batch of 2: 0.4 for EDM2-S, 0.6 for VAR-d16. MALLOC_MMAP_THRESHOLD_=1048576 avoids it, for more system
 # calls (EDM2-S: 1.2 GiB became 0.1).
@@ -148,18 +158,12 @@ def described(estimate: dict[str, Any]) -> dict[str, str]:
     if "not_estimated" in estimate:
         return {"estimate": f"not estimated: {estimate['not_estimated']}"}
     amount, disk, seconds = estimate["bytes"], estimate["disk_bytes"], estimate["seconds"]
-    shown = (
-        "program",
-        "weights",
-        "moments",
-        "averages",
-        "reference",
-        "evaluation_copy",
-        "gradients",
-        "activations",
-        "heap",
-    )
+    shown = MOMENTS_OF_A_RUN[amount["peak_in"]]
+    if "step" in shown:
+        shown = (*LASTING, "gradients", "activations", "heap")
     parts = ", ".join(f"{key.replace('_', ' ')} {_gib(amount[key])}" for key in shown if amount[key])
+    if amount["score_of"] != sample_cost.WHOLE:
+        parts += f"; a score's is that of {amount['score_of']}"
     drawn = seconds["fake_sets"] + seconds["scores"]
     return {
         "memory": f"{_gib(amount['peak'])} GiB per process, at most in {amount['peak_in']} ({parts})",
@@ -179,12 +183,12 @@ def _known(estimate: dict[str, Any], part: str) -> str:
 
 
 def _bytes(found: Passes, settings: TrainRecipe, averages: int, device: torch.device) -> dict[str, Any]:
-    """What one process holds, and the larger of a step's and a score's peak."""
+    """What one process holds, and the peak of the moment at which that is most."""
     world = dist.world_size()
     sharded = settings.sharding == "fsdp" and world > 1
     share = world if sharded else 1
     finetunes = isinstance(settings, FinetuneRecipe)
-    lasting = {
+    held = {
         "program": PROGRAM[device.type],
         "weights": found.weights // share,
         "moments": MOMENTS * found.trainable // share,
@@ -204,19 +208,20 @@ def _bytes(found: Passes, settings: TrainRecipe, averages: int, device: torch.de
     heap = int(HOLES[device.type] * step)
     # Adam's update of all weights at once needs a temporary tensor for each; on a CPU they come one by one.
     optimizer = gradients + (gradients if device.type == "cuda" else 0)
-    score = max(found.predict.peak, found.decode.peak)  # gradients are gone by then
-    moments = {"a training step": step + heap, "the optimizer's step": optimizer, "a score": score}
-    where = max(moments, key=lambda key: moments[key])
-    return {
-        **lasting,
+    held |= {
         "gradients": gradients,
         "activations": found.piece.saved,
         "step": step,
         "heap": heap,
-        "score": score,
-        "peak": sum(lasting.values()) + moments[where],
-        "peak_in": where,
+        "optimizer": optimizer,
+        # Sharded averages are made whole on every process, to be written and copied into the model that is scored.
+        "gathered": found.trainable if sharded else 0,
+        "score": max(found.predict.peak, found.sample.peak, found.decode.peak),  # gradients are gone by then
+        "candidate": found.weights if finetunes else 0,  # the best one, beside the reference and the evaluation's copy
     }
+    peaks = {moment: sum(held[key] for key in keys) for moment, keys in MOMENTS_OF_A_RUN.items()}
+    where = max(peaks, key=lambda moment: peaks[moment])
+    return {**held, "score_of": found.sample.traced, "peak": peaks[where], "peak_in": where}
 
 
 def _numel(shape: Sequence[int]) -> int:
@@ -237,10 +242,10 @@ class _Speed(NamedTuple):
 
 def _speed(found: Passes, setup: Setup, work: Work) -> _Speed:
     training, sampling = setup.settings.precision, setup.spec.precision or "float32"
-    share = EFFICIENCY[setup.device.type]
-    speed = {kind: share * step_cost.matmul_speed(setup.device, kind) for kind in {training, sampling}}
+    decoding, share = decoding_precision(setup.spec), EFFICIENCY[setup.device.type]
+    speed = {kind: share * step_cost.matmul_speed(setup.device, kind) for kind in {training, sampling, decoding}}
     flops = Seconds(found.piece.flops, 0.0, found.predict.flops, found.decode.flops)
-    guess = Seconds(flops.piece / speed[training], 0.0, flops.predict / speed[sampling], flops.decode / speed[sampling])
+    guess = Seconds(flops.piece / speed[training], 0.0, flops.predict / speed[sampling], flops.decode / speed[decoding])
     with _forked(setup.device):
         timed = step_cost.timed(setup, guess)
     passes = guess._replace(**timed)

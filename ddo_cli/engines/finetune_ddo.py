@@ -117,10 +117,11 @@ class _Round:
         first = FIRST_FAKE_SEED + before  # rounds do not overlap
         seeds = range(first, first + self.recipe.finetune.num_fake)
         sampling = self.spec.model_dump()
-        title = f"{self.title} fake set"
+        reference = registry.load_model(ref_file, self.device)
         sample.run(
-            ref_file, seeds, self.path / "samples", form="shards", sampling=sampling,
-            keep=self.recipe.finetune.fake_as, device=self.device, title=title,
+            reference, seeds, self.path / "samples", form="shards", sampling=sampling,
+            keep=sample.kept_of_fakes(reference.model, self.recipe.finetune.fake_as, self.spec),
+            device=self.device, title=f"{self.title} fake set",
         )  # fmt: skip
 
     def _train(self, ref_file: str | Path) -> list[Node]:
@@ -264,7 +265,7 @@ def _plans(recipe: Recipe, reference: registry.Loaded, scoring: Scoring) -> list
         place = f"round {number}: finetune.draw"
         if found := registry.problems(config["name"], config["options"], draw, place):
             raise RecipeError("\n".join(found))
-        sample.keeps_latents(reference.model, settings.fake_as, scoring.spec)
+        sample.kept_of_fakes(reference.model, settings.fake_as, scoring.spec)
         check_labels(scoring.spec, reference.model.num_classes, settings.num_fake)
         loop.check(reference.model, settings)
         plans.append(ddo_sweep.plan_of(recipe.of_round(number), partial(scoring.passes, reference.model)))

@@ -22,7 +22,7 @@ from ddo_cli.models import registry
 from ddo_cli.schema import SamplingRecipe
 
 GRID_ITEMS = 64
-Keep = Literal["images", "latents"] | None
+Keep = Literal["images", "encoded", "latents"]
 
 
 def run(
@@ -45,7 +45,7 @@ def run(
     sampling: values of SamplingRecipe in place of the checkpoint's own.
     form: None: png for images, npz for points.
     guides: applied to the model; guidance: what identifies them, for the set's manifest.
-    keep: what of an example, see `keeps_latents`; latents, in float32 or int32, are for training and go into shards.
+    keep: what of an example, see `kept_of_fakes`; all but images are for training and go into shards.
     Continues a set that an earlier run left unfinished; a finished one is left as it is.
     """
     model, file = ckpt if isinstance(ckpt, registry.Loaded) else registry.load_model(ckpt, device)
@@ -57,9 +57,8 @@ def run(
     form = form or ("png" if len(model.shape) == 3 else "npz")
     if form == "png" and len(model.shape) != 3:
         raise UsageError(f"--format png needs images; this model draws items of shape {model.shape}: use shards or npz")
-    as_latents = keeps_latents(model, keep, spec)
-    if as_latents and form != "shards":
-        raise ValueError(f"latents are kept in shards only, not as {form}")
+    if keep != "images" and form != "shards":
+        raise ValueError(f"{keep} examples are kept in shards only, not as {form}")
     model.encoder_id()  # loads an autoencoder that is no part of the weights: without it the first batch is for nothing
     made_by = {
         "checkpoint_sha256": file.sha256,
@@ -67,7 +66,7 @@ def run(
         "classes": list(classes) if classes else None,
         **({"seeds_as_given": spell_seeds(seeds)} if spec.labels == "position" else {}),  # which the labels follow
         **({"guidance": guidance} if guidance else {}),
-        **({"latents": True} if as_latents else {}),
+        **({keep: True} if keep != "images" else {}),
     }
     found = {"out": str(out), "num_images": len(seeds), "checkpoint_sha256": file.sha256, "sampler": spec.sampler}
     if dry_run:
@@ -86,7 +85,10 @@ def run(
         speed = 0.0
         is_new = manifest is None
         if manifest is None:
-            speed = _draw(partial(draw, as_latents=as_latents), writer, missing, title)
+            kept: Callable[..., Iterator[Batch]] = partial(draw, as_latents=keep == "latents")
+            if keep == "encoded":
+                kept = partial(_encoded, model, draw, device)
+            speed = _draw(kept, writer, missing, title)
             manifest = writer.finish()
         grid = grid_path(out)
         if dist.is_main() and (is_new or not grid.is_file()):
@@ -137,13 +139,24 @@ def _draw(draw: Callable[..., Iterator[Batch]], writer: Writer, missing: list[in
     return sum(dist.gathered(drawn)) / max(time.monotonic() - start, 1e-9)
 
 
-def keeps_latents(model: LikelihoodModel, keep: Keep, spec: SamplingRecipe) -> bool:
-    """Whether a set keeps x itself instead of the image made of it; None: as the model wants it for training.
+def _encoded(
+    model: LikelihoodModel, draw: Callable[..., Iterator[Batch]], device: torch.device, *args: Any, **more: Any
+) -> Iterator[Batch]:
+    """`draw`, its images encoded."""
+    for batch in draw(*args, **more):
+        with torch.no_grad():
+            yield batch._replace(items=model.latents(batch.items.to(device)).cpu())
 
+
+def kept_of_fakes(model: LikelihoodModel, fake_as: str | None, spec: SamplingRecipe) -> Keep:
+    """What a fake set keeps of an example: latents, which are x itself (float32 or int32); encoded, which is what the
+    model's frozen encoder makes of the image, once and not at each visit; images, where the model has no encoder.
+
+    fake_as: latents or images; None: as the model wants it for training.
     Raises UsageError for latents of a model that takes none for items, or is sampled so that it draws none.
     """
-    if (keep or model.fake_as) != "latents":
-        return False
+    if (fake_as or model.fake_as) != "latents":
+        return "encoded" if model.latent_shapes else "images"
     if tuple(model.state_shape) not in model.latent_shapes:
         raise UsageError(
             "fake_as = latents keeps what a model draws before it is decoded, and this model draws its items as they "
@@ -154,7 +167,7 @@ def keeps_latents(model: LikelihoodModel, keep: Keep, spec: SamplingRecipe) -> b
             "sampling.smooth = true draws mixtures of codes, which are no tokens: fake_as = latents cannot keep them; "
             "use fake_as = images"
         )
-    return True
+    return "latents"
 
 
 def _check_classes(model: LikelihoodModel, classes: Sequence[int] | None) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ddo_cli import dist
 from ddo_cli.arithmetic import arithmetic
-from ddo_cli.likelihood import LikelihoodModel, map_draw, repeat_draw
+from ddo_cli.engines import sample_cost
+from ddo_cli.likelihood import LikelihoodModel, decoding_precision, map_draw, repeat_draw
 from ddo_cli.models import registry
 from ddo_cli.objectives.ddo import ddo_loss
 from ddo_cli.rng import RowRng
@@ -63,6 +64,7 @@ class Passes(NamedTuple):
     piece: memory.Cost  # forward and backward pass
     predict: memory.Cost  # one pass of sampling
     decode: memory.Cost  # samples to images, once for each batch
+    sample: sample_cost.SampleCost  # all of a batch but that
     per_sample: int  # passes of sampling
 
 
@@ -112,6 +114,7 @@ def traced(setup: Setup) -> Passes:
             piece=piece._replace(flops=piece.flops // some),
             predict=memory.cost(trial.predict, model, ref),
             decode=memory.cost(trial.decode, model, ref),
+            sample=sample_cost.of(model, setup.spec, device),
             per_sample=per_sample,
         )
 
@@ -184,7 +187,8 @@ class _Trial:
     @torch.no_grad()
     def decode(self) -> None:
         """Samples to images."""
-        self.model.decode(self.x)
+        with arithmetic(decoding_precision(self.setup.spec), self.setup.device):
+            self.model.decode(self.x)
 
     def _loss(self) -> Tensor:
         """Of a micro-batch of real items, and as many fake ones for DDO, with everything that the engines compute."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from ddo_cli.arithmetic import arithmetic
 from ddo_cli.errors import CheckpointError, UsageError
 from ddo_cli.models.codec import hash_of
+from ddo_cli.models.decoding import decoding
 from ddo_cli.rng import RowRng
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
@@ -36,8 +37,9 @@ FINAL_STD = 0.5
 class StabilityCodec:
     """uint8 images (3, H, W) <-> latents (4, H / 8, W / 8): a `LatentCodec`, see diffusion/denoiser.py.
 
-    The autoencoder is frozen, float32 whatever the precision of training, and loaded when first needed. It is neither a
-    module nor a part of a model's weights: equal ones are shared by all models of the process.
+    The autoencoder is frozen and loaded when first needed. It encodes in float32 whatever the precision of training,
+    since a latent rounded to bf16 would be another data set, and decodes in float32 or TF32 (see `decoding`). It is
+    neither a module nor a part of a model's weights: equal ones are shared by all models of the process.
     """
 
     def __init__(self, vae: str = DEFAULT_VAE):
@@ -61,7 +63,8 @@ class StabilityCodec:
             return torch.cat([found.mean, found.std], dim=1)
 
         vae = self._autoencoder(items.device)
-        return _in_pieces(run, items)
+        with arithmetic("float32", items.device):
+            return _in_pieces(run, items)
 
     def draw(self, latents: Tensor, rng: RowRng | None) -> Tensor:
         """x (B, 4, h, w) of mean and deviation; rng None: of the mean."""
@@ -82,7 +85,8 @@ class StabilityCodec:
 
         vae = self._autoencoder(x.device)
         x = x.to(torch.float32)
-        return _in_pieces(run, (x - self.bias.to(x.device)) / self.scale.to(x.device))
+        with decoding(x.device):
+            return _in_pieces(run, (x - self.bias.to(x.device)) / self.scale.to(x.device))
 
     def encoder_id(self) -> str:
         """What latents depend on: the hash of the encoder's weights. Autoencoders that share one fit each other."""
@@ -93,8 +97,8 @@ class StabilityCodec:
 
 
 def _in_pieces(run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-    """Mini-batches, without gradient and in float32: a latent rounded to bf16 would be another data set."""
-    with torch.no_grad(), arithmetic("float32", batch.device):
+    """Mini-batches, without gradient."""
+    with torch.no_grad():
         return torch.cat([run(piece) for piece in batch.split(MINI_BATCH)])
 
 

@@ -155,7 +155,8 @@ class Var(LikelihoodModel):
     def decode(self, x: Tensor) -> Tensor:
         """Tokens (B, L), or what smooth sampling gives in their place -> uint8 images (B, C, H, W)."""
         with torch.no_grad(), full_precision(x.device):
-            return self.vqvae.decode(x if x.is_floating_point() else self.vqvae.quantize.f_hat(x))
+            f_hat = x if x.is_floating_point() else self.vqvae.quantize.f_hat(x)
+        return self.vqvae.decode(f_hat)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Likelihood
@@ -279,8 +280,11 @@ class Var(LikelihoodModel):
         return silu, shared
 
     def _caches(self, rows: int) -> list[Cache]:
-        size = (2, rows, self.heads, self.length, self.width // self.heads)
-        return [Cache(*self.position.new_empty(size).unbind()) for _ in self.blocks]
+        size, kind = (2, rows, self.heads, self.length, self.width // self.heads), self.position.device.type
+        # The type in which attention computes: keys, normalised in float32, are rounded as they come in, and not all of
+        # them again at every scale.
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.position.dtype
+        return [Cache(*self.position.new_empty(size, dtype=dtype).unbind()) for _ in self.blocks]
 
     def _initialise(self) -> None:
         """The published initialisation."""

@@ -17,6 +17,7 @@ from ddo_cli import checkpoint
 from ddo_cli.errors import CheckpointError
 from ddo_cli.likelihood import DrawOptions, Options
 from ddo_cli.models import registry
+from ddo_cli.models.decoding import decoding
 from ddo_cli.models.vqvae_nets import Decoder, Encoder, full_precision, start_as_identity
 
 KIND, NAME = "tokenizer", "vqvae"
@@ -101,8 +102,11 @@ class Vqvae(nn.Module):
 
     @torch.no_grad()
     def decode(self, f_hat: Tensor) -> Tensor:
-        """f_hat -> uint8 images (B, C, H, W), in float32; 255 (v + 1) / 2 is truncated, as in the published script."""
-        with full_precision(f_hat.device):
+        """f_hat -> uint8 images (B, C, H, W), in float32 or TF32 (see `decoding`).
+
+        255 (v + 1) / 2 is truncated, as in the published script.
+        """
+        with decoding(f_hat.device):
             images = self.decoder(self.post_quant_conv(f_hat)).clamp(-1, 1)
         return ((images + 1) / 2 * 255).to(torch.uint8)
 

@@ -7,10 +7,9 @@ generators keyed by (seed, step, row). So the state to save is weights, optimize
 from __future__ import annotations
 
 import contextlib
-import json
+import gc
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,14 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ddo_cli import checkpoint, console, dist, sharding
+from ddo_cli import arithmetic, checkpoint, console, dist, sharding
 from ddo_cli.errors import NumericsError, RunError, UsageError
-from ddo_cli.files import write_text
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.schema import TrainRecipe
 from ddo_cli.training import optim
 from ddo_cli.training.ema import Averages
 from ddo_cli.training.lr import learning_rate
+from ddo_cli.training.meter import Meter
 from ddo_cli.training.recompute import recompute_units, units_of
 
 
@@ -64,6 +63,7 @@ class Plan(NamedTuple):
     until: int | None = None  # pause after this step, with all that going on needs in `state_file`; None: go to the end
     dropout: bool = False  # DDO needs it off: with it, r is not 0 for equal weights
     owner: str = ""  # identifies the run; a saved state of another is refused
+    wants_averages: bool = True  # False: `fit` returns nothing, and spares each process the whole weights
 
 
 def check(model: nn.Module, recipe: TrainRecipe) -> None:
@@ -99,26 +99,44 @@ def fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor]
 
     Continues from plan.state_file where there is one, bit for bit on a CPU; so a pause at plan.until changes nothing,
     and schedules are those of plan.steps.
-    Raises NumericsError on a loss or gradient that is not finite.
+    Raises NumericsError on a loss or gradient that is not finite, RunError where plan.state_file is of another run.
     """
+    # FSDP's hooks, among others, tie a model and its optimizer into cycles of references, which by itself the collector
+    # visits when it has seen enough of Python's objects, however many gigabytes they hold. First the models of before,
+    # since this one's moments and averages are about to be made; at the end what was this call's alone.
+    release(device)
+    try:
+        return _fit(model, plan, device)
+    finally:
+        release(device)
+
+
+def release(device: torch.device) -> None:
+    """Gives back the memory of objects that nothing but themselves refers to, and of the allocator's reserve."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor]:
     recipe = plan.recipe
     check(model, recipe)
     _arrange(model, recipe)
-    optimizer, scale = optim.build(model, recipe), optim.LossScale(recipe, device)
+    optimizer, scale = optim.build(model, recipe), optim.LossScale(recipe)
     parameters = [p for p in model.parameters() if p.requires_grad]
     averages = Averages(model, recipe, plan.ema_ramp)
-    meter = _Meter(plan, device)
+    meter = Meter(plan.log_file, plan.log_tags, recipe.batch, device)
     step = _restore(plan, model, optimizer, scale, averages, meter)
     last = plan.steps if plan.until is None else min(plan.until, plan.steps)
     if step > last:
         raise RunError(f"{plan.state_file} is of step {step}, after step {last}; remove it, and training starts again")
-    _trim_log(plan, step)
+    meter.trim(step)
     wrapped = model if sharding.is_sharded(model) else dist.wrap(model, device)
     _set_mode(wrapped, plan)
     pieces = local_rows(recipe.batch, recipe.micro_batch)
     shown = ""
     if step in plan.evaluate_at and plan.evaluate is not None:
-        shown = _evaluate(plan, step, averages)  # a killed process may not have finished it
+        shown = _evaluate(plan, step, averages, device)  # a killed process may not have finished it
         _set_mode(wrapped, plan)
     with console.progress(plan.title, last * recipe.batch, "images", step * recipe.batch) as bar:
         while step < last and not plan.settled():
@@ -132,8 +150,8 @@ def fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor]
                 with _synchronised(wrapped, last=number + 1 == len(pieces)), autocast(device, recipe.precision):
                     loss = plan.loss(wrapped, Rows(step, start, stop))
                 scale.backward(loss.loss / len(pieces))
-                meter.add(loss, 1 / len(pieces))
-            scale.unscale(optimizer)
+                meter.add({"loss": loss.loss, **loss.log}, 1 / len(pieces))
+            scale.unscale(parameters)
             norm = sharding.clip_grad_norm(parameters, recipe.grad_clip or math.inf)
             is_finite = bool(torch.isfinite(norm))
             if not scale.step(optimizer, is_finite):
@@ -156,9 +174,9 @@ def fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor]
             if step % recipe.save_every == 0 or due_now or step == last:
                 _save(plan, model, optimizer, scale, averages, meter, step)
             if due_now and plan.evaluate is not None:
-                shown = _evaluate(plan, step, averages)
+                shown = _evaluate(plan, step, averages, device)
                 _set_mode(wrapped, plan)
-    return sharding.full(averages.first)
+    return sharding.full(averages.first) if plan.wants_averages else {}
 
 
 def _arrange(model: nn.Module, recipe: TrainRecipe) -> None:
@@ -169,12 +187,17 @@ def _arrange(model: nn.Module, recipe: TrainRecipe) -> None:
         sharding.shard(model, model.units())
 
 
-def _evaluate(plan: Plan, step: int, averages: Averages) -> str:
+def _evaluate(plan: Plan, step: int, averages: Averages, device: torch.device) -> str:
     assert plan.evaluate is not None, "asked for by evaluate_at"
+    # A GPU's allocator keeps blocks cut for the shapes of training, into which the batches of scoring do not fit, nor
+    # the other way round: without giving them back, each takes its memory beside the other's.
+    release(device)
     if plan.keep is not None:
         for width, tensors in averages.further:
             plan.keep(step, width, sharding.full(tensors))
-    return plan.evaluate(step, sharding.full(averages.first))
+    shown = plan.evaluate(step, sharding.full(averages.first))
+    release(device)
+    return shown
 
 
 def _set_mode(module: nn.Module, plan: Plan) -> None:
@@ -190,85 +213,23 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 def set_precision(precision: str) -> None:
     """TensorFloat-32 matrix products and convolutions on or off."""
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    arithmetic.allow_tf32(precision == "tf32")
     if precision != "float32":
         console.warn(f"precision {precision}: log-ratios are small differences; the papers train in float32")
 
 
 @contextlib.contextmanager
 def _synchronised(module: nn.Module, last: bool) -> Iterator[None]:
-    """Gradients are averaged over processes once per step, at its last backward pass."""
-    if sharding.is_sharded(module):
-        sharding.synchronise(module, last)
+    """DDP averages gradients over processes once per step, at its last backward pass.
+
+    FSDP does so in every backward pass: until then each process holds the gradients of all weights whole, and memory is
+    what sharding is chosen for. It costs a reduction for each micro-batch.
+    """
     if last or not isinstance(module, nn.parallel.DistributedDataParallel):
         yield
     else:
         with module.no_sync():
             yield
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Logging
-
-
-class _Meter:
-    """Means between two lines of the log, over micro-batches, steps and processes."""
-
-    def __init__(self, plan: Plan, device: torch.device):
-        self.plan, self.device = plan, device
-        self.sums: dict[str, Tensor] = {}
-        self.steps = 0
-        self.started = time.monotonic()
-        self.text = ""
-
-    def add(self, loss: Loss, weight: float) -> None:
-        for key, value in {"loss": loss.loss.detach(), **loss.log}.items():
-            self.sums[key] = self.sums.get(key, torch.zeros((), device=self.device)) + weight * value.detach()
-
-    def count(self, norm: Tensor) -> None:
-        self.sums["grad_norm"] = self.sums.get("grad_norm", torch.zeros((), device=self.device)) + norm.detach()
-        self.steps += 1
-
-    def flush(self, step: int, n_images: int, rate: float, more: dict[str, float]) -> dict[str, float]:
-        keys = list(self.sums)
-        means = dist.all_reduce_sum(torch.stack([self.sums[key] for key in keys])) / dist.world_size() / self.steps
-        record = dict(zip(keys, means.tolist(), strict=True))
-        now = time.monotonic()
-        speed = self.steps * self.plan.recipe.batch / max(now - self.started, 1e-9)
-        line = {
-            **self.plan.log_tags,
-            "step": step,
-            "n_images": n_images,
-            "lr": rate,
-            "images_per_second": round(speed, 2),
-            **more,
-        }
-        if dist.is_main():
-            with open(self.plan.log_file, "a") as file:
-                file.write(json.dumps({**line, **record}) + "\n")
-        self.text = _shown(record)
-        self.sums, self.steps, self.started = {}, 0, now
-        return record
-
-
-def _shown(record: dict[str, float]) -> str:
-    names = {"loss": "loss", "r_real": "r real", "r_fake": "fake", "accuracy": "acc"}
-    names |= {"accuracy_real": "acc real", "accuracy_fake": "generated"}
-    return " ".join(f"{label} {record[key]:.3g}" for key, label in names.items() if key in record)
-
-
-def _trim_log(plan: Plan, step: int) -> None:
-    """Drops lines that a killed process wrote after its last save: their steps are about to be taken again."""
-    if not dist.is_main() or not plan.log_file.is_file():
-        return
-    kept = []
-    for line in plan.log_file.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # a line that the kill cut short
-            record = json.loads(line)
-            if record["step"] <= step or any(record.get(key) != value for key, value in plan.log_tags.items()):
-                kept.append(line + "\n")
-    write_text(plan.log_file, "".join(kept))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,11 +242,10 @@ def _save(
     optimizer: torch.optim.Adam,
     scale: optim.LossScale,
     averages: Averages,
-    meter: _Meter,
+    meter: Meter,
     step: int,
 ) -> None:
-    meters = {name: dist.all_reduce_sum(tensor.clone()) / dist.world_size() for name, tensor in meter.sums.items()}
-    rest = {f"meter.{name}": tensor for name, tensor in meters.items()}
+    rest = {f"meter.{name}": tensor for name, tensor in meter.state().items()}
     header = {"kind": "train-state", "step": step, "metered_steps": meter.steps, "owner": plan.owner}
     header |= {"loss_scale": scale.state()}
     tensors = _lasting(model, optimizer, averages)
@@ -326,21 +286,17 @@ def _restore(
     optimizer: torch.optim.Adam,
     scale: optim.LossScale,
     averages: Averages,
-    meter: _Meter,
+    meter: Meter,
 ) -> int:
     dist.barrier()
-    place = None
     if plan.recipe.sharding == "fsdp":
         place = sharding.newest(state_directory(plan.state_file))
-        if place is None:
-            return 0
-        saved = sharding.read_rest(place)
-    elif plan.state_file.is_file():
-        saved = checkpoint.load(plan.state_file, kind="train-state")
+        file = place and place / sharding.REST
     else:
+        place, file = None, plan.state_file if dist.from_main(plan.state_file.is_file()) else None
+    if file is None:
         return 0
-    if saved.header["owner"] != plan.owner:
-        raise RunError(f"{place or plan.state_file} belongs to another run; remove it or choose another --out")
+    saved = _read_state(file, plan.owner)
     own = _lasting(model, optimizer, averages)
     if place is not None:
         sharding.load(place, own)
@@ -349,10 +305,29 @@ def _restore(
             for name, tensor in own.items():
                 tensor.copy_(saved.tensors[name])
     scale.restore(saved.header.get("loss_scale", {}))
-    meter.sums = {
-        name.removeprefix("meter."): tensor.to(meter.device)
-        for name, tensor in saved.tensors.items()
-        if name.startswith("meter.")
-    }
-    meter.steps = saved.header["metered_steps"]
+    sums = {name.removeprefix("meter."): t for name, t in saved.tensors.items() if name.startswith("meter.")}
+    meter.restore(sums, saved.header["metered_steps"])
     return int(saved.header["step"])
+
+
+def _read_state(file: Path, owner: str) -> checkpoint.Checkpoint:
+    """What the main process found, as every process reads it. Raises RunError, on all of them alike.
+
+    Without a common directory others would find nothing there, or the state of another step. They would begin at that
+    step, and wait in sums that the main process does not take part in.
+    """
+    is_there = dist.is_main() or file.is_file()
+    saved = checkpoint.load(file, kind="train-state") if is_there else None
+    found = dist.gathered(saved and (saved.header["step"], saved.header["owner"]))
+    step, its_owner = found[0] or (None, None)
+    if its_owner != owner:
+        raise RunError(f"{file} belongs to another run; remove it or choose another --out")
+    for rank, one in enumerate(found):
+        if one != found[0]:
+            other = f"of step {one[0]}" if one else "missing"
+            raise RunError(
+                f"{file} is of step {step} for the main process and {other} for process {rank}; --out must be a "
+                "directory that all processes share"
+            )
+    assert saved is not None, "as for the main process"
+    return saved

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ddo_cli import sharding
 from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import LikelihoodModel, is_vector
 from ddo_cli.schema import TrainRecipe
@@ -60,25 +62,26 @@ class LossScale:
     A step whose gradient overflows is left out and the scale halved; after a thousand good ones in a row it doubles.
     """
 
-    def __init__(self, recipe: TrainRecipe, device: torch.device):
+    def __init__(self, recipe: TrainRecipe):
         self.is_on = recipe.precision == "fp16"
+        self.value = _FIRST_SCALE if self.is_on else 1.0  # the factor of the loss, a power of two: it rounds nothing
         self.skipped = 0  # steps left out
-        self._scaler = torch.amp.GradScaler(
-            device.type, init_scale=_FIRST_SCALE, growth_interval=_STEPS_TO_DOUBLE, enabled=self.is_on
-        )
-
-    @property
-    def value(self) -> float:
-        """The factor of the loss."""
-        return self._scaler.get_scale()
+        self._good = 0  # steps in a row that were not
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the scaled loss, added to those there are."""
-        self._scaler.scale(loss).backward()
+        (loss * self.value if self.is_on else loss).backward()
 
-    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gradients in their own units; once before the step."""
-        self._scaler.unscale_(optimizer)
+    @torch.no_grad()
+    def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Gradients in their own units; once before the step.
+
+        One by one: a sharded model's scalars are whole, and torch's GradScaler takes no list of both kinds.
+        """
+        if self.is_on:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    sharding.own_rows(parameter.grad).mul_(1 / self.value)
 
     def step(self, optimizer: torch.optim.Optimizer, is_finite: bool) -> bool:
         """Takes the optimizer's step, or leaves it out and lowers the scale. False: the scale can fall no further.
@@ -86,25 +89,25 @@ class LossScale:
         is_finite: of the gradient's norm over all processes, of which each may hold a part only.
         """
         if is_finite:
-            self._scaler.step(optimizer)
-            self._scaler.update()
+            optimizer.step()
+            self._good += 1
+            if self.is_on and self._good == _STEPS_TO_DOUBLE:
+                self.value, self._good = 2 * self.value, 0
             return True
         if not self.is_on or self.value <= SMALLEST_SCALE:
             return False
-        self._scaler.update(self.value * self._scaler.get_backoff_factor())
-        self._scaler.load_state_dict({**self._scaler.state_dict(), "_growth_tracker": 0})  # which `update` leaves
+        self.value, self._good = self.value / 2, 0
         self.skipped += 1
         return True
 
     def state(self) -> dict[str, Any]:
         """What resuming needs, JSON-ready; empty where nothing is scaled."""
-        return {"skipped": self.skipped, "scaler": self._scaler.state_dict()} if self.is_on else {}
+        return {"scale": self.value, "skipped": self.skipped, "good_steps": self._good} if self.is_on else {}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Takes over what `state` gave."""
         if self.is_on and saved:
-            self.skipped = saved["skipped"]
-            self._scaler.load_state_dict(saved["scaler"])
+            self.value, self.skipped, self._good = saved["scale"], saved["skipped"], saved["good_steps"]
 
     def log(self) -> dict[str, float]:
         """What a line of the log tells of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +17,15 @@ from ddo_cli.likelihood import LikelihoodModel
 def recompute_units(model: nn.Module) -> None:
     """From now on the backward pass of `model` keeps only the inputs of its units and computes their insides again.
 
-    Each unit's `forward` is replaced on the instance: a wrapping module would rename the weights in files. To be called
-    before the model is sharded or wrapped, so that the second pass runs on gathered weights, too.
+    Each unit becomes one of a derived class: a wrapping module would rename the weights in files, and a function kept
+    in the unit that calls the unit's own `forward` is a cycle of references, with which every model ever trained stays
+    in memory until the garbage collector's rarest pass. To be called before the model is sharded or wrapped, so that
+    the second pass runs on gathered weights, too. A second call changes nothing.
     Raises UsageError if the model names no units.
     """
     for unit in units_of(model):
-        unit.forward = _recomputed(unit.forward)
+        if not isinstance(unit, _Recomputed):
+            unit.__class__ = _recomputed(type(unit))
 
 
 def units_of(model: nn.Module) -> Sequence[nn.Module]:
@@ -35,11 +39,16 @@ def units_of(model: nn.Module) -> Sequence[nn.Module]:
     return units
 
 
-def _recomputed(forward: Any) -> Any:
-    def again(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():  # sampling and scores
-            return forward(*args, **kwargs)
-        # With the generator's state restored, dropout (in pretraining) hits the same activations again.
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+class _Recomputed(nn.Module):
+    """Comes before a unit's own class in the order of methods."""
 
-    return again
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():  # sampling and scores
+            return super().forward(*args, **kwargs)
+        # With the generator's state restored, dropout (in pretraining) hits the same activations again.
+        return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
+
+
+@functools.cache
+def _recomputed(unit_class: type[nn.Module]) -> type[nn.Module]:
+    return type(unit_class.__name__, (_Recomputed, unit_class), {})

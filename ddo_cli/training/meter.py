@@ -1,0 +1,85 @@
+"""What is logged of training: means over the steps between two lines of a JSON-lines file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddo_cli import dist
+from ddo_cli.files import write_text
+
+
+class Meter:
+    """Means between two lines of the log, over micro-batches, steps and processes."""
+
+    def __init__(self, file: Path, tags: Mapping[str, Any], batch: int, device: torch.device):
+        """tags: repeated on every line, e.g. the round. batch: images of a step, over all processes."""
+        self.file, self.tags, self.batch, self.device = file, tags, batch, device
+        self.sums: dict[str, Tensor] = {}
+        self.steps = 0
+        self.started = time.monotonic()
+        self.text = ""
+
+    def add(self, values: Mapping[str, Tensor], weight: float) -> None:
+        """Takes in the means over a micro-batch, whose share of the step is `weight`."""
+        for key, value in values.items():
+            self.sums[key] = self.sums.get(key, torch.zeros((), device=self.device)) + weight * value.detach()
+
+    def count(self, norm: Tensor) -> None:
+        """Ends a step. norm: of its gradient."""
+        self.add({"grad_norm": norm}, 1.0)
+        self.steps += 1
+
+    def flush(self, step: int, n_images: int, rate: float, more: dict[str, float]) -> dict[str, float]:
+        """Writes a line and starts anew; returns the means."""
+        keys = list(self.sums)
+        means = dist.all_reduce_sum(torch.stack([self.sums[key] for key in keys])) / dist.world_size() / self.steps
+        record = dict(zip(keys, means.tolist(), strict=True))
+        now = time.monotonic()
+        line = {
+            **self.tags,
+            "step": step,
+            "n_images": n_images,
+            "lr": rate,
+            "images_per_second": round(self.steps * self.batch / max(now - self.started, 1e-9), 2),
+            **more,
+        }
+        if dist.is_main():
+            with open(self.file, "a") as file:
+                file.write(json.dumps({**line, **record}) + "\n")
+        self.text = _shown(record)
+        self.sums, self.steps, self.started = {}, 0, now
+        return record
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums so far, averaged over processes, which all have to ask."""
+        return {key: dist.all_reduce_sum(tensor.clone()) / dist.world_size() for key, tensor in self.sums.items()}
+
+    def restore(self, sums: Mapping[str, Tensor], steps: int) -> None:
+        """Goes on from what `state` gave after so many steps."""
+        self.sums, self.steps = {key: tensor.to(self.device) for key, tensor in sums.items()}, steps
+
+    def trim(self, step: int) -> None:
+        """Drops lines that a killed process wrote after its last save, of `step`: those steps are taken again."""
+        if not dist.is_main() or not self.file.is_file():
+            return
+        kept = []
+        for line in self.file.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a line that the kill cut short
+                record = json.loads(line)
+                if record["step"] <= step or any(record.get(key) != value for key, value in self.tags.items()):
+                    kept.append(line + "\n")
+        write_text(self.file, "".join(kept))
+
+
+def _shown(record: dict[str, float]) -> str:
+    names = {"loss": "loss", "r_real": "r real", "r_fake": "fake", "accuracy": "acc"}
+    names |= {"accuracy_real": "acc real", "accuracy_fake": "generated"}
+    return " ".join(f"{label} {record[key]:.3g}" for key, label in names.items() if key in record)
