@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import time
@@ -67,6 +68,9 @@ def main() -> None:
     Our own mistakes are tracebacks. Of several processes one that has made it ends at once, like one that met the
     user's: on its way out of the interpreter, NCCL would wait for the others, who wait for it.
     """
+    for stream in (sys.stdout, sys.stderr):  # a terminal without our letters is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         _run()
     except Exception:
@@ -84,7 +88,9 @@ def _run() -> None:
     except DdoError as error:
         _fail(error.kind, str(error), 2)
     except _ClickException as error:
-        _fail("usage", f"{error.format_message()} (ddo --help lists the options)", 2)
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help is already there
+            _exit(2)
+        _fail("usage", f"{error.format_message()} ({_help_of(error)} lists the options)", 2)
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted", INTERRUPTED, 130)
     except OSError as error:
@@ -96,6 +102,10 @@ def _run() -> None:
             errno.EACCES: "change its permissions, or choose another place",
             errno.EROFS: "choose another place",
         }
+        # Without torch nothing has been written but help.
+        is_help = error.filename is None and "torch" not in sys.modules
+        if (failed := _stdout_error() or (error if is_help else None)) is not None:
+            _fail("disk", f"stdout: {failed.strerror}; send it elsewhere", 2)
         place = error.filename or "the output directory"
         _fail("disk", f"{place}: {error.strerror}; {remedies.get(error.errno or 0, 'choose another path')}", 2)
     else:
@@ -106,6 +116,13 @@ def _run() -> None:
 
             dist.shutdown()
         _exit(code if isinstance(code, int) else 0)
+
+
+def _help_of(error: Any) -> str:
+    """The line that shows the options of the command that was misused."""
+    context = getattr(error, "ctx", None)
+    names = [] if context is None or context.parent is None else [context.info_name]
+    return " ".join(["ddo", *names, "--help"])
 
 
 def _fail(kind: str, message: str, code: int) -> None:
@@ -121,9 +138,21 @@ def _exit(code: int) -> None:
     After a failure, leaving the process group in the regular way would wait for the others, who wait for this process;
     torchrun ends them once this one has. After success, gloo's threads may abort an interpreter that takes them down.
     """
-    sys.stdout.flush()
+    if (failed := _stdout_error()) is not None:
+        console.error("disk", f"stdout: {failed.strerror}; send it elsewhere")
+        code = code or 2
     sys.stderr.flush()
     os._exit(code) if _is_one_of_several() else sys.exit(code)
+
+
+def _stdout_error() -> OSError | None:
+    """Why stdout cannot be written to, which then is let go."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        console.release_stdout()
+        return error
+    return None
 
 
 def _is_one_of_several() -> bool:

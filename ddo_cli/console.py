@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -16,19 +17,22 @@ from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
+from ddo_cli.errors import RunError
+
 _out = Console(highlight=False, emoji=False)
 if not _out.is_terminal:
     _out = Console(highlight=False, emoji=False, width=120)  # a log or a pipe has no width of its own
 _err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 _json_only = False
+_is_answered = False  # whether the one JSON object has been printed
 _active: Progress | None = None
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where stderr is not a terminal
 
 
 def use_json(only_json: bool) -> None:
     """With True, `result` prints JSON and tables are left out."""
-    global _json_only
-    _json_only = only_json
+    global _json_only, _is_answered
+    _json_only, _is_answered = only_json, False
 
 
 def _is_main() -> bool:
@@ -48,23 +52,28 @@ def warn(message: str) -> None:
 
 
 def error(kind: str, message: str) -> None:
-    """An error on stderr; with --json also as an object on stdout, from the main process."""
-    if _json_only and _is_main():
-        _print_json({"error": {"kind": kind, "message": message}})
+    """An error on stderr; with --json also as the object on stdout, from the main process, unless there is one."""
+    if _json_only and _is_main() and not _is_answered:
+        with contextlib.suppress(RunError):  # stdout takes nothing: stderr is what is left
+            _print_json({"error": {"kind": kind, "message": message}})
     _err.print(f"[red]error:[/red] {_escape(message)}")
 
 
 def result(content: Mapping[str, Any], summary: str | None = None, table: Table | None = None) -> None:
-    """What a command found: one JSON object with --json, else the table and the summary."""
+    """What a command found: one JSON object with --json, else the table and the summary.
+
+    Raises RunError where stdout cannot take it.
+    """
     if not _is_main():
         return
     if _json_only:
         _print_json(content)
         return
-    if table is not None:
-        _out.print(table)
-    if summary is not None:
-        _out.print(_visible(summary), markup=False, soft_wrap=True)
+    with _to_stdout():
+        if table is not None:
+            _out.print(table)
+        if summary is not None:
+            _out.print(_visible(summary), markup=False, soft_wrap=True)
 
 
 def show(table: Table) -> None:
@@ -75,8 +84,39 @@ def show(table: Table) -> None:
 
 def _print_json(content: Mapping[str, Any]) -> None:
     # Not through Rich, which would wrap and highlight.
-    sys.stdout.write(json.dumps(content) + "\n")
-    sys.stdout.flush()
+    global _is_answered
+    with _to_stdout():
+        sys.stdout.write(json.dumps(_finite(content), allow_nan=False) + "\n")
+    _is_answered = True
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for NaN and infinities, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def _to_stdout() -> Iterator[None]:
+    """Raises RunError where stdout is full or closed."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as problem:
+        release_stdout()
+        raise RunError(
+            f"stdout: {problem.strerror}; the result could not be printed. What the command wrote to disk is whole: "
+            "send stdout elsewhere, and run it again to see the result"
+        ) from None
+
+
+def release_stdout() -> None:
+    """Lets go of what stdout did not take, which Python would otherwise try to write again at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -6,11 +6,16 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ddo_cli.errors import RunError
+
+LOCK = ".lock"  # in a directory that one process at a time writes
+# What `replacing` calls its temporary files, and nothing else: people have hidden files that end in .part, too.
+_TEMPORARY = re.compile(r"\..+\.\d+\.part")
 
 UMASK = os.umask(0o077)  # reading it means setting it
 os.umask(UMASK)
@@ -18,7 +23,10 @@ os.umask(UMASK)
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; renamed to it when the block ends, removed when the block fails."""
+    """A temporary name beside `path`; renamed to it when the block ends, removed when the block fails.
+
+    An OSError of the block, such as a full disk's, names `path`, unless it is of another file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process number keeps two writers apart. Leftovers of a killed process are overwritten or swept by `sweep`.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -28,14 +36,27 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~UMASK)  # some writers make files that only their owner can read
         os.replace(temporary, path)
+    except OSError as error:
+        # A failed write names no file, and the temporary name says nothing to who reads it.
+        if error.filename is None or str(error.filename) == str(temporary):
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def sweep(directory: Path) -> None:
-    """Removes what killed writers left below `directory`. Only for a directory that this process holds the lock of."""
-    for path in directory.rglob(".*.part"):
-        path.unlink(missing_ok=True)
+def sweep(directory: Path, *, below: bool = False) -> None:
+    """Removes what killed writers left in `directory`. Only for one that is known as ours, and whose lock is held.
+
+    below: in its directories, too, but for those with a lock of their own: another process may be writing there.
+    """
+    for path in directory.iterdir():
+        if path.is_symlink():
+            continue
+        if below and path.is_dir() and not (path / LOCK).exists():
+            sweep(path, below=True)
+        elif _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

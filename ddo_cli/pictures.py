@@ -9,8 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from ddo_cli.errors import RunError
 from ddo_cli.files import replacing
+
+MADE_BY = {"Software": "ddo"}  # in each picture, so that it may be replaced by a newer one
 
 
 class Curve(NamedTuple):
@@ -23,6 +27,21 @@ class Curve(NamedTuple):
     band: tuple[Sequence[float], Sequence[float]] | None = None
 
 
+def check_replaceable(path: Path) -> None:
+    """Raises RunError where the file that a picture will be written to exists, and this program did not draw it."""
+    if not path.exists():
+        return
+    try:
+        with Image.open(path) as image:
+            is_own = all(image.info.get(key) == value for key, value in MADE_BY.items())
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # no picture at all
+        is_own = False
+    if not is_own:
+        raise RunError(
+            f"{path} would be replaced by a picture, and ddo did not draw it; move it, or choose another --out"
+        )
+
+
 def contact_sheet(items: np.ndarray, path: Path, columns: int | None = None) -> None:
     """Images side by side, or a scatter plot of points. items: uint8 (N, C, H, W) or float (N, 2)."""
     if items.ndim == 2:
@@ -31,10 +50,12 @@ def contact_sheet(items: np.ndarray, path: Path, columns: int | None = None) -> 
     n, _, height, width = items.shape
     sheet, scale = _tiled(items, columns or math.ceil(math.sqrt(n))), max(1, 64 // max(height, width))
     image = Image.fromarray(sheet)
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    notes = PngInfo()
+    for key, value in MADE_BY.items():
+        notes.add_text(key, value)
     with replacing(path) as temporary:
-        image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(
-            temporary, format="png"
-        )
+        image.save(temporary, format="png", pnginfo=notes)
 
 
 def _tiled(items: np.ndarray, columns: int) -> np.ndarray:
@@ -146,4 +167,4 @@ def _figure(panels: int, size: tuple[float, float], rows: int = 1) -> tuple[Any,
 
 def _save(figure: Any, path: Path) -> None:
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+        figure.savefig(temporary, format="png", dpi=110, metadata=MADE_BY)

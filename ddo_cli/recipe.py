@@ -50,14 +50,16 @@ def load(
 ) -> Recipe:
     """The recipe `name` with command-line values in place of its own.
 
-    overrides: "section.key=value" strings; values are YAML.
+    overrides: "section.key=value" strings; values are YAML. Of two for a key the later one counts.
     given: values of options by dotted key; those that are None are left alone.
     check: further problems of a valid recipe (for example of the model's own options).
     Raises RecipeError listing every problem.
     """
     path = find_recipe(name)
     try:
-        content = _parse_yaml(path.read_text())
+        content = _parse_yaml(path.read_text(encoding="utf-8"))
+    except _GivenTwiceError as error:
+        raise RecipeError(f"{path}, {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from None
     if not isinstance(content, dict):
@@ -99,6 +101,21 @@ def to_yaml(recipe: Recipe) -> str:
 class _Loader(yaml.SafeLoader):
     """YAML in which 1e-4 is a number, as everywhere else; YAML 1.1 wants 1.0e-4."""
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """A dictionary. Raises _GivenTwiceError for a key that is there twice: YAML would keep the last, in silence."""
+        seen = set[Any]()
+        for key_node, _ in node.value:
+            if key_node.tag != "tag:yaml.org,2002:merge":
+                if key_node.value in seen:
+                    line = key_node.start_mark.line + 1
+                    raise _GivenTwiceError(f"line {line}: the key '{key_node.value}' is given twice; leave one out")
+                seen |= {key_node.value} if isinstance(key_node.value, str) else set()
+        return super().construct_mapping(node, deep)
+
+
+class _GivenTwiceError(yaml.YAMLError):
+    pass
+
 
 _FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
@@ -122,6 +139,22 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str
         except yaml.YAMLError as error:
             problems.append(f"command line: '{override}' is not YAML: {' '.join(str(error).split())}")
     return values, problems
+
+
+def repeated(overrides: Sequence[str], given: dict[str, Any]) -> list[str]:
+    """A message for each key that a command line gives twice: one of the two would be left out in silence.
+
+    given: values of options by key, as `load` takes them; it lets the later one win, which is what a program wants
+    that adds to a list of its own.
+    """
+    seen = {key: f"by its option ({value})" for key, value in given.items() if value is not None}
+    problems = []
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in seen:
+            problems.append(f"command line: {key} is given twice, {seen[key]} and as {override}; leave one out")
+        seen[key] = f"as {override}"
+    return problems
 
 
 def _set(content: dict[str, Any], key: str, value: Any) -> None:
@@ -151,6 +184,7 @@ def parse_sampling(overrides: Sequence[str], flags: dict[str, Any]) -> dict[str,
     Raises RecipeError listing every problem.
     """
     values, problems = _parse_overrides(overrides)
+    problems += repeated(overrides, flags)
     for key in values.keys() - SamplingRecipe.model_fields.keys():
         near = nearest(key, SamplingRecipe.model_fields)
         problems.append(f"command line: '{key}' is no sampling key{near}; write for example sigma_max=20")

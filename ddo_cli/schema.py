@@ -189,7 +189,7 @@ class GuidanceRecipe(Section):
 class Recipe(Section):
     """A whole recipe file."""
 
-    name: str = Field(DEFAULT_RECIPE, pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(DEFAULT_RECIPE, pattern=r"^[.]*[A-Za-z0-9_-][A-Za-z0-9._-]*$")  # a directory below runs/
     seed: int = Field(0, ge=0)
     data: DataRecipe = DataRecipe()
     model: ModelRecipe = ModelRecipe()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -35,6 +35,8 @@ def _problem(key: Iterable[str | int], value: Any, text: str, kind: str = "refus
 
 class TrainRecipe(Section):
     """What `pretrain` and `finetune` share."""
+
+    prefix: ClassVar[str] = ""  # of the keys, as messages name them
 
     lr: float = Field(1e-4, gt=0)
     warmup: int = Field(0, ge=0)  # images of linear warm-up
@@ -84,6 +86,8 @@ class TrainRecipe(Section):
 class PretrainRecipe(TrainRecipe):
     """Maximum likelihood."""
 
+    prefix: ClassVar[str] = "pretrain."
+
     images: int = Field(96_000, ge=1)
     ema_ramp: float | None = Field(0.05, gt=0)  # half-life at most this share of the images seen (EDM)
     snapshot_every: int | None = Field(None, ge=1)  # images between averaged weights kept for `ddo ema`; None: the end
@@ -122,6 +126,8 @@ def _numbers(value: Any) -> Any:
 
 class FinetuneRecipe(TrainRecipe):
     """Direct Discriminative Optimization (arXiv 2503.01103)."""
+
+    prefix: ClassVar[str] = "finetune."
 
     rounds: int = Field(4, ge=1)
     alpha: Coefficient = 4.0  # weight of the fake term; a list is swept in each round, all pairs with beta's
@@ -184,6 +190,8 @@ class FinetuneRecipe(TrainRecipe):
 class DiscriminatorRecipe(TrainRecipe):
     """Training of a real-or-generated discriminator (arXiv 2211.17091). Defaults: the published CIFAR-10 run."""
 
+    prefix: ClassVar[str] = "discriminator."
+
     name: str = "time-encoder"  # a registered discriminator
     options: dict[str, Any] = Field(default_factory=dict)  # its constructor options
     conditional: bool = True  # sees the label, where the model has classes
@@ -204,6 +212,8 @@ class DiscriminatorRecipe(TrainRecipe):
 
 class ClassifierRecipe(TrainRecipe):
     """Training of a noisy-image classifier: for classifier guidance, or as the trunk under a discriminator."""
+
+    prefix: ClassVar[str] = "classifier."
 
     name: str = "time-encoder-classifier"  # a registered classifier
     options: dict[str, Any] = Field(default_factory=dict)  # its constructor options

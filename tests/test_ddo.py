@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from ddo_cli.objectives.ddo import ddo_loss
+from ddo_cli.objectives.ddo import ddo_loss, r_std
 
 LOG2 = math.log(2)
 
@@ -32,7 +32,8 @@ def test_hand_worked_loss():
     assert_close(found.r_real.item(), -5.0)
     assert_close(found.r_fake.item(), -10.0)
     assert_close(found.margin.item(), 5.0)
-    assert_close(found.r_std.item(), math.sqrt(168.75))  # rows 10, -20, -20, 0 around -7.5
+    assert_close(found.r_square.item(), 225.0)
+    assert_close(r_std(-5.0, -10.0, 225.0), math.sqrt(168.75))  # rows 10, -20, -20, 0 around -7.5
     assert_close(found.accuracy.item(), (1 + 0 + 1 + 0.5) / 4)
 
 

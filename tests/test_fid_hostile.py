@@ -260,9 +260,9 @@ reference("images without labels for --per-class", arrays(images=PIXELS), "has n
 option("metric", "is not known (did you mean 'precision'?)", "--metrics", "fid,precison")
 option("metric twice", "different metrics", "--metrics", "fid,fid")
 option("no metric", "is not known", "--metrics", "")
-option("metrics of Inception", "Inception", "--metrics", "is")
+option("metrics of Inception", "the metric 'is' is of Inception-v3", "--metrics", "is")
 option("sfid without Inception", "Inception", "--metrics", "sfid")
-option("too few for KID", "24 images are too few for the metric kid", "--metrics", "kid")
+option("too few for KID", "24 images are too few for the metric 'kid'", "--metrics", "kid")
 option("too few for --uncertainty", "--uncertainty", "--uncertainty", "--num", "12")
 option("more images than there are", "good.npz", "--num", "25")
 option("--repeat", "lower it", "--repeat", "20")
@@ -282,6 +282,19 @@ option("log in no directory", "cannot be written", "--log", "@/none/log.csv")
 option("log that is a directory", "cannot be written", "--log", "@")
 option("log that is binary", "cannot be read as CSV", "--log", "@/good.npz")
 option("log of something else", "no CSV file of `ddo fid`", "--log", "@/notes.csv")
+option("--adm without is", "--adm is a protocol of the metric 'is'", "--adm", "--metrics", "fid,kid")
+option("--pictures without one", "--pictures there has no effect without --nearest or --nll", "--pictures", "there")
+option("--download of an extractor", "no effect beside --extractor", "--download")
+option(
+    "--extractor of a metric with a network of its own",
+    "fd_dinov2 have networks of their own",
+    "--metrics",
+    "fd_dinov2",
+    "--extractor",
+    "embedded:extractor-digits32",
+)
+option("missing weights", "none.pth does not exist; fetch weights-inception", "--weights", "none.pth")
+option("pictures below a file", "--pictures ", "--nearest", "2", "--pictures", "@/notes.csv/pictures")
 option("unknown option", "--metric", "--metric-s", "fid")
 
 
@@ -298,7 +311,7 @@ def given(root: Path, name: str) -> list[str]:
     arguments = CASES[name][0](root)
     if "--ref" not in arguments:
         arguments += ["--ref", good(root)]
-    if "network of its own" not in name and "--extractor" not in arguments:
+    if not any(word in name for word in ("network of its own", "missing weights")) and "--extractor" not in arguments:
         arguments += ["--extractor", "embedded:extractor-digits32"]
     (root / "log.csv").write_text(LOG)
     (root / "notes.csv").write_text("name,value\na,1\n")

@@ -122,6 +122,18 @@ def test_resume_equals_uninterrupted(finished, tmp_path, monkeypatch, number, be
     assert not list((tmp_path / "run").rglob("*.part"))
 
 
+def test_the_log_does_not_know_how_rows_are_cut(tmp_path):
+    ckpt = make_checkpoint(tmp_path / "ref.safetensors", "diffusion")
+    lines = {}
+    for name, keys in {"whole": [], "cut": ["finetune.micro_batch=1"]}.items():
+        finetune_ddo.run(tiny_recipe(ckpt, "diffusion", "finetune.rounds=1", *keys), tmp_path / name, device=CPU)
+        lines[name] = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+    for whole, cut in zip(lines["whole"], lines["cut"], strict=True):
+        for key in ("loss", "margin", "r_std", "denoising_ratio"):
+            assert cut[key] == pytest.approx(whole[key], rel=1e-3), key
+    assert lines["whole"][-1]["r_std"] > 0.1
+
+
 @pytest.mark.parametrize("kind", ["edm2"])
 def test_only_the_best_candidates_stay(tmp_path, monkeypatch, kind):
     ckpt = make_checkpoint(tmp_path / "ref.safetensors", kind)

@@ -7,11 +7,12 @@ import torch
 import yaml
 
 from ddo_cli import recipe as recipes
+from ddo_cli import schema_keys
 from ddo_cli.engines import pretrain, train_disc
 from ddo_cli.errors import RecipeError
 from ddo_cli.models import registry
 from ddo_cli.recipe import load, parse_sampling
-from ddo_cli.schema import Recipe, SamplingRecipe
+from ddo_cli.schema import Recipe, SamplingRecipe, all_keys
 from ddo_cli.training import loop
 
 NAMES = sorted(recipes.recipe_names())
@@ -92,6 +93,18 @@ def test_saved_recipe_reads_back(tmp_path):
     path = tmp_path / "saved.yaml"
     path.write_text(recipes.to_yaml(found))
     assert load(str(path)) == found
+
+
+def test_keys_are_described():
+    found = {key.name: key for key in schema_keys.described()}
+    assert sorted(found) == sorted(all_keys())
+    assert found["pretrain.lr"] == ("pretrain.lr", "number", 1e-4, "")  # of the class that it inherits from
+    assert found["finetune.sharding"].type == "ddp | fsdp"
+    assert found["data.num"].type == "integer | null"
+    assert found["data.num"].meaning.startswith("use this many items")  # behind the key
+    assert found["data.cache"].meaning.startswith("Whether decoded images are kept")  # above it
+    with_meaning = [key for key in found.values() if key.meaning]
+    assert len(with_meaning) > len(found) / 2
 
 
 def test_differing_keys_name_both_values():

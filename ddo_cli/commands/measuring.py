@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +33,7 @@ from ddo_cli.commands.options import (
     numbers,
     parsed,
 )
-from ddo_cli.errors import UsageError
+from ddo_cli.errors import RunError, UsageError
 
 FileSettings = Annotated[
     list[str] | None,
@@ -87,7 +88,9 @@ def fid(
         bool, typer.Option("--nll", help="Histogram of sFID features' likelihood under the reference's Gaussian.")
     ] = False,
     compare: Annotated[list[str] | None, typer.Option(help="A further set of that histogram. May be repeated.")] = None,
-    pictures: Annotated[Path, typer.Option(help="Directory of the pictures.")] = Path("fid-pictures"),
+    pictures: Annotated[
+        Path | None, typer.Option(help="Directory of the pictures.", show_default="fid-pictures")
+    ] = None,
     benchmark: Annotated[str | None, typer.Option(help="Show published figures, e.g. of cifar10-uncond.")] = None,
     # torchrun takes --log for an abbreviation of an option of its own; the other name passes.
     log: Annotated[Path | None, typer.Option("--log", "--csv", help="CSV file that gets a row.")] = None,
@@ -107,6 +110,8 @@ def fid(
     console.use_json(json_)
     if compare and not nll:
         raise UsageError("--compare adds a set to the histogram of --nll; give both")
+    if pictures is not None and not (nearest or nll):
+        raise UsageError(f"--pictures {pictures} has no effect without --nearest or --nll; add one of them")
     from ddo_cli.engines import fid as engine
     from ddo_cli.engines import fid_report
     from ddo_cli.metrics.weights import by_network
@@ -119,7 +124,7 @@ def fid(
         metrics=tuple(part.strip() for part in metrics.split(",")), weights=by_network(weights or []),
         extractor=extractor, precision=precision_, download=download, num=num, repeat=repeat, batch=batch,
         workers=workers, uncertainty=uncertainty, per_class=per_class, adm=adm, nearest=nearest,
-        nll=tuple(compare or ()) if nll else None, pictures=pictures, cache=not no_cache,
+        nll=tuple(compare or ()) if nll else None, pictures=pictures or Path("fid-pictures"), cache=not no_cache,
         sampling=parse_sampling(overrides or [], {}),
     )  # fmt: skip
     found = engine.run(source, ref, options, device=device_of(device), benchmark=benchmark, log=log, dry_run=dry_run)
@@ -130,6 +135,10 @@ def fid(
     shown = {key: found[key] for key in (*kept, "nearest", "likelihoods") if found.get(key) is not None}
     title = f"{source}: {found['num_images']:,} images"
     console.result(found, lines_of(shown) + "\n\n" + found["markdown"], console.table(title, *fid_report.table(found)))
+    if "not_written" in found:
+        raise RunError(
+            f"the figures above are whole, but {'; '.join(found['not_written'])}; mend that and run it again"
+        )
 
 
 def stats(
@@ -186,10 +195,19 @@ def analyze(
     dg_weight_2nd: DgWeight2nd = None,
     time_min: TimeMin = None,
     time_max: TimeMax = None,
-    num: Annotated[int, typer.Option("--num", "--num-images", min=2, help="nfe: images per score.")] = 1024,
-    steps_list: Annotated[str, typer.Option(help="nfe: numbers of sampling steps.")] = "4,6,8,12,18",
-    noise_level: Annotated[float, typer.Option(help="regeneration: deviation of the noise that is added.")] = 1.0,
-    regenerations: Annotated[int, typer.Option(min=1, help="regeneration: how many of each image.")] = 100,
+    num: Annotated[
+        int | None,
+        typer.Option("--num", "--num-images", min=2, help="nfe: images per score.", show_default="1024"),
+    ] = None,
+    steps_list: Annotated[
+        str | None, typer.Option(help="nfe: numbers of sampling steps.", show_default="4,6,8,12,18")
+    ] = None,
+    noise_level: Annotated[
+        float | None, typer.Option(help="regeneration: deviation of the noise that is added.", show_default="1.0")
+    ] = None,
+    regenerations: Annotated[
+        int | None, typer.Option(min=1, help="regeneration: how many of each image.", show_default="100")
+    ] = None,
     sampler: Sampler = None,
     steps: Steps = None,
     s_churn: Churn = None,
@@ -210,18 +228,37 @@ def analyze(
     from ddo_cli.models import registry
     from ddo_cli.recipe import parse_sampling
 
+    given: dict[str, Any] = {
+        "num": num, "steps_list": counts and tuple(counts), "noise_level": noise_level, "regenerations": regenerations,
+    }  # fmt: skip
+    settings = {key: value for key, value in given.items() if value is not None}
+    _refuse_unread(what, settings, engine.ON_REQUEST)
     flags = {"sampler": sampler, "steps": steps, "s_churn": s_churn, "cfg_scale": cfg_scale, "batch": batch}
     sampling = parse_sampling(overrides or [], flags)
     registry.load_file(model_file)
     guidance = {"dg_weight": dg_weight, "dg_weight_2nd": dg_weight_2nd, "time_min": time_min, "time_max": time_max}
     found = engine.run(
-        disc, ckpt, out, what=what, data=data, settings=engine.Settings(tuple(counts), num, noise_level, regenerations),
+        disc, ckpt, out, what=what, data=data, settings=engine.Settings(**settings),
         sampling=sampling, guidance=guidance, force=force, device=device_of(device), dry_run=dry_run,
     )  # fmt: skip
     table = None
     if "gain" in found:
         table = console.table("Gain by noise level", *engine.table_of(Path(found["out"])))
     console.result(found, lines_of(found), table)
+
+
+def _refuse_unread(what: str | None, settings: dict[str, Any], on_request: tuple[str, ...]) -> None:
+    """Raises UsageError for a setting of an analysis that is not asked for."""
+    asked = None if what is None else {name.strip() for name in what.split(",")}
+    for key, value in settings.items():
+        name = "nfe" if key in ("num", "steps_list") else "regeneration"
+        if (name in on_request) if asked is None else not asked & {name, "all"}:
+            given = f"--what {what}" if asked else "the analyses that are done without --what"
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UsageError(
+                f"--{key.replace('_', '-')} {shown} is of the analysis '{name}', and has no effect on {given}; add "
+                f"{name} to --what, or leave the option out"
+            )
 
 
 def convert(
@@ -284,13 +321,29 @@ def info(
     console.result(found, lines_of(found))
 
 
-def recipes(json_: Json = False) -> None:
+def recipes(
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Every key of a recipe instead: default, type, meaning.")
+    ] = False,
+    json_: Json = False,
+) -> None:
     """The recipes that come with the program."""
     console.use_json(json_)
+    from ddo_cli import schema_keys
     from ddo_cli.recipe import recipe_names
 
+    if keys:
+        known = list(schema_keys.described())
+        lines = [
+            f"{key.name:<36} {json.dumps(key.default):<14} {key.type}; {key.meaning}".rstrip("; ") for key in known
+        ]
+        console.result({key.name: key._asdict() for key in known}, "\n".join(lines))
+        return
+
     found = {
-        name: next((line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#")), "")
+        name: next(
+            (line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")), ""
+        )
         for name, path in recipe_names().items()
     }
     console.result(found, lines_of(found))

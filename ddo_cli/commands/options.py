@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ddo_cli.errors import UsageError
+from ddo_cli.errors import RecipeError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ddo_cli.schema import Recipe
 
 MAX_SEED = 2**32 - 1  # generators keep 32 bits
+NUM = 64  # images that are drawn unless told otherwise
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
 Device = Annotated[str | None, typer.Option(help="cuda or cpu. Default: cuda where there is one.")]
@@ -30,8 +31,11 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Any recipe key, e.g. finetune.ema_half_life=500."),
 ]
-Num = Annotated[int, typer.Option("--num", "--num-images", min=1, help="How many.")]
-Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="First seed.")]
+Num = Annotated[
+    int | None,
+    typer.Option("--num", "--num-images", min=1, help="How many.", show_default=str(NUM)),
+]
+Seed = Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="First seed.", show_default="0")]
 Seeds = Annotated[str | None, typer.Option(help="Seeds such as 0-49999 or 3,7,10-20.")]
 Classes = Annotated[str | None, typer.Option(help="Only these classes, e.g. 3,5. Default: all, balanced.")]
 Labels = Annotated[
@@ -79,6 +83,7 @@ Force = Annotated[bool, typer.Option("--force", help="Use a discriminator that w
 # ---------------------------------------------------------------------------------------------------------------------
 # Options -> values
 
+_SEEDS = "write seeds such as 0-49999 or 3,7,10-20"
 _TWO_LEVELS = "write two noise levels such as 0.3,2"
 
 
@@ -86,6 +91,9 @@ def recipe_of(name: str, overrides: list[str] | None, given: dict[str, Any], own
     """The resolved recipe. own_model: the recipe's model section is used, so its options are checked as well."""
     from ddo_cli import recipe as recipes_
     from ddo_cli.models import registry
+
+    if problems := recipes_.repeated(overrides or [], given):
+        raise RecipeError("\n".join(problems))
 
     def check(recipe: Recipe) -> list[str]:
         registry.load_file(recipe.model.file)
@@ -122,11 +130,30 @@ def parsed(option: str, text: str | None, parse: Any, remedy: str) -> Any:
         raise UsageError(f"{option} {text} cannot be read ({error}); {remedy}") from None
 
 
-def seeds_of(text: str | None, first: int, num: int) -> Any:
-    """The seeds of --seeds, or else `num` of them from --seed on."""
+def seeds_of(text: str | None, first: int | None, num: int | None) -> Any:
+    """The seeds of --seeds, or else --num of them from --seed on. Raises UsageError for both, or for one too large."""
     from ddo_cli.data.samples import parse_seeds
 
-    return parsed("--seeds", text, parse_seeds, "write seeds such as 0-49999 or 3,7,10-20") or range(first, first + num)
+    if text is not None:
+        for option, value in (("--seed", first), ("--num", num)):
+            if value is not None:
+                raise UsageError(f"{option} {value} has no effect beside --seeds {text}; leave one of them out")
+        return parsed("--seeds", text, lambda text: parse_seeds(_ascending(text)), _SEEDS)
+    first, num = first or 0, num or NUM
+    if first + num - 1 > MAX_SEED:
+        raise UsageError(
+            f"--seed {first} and --num {num} go up to seed {first + num - 1}, and seeds end at {MAX_SEED}; lower one"
+        )
+    return range(first, first + num)
+
+
+def _ascending(text: str) -> str:
+    """`text`. Raises ValueError for a range that ends before it begins."""
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if dash and first.isdecimal() and last.isdecimal() and int(last) < int(first):
+            raise ValueError(f"{part.strip()} ends before it begins")
+    return text
 
 
 def classes_of(text: str | None) -> Any:

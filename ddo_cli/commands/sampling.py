@@ -49,8 +49,8 @@ from ddo_cli.commands.options import (
 def sample(
     ckpt: Annotated[str, typer.Option(help="Weights: a safetensors file or embedded:<name>.")] = "embedded:digits32",
     # torchrun takes --num for an abbreviation of an option of its own; the longer name passes.
-    num: Num = 64,
-    seed: Seed = 0,
+    num: Num = None,
+    seed: Seed = None,
     seeds: Seeds = None,
     classes: Classes = None,
     labels: Labels = None,
@@ -125,8 +125,8 @@ def guide_sample(
         str | None, typer.Option(help="Classifier guidance: a noisy-image classifier (`ddo train-classifier`).")
     ] = None,
     classifier_weight: Annotated[float, typer.Option(help="Its weight.")] = 1.0,
-    num: Num = 64,
-    seed: Seed = 0,
+    num: Num = None,
+    seed: Seed = None,
     seeds: Seeds = None,
     classes: Classes = None,
     labels: Labels = None,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -22,12 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddo_cli import dist
+from ddo_cli import dist, rundir
 from ddo_cli.checkpoint import write_tensors
-from ddo_cli.errors import DataError, RunError
-from ddo_cli.files import read_json, replacing, write_json
+from ddo_cli.errors import DataError
+from ddo_cli.files import read_json, replacing, sweep, write_json
 from ddo_cli.likelihood import Batch, num_batches
-from ddo_cli.recipe import differing_keys
 
 Format = Literal["png", "npz", "shards"]
 MANIFEST = "manifest.json"
@@ -54,7 +53,19 @@ class Writer:
         self.out, self.form = out, form
         self.seeds, self.batch = sorted(seeds), batch
         self.manifest = {"format": form, "num": len(seeds), "seeds": spell_seeds(self.seeds), "batch": batch, **made_by}
-        self._claim()
+
+    def check(self) -> None:
+        """Raises RunError, listing what differs, unless `claim` would take the directory. Writes nothing."""
+        if dist.is_main():
+            self._is_new()
+
+    def claim(self) -> None:
+        """Takes an empty directory, or one with a set of the same making. Its lock is held. Raises as `check` does."""
+        if dist.is_main():
+            if self._is_new():
+                write_json(self.out / MANIFEST, {**self.manifest, "complete": False})
+            sweep(self.out)
+        dist.barrier()
 
     def missing(self) -> list[int]:
         """Numbers of the batches that are not on disk yet."""
@@ -125,23 +136,14 @@ class Writer:
     def _has(self, number: int) -> bool:
         return self._shard(number).is_file()
 
-    def _claim(self) -> None:
-        """Takes an empty directory, or one with a set of the same making."""
-        path = self.out / MANIFEST
-        if dist.is_main():
-            self.out.mkdir(parents=True, exist_ok=True)
-            if path.is_file():
-                found = {key: value for key, value in read_json(path).items() if key not in FOUND_LATER}
-                if lines := differing_keys(self.manifest, found):
-                    raise RunError(
-                        f"{self.out} holds another sample set; choose another --out or remove it. Differences "
-                        "(there -> now):\n  " + "\n  ".join(lines)
-                    )
-            else:
-                if any(entry for entry in self.out.iterdir() if not entry.name.startswith(".")):
-                    raise RunError(f"{self.out} is not empty and holds no sample set; choose another --out")
-                write_json(path, {**self.manifest, "complete": False})
-        dist.barrier()
+    def _is_new(self) -> bool:
+        there = manifest_of(self.out)
+        if there.get("format") in get_args(Format):
+            made = {key: value for key, value in there.items() if key not in FOUND_LATER}
+            rundir.check_same(self.out, "another sample set", self.manifest, made)
+            return False
+        rundir.check_free(self.out, "sample set")
+        return True
 
 
 def _compact(items: Tensor) -> Tensor:
@@ -154,24 +156,37 @@ def open_samples(path: Path) -> SampleSet:
     manifest = read_json(path / MANIFEST)
     if not manifest.get("complete"):
         raise DataError(f"{path} is an unfinished sample set; run the command that made it again, it continues")
-    num: int = manifest["num"]
+    files, num = shard_files(path, manifest), manifest["num"]
     columns: dict[str, np.ndarray] = {}
     try:
         first = 0
-        # By name: a directory on a network may be listed late. Into place, since a set may fill half of the memory.
-        for number in range(num_batches(num, manifest["batch"])):
-            shard = load_file(path / f"shard-{number:06d}.safetensors")
+        for file in files:  # into place: a set may fill half of the memory
+            shard = load_file(file)
             for key in ("items", "labels", "seeds"):
                 values = shard[key].numpy()
-                columns.setdefault(key, np.empty((num, *values.shape[1:]), values.dtype))[
-                    first : first + len(values)
-                ] = values
+                column = columns.setdefault(key, np.empty((num, *values.shape[1:]), values.dtype))
+                column[first : first + len(values)] = values
             first += len(shard["seeds"])
         if first != num:
             raise ValueError(f"{first} items where the manifest says {num}")
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise DataError(f"{path} holds a damaged shard ({error}); remove the directory and sample again") from None
     return SampleSet(columns["items"], columns["labels"], columns["seeds"], manifest)
+
+
+def shard_files(path: Path, manifest: dict[str, Any]) -> list[Path]:
+    """The parts of a complete set, by name: a directory on a network may be listed late. Raises DataError."""
+    num, batch = manifest.get("num"), manifest.get("batch")
+    if type(num) is not int or type(batch) is not int or min(num, batch) < 1:
+        raise DataError(f"{path / MANIFEST} is damaged (num {num!r}, batch {batch!r}); remove the set and sample again")
+    files = []
+    for number in range(num_batches(num, batch)):
+        files.append(path / f"shard-{number:06d}.safetensors")
+        if not files[-1].is_file():
+            raise DataError(
+                f"{path} has no {files[-1].name}, which its manifest counts; remove the set and sample again"
+            )
+    return files
 
 
 def manifest_of(path: Path) -> dict[str, Any]:

@@ -64,11 +64,6 @@ class ImageStream:
         """(C, H, W)."""
         return self.reader.shape
 
-    @property
-    def is_lossy(self) -> bool:
-        """Whether any image is a JPEG or a lossy WebP."""
-        return self.num_lossy > 0
-
     def batches(
         self, batch: int, rows: np.ndarray | None = None, workers: int = 0, pin: bool = False
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
@@ -253,7 +248,7 @@ def _shards(source: str, path: Path, num: int | None) -> ImageStream:
     """A sample set of format shards; the same checks as `samples.open_samples`."""
     manifest = samples.manifest_of(path)
     images.check_complete(source, manifest)
-    files = sorted(path.glob("shard-*.safetensors"))
+    files = samples.shard_files(path, manifest)
     try:
         parts: list[Reader] = [readers.Shard(file) for file in files]
         labels = np.concatenate([_column(file, "labels") for file in files])

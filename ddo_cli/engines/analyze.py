@@ -19,7 +19,7 @@ from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.engines import analyses, guides, sample
 from ddo_cli.engines.regeneration import regeneration
 from ddo_cli.engines.subject import Finding, Settings, Subject
-from ddo_cli.errors import CheckpointError, DataError, RunError, UsageError
+from ddo_cli.errors import CheckpointError, DataError, UsageError
 from ddo_cli.files import read_json, write_json
 from ddo_cli.models import discriminators
 from ddo_cli.schema import Recipe, SamplingRecipe
@@ -31,6 +31,7 @@ ANALYSES: dict[str, Callable[[Subject, Settings], Finding]] = {
     "regeneration": regeneration,
     "density": analyses.density,
 }
+NAMES = ("out", "discriminator", "model", "data")  # of an analysis's identity: hashes say what is behind them
 ON_REQUEST = ("nfe",)  # takes minutes where the others take seconds
 
 
@@ -69,34 +70,44 @@ def run(
         "out": str(out), "discriminator": file.path, "model": chosen.model.checkpoint.path,
         "dg_weight": chosen.settings.dg_weight, "data": real.name, "held_out": len(rows),
     }  # fmt: skip
+    identity = {
+        **shown, "discriminator_sha256": file.sha256, "model_sha256": chosen.model.checkpoint.sha256,
+        "data_sha256": digest(real), "guidance": chosen.settings.model_dump(mode="json"),
+        "sampling": spec.model_dump(mode="json"),
+    }  # fmt: skip
+    _check_place(out, identity)
     if dry_run:
         low, high = subject.window()
         plan = {"sampler": spec.sampler, "steps": spec.steps, "sigma_guided": f"{low:.3g} to {high:.3g}"}
         return {**shown, "analyses": names, **plan, "dry_run": True}
-    identity = {
-        **shown, "discriminator_sha256": file.sha256, "model_sha256": chosen.model.checkpoint.sha256,
-        "guidance": chosen.settings.model_dump(mode="json"), "sampling": spec.model_dump(mode="json"),
-    }  # fmt: skip
     found = {}
     with rundir.locked(out):
-        _refuse_foreign(out)
+        _check_place(out, identity)
         for name in names:
             finding = ANALYSES[name](subject, settings)
             if dist.is_main():
-                finding.draw(out / f"{name}.png")
+                # The picture second: one without figures is not ours.
                 write_json(out / f"{name}.json", {"analysis": name, **identity, **finding.content})
+                finding.draw(out / f"{name}.png")
                 console.info(f"{name}: {out / name}.png and .json")
             found[name] = finding.summary
         dist.barrier()
     return {**shown, **found}
 
 
-def _refuse_foreign(out: Path) -> None:
-    """Raises RunError unless the directory is empty or holds analyses only."""
-    known = {f"{name}{end}" for name in ANALYSES for end in (".json", ".png")}
-    others = sorted(entry.name for entry in out.iterdir() if entry.name not in known and not entry.name.startswith("."))
-    if dist.from_main(others):
-        raise RunError(f"{out} holds {others[0]}, which is no analysis; choose another --out")
+def _check_place(out: Path, identity: dict[str, Any]) -> None:
+    """Raises RunError unless `out` holds nothing but analyses of the same discriminator, data and settings, or does not
+    exist. Writes nothing.
+    """
+    if not dist.is_main():
+        return
+    there = [name for name in ANALYSES if (out / f"{name}.json").is_file()]
+    rundir.check_free(out, "analyses alone", [f"{name}{end}" for name in there for end in (".json", ".png")])
+    ours = {key: value for key, value in identity.items() if key not in NAMES}
+    for name in there:
+        file = out / f"{name}.json"
+        stored = read_json(file)
+        rundir.check_same(file, "figures of something else", ours, {key: stored.get(key) for key in ours})
 
 
 def table_of(out: Path) -> tuple[list[str], list[tuple[str, ...]]]:

@@ -17,6 +17,7 @@ from ddo_cli.errors import NumericsError
 from ddo_cli.files import read_json, write_json
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import registry
+from ddo_cli.objectives.ddo import r_std
 from ddo_cli.schema import Recipe
 from ddo_cli.training import loop
 from ddo_cli.training.ema import snapshot_name
@@ -139,6 +140,7 @@ class Node:
             evaluate=evaluate,
             keep=self._keep_further,
             check=self._check,
+            derived=_figures,
             until=until,
             wants_averages=wants_averages,
             owner=" ".join(
@@ -243,6 +245,12 @@ def _attempt(node: Node, work: Callable[..., None], *args: int) -> None:
             if node.is_scoring and dist.world_size() > 1:
                 raise  # found in one process's samples: the others wait for their sum
             node.give_up(error)
+
+
+def _figures(means: dict[str, float]) -> dict[str, float]:
+    """A line of the log, of the means over its rows."""
+    spread = r_std(means["r_real"], means["r_fake"], means.pop("r_square"))
+    return {**means, "r_std": spread, "denoising_ratio": (means["ref_loss"] - means["r_real"]) / means["ref_loss"]}
 
 
 def _by_step(found: dict[str, dict[str, float]], key: str) -> list[dict[str, Any]]:

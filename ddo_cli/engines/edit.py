@@ -7,7 +7,7 @@ guidance is to improve that trade-off (arXiv 2211.17091, Fig. 10). All levels, g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +20,8 @@ from ddo_cli.data.samples import Format, Writer
 from ddo_cli.engines import edit_inputs, edit_report, sample
 from ddo_cli.engines.edit_inputs import Editor
 from ddo_cli.engines.edit_report import Way
-from ddo_cli.errors import RunError
 from ddo_cli.files import read_json, sweep, write_json
 from ddo_cli.likelihood import Batch, num_batches
-from ddo_cli.recipe import differing_keys
 from ddo_cli.rng import RowRng, seed_from
 from ddo_cli.schema import SamplingRecipe
 
@@ -68,12 +66,18 @@ def run(
     levels = edit_inputs.check_levels(levels, spec, base)
     edit_inputs.check_outside(out, source)
     sources = edit_inputs.open_sources(source, num, label, base)
+    ways = [Way(sigma, is_guided) for sigma in levels for is_guided in ((False, True) if guide else (False,))]
+    made_by = {
+        "checkpoint_sha256": editor.file.sha256, "sampling": spec.model_dump(mode="json"), "seed": seed,
+        "label": label, "source_sha256": digest(sources), "num": len(sources.items), "format": form,
+    }  # fmt: skip
+    writers = {way: _writer(out, way, made_by, editor) for way in ways}
+    _check(out, made_by, writers.values())
     target = edit_report.open_target(ref, editor.disc, weights, extractor, sources, device)
     editor.tell(spec)
     sample.warn_if_never_unconditional(base, spec)
     if label is not None and ref is None:
         console.warn(f"the distance is to all classes of {target.name}; give images of class {label} alone by --ref")
-    ways = [Way(sigma, is_guided) for sigma in levels for is_guided in ((False, True) if guide else (False,))]
     shown = {
         "out": str(out), "num_images": len(sources.items), "source": source, "model": editor.file.path,
         "checkpoint_sha256": editor.file.sha256, "discriminator": editor.disc.checkpoint.path if editor.disc else None,
@@ -85,15 +89,10 @@ def run(
         batches = len(ways) * num_batches(len(sources.items), spec.batch)
         return {**shown, "levels": plan, "batches": batches, "steps": spec.steps, "dry_run": True}
     job = _Job(editor, spec, sources, seed, device)
-    made_by = {
-        "checkpoint_sha256": editor.file.sha256, "sampling": spec.model_dump(mode="json"), "seed": seed,
-        "label": label, "source_sha256": digest(sources), "num": len(sources.items), "format": form,
-    }  # fmt: skip
     request = {"levels": levels, "guidance": editor.guided_by(), **target.identity}
     pictures = edit_report.pictures_of(out, len(sources.items))
     with rundir.locked(out):
-        state = _claim(out, made_by)
-        writers = {way: _writer(out, way, made_by, editor) for way in ways}
+        state = _claim(out, made_by, writers.values())
         manifests = {way: dist.from_main(writer.complete()) for way, writer in writers.items()}
         is_whole = all(manifests.values()) and all(Path(path).is_file() for path in pictures.values())
         if dist.from_main(is_whole and state.get("request") == request):
@@ -115,23 +114,28 @@ class _Job(NamedTuple):
     device: torch.device
 
 
-def _claim(out: Path, made_by: dict[str, Any]) -> dict[str, Any]:
+def _check(out: Path, made_by: dict[str, Any], writers: Iterable[Writer]) -> None:
+    """Raises RunError unless `_claim` would take the directory. Writes nothing."""
+    if not dist.is_main():
+        return
+    if (out / STATE).is_file():
+        rundir.check_same(out, "other edited images", made_by, read_json(out / STATE).get("made_by", {}))
+    else:
+        rundir.check_free(out, "edited images")
+    for writer in writers:
+        writer.check()
+
+
+def _claim(out: Path, made_by: dict[str, Any], writers: Iterable[Writer]) -> dict[str, Any]:
     """Takes an empty directory, or one with images edited in the same way; returns its state."""
-    path = out / STATE
+    _check(out, made_by, writers)
     if dist.is_main():
+        if not (out / STATE).is_file():
+            write_json(out / STATE, {"made_by": made_by})
         sweep(out)
-        if path.is_file():
-            if lines := differing_keys(made_by, read_json(path).get("made_by", {})):
-                raise RunError(
-                    f"{out} holds other edited images; choose another --out or remove it. Differences "
-                    "(there -> now):\n  " + "\n  ".join(lines)
-                )
-        elif any(not entry.name.startswith(".") for entry in out.iterdir()):
-            raise RunError(f"{out} is not empty and holds no edited images; choose another --out")
-        else:
-            write_json(path, {"made_by": made_by})
-    dist.barrier()
-    return dist.from_main(read_json(path))
+    for writer in writers:
+        writer.claim()
+    return dist.from_main(read_json(out / STATE))
 
 
 def _writer(out: Path, way: Way, made_by: dict[str, Any], editor: Editor) -> Writer:

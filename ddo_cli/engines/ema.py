@@ -49,6 +49,9 @@ def run(
         raise UsageError(f"--out {out} will be a weight file; name it {out.stem}.safetensors")
     if out.exists() and not dry_run:
         raise UsageError(f"--out {out} exists; choose another name, or remove it")
+    picture = out.with_suffix(".png")
+    if not out.exists():
+        pictures.check_replaceable(picture)
     found = _snapshots(sources)
     last = max(snapshot.profile.images for snapshot in found)
     target = Profile(std, last if at is None else at)
@@ -61,7 +64,6 @@ def run(
         first = min(snapshot.profile.images for snapshot in found)
         raise UsageError(f"--at {at} lies before the first snapshot, of {first:,} images; give one from there on")
     fit = profiles.fit([snapshot.profile for snapshot in used], target)
-    picture = out.with_suffix(".png")
     if fit.residual > POOR:
         console.warn(
             f"the snapshots miss {fit.residual:.1%} of this average's profile (see {picture.name}); take a width "

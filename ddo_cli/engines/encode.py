@@ -21,7 +21,6 @@ from ddo_cli.errors import DataError, RunError, UsageError
 from ddo_cli.files import read_json, sweep, write_json
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import registry
-from ddo_cli.recipe import differing_keys
 
 FOUND_LATER = ("complete", "shards", "source_digest")  # keys of a manifest that say nothing of how the set is made
 TIMED = 8  # images whose encoding tells --dry-run the speed
@@ -76,10 +75,10 @@ def run(
         "out": str(out), "num_images": stream.num, "shape": list(shape), "dtype": manifest["dtype"],
         "encoder": manifest["encoder"], "shards": num_shards, "bytes": size,
     }  # fmt: skip
+    _check(out, manifest)
     if dry_run:
         plan = {"images_per_second": round(speed, 2), "seconds": round(stream.num / speed / dist.world_size())}
         return {**found, "bytes_free": _free(out), **plan, "dry_run": True}
-    _check_free_place(out)
     with rundir.locked(out):
         done = dist.from_main(_claim(out, manifest))
         if done.get("complete"):
@@ -138,32 +137,30 @@ def _free(out: Path) -> int:
     return shutil.disk_usage(next(place for place in (out, *out.absolute().parents) if place.exists())).free
 
 
-def _check_free_place(out: Path) -> None:
-    """Raises RunError for a directory of something else, before a lock is put there."""
-    if not dist.is_main() or not out.is_dir():
+def _check(out: Path, manifest: dict[str, Any]) -> None:
+    """Raises RunError unless `_claim` would take the directory. Writes nothing."""
+    if not dist.is_main():
         return
     path = out / latents.MANIFEST
-    is_own = path.is_file() and read_json(path).get("format") == latents.FORMAT
-    if not is_own and any(not entry.name.startswith(".") for entry in out.iterdir()):
-        raise RunError(f"{out} is not empty and holds no encoded set; choose another --out")
+    there = read_json(path) if path.is_file() else {}
+    if there.get("format") == latents.FORMAT:
+        made = {key: value for key, value in there.items() if key not in FOUND_LATER}
+        rundir.check_same(out, "another encoded set", manifest, made)
+    else:
+        rundir.check_free(out, "encoded set")
 
 
 def _claim(out: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """Takes an empty directory, or one with a set of the same making; its manifest, on the main process only."""
     if not dist.is_main():
         return {}
+    _check(out, manifest)
     sweep(out)
     path = out / latents.MANIFEST
     if not path.is_file():
         write_json(path, {**manifest, "complete": False})
         return manifest
     there = read_json(path)
-    found = {key: value for key, value in there.items() if key not in FOUND_LATER}
-    if lines := differing_keys(manifest, found):
-        raise RunError(
-            f"{out} holds another encoded set; choose another --out or remove it. Differences (there -> now):\n  "
-            + "\n  ".join(lines)
-        )
     num_shards = -(-manifest["num"] // manifest["shard"])
     files = [latents.shard_file(out, number) for number in range(num_shards)]
     if len(there.get("shards", ())) != num_shards or not all(file.is_file() for file in files):

@@ -16,7 +16,7 @@ import torch
 
 from ddo_cli import dist
 from ddo_cli.data.items import ItemSet
-from ddo_cli.engines import ddo_sweep, sample_cost, step_cost
+from ddo_cli.engines import ddo_sweep, sample, sample_cost, step_cost
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.engines.step_cost import ItemType, Passes, Seconds, Setup
 from ddo_cli.likelihood import decoding_precision
@@ -61,17 +61,16 @@ def of_finetuning(
     """The estimate of `finetune-ddo`; memory is that of its first round. scoring: of `plans`, one for each round."""
     settings, model = recipe.finetune, reference.model
     rounds = [settings.of_round(number) for number in range(1, settings.rounds + 1)]
-    is_latent = (settings.fake_as or model.fake_as) == "latents"
-    fake = (
-        (model.state_shape, torch.float32)
-        if is_latent
-        else (model.shape, torch.uint8 if len(model.shape) == 3 else torch.float32)
-    )
+    kept = sample.kept_of_fakes(model, settings.fake_as, scoring.spec)
+    fake: ItemType = (model.state_shape, torch.float32)
+    if kept != "latents":
+        shape = model.latent_shapes[0] if kept == "encoded" else model.shape
+        fake = (shape, torch.uint8 if kept == "images" and len(shape) == 3 else torch.float32)
     of_rounds = [ddo_sweep.planned(plan.rungs, plan.candidates_at) for plan in plans]
     nodes = [(plan, node) for plan, found in zip(plans, of_rounds, strict=True) for node in found]
     candidates = [sum(len(node["candidates"]) for node in found) for found in of_rounds]
     # The best one's stay, and every candidate of the round that runs.
-    kept = sum(candidates) if settings.keep_candidates == "all" else len(rounds) - 1 + max(candidates)
+    stored = sum(candidates) if settings.keep_candidates == "all" else len(rounds) - 1 + max(candidates)
     per_score = (
         0 if scoring.density is not None else recipe.metric.num_images
     )  # densities are of points, which cost little
@@ -81,7 +80,7 @@ def of_finetuning(
         steps=sum(node["stopped_at"] for _, node in nodes),
         scored=scores * per_score + of_rungs,
         fake=sum(one.num_fake for one in rounds),
-        stored=kept * max(len(settings.ema_widths), 1) + len(rounds) + 1,
+        stored=stored * max(len(settings.ema_widths), 1) + len(rounds) + 1,
     )
     items = [(tuple(real.items.shape[1:]), _type_of(real)), fake]
     config = reference.checkpoint.header["config"]

@@ -6,8 +6,9 @@ and recall, EDM's FID, ADM's sFID. What could make it another one is refused, or
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,7 +21,7 @@ from ddo_cli.engines import fid_figures, fid_inputs, fid_pass, fid_pictures, fid
 from ddo_cli.engines.fid_figures import MANIFOLD
 from ddo_cli.engines.fid_inputs import PUBLISHED_NUM, Opened, Side
 from ddo_cli.engines.fid_pass import Passed, Source, Wanted
-from ddo_cli.errors import UsageError
+from ddo_cli.errors import DdoError, UsageError
 from ddo_cli.metrics.extractor import Extractor, Precision
 from ddo_cli.metrics.features import select_extractor
 from ddo_cli.metrics.inception_score import SPLITS
@@ -83,6 +84,7 @@ def run(
     `metrics.references`; None: the embedded digits. benchmark: whose published figures stand beside; log: a CSV file
     that gets a row. Images are shared out over the processes that torchrun started.
     Raises DataError, CheckpointError or UsageError for what cannot be used, before the first network pass where it can.
+    What cannot be drawn or written after it costs no figure: `not_written` says what, and why.
     """
     options = options or Options()
     _check(options)
@@ -93,7 +95,7 @@ def run(
     sources = fid_inputs.open_sources(source, options.num, options.repeat, options.sampling or {}, device)
     wanted = [_wanted(options, extractor) for extractor in extractors]
     opened = fid_inputs.open_reference(name, wanted) if any(_needs_reference(one) for one in wanted) else None
-    fid_report.check(log, benchmark)
+    fid_report.check(log, benchmark, options.pictures if options.nearest or options.nll is not None else None)
     _check_numbers(options, sources, opened)
     warnings = _warnings(source, sources, opened, extractors)
     for warning in warnings:
@@ -126,15 +128,18 @@ def run(
         "images_from_cache": kept,
         "content_digest": last.inspection.digest(),
     }
-    found |= _pictures(sources[-1], last, sides[0], wanted[0], compared, options, device)
+    failed = list[str]()
+    with _noting(failed, f"--pictures {options.pictures}"):
+        found |= _pictures(sources[-1], last, sides[0], wanted[0], compared, options, device)
     found |= {"warnings": warnings, "comparable": not warnings and _is_published(extractors)}
     found |= {"protocol": {extractor.key: extractor.protocol() for extractor in extractors}}
     if benchmark is not None:
         found |= fid_report.published(benchmark, found)
     found["markdown"] = fid_report.markdown(found)
-    if log is not None and dist.is_main():
-        fid_report.append(log, found)
-    return found
+    if log is not None:
+        with _noting(failed, f"--log {log}"):
+            fid_pass.together(lambda: fid_report.append(log, found) if dist.is_main() else None)
+    return {**found, **({"not_written": failed} if failed else {})}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,6 +156,16 @@ def _check(options: Options) -> None:
         raise UsageError(f"--metrics {','.join(options.metrics)} must name one or more different metrics")
     if (options.uncertainty or options.per_class) and "fid" not in options.metrics:
         raise UsageError("--uncertainty and --per-class are of the metric fid; add it to --metrics")
+    if options.adm and "is" not in options.metrics:
+        raise UsageError(
+            f"--adm is a protocol of the metric 'is', and has no effect on --metrics {','.join(options.metrics)}; add "
+            "it, or leave --adm out"
+        )
+    if options.extractor and set(options.metrics) <= set(OWN_NETWORK):
+        raise UsageError(
+            f"--extractor {options.extractor} has no effect: --metrics {','.join(options.metrics)} have networks of "
+            "their own; leave it out"
+        )
     if (options.nearest or options.nll is not None) and set(options.metrics) <= set(OWN_NETWORK):
         raise UsageError("--nearest and --nll use features of the main extractor; add one of its metrics, e.g. fid")
 
@@ -165,7 +180,7 @@ def _check_numbers(options: Options, sources: Sequence[Source], opened: Opened |
         for name, num in sets[: 1 if metric == "is" else None]:
             if num < needed.get(metric, 2):
                 raise UsageError(
-                    f"{name}: {num} images are too few for the metric {metric}, which needs {needed[metric]}"
+                    f"{name}: {num} images are too few for the metric '{metric}', which needs {needed[metric]}"
                 )
     if options.nearest and opened is not None and opened.stream is None:
         raise UsageError(
@@ -187,7 +202,12 @@ def _extractors(options: Options, device: torch.device) -> list[Extractor]:
     found = []
     own = [metric for metric in options.metrics if metric in OWN_NETWORK]
     rest = [metric for metric in options.metrics if metric not in OWN_NETWORK]
-    files = _weight_files(options, [*([MAIN] if rest else []), *own])
+    networks = [*([MAIN] if rest else []), *own]
+    files = _weight_files(options, networks)
+    given = {**files, **({MAIN: options.extractor} if options.extractor else {})}
+    if options.download and set(networks) <= given.keys():
+        option = f"--extractor {options.extractor}" if options.extractor else "--weights"
+        raise UsageError(f"--download has no effect beside {option}, which needs no download; leave one of them out")
     if rest:
         kind: Literal["fid", "fd_embedded"] = "fd_embedded" if options.extractor else "fid"
         weights = files.get(MAIN)
@@ -195,8 +215,9 @@ def _extractors(options: Options, device: torch.device) -> list[Extractor]:
         asked = [*rest, *(["--nll"] if options.nll is not None else [])]
         for metric, output in (("sfid", "spatial"), ("is", "logits"), ("--nll", "spatial")):
             if metric in asked and output not in found[0].outputs:
+                name = metric if metric == "--nll" else f"the metric '{metric}'"
                 raise UsageError(
-                    f"the metric {metric} is of Inception-v3, and the extractor is {found[0].name}; give Inception's "
+                    f"{name} is of Inception-v3, and the extractor is {found[0].name}; give Inception's "
                     "weights with --weights, or leave the metric out"
                 )
     for metric in own:
@@ -312,6 +333,17 @@ def _is_published(extractors: Sequence[Extractor]) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # After the pass
+
+
+@contextlib.contextmanager
+def _noting(failed: list[str], option: str) -> Iterator[None]:
+    """Adds an error's message to `failed` in its place: a pass of hours must not be lost to a full disk at its end."""
+    try:
+        yield
+    except DdoError as error:
+        failed.append(str(error))
+    except OSError as error:
+        failed.append(f"{option} could not be written ({error.strerror or error})")
 
 
 def _pictures(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ddo_cli import dist
+from ddo_cli.data.samples import MAX_SEED
 from ddo_cli.data.stream import ImageStream, open_stream
 from ddo_cli.engines import fid_pass
 from ddo_cli.engines.fid_pass import Source, Wanted
@@ -117,6 +118,10 @@ def open_sources(
 
 
 def _drawn(name: str, num: int, repeat: int, sampling: dict[str, Any], device: torch.device) -> Iterator[Drawn]:
+    if repeat * num - 1 > MAX_SEED:
+        raise UsageError(
+            f"--repeat {repeat} of --num {num} draw seeds up to {repeat * num - 1}, and they end at {MAX_SEED}"
+        )
     loaded = registry.load_model(name, device)
     spec = SamplingRecipe(**loaded.checkpoint.header.get("sampling", {})).merged(**sampling)
     loaded.model.check_sampling(spec)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,17 @@ from ddo_cli.schema import nearest
 HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage")
 NAMES = {"fid": "FID", "sfid": "sFID", "is": "IS", "kid": "KID", "fd_dinov2": "FD-DINOv2", "fd_clip": "FD-CLIP"}
 DESCRIBED = ("source", "reference", "num_images", "extractor", "extractor_sha256", "comparable", "content_digest")
-NOT_FIGURES = {*DESCRIBED, "images_per_second", "repeats", "warnings", "protocol", "markdown", "published", "pictures"}
+NOT_FIGURES = {
+    *DESCRIBED,
+    "images_per_second",
+    "repeats",
+    "warnings",
+    "protocol",
+    "markdown",
+    "published",
+    "pictures",
+    "not_written",
+}
 
 
 def summary(repeats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -82,8 +94,8 @@ def markdown(found: Mapping[str, Any]) -> str:
 # The CSV file
 
 
-def check(log: Path | None, benchmark: str | None) -> None:
-    """Raises UsageError for a benchmark that is not known, or a CSV file that cannot get a row."""
+def check(log: Path | None, benchmark: str | None, pictures: Path | None = None) -> None:
+    """Raises UsageError for an unknown benchmark, a CSV file that cannot get a row, a directory not to write in."""
     if benchmark is not None and benchmark not in tables.NAMES:
         raise UsageError(
             f"--benchmark {benchmark} is not known{nearest(benchmark, tables.NAMES)}; known: {', '.join(tables.NAMES)}"
@@ -92,13 +104,27 @@ def check(log: Path | None, benchmark: str | None) -> None:
         _header(log)
     elif log is not None and (log.exists() or not log.parent.is_dir()):
         raise UsageError(f"--log {log} cannot be written; give a CSV file in a directory that exists")
+    if log is not None:
+        _probe(log.parent, f"--log {log}")
+    if pictures is not None:
+        _probe(next(place for place in (pictures, *pictures.parents) if place.exists()), f"--pictures {pictures}")
+
+
+def _probe(directory: Path, option: str) -> None:
+    """Raises UsageError where no file can be made and filled. What it writes has no name, and is gone at once."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise UsageError(f"{option} cannot be written ({error.strerror}); choose another place") from None
 
 
 def append(log: Path, found: Mapping[str, Any]) -> None:
     """Adds a row, and columns where an earlier row lacks them. Written whole under another name and renamed."""
     numbers = figures(found)
     row = {key: str(found.get(key)) for key in DESCRIBED} | {key: repr(value) for key, value in numbers.items()}
-    with FileLock(f"{log}.lock"):
+    place = log.with_name(f".{log.name}.lock")
+    with FileLock(place):
         columns, rows = _header(log) if log.is_file() else ([], [])
         columns += [key for key in row if key not in columns]
         text = io.StringIO()
@@ -106,11 +132,13 @@ def append(log: Path, found: Mapping[str, Any]) -> None:
         writer.writeheader()
         writer.writerows([*rows, row])
         write_text(log, text.getvalue())
+        with contextlib.suppress(OSError):  # Windows lets nobody remove it; elsewhere those who wait make a new one
+            place.unlink()
 
 
 def _header(log: Path) -> tuple[list[str], list[dict[str, str]]]:
     try:
-        with open(log, newline="") as file:
+        with open(log, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             columns, rows = list(reader.fieldnames or []), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -51,12 +51,13 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     spec = _sampling(recipe, reference)
     scoring = Scoring(recipe, real, spec, device)
     plans = _plans(recipe, reference, scoring)
+    identity = {"reference_sha256": reference.checkpoint.sha256, "data_sha256": digest(real), **scoring.identity}
+    rundir.RunDir(out).check("finetune-ddo", recipe, **identity)
     if dry_run:
         expected = estimate.of_finetuning(recipe, reference, plans, real, scoring)
         return {**_dry_run(recipe, out, reference.model, plans[0]), "estimate": expected}
     loop.set_precision(recipe.finetune.precision)
     with rundir.locked(out) as run_dir:
-        identity = {"reference_sha256": reference.checkpoint.sha256, "data_sha256": digest(real), **scoring.identity}
         state = run_dir.claim("finetune-ddo", recipe, **identity)
         if run_dir.is_finished(state):
             return _result(recipe, run_dir, state, scoring.key)
@@ -182,7 +183,7 @@ class _Round:
                 )  # fmt: skip
                 ref_loss = -ref.log_lik(ref_prediction[:n], x[:n], half).mean()
                 # log_lik of the model on data is the reference's plus r, so no further pass is needed.
-                log = {**ddo._asdict(), "denoising_ratio": (ref_loss - ddo.r_real) / ref_loss}
+                log = {**ddo._asdict(), "ref_loss": ref_loss}
                 return loop.Loss(log.pop("loss"), log)
 
             return loss

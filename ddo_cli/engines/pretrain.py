@@ -13,7 +13,7 @@ from ddo_cli import checkpoint, console, dist, rundir, sharding
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import check_fits, digest
 from ddo_cli.data.pairs import Shuffled
-from ddo_cli.engines import estimate, pretrain_tokenizer
+from ddo_cli.engines import estimate, last_good, pretrain_tokenizer
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.files import write_json
 from ddo_cli.likelihood import map_draw
@@ -45,6 +45,8 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     model.check_sampling(recipe.sampling)
     scoring = Scoring(recipe, real, recipe.sampling, device)
     parameters = sum(p.numel() for p in model.parameters())
+    identity = {"data_sha256": digest(real), **scoring.identity}
+    rundir.RunDir(out).check("pretrain", recipe, **identity)
     if dry_run:
         expected = estimate.of_pretraining(recipe, config, real, scoring)
         return {
@@ -55,7 +57,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     model.start_training()
     loop.set_precision(settings.precision)
     with rundir.locked(out) as run_dir:
-        state = run_dir.claim("pretrain", recipe, data_sha256=digest(real), **scoring.identity)
+        state = run_dir.claim("pretrain", recipe, **identity)
         if run_dir.is_finished(state):
             return _result(run_dir, state)
         console.info(f"pretrain {config['name']}: {parameters:,} parameters, {steps} steps of {settings.batch} images")
@@ -87,7 +89,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             state_file=state_file,
             log_file=run_dir.log_file,
             log_tags={},
-            last_good=lambda: loop.state_directory(state_file) if settings.sharding == "fsdp" else state_file,
+            last_good=lambda: last_good.newest(state_file, loop.state_directory(state_file), *snapshots.files()),
             ema_ramp=settings.ema_ramp,
             evaluate_at=snapshots.due,
             evaluate=lambda step, ema: snapshots.keep(step, None, ema),
@@ -120,6 +122,10 @@ class _Snapshots:
         if dist.is_main():
             checkpoint.save(self.path / snapshot_name(step, width), ema, self.header_at(step, width))
         return ""
+
+    def files(self) -> list[Path]:
+        """Those that are on disk."""
+        return sorted(self.path.glob("*.safetensors"))
 
     def header_at(self, step: int, width: float | None) -> dict[str, Any]:
         """The header with the average that the weights are, where it is a power function."""

@@ -14,6 +14,7 @@ from ddo_cli import checkpoint, console, dist, pictures, rundir
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet, check_images, digest
 from ddo_cli.data.pairs import Shuffled
+from ddo_cli.engines import last_good
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.errors import UsageError
 from ddo_cli.files import write_json
@@ -50,6 +51,8 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     model = cast(Vqvae, registry.build(config)).to(device)
     scoring = Scoring(recipe, real, recipe.sampling, device)
     parameters = sum(p.numel() for p in model.parameters())
+    identity = {"data_sha256": digest(real), **scoring.identity}
+    rundir.RunDir(out).check("pretrain", recipe, **identity)
     if dry_run:
         return {
             "out": str(out), "dry_run": True, "model": vqvae.NAME, "parameters": parameters,
@@ -58,7 +61,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
         }  # fmt: skip
     loop.set_precision(settings.precision)
     with rundir.locked(out) as run_dir:
-        state = run_dir.claim("pretrain", recipe, data_sha256=digest(real), **scoring.identity)
+        state = run_dir.claim("pretrain", recipe, **identity)
         if run_dir.is_finished(state):
             return _result(run_dir, state)
         console.info(f"pretrain {vqvae.NAME}: {parameters:,} parameters, {steps} steps of {settings.batch} images")
@@ -89,7 +92,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             state_file=state_file,
             log_file=run_dir.log_file,
             log_tags={},
-            last_good=lambda: state_file,
+            last_good=lambda: last_good.newest(state_file),
             ema_ramp=settings.ema_ramp,
             owner=recipe.name,
         )

@@ -13,10 +13,9 @@ import torch
 
 from ddo_cli import console, dist, pictures, rundir
 from ddo_cli.checkpoint import Checkpoint
-from ddo_cli.data.samples import Format, Writer, spell_seeds
+from ddo_cli.data.samples import Format, Writer, manifest_of, spell_seeds
 from ddo_cli.diffusion.guidance import GradientGuide, Guide
 from ddo_cli.errors import UsageError
-from ddo_cli.files import sweep
 from ddo_cli.likelihood import Batch, LikelihoodModel, check_labels, generate, num_batches
 from ddo_cli.models import registry
 from ddo_cli.schema import SamplingRecipe
@@ -60,7 +59,7 @@ def run(
     if keep != "images" and form != "shards":
         raise ValueError(f"{keep} examples are kept in shards only, not as {form}")
     model.encoder_id()  # loads an autoencoder that is no part of the weights: without it the first batch is for nothing
-    made_by = {
+    made_by: dict[str, Any] = {
         "checkpoint_sha256": file.sha256,
         "sampling": spec.model_dump(mode="json"),
         "classes": list(classes) if classes else None,
@@ -68,6 +67,11 @@ def run(
         **({"guidance": guidance} if guidance else {}),
         **({keep: True} if keep != "images" else {}),
     }
+    writer = Writer(out, form, seeds, spec.batch, made_by)
+    writer.check()
+    grid = grid_path(out)
+    if dist.is_main() and not manifest_of(out):
+        pictures.check_replaceable(grid)
     found = {"out": str(out), "num_images": len(seeds), "checkpoint_sha256": file.sha256, "sampler": spec.sampler}
     if dry_run:
         return {**found, "batches": num_batches(len(seeds), spec.batch), "steps": spec.steps, "dry_run": True}
@@ -76,9 +80,7 @@ def run(
         generate, model, spec=spec, batch=spec.batch, classes=classes, guides=guides, as_given=seeds, device=device
     )
     with rundir.locked(out):
-        if dist.is_main():
-            sweep(out)
-        writer = Writer(out, form, seeds, spec.batch, made_by)
+        writer.claim()
         # Files appear while processes read the directory: what is missing is for the main process to say.
         missing = dist.from_main(writer.missing())
         manifest = dist.from_main(writer.complete())
@@ -90,7 +92,6 @@ def run(
                 kept = partial(_encoded, model, draw, device)
             speed = _draw(kept, writer, missing, title)
             manifest = writer.finish()
-        grid = grid_path(out)
         if dist.is_main() and (is_new or not grid.is_file()):
             made = draw(writer.seeds[:GRID_ITEMS])
             pictures.contact_sheet(np.concatenate([batch.items.numpy() for batch in made]), grid)

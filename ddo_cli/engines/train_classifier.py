@@ -15,7 +15,7 @@ from ddo_cli.data.items import check_fits, digest
 from ddo_cli.data.pairs import Shuffled, split
 from ddo_cli.diffusion import noise
 from ddo_cli.diffusion.denoiser import DiffusionModel
-from ddo_cli.engines import guides
+from ddo_cli.engines import guides, last_good
 from ddo_cli.engines.model_space import encoded
 from ddo_cli.errors import DataError
 from ddo_cli.metrics.discrimination import BATCH, LEVELS, noisy
@@ -50,14 +50,14 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     network = discriminators.build("classifier", config).to(device)
     loop.local_rows(settings.batch, settings.micro_batch)
     steps = -(-settings.images // settings.batch)
+    identity = {"data_sha256": digest(real), "model_sha256": loaded.checkpoint.sha256}
+    rundir.RunDir(out).check("train-classifier", recipe, **identity)
     if dry_run:
         parameters = sum(p.numel() for p in network.parameters())
         return {"out": str(out), "dry_run": True, "parameters": parameters, "steps": steps, "data": real.name}
     loop.set_precision(settings.precision)
     with rundir.locked(out) as run_dir:
-        state = run_dir.claim(
-            "train-classifier", recipe, data_sha256=digest(real), model_sha256=loaded.checkpoint.sha256
-        )
+        state = run_dir.claim("train-classifier", recipe, **identity)
         if run_dir.is_finished(state):
             return _result(run_dir, state)
         rows = split(len(real.items), settings.held_out, "classifier", recipe.seed)
@@ -76,15 +76,16 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             right = (logits.detach().argmax(1) == label).to(torch.float32).mean()
             return loop.Loss(F.cross_entropy(logits, label), {"accuracy": right})
 
+        state_file = out / "train-state.safetensors"
         plan = loop.Plan(
             title="classifier",
             steps=steps,
             recipe=settings,
             loss=loss,
-            state_file=out / "train-state.safetensors",
+            state_file=state_file,
             log_file=run_dir.log_file,
             log_tags={},
-            last_good=lambda: "none yet",
+            last_good=lambda: last_good.newest(state_file),
             dropout=True,
             owner=recipe.name,
         )

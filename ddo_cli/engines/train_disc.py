@@ -72,13 +72,14 @@ def run(
         disc_data.check_sizes(len(real.items), settings.num_fake, real.name, settings.held_out)
         disc_data.check_classes(real, settings.num_fake, label_use)
         check_labels(spec, base.num_classes, settings.num_fake)
+    identity = {"model_sha256": loaded.checkpoint.sha256, "data_sha256": digest(real), "config": config}
+    identity |= {"fake_sha256": digest(given)} if given is not None else {}
+    identity |= scoring.identity if scoring is not None else {}
+    rundir.RunDir(out).check("train-disc", recipe, **identity)
     if dry_run:
         return _dry_run(recipe, out, network, real)
     loop.set_precision(settings.precision)
     with rundir.locked(out) as run_dir:
-        identity = {"model_sha256": loaded.checkpoint.sha256, "data_sha256": digest(real), "config": config}
-        identity |= {"fake_sha256": digest(given)} if given is not None else {}
-        identity |= scoring.identity if scoring is not None else {}
         state = run_dir.claim("train-disc", recipe, **identity)
         if run_dir.is_finished(state):
             return _result(run_dir, state)

@@ -18,6 +18,7 @@ from ddo_cli import checkpoint, console, dist, rundir
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import check_images
 from ddo_cli.data.pairs import Examples, Shuffled
+from ddo_cli.engines import last_good
 from ddo_cli.errors import DataError, UsageError
 from ddo_cli.metrics.digit_net import DigitNet
 from ddo_cli.rng import permutation, seed_from
@@ -25,9 +26,6 @@ from ddo_cli.schema import TrainRecipe
 from ddo_cli.training import loop
 
 SIZE = 32
-MAX_NOISE = (
-    0.2  # deviation of the training noise in [-1, 1] units: samples carry a little, and features should not jump
-)
 
 
 def run(
@@ -102,15 +100,16 @@ def _train(
     device: torch.device,
 ) -> float:
     """Trains, writes the checkpoint, and returns the accuracy on `test`."""
+    state_file = work / "train-state.safetensors"
     plan = loop.Plan(
         title="extractor",
         steps=steps,
         recipe=settings,
         loss=loss,
-        state_file=work / "train-state.safetensors",
+        state_file=state_file,
         log_file=work / "log.jsonl",
         log_tags={},
-        last_good=lambda: work / "train-state.safetensors",
+        last_good=lambda: last_good.newest(state_file),
         owner=json.dumps(link, sort_keys=True),
     )
     ema = loop.fit(network, plan, device)

@@ -147,10 +147,9 @@ def select_extractor(
     load_own = custom.load_custom if _is_code(source) else load_extractor
     loaded = load_own(source, device, precision)
     if metric == "fid":
-        published = weight_files.PUBLISHED["fid"]
         console.warn(
-            f"no Inception-v3 weights were given, so the extractor {loaded.name} is used instead: the number is "
-            f"{loaded.key}, not an FID, and cannot be compared with published ones. For an FID, {published.remedy()}"
+            f"the extractor {loaded.name} stands in for Inception-v3: the number is {loaded.key}, not an FID, and does "
+            "not compare with published figures; `ddo fid --download` fetches Inception's weights"
         )
     return loaded
 

@@ -113,15 +113,21 @@ def find(network: Network, path: str | None = None, download: bool = False) -> F
     """
     published = PUBLISHED[network]
     if path is not None:
-        return _checked(published, checkpoint.resolve(path), path)
+        return _checked(published, _existing(published, path, path), path)
     if named := os.environ.get(published.variable):
         label = f"{published.variable}={named}"
-        return _checked(published, checkpoint.resolve(named), label)
+        return _checked(published, _existing(published, named, label), label)
     # The main process decides for all: a slower one could already see what the download has just left.
     if download and dist.from_main(_cached(published) is None):
         _fetch(published)
     file = _cached(published)
     return None if file is None else _checked(published, file, str(file))
+
+
+def _existing(published: Published, path: str, label: str) -> Path:
+    if not path.startswith(checkpoint.EMBEDDED) and not Path(path).exists():
+        raise CheckpointError(f"{label} does not exist; {published.remedy()}")
+    return checkpoint.resolve(path)
 
 
 def _cached(published: Published) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ class DdoLoss(NamedTuple):
     r_real: Tensor  # mean log-ratio of real rows
     r_fake: Tensor
     margin: Tensor  # r_real - r_fake
-    r_std: Tensor  # standard deviation of r over all rows; beta is well placed when beta * r_std is of order 1
+    r_square: Tensor  # mean of r^2 over all rows
     accuracy: Tensor  # share of rows whose r has the right sign; a tie counts one half
 
 
@@ -47,7 +48,6 @@ def ddo_loss(
     if divide_by_alpha:
         loss = loss / max(alpha, 1.0)
     with torch.no_grad():
-        rows = torch.cat([r_real, r_fake])
         right = torch.cat([r_real, -r_fake]).sign()  # 1 right, -1 wrong, 0 tie
         return DdoLoss(
             loss=loss,
@@ -56,9 +56,17 @@ def ddo_loss(
             r_real=r_real.mean(),
             r_fake=r_fake.mean(),
             margin=r_real.mean() - r_fake.mean(),
-            r_std=rows.std(correction=0),
+            r_square=torch.cat([r_real, r_fake]).square().mean(),
             accuracy=(right + 1).mean() / 2,
         )
+
+
+def r_std(r_real: float, r_fake: float, r_square: float) -> float:
+    """Standard deviation of r over all rows, of DdoLoss's means over any number of batches of one size.
+
+    beta is well placed when beta * r_std is of order 1.
+    """
+    return math.sqrt(max(r_square - ((r_real + r_fake) / 2) ** 2, 0.0))
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:

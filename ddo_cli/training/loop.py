@@ -63,6 +63,7 @@ class Plan(NamedTuple):
     until: int | None = None  # pause after this step, with all that going on needs in `state_file`; None: go to the end
     dropout: bool = False  # DDO needs it off: with it, r is not 0 for equal weights
     owner: str = ""  # identifies the run; a saved state of another is refused
+    derived: Callable[[dict[str, float]], dict[str, float]] = dict  # a line's figures, of the means of what is logged
     wants_averages: bool = True  # False: `fit` returns nothing, and spares each process the whole weights
 
 
@@ -125,7 +126,7 @@ def _fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor
     optimizer, scale = optim.build(model, recipe), optim.LossScale(recipe)
     parameters = [p for p in model.parameters() if p.requires_grad]
     averages = Averages(model, recipe, plan.ema_ramp)
-    meter = Meter(plan.log_file, plan.log_tags, recipe.batch, device)
+    meter = Meter(plan.log_file, plan.log_tags, recipe.batch, device, plan.derived)
     step = _restore(plan, model, optimizer, scale, averages, meter)
     last = plan.steps if plan.until is None else min(plan.until, plan.steps)
     if step > last:
@@ -158,8 +159,8 @@ def _fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor
                 # With no finite gradient there is no step to take; weights and saved state are those of before.
                 raise NumericsError(
                     f"{plan.title}: the gradient of step {step} is not finite (loss {loss.loss.item():.4g}); "
-                    f"the last good checkpoint is {plan.last_good()}; lower the learning rate ({rate:g}) and choose "
-                    "another --out"
+                    f"the last good checkpoint is {plan.last_good()}; lower {recipe.prefix}lr = {recipe.lr:g} and "
+                    "choose another --out"
                 )
             step += 1
             averages.update(model, n_images)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,19 @@ from ddo_cli.files import write_text
 class Meter:
     """Means between two lines of the log, over micro-batches, steps and processes."""
 
-    def __init__(self, file: Path, tags: Mapping[str, Any], batch: int, device: torch.device):
-        """tags: repeated on every line, e.g. the round. batch: images of a step, over all processes."""
-        self.file, self.tags, self.batch, self.device = file, tags, batch, device
+    def __init__(
+        self,
+        file: Path,
+        tags: Mapping[str, Any],
+        batch: int,
+        device: torch.device,
+        derived: Callable[[dict[str, float]], dict[str, float]] = dict,
+    ):
+        """tags: repeated on every line, e.g. the round. batch: images of a step, over all processes.
+
+        derived: a line's figures, of the means: those that are no means themselves must not depend on how rows are cut.
+        """
+        self.file, self.tags, self.batch, self.device, self.derived = file, tags, batch, device, derived
         self.sums: dict[str, Tensor] = {}
         self.steps = 0
         self.started = time.monotonic()
@@ -38,10 +48,10 @@ class Meter:
         self.steps += 1
 
     def flush(self, step: int, n_images: int, rate: float, more: dict[str, float]) -> dict[str, float]:
-        """Writes a line and starts anew; returns the means."""
+        """Writes a line and starts anew; returns its figures."""
         keys = list(self.sums)
         means = dist.all_reduce_sum(torch.stack([self.sums[key] for key in keys])) / dist.world_size() / self.steps
-        record = dict(zip(keys, means.tolist(), strict=True))
+        record = self.derived(dict(zip(keys, means.tolist(), strict=True)))
         now = time.monotonic()
         line = {
             **self.tags,

@@ -41,11 +41,6 @@ def gamma_of(std: float) -> float:
     return float(np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse]).real.max())
 
 
-def std_of(gamma: float) -> float:
-    """The inverse of `gamma_of` (eq. 123)."""
-    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
-
-
 def power_decay(batch: int, std: float, n_images: int) -> float:
     """What the average keeps of itself in a step (eq. 127): (1 - batch / n)^(gamma + 1), n counting the step.
 

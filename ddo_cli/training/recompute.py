@@ -25,7 +25,7 @@ def recompute_units(model: nn.Module) -> None:
     """
     for unit in units_of(model):
         if not isinstance(unit, _Recomputed):
-            unit.__class__ = _recomputed(type(unit))
+            unit.__class__ = _recomputed(type(unit))  # type: ignore[arg-type]
 
 
 def units_of(model: nn.Module) -> Sequence[nn.Module]:

@@ -1,0 +1,292 @@
+"""What the program does with options that contradict one another, with streams that take nothing, and with numbers
+that JSON does not know. Run in this process; `test_cli` runs the program itself."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CPU, make_checkpoint, make_discriminator
+
+from ddo_cli import cli, console, pictures
+from ddo_cli.commands import options
+from ddo_cli.engines import fid, fid_report, last_good, pretrain, train_classifier, train_extractor
+from ddo_cli.errors import NumericsError, RecipeError, UsageError
+from ddo_cli.recipe import load
+from ddo_cli.training import loop
+
+ROOT = Path(__file__).parent.parent
+LAST = 2**32 - 1
+
+
+@pytest.fixture
+def ddo(tmp_path, monkeypatch, capsys):
+    """Runs the program in an empty directory: exit code, stdout, stderr."""
+
+    def run(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["ddo", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return ended.value.code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("ckpt") / "m.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+CONTRADICTIONS = {
+    "sample --seeds 0-3 --num 64": "--num 64 has no effect beside --seeds 0-3",
+    "sample --seeds 0-3 --seed 0": "--seed 0 has no effect beside --seeds 0-3",
+    "sample --seeds 5-1": "--seeds 5-1 cannot be read (5-1 ends before it begins)",
+    "sample --seeds 3,3": "given twice",
+    f"sample --seed {LAST} --num 2": f"--seed {LAST} and --num 2 go up to seed {LAST + 1}, and seeds end at {LAST}",
+    f"sample --seed {LAST}": "--num 64 go up to seed",
+    "sample --steps 9 steps=4": "steps is given twice, by its option (9) and as steps=4",
+    "sample sigma_max=4 sigma_max=5": "sigma_max is given twice, as sigma_max=4 and as sigma_max=5",
+    "finetune-ddo --alpha 4 finetune.alpha=2": "finetune.alpha is given twice, by its option (4.0) and as",
+    "pretrain pretrain.lr=1 pretrain.lr=1": "pretrain.lr is given twice",
+    "pretrain --recipe quickstart pretrain={lr:\x001,lr:\x002}": "the key 'lr' is given twice",
+    "pretrain name=..": "name = '..'",
+    "pretrain name=.": "name = '.'",
+    "analyze --what gain --num 16": "--num 16 is of the analysis 'nfe', and has no effect on --what gain",
+    "analyze --what gain,nfe --noise-level 2": "--noise-level 2.0 is of the analysis 'regeneration'",
+    "analyze --what nfe --regenerations 2": "--regenerations 2 is of the analysis 'regeneration'",
+    "analyze --steps-list 4,6": "--steps-list 4,6 is of the analysis 'nfe', and has no effect on the analyses that are",
+    f"fid CKPT --num {2**31} --repeat 3": f"seeds up to {3 * 2**31 - 1}",
+}
+
+
+@pytest.mark.parametrize("line", CONTRADICTIONS)
+def test_options_that_would_be_ignored(line, ddo, ckpt, tmp_path):
+    arguments = [ckpt if part == "CKPT" else part.replace("\x00", " ") for part in line.split(" ")]
+    if line.startswith("sample"):
+        arguments += ["--ckpt", ckpt]
+    code, out, err = ddo(*arguments, "--json")
+    assert code == 2, err
+    assert CONTRADICTIONS[line] in json.loads(out)["error"]["message"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_seeds_of_what_was_given():
+    assert options.seeds_of(None, None, None) == range(64)
+    assert options.seeds_of(None, 5, None) == range(5, 69)
+    assert options.seeds_of(None, LAST - 1, 2) == range(LAST - 1, LAST + 1)
+    assert options.seeds_of("1,4-5", None, None) == [1, 4, 5]
+    with pytest.raises(UsageError, match=r"--seeds 4-4- cannot be read"):
+        options.seeds_of("4-4-", None, None)
+
+
+def test_settings_of_analyses_that_are_asked_for(ddo, ckpt, tmp_path_factory):
+    disc = make_discriminator(tmp_path_factory.mktemp("disc") / "d.safetensors", ckpt)
+    for given in (["--what", "nfe", "--num", "16"], ["--regenerations", "3"], ["--what", "all", "--steps-list", "3"]):
+        code, out, err = ddo("analyze", "--disc", disc, *given, "--dry-run", "--json")
+        assert code == 0, err
+        assert json.loads(out)["dry_run"]
+
+
+def test_a_key_that_a_recipe_holds_twice_is_named_with_its_line(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nfinetune:\n  lr: 1\n  batch: 4\n  lr: 2\n")
+    with pytest.raises(RecipeError, match=r"mine\.yaml, line 5: the key 'lr' is given twice"):
+        load(str(path))
+    path.write_text("name: mine\npretrain: &base {lr: 1.0}\nfinetune: {<<: *base, lr: 2.0}\n")
+    assert load(str(path)).finetune.lr == 2.0  # what is merged is meant to be replaced
+    path.write_text("name: ünïcode\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match="name = 'ünïcode'"):
+        load(str(path))
+
+
+def test_usage_errors_point_to_the_command_s_own_help(ddo):
+    assert "(ddo sample --help lists the options)" in ddo("sample", "--nosuch")[2]
+    assert "(ddo --help lists the options)" in ddo("--nosuch")[2]
+
+
+def test_without_arguments_the_help_is_all(ddo):
+    code, out, err = ddo()
+    assert code == 2
+    assert "finetune-ddo" in out
+    assert "error" not in err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streams
+
+
+def program(*arguments, cwd, out=None, **environment):
+    """The program itself, with an output of its own."""
+    given = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, "-m", "ddo_cli", *arguments]
+    return subprocess.run(
+        command, stdout=out or subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd, env=given, check=False, timeout=120
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device here")
+@pytest.mark.parametrize("line", ["recipes --json", "recipes", "--help", "sample --nosuch --json"])
+def test_a_full_stdout_is_one_message(line, tmp_path):
+    with open("/dev/full", "w") as full:
+        done = program(*line.split(), cwd=tmp_path, out=full)
+    message = done.stderr.decode()
+    assert done.returncode == 2, message
+    assert len(message.splitlines()) == 1
+    assert ("nosuch" if "nosuch" in line else "error: stdout: No space left on device") in message
+    assert "continues" not in message
+
+
+@pytest.mark.parametrize(
+    ("line", "environment"),
+    [
+        ("recipes", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
+        ("--help", {"PYTHONIOENCODING": "ascii"}),
+    ],
+)
+def test_a_terminal_without_our_letters(line, environment, tmp_path):
+    done = program(line, cwd=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert b"quickstart" in done.stdout or b"finetune-ddo" in done.stdout
+    assert done.stdout.isascii()
+
+
+def test_numbers_that_json_does_not_know(capsys):
+    console.use_json(True)
+    console.result({"a": math.nan, "b": [1.5, -math.inf], "c": {"d": (math.inf, "x")}})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "a": None, "b": [1.5, None], "c": {"d": [None, "x"]},
+    }  # fmt: skip
+
+
+def test_an_error_after_the_result_leaves_one_object(capsys):
+    console.use_json(True)
+    console.result({"fid": 1.0})
+    console.error("disk", "full")
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"fid": 1.0}
+    assert "error: full" in err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# `ddo fid`
+
+FID = ("fid", "embedded:digits8", "--num", "12", "--extractor", "embedded:extractor-digits32", "--no-cache")
+
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_log_that_cannot_be_written_costs_no_figure(ddo, monkeypatch, tmp_path):
+    monkeypatch.setattr(fid_report, "write_text", full)
+    code, out, err = ddo(*FID, "--ref", "embedded:digits8", "--log", "x.csv", "--json")
+    found = json.loads(out)
+    assert code == 2
+    assert found["fd_embedded"] > 0
+    assert found["not_written"] == ["--log x.csv could not be written (No space left on device)"]
+    assert "error: the figures above are whole, but --log x.csv could not be written (No space left on device)" in err
+    code, out, _ = ddo(*FID, "--ref", "embedded:digits8", "--log", "x.csv")
+    assert (code, "fd_embedded" in out) == (2, True)
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_figure(ddo, monkeypatch):
+    monkeypatch.setattr(pictures, "image_rows", full)
+    code, out, err = ddo(*FID, "--ref", "embedded:digits8", "--nearest", 2, "--log", "x.csv", "--json")
+    found = json.loads(out)
+    assert (code, found["fd_embedded"] > 0, "nearest" in found) == (2, True, False)
+    assert "--pictures fid-pictures could not be written (No space left on device)" in err
+    assert Path("x.csv").read_text().count("\n") == 2  # the row is there
+
+
+def test_places_are_probed_before_the_pass(ddo, monkeypatch, tmp_path):
+    monkeypatch.setattr(fid_report.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(fid.fid_pass, "run", lambda *_, **__: pytest.fail("a pass"))
+    for given in (["--log", "x.csv"], ["--nearest", 2, "--pictures", "new/there"]):
+        code, _, err = ddo(*FID, "--ref", "embedded:digits8", *given)
+        assert code == 2
+        assert f"{given[-2]} {given[-1]} cannot be written (No space left on device)" in err
+
+
+def test_the_log_leaves_no_lock(ddo, tmp_path):
+    for rows in (1, 2):
+        code, _, err = ddo(*FID, "--ref", "embedded:digits8", "--log", "x.csv")
+        assert code == 0, err
+        assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
+        assert len((tmp_path / "x.csv").read_text().splitlines()) == rows + 1
+
+
+def test_rows_of_processes_at_once_all_arrive(tmp_path):
+    """The lock's file is removed at each end, and those who wait for it then go on with a new one."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom ddo_cli.engines import fid_report\n"
+        "for i in range(25): fid_report.append(Path('x.csv'), {'source': sys.argv[1], 'reference': i, 'fid': 1.0})"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, str(number)], cwd=tmp_path, env=environment) for number in "abc"
+    ]
+    assert [one.wait(120) for one in started] == [0, 0, 0]
+    assert len((tmp_path / "x.csv").read_text().splitlines()) == 1 + 75
+    assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses that are not finite
+
+TINY = ("model.options={patch: 8, widths: [8], depths: [1], emb_width: 8}", "data.num=64")
+
+
+@pytest.fixture
+def last_goods(monkeypatch):
+    """What the plan of a run names as its last good checkpoint when it is about to begin; the run ends there."""
+    found = []
+
+    def fit(model, plan, device):
+        found.append(plan.last_good())
+        plan.state_file.write_bytes(b"")
+        found.append(plan.last_good())
+        raise NumericsError("as if diverged")
+
+    monkeypatch.setattr(loop, "fit", fit)
+    return found
+
+
+def test_no_checkpoint_is_named_that_does_not_exist(last_goods, tmp_path, ckpt):
+    for number, start in enumerate(
+        [
+            lambda out: pretrain.run(load("quickstart", [*TINY, "metric.num_images=16"]), out, device=CPU),
+            lambda out: train_classifier.run(
+                load("quickstart", ["data.num=64", "classifier.held_out=16"], {"model.ckpt": ckpt}), out, device=CPU
+            ),
+            lambda out: train_extractor.run("embedded:digits8", out, held_out=None, images=256, seed=0, device=CPU),
+        ]
+    ):
+        with pytest.raises(NumericsError):
+            start(tmp_path / str(number))
+        before, after = last_goods[-2:]
+        assert before == "none yet"
+        assert after.name == "train-state.safetensors"
+
+
+def test_the_newest_is_the_last_good_one(tmp_path):
+    old, new, gone = tmp_path / "old", tmp_path / "new", tmp_path / "gone"
+    for path, time in ((old, 10), (new, 20)):
+        path.touch()
+        os.utime(path, (time, time))
+    assert last_good.newest(new, old, gone) == last_good.newest(gone, old, new) == new
+    assert last_good.newest(gone) == "none yet"
+
+
+def test_a_diverged_pretraining_names_the_key_to_lower(tmp_path):
+    settings = [*TINY, "pretrain.lr=1e30", "pretrain.warmup=1000000", "pretrain.batch=8", "pretrain.images=80"]
+    with pytest.raises(NumericsError, match=r"checkpoint is none yet; lower pretrain\.lr = 1e\+30 and choose"):
+        pretrain.run(load("quickstart", [*settings, "metric.num_images=16"]), tmp_path / "run", device=CPU)

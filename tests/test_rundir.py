@@ -1,0 +1,313 @@
+"""Directories that commands write: what is refused before anything is written or deleted, dry run or not."""
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, make_checkpoint, make_discriminator, tiny_disc_recipe, tiny_recipe
+from PIL import Image
+from toy_latent import make_toy
+
+from ddo_cli import checkpoint, files, pictures, rundir
+from ddo_cli.engines import (
+    analyze,
+    edit,
+    ema,
+    encode,
+    finetune_ddo,
+    guide_sample,
+    pretrain,
+    sample,
+    train_classifier,
+    train_disc,
+)
+from ddo_cli.engines.subject import Settings
+from ddo_cli.errors import RunError
+from ddo_cli.recipe import load
+from ddo_cli.rundir import RunDir
+
+DATA = "embedded:digits32"
+FEW = Settings(steps_list=(2,), num=16, regenerations=3)
+CLASSIFIER = ["data={source: embedded:digits32, num: 64}", "classifier={images: 8, batch: 4, held_out: 16}"]
+PRETRAIN = [
+    "model={name: patch-unet, options: {patch: 4, widths: [16], depths: [1], emb_width: 16}}",
+    "data={source: embedded:digits32, num: 64}",
+    "sampling={sampler: euler, steps: 2, batch: 8}",
+    "metric={num_images: 32}",
+    "pretrain={batch: 4, images: 8}",
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    path = tmp_path_factory.mktemp("place")
+    ckpt = make_checkpoint(path / "m.safetensors")
+    make_discriminator(path / "d.safetensors", ckpt)
+    make_toy(path / "toy.safetensors", std=0.25)
+    return path
+
+
+def _drawn(p, out, **more):
+    return sample.run(str(p / "m.safetensors"), range(2), out, device=CPU, **more)
+
+
+def _guided(p, out, **more):
+    return guide_sample.run(str(p / "d.safetensors"), None, range(2), out, device=CPU, **more)
+
+
+def _edited(p, out, **more):
+    options = {"num": 2, "ckpt": str(p / "m.safetensors"), "use_guidance": False, "ref": "embedded:digits8", **more}
+    return edit.run(DATA, out, [1.0], device=CPU, **options)
+
+
+def _analyzed(p, out, disc="d.safetensors", **more):
+    return analyze.run(str(p / disc), None, out, what="gain", settings=FEW, device=CPU, **more)
+
+
+def _encoded(p, out, **more):
+    return encode.run(DATA, str(p / "toy.safetensors"), out, num=8, batch=8, device=CPU, **more)
+
+
+def _finetuned(p, out, **more):
+    return finetune_ddo.run(tiny_recipe(str(p / "m.safetensors")), out, device=CPU, **more)
+
+
+def _pretrained(p, out, **more):
+    return pretrain.run(load("quickstart", PRETRAIN), out, device=CPU, **more)
+
+
+def _disc_trained(p, out, **more):
+    return train_disc.run(tiny_disc_recipe(str(p / "m.safetensors")), out, device=CPU, **more)
+
+
+def _classifier_trained(p, out, **more):
+    recipe = load("quickstart", CLASSIFIER, {"model.ckpt": str(p / "m.safetensors")})
+    return train_classifier.run(recipe, out, device=CPU, **more)
+
+
+COMMANDS = {
+    "sample": _drawn,
+    "guide-sample": _guided,
+    "edit": _edited,
+    "analyze": _analyzed,
+    "encode": _encoded,
+    "finetune-ddo": _finetuned,
+    "pretrain": _pretrained,
+    "train-disc": _disc_trained,
+    "train-classifier": _classifier_trained,
+}
+
+
+def tree(path: Path) -> dict[str, bytes | None]:
+    """Everything below, hidden files and locks included."""
+    return {str(e.relative_to(path)): e.read_bytes() if e.is_file() else None for e in sorted(path.rglob("*"))}
+
+
+def foreign(path: Path, *names: str) -> Path:
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text('{"precious": 1}')
+    return path
+
+
+def refused(act, path, match):
+    """A dry run and a run are refused alike, and leave everything as it was."""
+    before = tree(path)
+    for is_dry in (True, False):
+        with pytest.raises(RunError, match=match):
+            act(dry_run=is_dry)
+        assert tree(path) == before
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_foreign_directories_are_left_as_they_are(place, tmp_path, command):
+    act = COMMANDS[command]
+    full = foreign(tmp_path / "f", ".movie.part", ".film.123.part", "sub/.other.123.part", "t.txt")
+    refused(lambda **more: act(place, full, **more), full, "not empty and holds no")
+    # Names that a directory of ours has, too.
+    for name in ("state.json", "manifest.json", "gain.png"):
+        own = foreign(tmp_path / name.replace(".", "-"), name)
+        refused(lambda own=own, **more: act(place, own, **more), own, "not empty and holds no")
+    for name, words in (("recipe.yaml", "belongs to another run|not empty"), ("edit.json", "other edited|not empty")):
+        own = foreign(tmp_path / name.replace(".", "-"), name)
+        refused(lambda own=own, **more: act(place, own, **more), own, words)
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        refused(lambda out=out, **more: act(place, out, **more), tmp_path, "is a file; choose another --out")
+
+
+def test_the_process_ends_with_2_and_deletes_nothing(place, tmp_path):
+    full = foreign(tmp_path / "f", ".film.123.part", "t.txt")
+    before = tree(full)
+    command = [sys.executable, "-m", "ddo_cli", "sample", "--ckpt", str(place / "m.safetensors"), "--num-images", "2"]
+    done = subprocess.run(
+        [*command, "--out", str(full), "--device", "cpu", "--dry-run", "--json"],
+        capture_output=True, text=True, check=False, timeout=120, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert json.loads(done.stdout)["error"]["kind"] == RunError.kind
+    assert tree(full) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Directories of ours, of something else
+
+
+def test_another_making_is_refused_by_the_dry_run_too(place, tmp_path):
+    """The directory of one command, given to another, or to the same with other settings."""
+    _drawn(place, tmp_path / "set")
+    refused(lambda **more: _drawn(place, tmp_path / "set", sampling={"steps": 4}, **more), tmp_path, "steps: 3 -> 4")
+    refused(lambda **more: _guided(place, tmp_path / "set", **more), tmp_path, "guidance")
+    refused(lambda **more: _finetuned(place, tmp_path / "set", **more), tmp_path, "holds no run")
+    assert _drawn(place, tmp_path / "set", dry_run=True)["dry_run"]
+    _edited(place, tmp_path / "e")
+    refused(lambda **more: _edited(place, tmp_path / "e", seed=1, **more), tmp_path, "seed: 0 -> 1")
+    assert _edited(place, tmp_path / "e", dry_run=True)["dry_run"]
+    (tmp_path / "e" / "edit.json").unlink()
+    refused(lambda **more: _edited(place, tmp_path / "e", **more), tmp_path, "holds no edited images")
+    _encoded(place, tmp_path / "latents")
+    refused(lambda **more: _encoded(place, tmp_path / "latents", shard=4, **more), tmp_path, "shard: 1024 -> 4")
+    assert _encoded(place, tmp_path / "latents", dry_run=True)["dry_run"]
+
+
+def test_a_run_is_refused_by_the_dry_run_of_another(place, tmp_path):
+    recipe = load("quickstart", CLASSIFIER, {"model.ckpt": str(place / "m.safetensors")})
+    identity = {"data_sha256": "x", "model_sha256": "y"}
+    RunDir(tmp_path).claim("train-classifier", recipe, **identity)
+    refused(lambda **more: _classifier_trained(place, tmp_path, **more), tmp_path, "data_sha256: x -> ")
+    refused(lambda **more: _finetuned(place, tmp_path, **more), tmp_path, "command: train-classifier -> finetune-ddo")
+    RunDir(tmp_path).check("train-classifier", recipe, **identity)
+
+
+def test_a_claim_that_was_killed_half_way_is_continued_and_no_other_state_overwritten(tmp_path):
+    recipe, identity = load("quickstart", []), {"data_sha256": "x"}
+    state = tmp_path / "state.json"
+    half = {"command": "pretrain", **identity}
+    for content in ('{"precious": 1}', "[]", "{", '{"command": "pretrain"}', '{"command": "x", "data_sha256": "x"}',
+                    json.dumps({**half, "precious": 1})):  # fmt: skip
+        state.write_text(content)
+        with pytest.raises(RunError, match=r"not empty and holds no run: there is state\.json"):
+            RunDir(tmp_path).claim("pretrain", recipe, **identity)
+        assert state.read_text() == content
+    state.write_text(json.dumps(half))
+    assert RunDir(tmp_path).claim("pretrain", recipe, **identity) == half
+    assert RunDir(tmp_path).recipe_file.is_file()
+
+
+def test_figures_of_two_discriminators_are_never_mixed(place, tmp_path):
+    _analyzed(place, tmp_path / "a")
+    shutil.copy(place / "d.safetensors", place / "copy.safetensors")
+    _analyzed(place, tmp_path / "a", "copy.safetensors")  # the same one by another name
+    make_discriminator(place / "other.safetensors", str(place / "m.safetensors"), seed=1)
+    out = tmp_path / "a"
+    refused(lambda **more: _analyzed(place, out, "other.safetensors", **more), out, "discriminator_sha256: ")
+    refused(lambda **more: _analyzed(place, out, guidance={"dg_weight": 1.0}, **more), out, "dg_weight: 2.0 -> 1.0")
+    refused(lambda **more: _analyzed(place, out, sampling={"steps": 5}, **more), out, "steps: 3 -> 5")
+    refused(lambda **more: _analyzed(place, out, data="embedded:digits32-b", **more), out, "data_sha256: ")
+    foreign(out, "gain.json")
+    refused(lambda **more: _analyzed(place, out, **more), out, "gain.json holds figures of something else")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Leftovers
+
+
+OURS = (".shard-000000.safetensors.123.part", "..part-shard-000000.safetensors.1.part")
+NOT_OURS = (".movie.part", ".123.part", ".film.12a.part", "film.123.part", ".film.123.part.bak")
+
+
+def test_only_what_killed_writers_left_is_swept(tmp_path):
+    foreign(tmp_path, *OURS, *NOT_OURS, "sub/.x.json.1.part", "busy/.lock", "busy/.x.json.1.part")
+    (tmp_path / "link").symlink_to(tmp_path / "busy")
+    (tmp_path / ".dir.1.part").mkdir()
+    files.sweep(tmp_path)
+    left = {".dir.1.part", *NOT_OURS}
+    assert {e.name for e in tmp_path.iterdir()} == left | {"sub", "busy", "link"}
+    assert (tmp_path / "sub" / ".x.json.1.part").is_file()
+    files.sweep(tmp_path, below=True)
+    assert {e.name for e in tmp_path.iterdir()} == left | {"sub", "busy", "link"}
+    assert not (tmp_path / "sub" / ".x.json.1.part").exists()
+    assert (tmp_path / "busy" / ".x.json.1.part").is_file()  # a set that another process may be writing
+
+
+def test_a_temporary_file_has_the_name_that_is_swept(tmp_path):
+    with files.replacing(tmp_path / ".part-x.json") as temporary:
+        temporary.write_text("")
+    temporary.write_text("")  # as if the process had been killed
+    files.sweep(tmp_path)
+    assert [e.name for e in tmp_path.iterdir()] == [".part-x.json"]
+
+
+def test_sets_and_runs_are_swept_once_they_are_claimed(place, tmp_path):
+    _drawn(place, tmp_path / "set")
+    foreign(tmp_path / "set", *OURS, "sub/.x.json.1.part")
+    _drawn(place, tmp_path / "set")
+    assert not any((tmp_path / "set" / name).exists() for name in OURS)
+    assert (tmp_path / "set" / "sub" / ".x.json.1.part").is_file()
+    foreign(tmp_path / "run", *OURS, "round-01/.x.json.1.part")
+    (tmp_path / "run" / "round-01" / ".x.json.1.part").rename(tmp_path / "run" / ".y.json.1.part")
+    (tmp_path / "run" / "round-01").rmdir()
+    RunDir(tmp_path / "run").claim("pretrain", load("quickstart", []))
+    assert {e.name for e in (tmp_path / "run").iterdir()} == {"recipe.yaml", "state.json"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Full disks and pictures
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full)
+        for act in (
+            lambda path: files.write_text(path, "x"),
+            lambda path: checkpoint.write_tensors(path, {"a": torch.zeros(1)}),
+            lambda path: pictures.contact_sheet(np.zeros((1, 1, 8, 8), np.uint8), path),
+        ):
+            with pytest.raises(OSError, match="No space") as caught:
+                act(tmp_path / "x")
+            assert caught.value.filename == str(tmp_path / "x")
+    (tmp_path / "x").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:  # os.replace names the temporary file
+        files.write_text(tmp_path / "x", "x")
+    assert caught.value.filename == str(tmp_path / "x")
+    with pytest.raises(FileNotFoundError) as caught, files.replacing(tmp_path / "y"):
+        (tmp_path / "source").read_text()
+    assert caught.value.filename == str(tmp_path / "source")  # another file's error stays its own
+    assert [e.name for e in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_user_s_picture_beside_a_new_set_is_not_overwritten(place, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "set-grid.png")
+    refused(lambda **more: _drawn(place, tmp_path / "set", **more), tmp_path, "set-grid.png would be replaced")
+    (tmp_path / "set-grid.png").write_text("no picture")
+    refused(lambda **more: _drawn(place, tmp_path / "set", **more), tmp_path, "set-grid.png would be replaced")
+    (tmp_path / "set-grid.png").unlink()
+    _drawn(place, tmp_path / "set")
+    shutil.rmtree(tmp_path / "set")
+    _drawn(place, tmp_path / "set")  # over the grid of the set before
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    with pytest.raises(RunError, match=r"x\.png would be replaced"):
+        ema.run([tmp_path / "none"], tmp_path / "x.safetensors", std=0.1)
+    for draw in (
+        lambda path: pictures.contact_sheet(np.zeros((2, 2)), path),
+        lambda path: pictures.curves({"a": [pictures.Curve("b", [0, 1], [0, 1])]}, path, "x"),
+    ):
+        draw(tmp_path / "own.png")
+        pictures.check_replaceable(tmp_path / "own.png")
+
+
+def test_a_lock_is_no_claim(tmp_path):
+    """What a killed process left before it wrote anything is taken as empty."""
+    with rundir.locked(tmp_path / "a"):
+        pass
+    rundir.check_free(tmp_path / "a", "run")
+    assert [e.name for e in (tmp_path / "a").iterdir()] == [files.LOCK]
