@@ -18,7 +18,7 @@ from PIL import Image
 
 from ddo_cli import cli
 from ddo_cli.data.images import open_images
-from ddo_cli.engines import fid, fid_inputs, fid_pass, sample, stats
+from ddo_cli.engines import fid, fid_inputs, fid_pass, fid_report, sample, stats
 from ddo_cli.errors import DataError, UsageError
 from ddo_cli.metrics.features import EMBEDDED_EXTRACTOR, NetworkExtractor, load_extractor
 from ddo_cli.metrics.scorer import moments_of, own_batches
@@ -264,6 +264,14 @@ def test_per_class(root, images, tmp_path):
             np.savez(tmp_path / f"{name}.npz", images=images[name][images[f"{name}_labels"] == label])
         expected = score(tmp_path / "set.npz", tmp_path / "ref.npz")["fd_embedded"]
         assert found[label] == pytest.approx(expected, rel=BATCH_RTOL)
+
+
+def test_classes_are_shown():
+    first, second = ({"fd_embedded": x, "fd_embedded_per_class": [x, None, 3 * x]} for x in (1.0, 2.0))
+    found = fid_report.summary([first, second])
+    assert found["fd_embedded_per_class"] == [1.5, None, 4.5]
+    rows = [row[:2] for row in fid_report.table(found)[1]]
+    assert rows[1:] == [("fd_embedded of class 0", "1.5"), ("fd_embedded of class 2", "4.5")]
 
 
 def test_uncertainty(root):

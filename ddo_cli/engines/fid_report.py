@@ -42,6 +42,9 @@ def summary(repeats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values = [one[key] for one in repeats]
         if isinstance(value, float) and None not in values:
             found |= {key: sum(values) / len(values), f"{key}_min": min(values)}
+        if key.endswith("_per_class"):
+            columns = zip(*values, strict=True)
+            found[key] = [None if None in column else sum(column) / len(column) for column in columns]
     return {**found, "repeats": list(repeats)}
 
 
@@ -72,6 +75,11 @@ def table(found: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
             text += f", {limit:.4g} for infinitely many images"
         direction = "higher" if key.split("_")[0] in HIGHER_IS_BETTER else "lower"
         rows.append((NAMES.get(key, key), text, direction, "\n".join(beside.get(key, []))))
+    for key, values in found.items():
+        if key.endswith("_per_class"):
+            name = NAMES.get(key.removesuffix("_per_class"), key.removesuffix("_per_class"))
+            known = [(number, value) for number, value in enumerate(values) if value is not None]
+            rows += [(f"{name} of class {number}", f"{value:.4g}", "lower", "") for number, value in known]
     return ["metric", "value", "better", "published"], rows
 
 
