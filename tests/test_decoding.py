@@ -57,9 +57,10 @@ def asked(device: torch.device) -> tuple[str, str, bool]:
         return in_force()
 
 
-def test_decoders_take_the_callers_tf32_and_nothing_else(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")  # torch's default, nobody's wish
-    assert asked(GPU) == EXACT
+def test_decoders_take_the_callers_tf32_and_nothing_else():
+    with arithmetic("float32", CPU):  # which puts the switch back
+        torch.backends.cudnn.conv.fp32_precision = "tf32"  # torch's default, nobody's wish
+        assert asked(GPU) == EXACT
     for precision, expected in (("float32", EXACT), ("tf32", TF32)):
         with arithmetic(precision, CPU):
             assert asked(GPU) == expected
