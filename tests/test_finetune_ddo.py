@@ -134,8 +134,8 @@ def test_the_log_does_not_know_how_rows_are_cut(tmp_path):
     assert lines["whole"][-1]["r_std"] > 0.1
 
 
-@pytest.mark.parametrize("kind", ["edm2"])
-def test_only_the_best_candidates_stay(tmp_path, monkeypatch, kind):
+def test_only_the_best_candidates_stay(tmp_path, monkeypatch):
+    kind = "diffusion"
     ckpt = make_checkpoint(tmp_path / "ref.safetensors", kind)
     keys = ("finetune.ema_widths=[0.1,0.05]", "finetune.max_denoising_ratio=1e9")
     everything, out = tmp_path / "all", tmp_path / "best"
