@@ -26,9 +26,9 @@ from ddo_cli.engines import estimate, step_cost
 from ddo_cli.likelihood import repeat_draw
 from ddo_cli.models import registry
 from ddo_cli.objectives.ddo import ddo_loss
+from ddo_cli.recipe.schema import SamplingRecipe
+from ddo_cli.recipe.training import FinetuneRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import SamplingRecipe
-from ddo_cli.schema_training import FinetuneRecipe
 from ddo_cli.training import loop
 
 CPU = torch.device("cpu")

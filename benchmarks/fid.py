@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddo_cli.engines import fid
+from ddo_cli.engines.fid import fid
 from ddo_cli.metrics import frechet
-from ddo_cli.metrics.inception import load_inception
+from ddo_cli.metrics.extractors.inception import load_inception
 
 NUM, REF_NUM = 192, 16  # images scored, and of the reference: both programs pass both through the network
 REPEATS = 2  # a pass takes a minute on two cores

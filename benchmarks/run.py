@@ -13,16 +13,17 @@ import torch
 
 from ddo_cli.data.images import open_images
 from ddo_cli.data.pairs import Shuffled
-from ddo_cli.diffusion import noise
+from ddo_cli.diffusion import vp_sde
 from ddo_cli.diffusion.guidance import GradientGuide
 from ddo_cli.likelihood import generate, repeat_draw
 from ddo_cli.metrics.discrimination import noisy
-from ddo_cli.models import discriminators, registry
+from ddo_cli.models import registry
+from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.objectives.ddo import ddo_loss
 from ddo_cli.objectives.discriminator import discriminator_loss
-from ddo_cli.recipe import load
+from ddo_cli.recipe.load import load
+from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import SamplingRecipe
 
 REPEATS = 15
 BATCH = 64
@@ -113,7 +114,7 @@ def discriminator_step_against_its_network() -> None:
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-6, weight_decay=1e-7)
     rows = stream.rows(0, 2 * BATCH)
     x0, label = model.encode(rows.items), rows.label
-    t = noise.importance_sampled_time(torch.rand(2 * BATCH))
+    t = vp_sde.importance_sampled_time(torch.rand(2 * BATCH))
     states = noisy(x0, t, torch.randn(x0.shape))
 
     def bare() -> None:
@@ -123,7 +124,7 @@ def discriminator_step_against_its_network() -> None:
     def step() -> None:
         found = stream.rows(0, 2 * BATCH)
         rng = RowRng.for_rows("bench", 0, rows=range(2 * BATCH))
-        times = noise.importance_sampled_time(rng.rand(dtype=torch.float64))
+        times = vp_sde.importance_sampled_time(rng.rand(dtype=torch.float64))
         x = noisy(model.encode(found.items), times, rng.randn(model.shape))
         logit = network(x, times, found.label)
         optimizer.zero_grad()

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ddo_cli import __version__, console
-from ddo_cli.commands import averaging, encoding, measuring, sampling, training
+from ddo_cli.commands import averaging, encoding, evaluate, sample, train
 from ddo_cli.errors import DdoError
 
 # Newer Typer carries its own copy of click, older ones import it: either way this is what a bad option raises.
@@ -39,23 +39,23 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 # In the order of the help text.
-app.command()(sampling.sample)
-app.command("finetune-ddo")(training.finetune_ddo)
-app.command("train-disc")(training.train_disc)
-app.command("guide-sample")(sampling.guide_sample)
-app.command()(measuring.fid)
-app.command()(measuring.stats)
-app.command()(sampling.edit)
-app.command()(measuring.analyze)
-app.command()(training.pretrain)
+app.command()(sample.sample)
+app.command("finetune-ddo")(train.finetune_ddo)
+app.command("train-disc")(train.train_disc)
+app.command("guide-sample")(sample.guide_sample)
+app.command()(evaluate.fid)
+app.command()(evaluate.stats)
+app.command()(sample.edit)
+app.command()(evaluate.analyze)
+app.command()(train.pretrain)
 app.command()(encoding.encode)
-app.command("train-classifier")(training.train_classifier)
-app.command("train-extractor")(training.train_extractor)
+app.command("train-classifier")(train.train_classifier)
+app.command("train-extractor")(train.train_extractor)
 app.command()(averaging.ema)
-app.command()(measuring.convert)
-app.command()(measuring.export)
-app.command()(measuring.info)
-app.command()(measuring.recipes)
+app.command()(evaluate.convert)
+app.command()(evaluate.export)
+app.command()(evaluate.info)
+app.command()(evaluate.recipes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

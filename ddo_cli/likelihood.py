@@ -23,11 +23,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from ddo_cli.arithmetic import Precision, arithmetic
 from ddo_cli.diffusion.guidance import Guide
 from ddo_cli.errors import UsageError
+from ddo_cli.precision import Precision, inference_precision
+from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import SamplingRecipe
 
 NO_LABEL = -1  # the label of an unconditional row
 READ_BY_ALL = {"batch", "labels", "precision"}  # fields of SamplingRecipe that `generate` reads
@@ -299,8 +299,8 @@ def generate(
         else:
             numbers = [by_position[seed] for seed in padded] if by_position else padded
             label = labels_of(numbers, model.num_classes, classes)
-        with arithmetic(spec.precision or "float32", device):
+        with inference_precision(spec.precision or "float32", device):
             sampled = model.sample(label.to(device), RowRng(padded), spec, guides)
-        with arithmetic(decoding_precision(spec), device):
+        with inference_precision(decoding_precision(spec), device):
             items = (sampled.x if as_latents else model.decode(sampled.x)).cpu()[: len(own)]
         yield Batch(number, items, label[: len(own)], torch.tensor(own), sampled.nfe, sampled.disc_nfe)

@@ -19,8 +19,8 @@ from pydantic import ValidationError
 from ddo_cli import console, dist
 from ddo_cli.errors import RunError
 from ddo_cli.files import LOCK, read_json, sweep, write_json, write_text
-from ddo_cli.recipe import differing_keys, to_yaml
-from ddo_cli.schema import Recipe
+from ddo_cli.recipe.load import differing_keys, to_yaml
+from ddo_cli.recipe.schema import Recipe
 
 
 class RunDir:

@@ -13,8 +13,8 @@ import torch
 
 from ddo_cli import checkpoint, console
 from ddo_cli.models import registry
-from ddo_cli.recipe import load
-from ddo_cli.schema import Recipe
+from ddo_cli.recipe.load import load
+from ddo_cli.recipe.schema import Recipe
 
 CPU = torch.device("cpu")
 TINY_UNET = {"patch": 4, "widths": [16], "depths": [1], "emb_width": 16}
@@ -110,7 +110,7 @@ def make_discriminator(path: Path, ckpt: str, seed: int = 0, scale: float = 0.1,
     """A random discriminator of `ckpt`, as `ddo train-disc` would leave it. changes: of its header's trained_on."""
     from ddo_cli.data.images import open_images
     from ddo_cli.data.items import digest
-    from ddo_cli.models import discriminators
+    from ddo_cli.models.discriminators import registry as discriminators
 
     model, file = registry.load_model(ckpt, CPU)
     name, options = ("time-encoder", TINY_ENCODER) if len(model.shape) == 3 else ("time-mlp", {"width": 16, "depth": 2})

@@ -7,24 +7,24 @@ import torch
 from test_samplers import analytic, gaussian, stream
 from torch.testing import assert_close
 
-from ddo_cli.diffusion import ablation, samplers
-from ddo_cli.diffusion.ablation import Choice
+from ddo_cli.diffusion import generalised_sampler, samplers
+from ddo_cli.diffusion.generalised_sampler import Choice
 from ddo_cli.diffusion.schedules import karras_sigmas
 from ddo_cli.errors import UsageError
 from ddo_cli.models import registry
+from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import SamplingRecipe
 
 SMALL = {"channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}
 
 
 def run(choice, n, denoise=analytic, latent=None, **churn):
-    low, high = ablation.default_range(choice.discretization)
-    sigmas = ablation.levels(choice, n, low, high)
+    low, high = generalised_sampler.default_range(choice.discretization)
+    sigmas = generalised_sampler.levels(choice, n, low, high)
     rng = RowRng([0, 1])
     own = samplers.Churn(churn.get("s_churn", 0.0), 0.0, math.inf, 1.0, rng)
     latent = stream(3, (2, 3, 4, 4)).double() if latent is None else latent
-    return ablation.sample(denoise, latent, sigmas, (low, high), choice, own)
+    return generalised_sampler.sample(denoise, latent, sigmas, (low, high), choice, own)
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from torch.testing import assert_close
 from ddo_cli import checkpoint
 from ddo_cli.diffusion import guidance
 from ddo_cli.errors import CheckpointError, RecipeError
-from ddo_cli.models import discriminators
-from ddo_cli.models.adm_discriminator import AdmHead
-from ddo_cli.models.adm_encoder import PUBLISHED, AdmClassifier, time_embedding
-from ddo_cli.models.trunk_discriminator import TrunkDiscriminator
+from ddo_cli.models.adm.layers import PUBLISHED, AdmClassifier, time_embedding
+from ddo_cli.models.discriminators import registry as discriminators
+from ddo_cli.models.discriminators.adm_head import AdmHead
+from ddo_cli.models.discriminators.on_trunk import TrunkDiscriminator
 
 T = torch.tensor([0.1, 0.6], dtype=torch.float64)
 GOLDEN = {"atol": 2e-5, "rtol": 2e-5}  # sums of up to 4608 float32 products, in another order

@@ -4,9 +4,9 @@ import pytest
 import torch
 from test_adm_unet import TINY, perturbed
 
-from ddo_cli.models.adm_keys import EdmKeys, from_openai, reordered, to_openai
-from ddo_cli.models.adm_published import PUBLISHED
-from ddo_cli.models.adm_unet import AdmUnetOptions, network
+from ddo_cli.models.adm.keys import EdmKeys, from_openai, reordered, to_openai
+from ddo_cli.models.adm.published import PUBLISHED
+from ddo_cli.models.adm.unet import AdmUnetOptions, network
 
 # file -> keys of the official preconditioner's state dict, its buffers, parameters
 EDM_TABLE = {

@@ -9,8 +9,8 @@ from test_adm_encoder import table_of
 from test_adm_unet import tiny, unet
 
 from ddo_cli.errors import CheckpointError
-from ddo_cli.models.adm_published import PUBLISHED, described
-from ddo_cli.models.adm_unet import AdmUnet, AdmUnetOptions
+from ddo_cli.models.adm.published import PUBLISHED, described
+from ddo_cli.models.adm.unet import AdmUnet, AdmUnetOptions
 
 # file -> keys, parameters, digest of the official state dict
 TABLE = {

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from ddo_cli.errors import RecipeError
 from ddo_cli.models import registry
-from ddo_cli.models.adm_keys import EdmKeys, from_openai
-from ddo_cli.models.adm_unet import AdmUnet, AdmUnetOptions
+from ddo_cli.models.adm.keys import EdmKeys, from_openai
+from ddo_cli.models.adm.unet import AdmUnet, AdmUnetOptions
 
 TINY = {"width": 32, "channel_mult": (1, 2), "num_blocks": 1, "attention": (8,), "num_head_channels": 16}
 

@@ -20,19 +20,21 @@ from ddo_cli import checkpoint
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet, digest
 from ddo_cli.data.pairs import split
-from ddo_cli.diffusion import flow, noise, samplers
+from ddo_cli.diffusion import probability_flow, samplers, vp_sde
 from ddo_cli.diffusion.guidance import GradientGuide, climb
 from ddo_cli.diffusion.mixture import GaussianMixture
-from ddo_cli.engines import analyses, analyze, regeneration, scoring
-from ddo_cli.engines.analyses import Recorder
-from ddo_cli.engines.subject import Settings, Subject
+from ddo_cli.engines import scoring
+from ddo_cli.engines.analysis import analyses, analyze, regeneration
+from ddo_cli.engines.analysis.analyses import Recorder
+from ddo_cli.engines.analysis.subject import Settings, Subject
 from ddo_cli.errors import CheckpointError, DataError, NumericsError, UsageError
 from ddo_cli.likelihood import NO_LABEL
 from ddo_cli.metrics import gain as gains
-from ddo_cli.models import discriminators, registry
-from ddo_cli.recipe import load
+from ddo_cli.models import registry
+from ddo_cli.models.discriminators import registry as discriminators
+from ddo_cli.recipe.load import load
+from ddo_cli.recipe.schema import MetricRecipe, Recipe, SamplingRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import MetricRecipe, Recipe, SamplingRecipe
 
 ROOT = Path(__file__).parent.parent
 SHIFT, STD_DATA, STD_MODEL = [0.3, -0.2], 0.3, 0.5
@@ -43,8 +45,8 @@ SPEC = SamplingRecipe(sampler="heun", steps=32, sigma_max=20.0, batch=512)
 
 def optimal(x_vp, t, label):
     """log p_data - log p_model of the noised normals: what a perfect discriminator says."""
-    sigma = noise.sigma_of(t)
-    x = x_vp.double() / noise.scale_of(sigma)[:, None]
+    sigma = vp_sde.sigma_of(t)
+    x = x_vp.double() / vp_sde.scale_of(sigma)[:, None]
     return DATA.log_prob(x, sigma) - MODEL.log_prob(x, sigma)
 
 
@@ -236,7 +238,7 @@ def test_the_round_trip_goes_all_the_way_up():
     s, seen = subject(num=2), []
 
     def keep(x, t, label):
-        seen.append(float(noise.sigma_of(t)[0]))
+        seen.append(float(vp_sde.sigma_of(t)[0]))
         return optimal(x, t, label)
 
     s = s._replace(guide=s.guide._replace(potential=keep), spec=SPEC.merged(steps=4))
@@ -377,7 +379,7 @@ def test_without_weight_guided_is_the_model(disc, tmp_path, monkeypatch, capsys)
 
 
 def test_densities_of_points(toy_disc, tmp_path, monkeypatch):
-    monkeypatch.setattr(flow, "STEPS", 2)
+    monkeypatch.setattr(probability_flow, "STEPS", 2)
     monkeypatch.setattr(scoring, "DensityScorer", partial(scoring.DensityScorer, size=62, margin=3.0))
     monkeypatch.setattr(analyses, "TRAJECTORIES", 8)
     monkeypatch.setattr(analyses, "POINTS", 50)

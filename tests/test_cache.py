@@ -20,7 +20,7 @@ from ddo_cli.data.items import ItemSet, digest
 from ddo_cli.data.pairs import Shuffled
 from ddo_cli.errors import DataError
 from ddo_cli.metrics.scorer import own_batches
-from ddo_cli.recipe import load, to_yaml
+from ddo_cli.recipe.load import load, to_yaml
 
 NUM = 12
 

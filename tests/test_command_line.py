@@ -11,11 +11,17 @@ from pathlib import Path
 import pytest
 from conftest import CPU, make_checkpoint, make_discriminator
 
-from ddo_cli import cli, console, pictures
+from ddo_cli import cli, console
 from ddo_cli.commands import options
-from ddo_cli.engines import fid, fid_report, last_good, pretrain, train_classifier, train_extractor
+from ddo_cli.engines import training_run
+from ddo_cli.engines.discriminator import classifier as train_classifier
+from ddo_cli.engines.fid import fid
+from ddo_cli.engines.fid import report as fid_report
+from ddo_cli.engines.pretrain import extractor as train_extractor
+from ddo_cli.engines.pretrain import model as pretrain
 from ddo_cli.errors import NumericsError, RecipeError, UsageError
-from ddo_cli.recipe import load
+from ddo_cli.recipe.load import load
+from ddo_cli.report import pictures
 from ddo_cli.training import loop
 
 ROOT = Path(__file__).parent.parent
@@ -282,8 +288,8 @@ def test_the_newest_is_the_last_good_one(tmp_path):
     for path, time in ((old, 10), (new, 20)):
         path.touch()
         os.utime(path, (time, time))
-    assert last_good.newest(new, old, gone) == last_good.newest(gone, old, new) == new
-    assert last_good.newest(gone) == "none yet"
+    assert training_run.newest(new, old, gone) == training_run.newest(gone, old, new) == new
+    assert training_run.newest(gone) == "none yet"
 
 
 def test_a_diverged_pretraining_names_the_key_to_lower(tmp_path):

@@ -23,10 +23,15 @@ from test_foreign import (  # noqa: F401
 )
 
 from ddo_cli import checkpoint
-from ddo_cli.engines import convert, guide_sample, sample
+from ddo_cli.engines.sampling import guide_sample, sample
+from ddo_cli.engines.weights import convert
 from ddo_cli.errors import CheckpointError, UsageError
-from ddo_cli.models import adm_files, adm_keys, adm_published, discriminators, registry
-from ddo_cli.models.adm_unet import AdmUnet
+from ddo_cli.models import registry
+from ddo_cli.models.adm import files as adm_files
+from ddo_cli.models.adm import keys as adm_keys
+from ddo_cli.models.adm import published as adm_published
+from ddo_cli.models.adm.unet import AdmUnet
+from ddo_cli.models.discriminators import registry as discriminators
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ddo_cli.errors import CheckpointError, DataError, UsageError
 from ddo_cli.files import sha256
-from ddo_cli.metrics.custom import load_custom
-from ddo_cli.metrics.features import select_extractor
+from ddo_cli.metrics.extractors.custom import load_custom
+from ddo_cli.metrics.extractors.select import select_extractor
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from ddo_cli.engines.ddo_node import Node
+from ddo_cli.engines.ddo.node import Node
 
 
 def test_averages_are_gone_while_they_are_scored(tmp_path):

@@ -7,12 +7,12 @@ import torch
 from conftest import CPU
 from var_models import TINY_VAE, build
 
-from ddo_cli.arithmetic import arithmetic
+from ddo_cli import precision as module
 from ddo_cli.likelihood import Sampled, generate
-from ddo_cli.models import decoding as module
-from ddo_cli.models import vae_codec, vqvae
-from ddo_cli.models.decoding import decoding
-from ddo_cli.schema import SamplingRecipe
+from ddo_cli.models.edm2 import vae_codec
+from ddo_cli.models.var import vqvae
+from ddo_cli.precision import decoding, inference_precision
+from ddo_cli.recipe.schema import SamplingRecipe
 
 EXACT, TF32 = ("ieee", "ieee", False), ("tf32", "tf32", False)
 GPU = torch.device("cuda")
@@ -58,31 +58,31 @@ def asked(device: torch.device) -> tuple[str, str, bool]:
 
 
 def test_decoders_take_the_callers_tf32_and_nothing_else():
-    with arithmetic("float32", CPU):  # which puts the switch back
+    with inference_precision("float32", CPU):  # which puts the switch back
         torch.backends.cudnn.conv.fp32_precision = "tf32"  # torch's default, nobody's wish
         assert asked(GPU) == EXACT
     for precision, expected in (("float32", EXACT), ("tf32", TF32)):
-        with arithmetic(precision, CPU):
+        with inference_precision(precision, CPU):
             assert asked(GPU) == expected
             assert asked(CPU) == EXACT
-    with arithmetic("bf16", CPU):
+    with inference_precision("bf16", CPU):
         assert asked(CPU) == EXACT
 
 
 def test_images_are_decoded_so_and_codes_are_not(monkeypatch):
     """Of the VQVAE; a CPU passes for a GPU."""
-    monkeypatch.setattr(vqvae, "decoding", lambda device: module.arithmetic(*_as_gpu(device)))
+    monkeypatch.setattr(vqvae, "decoding", lambda device: module.inference_precision(*_as_gpu(device)))
     model, found = build(TINY_VAE), {}
     parts = {"decoder": model.vqvae.decoder, "encoder": model.vqvae.encoder, "codes": model.vqvae.quantize.phi[0]}
     for name, part in parts.items():
         part.register_forward_pre_hook(lambda *_, name=name: found.setdefault(name, set()).add(in_force()))
-    with arithmetic("tf32", CPU):
+    with inference_precision("tf32", CPU):
         model.decode(model.encode(torch.zeros(1, 3, 4, 4, dtype=torch.uint8)))
     assert found == {"decoder": {TF32}, "encoder": {EXACT}, "codes": {EXACT}}
 
 
 def test_latents_of_the_autoencoder_are_exact(monkeypatch):
-    monkeypatch.setattr(vae_codec, "decoding", lambda device: module.arithmetic(*_as_gpu(device)))
+    monkeypatch.setattr(vae_codec, "decoding", lambda device: module.inference_precision(*_as_gpu(device)))
     codec, found = vae_codec.StabilityCodec(), {}
 
     def encode(images):
@@ -95,7 +95,7 @@ def test_latents_of_the_autoencoder_are_exact(monkeypatch):
         return SimpleNamespace(sample=torch.zeros(len(latents), 3, 8, 8))
 
     monkeypatch.setattr(codec, "_autoencoder", lambda device: SimpleNamespace(encode=encode, decode=decode))
-    with arithmetic("tf32", CPU):
+    with inference_precision("tf32", CPU):
         codec.decode(codec.encode(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)))
     assert found == {"encoded": EXACT, "decoded": TF32}
 

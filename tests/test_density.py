@@ -10,8 +10,8 @@ from ddo_cli.diffusion.mixture import GaussianMixture, toy2d
 from ddo_cli.errors import UsageError
 from ddo_cli.metrics.density import DensityScorer
 from ddo_cli.models import registry
+from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import SamplingRecipe
 
 SPEC = SamplingRecipe()
 

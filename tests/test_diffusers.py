@@ -22,11 +22,13 @@ from diffusers import (
 
 from ddo_cli import checkpoint
 from ddo_cli.diffusion import precond
-from ddo_cli.engines import convert, export, sample
+from ddo_cli.engines.sampling import sample
+from ddo_cli.engines.weights import convert, export
 from ddo_cli.errors import CheckpointError, UsageError
-from ddo_cli.models import diffusers_files, registry
+from ddo_cli.models import registry
+from ddo_cli.models.diffusers import files as diffusers_files
+from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import SamplingRecipe
 
 TINY = {
     "sample_size": 8,

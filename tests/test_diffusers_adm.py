@@ -10,10 +10,13 @@ from test_diffusers import LABELS, built, change, randomised, relative
 
 from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.errors import CheckpointError, UsageError
-from ddo_cli.models import diffusers_adm, diffusers_files, diffusers_unet, registry
-from ddo_cli.models.adm_unet import AdmUnetOptions, network
+from ddo_cli.models import registry
+from ddo_cli.models.adm.unet import AdmUnetOptions, network
+from ddo_cli.models.diffusers import files as diffusers_files
+from ddo_cli.models.diffusers import from_adm as diffusers_adm
+from ddo_cli.models.diffusers import unet as diffusers_unet
+from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import SamplingRecipe
 
 
 def adm(precond_name: str, num_classes: int = 10, **changes) -> Checkpoint:

@@ -14,11 +14,12 @@ from ddo_cli.diffusion import precond, samplers
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide
 from ddo_cli.diffusion.schedules import karras_sigmas, snapped_sigmas
-from ddo_cli.engines import edit_inputs, sample
+from ddo_cli.engines.edit import inputs as edit_inputs
+from ddo_cli.engines.sampling import sample
 from ddo_cli.errors import UsageError
 from ddo_cli.models import registry
+from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import SamplingRecipe
 
 # Nodes of the published sampler, of 250 intervals between sigma = 80 and 0.002.
 NODES = {

@@ -17,13 +17,15 @@ from torch.testing import assert_close
 
 from ddo_cli import checkpoint, files
 from ddo_cli.data.images import open_images
-from ddo_cli.diffusion import noise
+from ddo_cli.diffusion import vp_sde
 from ddo_cli.diffusion.mixture import GaussianMixture
-from ddo_cli.engines import edit, edit_report, guides, sample
+from ddo_cli.engines.edit import edit
+from ddo_cli.engines.edit import report as edit_report
+from ddo_cli.engines.sampling import guides, sample
 from ddo_cli.errors import CheckpointError, DataError, RunError, UsageError
 from ddo_cli.models import registry
+from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import SamplingRecipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -258,7 +260,7 @@ def test_report_and_files(place, tmp_path, form):
         (0.5, False), (0.5, True), (2.0, False), (2.0, True)
     ]  # fmt: skip
     for level in found["levels"]:
-        assert level["time"] == pytest.approx(float(noise.time_of(torch.tensor(level["sigma"]))))
+        assert level["time"] == pytest.approx(float(vp_sde.time_of(torch.tensor(level["sigma"]))))
         assert level["nfe"] == 5  # heun, 3 steps
         # The second of Karras' three levels lies at a VP time above 0.01, the last one, 0.002, below it.
         assert level["disc_nfe"] == (2 if level["guided"] else 0)

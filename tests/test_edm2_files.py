@@ -12,10 +12,12 @@ from test_foreign import Reduced, official, persistent, write  # noqa: F401
 from test_hostile import refused
 
 from ddo_cli import checkpoint
-from ddo_cli.engines import convert, export
+from ddo_cli.engines.weights import convert, export
 from ddo_cli.errors import CheckpointError, UsageError
-from ddo_cli.models import edm2_files, foreign, registry
-from ddo_cli.models.edm2_published import PUBLISHED
+from ddo_cli.models import registry
+from ddo_cli.models.edm import files as foreign
+from ddo_cli.models.edm2 import files as edm2_files
+from ddo_cli.models.edm2.published import PUBLISHED
 
 OWN = {"width": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "head_width": 8}
 THEIRS = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "channels_per_head": 8}

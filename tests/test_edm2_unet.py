@@ -14,11 +14,13 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from ddo_cli import checkpoint
 from ddo_cli.diffusion.denoiser import DiffusionDraw
-from ddo_cli.engines import finetune_ddo, step_cost
-from ddo_cli.models import magnitude, registry
-from ddo_cli.models.edm2_published import PUBLISHED
-from ddo_cli.models.edm2_unet import Block
-from ddo_cli.models.magnitude import MPConv, mp_cat, mp_silu, mp_sum, normalize
+from ddo_cli.engines import step_cost
+from ddo_cli.engines.ddo import finetune
+from ddo_cli.models import registry
+from ddo_cli.models.edm2 import layers as magnitude
+from ddo_cli.models.edm2.layers import MPConv, mp_cat, mp_silu, mp_sum, normalize
+from ddo_cli.models.edm2.published import PUBLISHED
+from ddo_cli.models.edm2.unet import Block
 from ddo_cli.rng import RowRng
 
 SMALL = {"width": 64, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8]}
@@ -399,7 +401,7 @@ def test_ddo_starts_at_a_ratio_of_zero(tmp_path, monkeypatch):
         "finetune.eval_every=8", "finetune.max_denoising_ratio=1000", "metric.repeats=1",
     )  # fmt: skip
     out = tmp_path / "run"
-    finetune_ddo.run(recipe, out, device=torch.device("cpu"))
+    finetune.run(recipe, out, device=torch.device("cpu"))
     first, second = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][:2]
     assert first["r_real"] == first["r_fake"] == 0
     assert second["r_real"] != 0

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from ddo_cli.models import edm_keys, registry
+from ddo_cli.models import registry
+from ddo_cli.models.edm import keys as edm_keys
 
 NCSNPP = {"embedding": "fourier", "channel_mult_noise": 2, "encoder": "residual", "resample_filter": [1, 3, 3, 1]}
 FFHQ = {"channel_mult": [1, 2, 2, 2]}

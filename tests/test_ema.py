@@ -11,11 +11,13 @@ from torch.testing import assert_close
 
 from ddo_cli import checkpoint
 from ddo_cli.cli import app
-from ddo_cli.engines import ema, finetune_ddo, pretrain
+from ddo_cli.engines.ddo import finetune
+from ddo_cli.engines.pretrain import model as pretrain
+from ddo_cli.engines.weights import ema
 from ddo_cli.errors import CheckpointError, RecipeError, UsageError
 from ddo_cli.models import registry
-from ddo_cli.recipe import load
-from ddo_cli.schema import TrainRecipe
+from ddo_cli.recipe.load import load
+from ddo_cli.recipe.schema import TrainRecipe
 from ddo_cli.training import loop, profiles
 from ddo_cli.training.ema import Averages, snapshot_name
 from ddo_cli.training.profiles import Profile
@@ -322,7 +324,7 @@ def test_command_line(snapshots, tmp_path):
 def test_candidates_of_a_round_lie_beside_their_further_averages(tmp_path):
     ckpt = make_checkpoint(tmp_path / "ref.safetensors")
     recipe = tiny_recipe(ckpt, "diffusion", "finetune.rounds=1", "finetune.ema_widths=[0.1, 0.05]")
-    finetune_ddo.run(recipe, tmp_path / "run", device=CPU)
+    finetune.run(recipe, tmp_path / "run", device=CPU)
     path = tmp_path / "run" / "round-01" / "checkpoints"
     assert {file.name for file in path.iterdir()} == {snapshot_name(s, w) for s in (3, 6) for w in (None, 0.05)}
     assert checkpoint.read_header(path / snapshot_name(3))["ema"] == {"std": 0.1, "images": 12}

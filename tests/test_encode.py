@@ -13,7 +13,9 @@ from ddo_cli.data.images import open_images
 from ddo_cli.data.inspection import Inspection
 from ddo_cli.data.latents import MANIFEST
 from ddo_cli.data.stream import open_stream
-from ddo_cli.engines import encode, info, sample
+from ddo_cli.engines import encode
+from ddo_cli.engines.sampling import sample
+from ddo_cli.engines.weights import info
 from ddo_cli.errors import DataError, RunError, UsageError
 from ddo_cli.models import registry
 

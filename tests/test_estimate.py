@@ -7,13 +7,13 @@ import var_models
 from conftest import CPU
 
 from ddo_cli import dist
-from ddo_cli.arithmetic import arithmetic
 from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.engines import estimate, sample_cost, step_cost
 from ddo_cli.models import registry
+from ddo_cli.precision import inference_precision
+from ddo_cli.recipe.schema import SamplingRecipe
+from ddo_cli.recipe.training import FinetuneRecipe, PretrainRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import SamplingRecipe
-from ddo_cli.schema_training import FinetuneRecipe, PretrainRecipe
 from ddo_cli.training import memory
 
 WORK = estimate.Work(steps=10, scored=100, fake=50, stored=3)
@@ -126,7 +126,7 @@ def test_a_batch_of_samples_takes_what_it_takes_when_it_is_drawn(case):
     config = registry.config_of(name, shape, 4, options, {})
     spec = SamplingRecipe(batch=2, **values)
     model, label = registry.build(config).eval(), torch.zeros(2, dtype=torch.int64)
-    with torch.no_grad(), arithmetic(spec.precision or "float32", CPU):
+    with torch.no_grad(), inference_precision(spec.precision or "float32", CPU):
         drawn = memory.cost(lambda: model.sample(label, RowRng(range(2)), spec), model).peak
     with torch.device("meta"):
         model = registry.build(config)

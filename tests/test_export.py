@@ -21,11 +21,11 @@ from test_foreign import (  # noqa: F401
 )
 
 from ddo_cli import checkpoint
-from ddo_cli.engines import convert, export
+from ddo_cli.engines.weights import convert, export
 from ddo_cli.errors import CheckpointError, UsageError
-from ddo_cli.inert_pickle import read_with_storages
-from ddo_cli.models import adm_keys
-from ddo_cli.models.foreign import read_edm
+from ddo_cli.models.adm import keys as adm_keys
+from ddo_cli.models.edm.files import read_edm
+from ddo_cli.safe_pickle import read_with_storages
 
 
 def tuned(source, path, settings=(), scale=0.1):

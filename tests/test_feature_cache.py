@@ -3,8 +3,9 @@ import os
 import numpy as np
 import pytest
 
-from ddo_cli import console, feature_cache
+from ddo_cli import console
 from ddo_cli.data.stream import open_stream
+from ddo_cli.engines.fid import feature_cache
 
 PROTOCOL = {"name": "inception", "sha256": "0" * 64, "resize": "bilinear", "precision": "float32"}
 

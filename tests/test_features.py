@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from ddo_cli import checkpoint
 from ddo_cli.errors import CheckpointError, DataError, UsageError
 from ddo_cli.files import sha256
-from ddo_cli.metrics.digit_net import DigitNet
-from ddo_cli.metrics.features import (
+from ddo_cli.metrics.extractors.digit_net import DigitNet
+from ddo_cli.metrics.extractors.select import (
     EMBEDDED_EXTRACTOR,
     NETWORKS,
     load_extractor,

@@ -10,11 +10,11 @@ from ddo_cli import checkpoint, files
 from ddo_cli.data import embedded
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet
-from ddo_cli.engines import fid
+from ddo_cli.engines.fid import fid
 from ddo_cli.errors import DataError
 from ddo_cli.metrics import stats
-from ddo_cli.metrics.digit_net import DigitNet
-from ddo_cli.metrics.features import EMBEDDED_EXTRACTOR, load_extractor
+from ddo_cli.metrics.extractors.digit_net import DigitNet
+from ddo_cli.metrics.extractors.select import EMBEDDED_EXTRACTOR, load_extractor
 from ddo_cli.metrics.scorer import FrechetScorer, moments_of, own_batches
 
 NUM = 600

@@ -14,9 +14,9 @@ from PIL import Image
 from ddo_cli import console
 from ddo_cli.data.images import open_images
 from ddo_cli.data.inspection import Inspection
-from ddo_cli.engines import fid
-from ddo_cli.metrics.extractor import Extractor
-from ddo_cli.metrics.features import EMBEDDED_EXTRACTOR
+from ddo_cli.engines.fid import fid
+from ddo_cli.metrics.extractors.base import Extractor
+from ddo_cli.metrics.extractors.select import EMBEDDED_EXTRACTOR
 
 NUM, REF = 100, 80
 ALL = ("fid", "precision", "recall", "density", "coverage")

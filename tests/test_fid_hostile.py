@@ -40,7 +40,7 @@ from safetensors.numpy import save
 
 from ddo_cli import cli
 from ddo_cli.metrics import references
-from ddo_cli.metrics.features import load_extractor
+from ddo_cli.metrics.extractors.select import load_extractor
 from ddo_cli.metrics.stats import Statistics
 
 LOG = "source,reference,num_images\nearlier.zip,ref.npz,9\n"

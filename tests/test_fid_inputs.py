@@ -18,9 +18,12 @@ from PIL import Image
 
 from ddo_cli import cli
 from ddo_cli.data.images import open_images
-from ddo_cli.engines import fid, fid_inputs, fid_pass, fid_report, sample, stats
+from ddo_cli.engines.fid import fid, one_pass, stats
+from ddo_cli.engines.fid import inputs as fid_inputs
+from ddo_cli.engines.fid import report as fid_report
+from ddo_cli.engines.sampling import sample
 from ddo_cli.errors import DataError, UsageError
-from ddo_cli.metrics.features import EMBEDDED_EXTRACTOR, NetworkExtractor, load_extractor
+from ddo_cli.metrics.extractors.select import EMBEDDED_EXTRACTOR, NetworkExtractor, load_extractor
 from ddo_cli.metrics.scorer import moments_of, own_batches
 
 NUM = 200
@@ -193,13 +196,13 @@ def test_every_kind_of_reference(root, images, tmp_path):
 @pytest.fixture
 def passes(monkeypatch) -> list[str]:
     """Titles of the passes over images."""
-    titles, run = [], fid_pass.run
+    titles, run = [], one_pass.run
 
     def counted(*arguments, **options):
         titles.append(arguments[-1])
         return run(*arguments, **options)
 
-    monkeypatch.setattr(fid_pass, "run", counted)
+    monkeypatch.setattr(one_pass, "run", counted)
     return titles
 
 
@@ -238,7 +241,7 @@ def test_compared_sets_are_opened_once(root, monkeypatch):
     opened, comparable = [], fid_inputs.comparable
     monkeypatch.setattr(fid_inputs, "comparable", lambda *given: opened.append(given[0]) or comparable(*given))
     monkeypatch.setattr(NetworkExtractor, "outputs", ("pool", "spatial"))
-    monkeypatch.setattr(fid_pass, "run", lambda *_, **__: pytest.fail("a pass"))
+    monkeypatch.setattr(one_pass, "run", lambda *_, **__: pytest.fail("a pass"))
     with pytest.raises(DataError, match="missing"):
         score(root / "set.npz", root / "ref.npz", nll=(str(root / "folder"), "missing"))
     assert opened.count(str(root / "folder")) == 1

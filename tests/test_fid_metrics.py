@@ -19,8 +19,9 @@ from PIL import Image
 from random_inception import random_state
 
 from ddo_cli.data.images import open_images
-from ddo_cli.engines import fid, fid_figures
-from ddo_cli.metrics.features import load_inception
+from ddo_cli.engines.fid import fid
+from ddo_cli.engines.fid import scores as fid_scores
+from ddo_cli.metrics.extractors.select import load_inception
 from ddo_cli.metrics.kid import kernel_distance
 
 NUM = 30
@@ -52,7 +53,7 @@ def score(root: Path, **options):
 def found(root):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fid, "KID_SUBSET", SUBSET)
-        patch.setattr(fid_figures, "kernel_distance", partial(kernel_distance, subset_size=SUBSET))
+        patch.setattr(fid_scores, "kernel_distance", partial(kernel_distance, subset_size=SUBSET))
         return score(root, metrics=("fid", "is", "precision", "recall", "sfid", "kid"))
 
 

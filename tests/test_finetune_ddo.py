@@ -13,7 +13,7 @@ import torch
 from conftest import CPU, KINDS, make_checkpoint, tiny_recipe, torchrun
 
 from ddo_cli import checkpoint, files, rundir
-from ddo_cli.engines import finetune_ddo
+from ddo_cli.engines.ddo import finetune
 from ddo_cli.errors import CheckpointError, NumericsError, RunError, UsageError
 from ddo_cli.objectives.ddo import ddo_loss
 
@@ -43,7 +43,7 @@ def finished(request, tmp_path_factory):
     """An uninterrupted run: (kind, reference, directory, result)."""
     path = tmp_path_factory.mktemp(request.param)
     ckpt = make_checkpoint(path / "ref.safetensors", request.param)
-    result = finetune_ddo.run(tiny_recipe(ckpt, request.param), path / "run", device=CPU)
+    result = finetune.run(tiny_recipe(ckpt, request.param), path / "run", device=CPU)
     return request.param, ckpt, path / "run", result
 
 
@@ -92,7 +92,7 @@ def test_equal_weights_have_a_ratio_of_exactly_zero(finished, tmp_path):
         "finetune.log_every=1",
     )  # too small to move a float32
     recipe = tiny_recipe(ckpt, kind, *one_line_a_step)
-    finetune_ddo.run(recipe, tmp_path / "run", device=CPU)
+    finetune.run(recipe, tmp_path / "run", device=CPU)
     first, *others = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
     assert first["r_real"] == first["r_fake"] == first["r_std"] == 0.0
     assert first["accuracy"] == 0.5
@@ -113,8 +113,8 @@ def test_resume_equals_uninterrupted(finished, tmp_path, monkeypatch, number, be
     with monkeypatch.context() as patch:
         kill_at_write(patch, number, before)
         with pytest.raises(KilledError):
-            finetune_ddo.run(recipe, tmp_path / "run", device=CPU)
-    result = finetune_ddo.run(recipe, tmp_path / "run", device=CPU)
+            finetune.run(recipe, tmp_path / "run", device=CPU)
+    result = finetune.run(recipe, tmp_path / "run", device=CPU)
     assert (tmp_path / "run" / "final.safetensors").read_bytes() == (reference / "final.safetensors").read_bytes()
     assert result["final_score"] == json.loads((reference / "state.json").read_text())["rounds"][-1]["score"]
     ours, theirs = ((path / "log.jsonl").read_text().splitlines() for path in (tmp_path / "run", reference))
@@ -126,7 +126,7 @@ def test_the_log_does_not_know_how_rows_are_cut(tmp_path):
     ckpt = make_checkpoint(tmp_path / "ref.safetensors", "diffusion")
     lines = {}
     for name, keys in {"whole": [], "cut": ["finetune.micro_batch=1"]}.items():
-        finetune_ddo.run(tiny_recipe(ckpt, "diffusion", "finetune.rounds=1", *keys), tmp_path / name, device=CPU)
+        finetune.run(tiny_recipe(ckpt, "diffusion", "finetune.rounds=1", *keys), tmp_path / name, device=CPU)
         lines[name] = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
     for whole, cut in zip(lines["whole"], lines["cut"], strict=True):
         for key in ("loss", "margin", "r_std", "denoising_ratio"):
@@ -139,8 +139,8 @@ def test_only_the_best_candidates_stay(tmp_path, monkeypatch):
     ckpt = make_checkpoint(tmp_path / "ref.safetensors", kind)
     keys = ("finetune.ema_widths=[0.1,0.05]", "finetune.max_denoising_ratio=1e9")
     everything, out = tmp_path / "all", tmp_path / "best"
-    finetune_ddo.run(tiny_recipe(ckpt, kind, *keys), everything, device=CPU)
-    drop, calls = finetune_ddo._drop_candidates, []
+    finetune.run(tiny_recipe(ckpt, kind, *keys), everything, device=CPU)
+    drop, calls = finetune._drop_candidates, []
 
     def killed(*args):
         calls.append(args)
@@ -150,11 +150,11 @@ def test_only_the_best_candidates_stay(tmp_path, monkeypatch):
 
     recipe = tiny_recipe(ckpt, kind, *keys, "finetune.keep_candidates=best")
     with monkeypatch.context() as patch:
-        patch.setattr(finetune_ddo, "_drop_candidates", killed)
+        patch.setattr(finetune, "_drop_candidates", killed)
         with pytest.raises(KilledError):
-            finetune_ddo.run(recipe, out, device=CPU)
+            finetune.run(recipe, out, device=CPU)
     assert len(list((out / "round-01" / "checkpoints").iterdir())) == 4
-    result = finetune_ddo.run(recipe, out, device=CPU)
+    result = finetune.run(recipe, out, device=CPU)
     for record in result["rounds"]:
         here = out / f"round-{record['round']:02d}" / "checkpoints"
         step = record["best_images"] // recipe.finetune.batch
@@ -165,20 +165,20 @@ def test_only_the_best_candidates_stay(tmp_path, monkeypatch):
                 checkpoint.load(path).tensors for path in (here / name, everything / here.relative_to(out) / name)
             )
             assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert finetune_ddo.run(recipe, out, device=CPU) == result
+    assert finetune.run(recipe, out, device=CPU) == result
 
 
 def test_finished_run_answers_again_and_changes_nothing(finished):
     kind, ckpt, out, result = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
-    assert finetune_ddo.run(tiny_recipe(ckpt, kind), out, device=CPU) == result
+    assert finetune.run(tiny_recipe(ckpt, kind), out, device=CPU) == result
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
 def test_another_recipe_is_refused_with_its_differing_keys(finished):
     kind, ckpt, out, _ = finished
     with pytest.raises(RunError, match=r"finetune\.alpha: 1\.0 -> 2\.0"):
-        finetune_ddo.run(tiny_recipe(ckpt, kind, "finetune.alpha=2.0"), out, device=CPU)
+        finetune.run(tiny_recipe(ckpt, kind, "finetune.alpha=2.0"), out, device=CPU)
 
 
 def test_another_reference_is_refused(finished, tmp_path):
@@ -187,14 +187,14 @@ def test_another_reference_is_refused(finished, tmp_path):
     make_checkpoint(Path(ckpt), kind, seed=1)
     try:
         with pytest.raises(RunError, match="reference_sha256"):
-            finetune_ddo.run(tiny_recipe(ckpt, kind), out, device=CPU)
+            finetune.run(tiny_recipe(ckpt, kind), out, device=CPU)
     finally:
         Path(ckpt).write_bytes(changed)
 
 
 def test_micro_batches_give_the_same_losses(finished, tmp_path):
     kind, ckpt, out, _ = finished
-    finetune_ddo.run(tiny_recipe(ckpt, kind, "finetune.micro_batch=2"), tmp_path / "run", device=CPU)
+    finetune.run(tiny_recipe(ckpt, kind, "finetune.micro_batch=2"), tmp_path / "run", device=CPU)
     whole, cut = (
         [json.loads(x)["loss"] for x in (p / "log.jsonl").read_text().splitlines()] for p in (out, tmp_path / "run")
     )
@@ -237,7 +237,7 @@ def test_divergence_stops_the_run_and_names_the_last_good_checkpoint(finished, t
     kind, ckpt, _, _ = finished
     recipe = tiny_recipe(ckpt, kind, "finetune.lr=0.05", "finetune.max_denoising_ratio=1.01")
     with pytest.raises(NumericsError, match="last good checkpoint is"):
-        finetune_ddo.run(recipe, tmp_path / "run", device=CPU)
+        finetune.run(recipe, tmp_path / "run", device=CPU)
 
 
 def test_non_finite_loss_stops_the_run(finished, tmp_path, monkeypatch):
@@ -247,49 +247,49 @@ def test_non_finite_loss_stops_the_run(finished, tmp_path, monkeypatch):
         found = ddo_loss(*args, **kwargs)
         return found._replace(loss=found.loss * torch.nan)
 
-    monkeypatch.setattr(finetune_ddo, "ddo_loss", broken)
+    monkeypatch.setattr(finetune, "ddo_loss", broken)
     with pytest.raises(NumericsError, match=r"gradient of step 0 is not finite .* last good checkpoint is"):
-        finetune_ddo.run(tiny_recipe(ckpt, kind), tmp_path / "run", device=CPU)
+        finetune.run(tiny_recipe(ckpt, kind), tmp_path / "run", device=CPU)
 
 
 def test_uneven_batches_are_refused_before_anything_is_written(finished, tmp_path):
     kind, ckpt, _, _ = finished
     with pytest.raises(UsageError, match="micro_batch = 3 does not divide"):
-        finetune_ddo.run(tiny_recipe(ckpt, kind, "finetune.micro_batch=3"), tmp_path / "run", device=CPU)
+        finetune.run(tiny_recipe(ckpt, kind, "finetune.micro_batch=3"), tmp_path / "run", device=CPU)
     assert not (tmp_path / "run").exists()
 
 
 def test_labels_of_a_fake_set_are_checked_before_anything_is_written(tmp_path):
     ckpt = make_checkpoint(tmp_path / "ref.safetensors")
     with pytest.raises(UsageError, match=r"position gives each of 10 classes .* 16 seeds .* draw 20"):
-        finetune_ddo.run(tiny_recipe(ckpt, "diffusion", "sampling.labels=position"), tmp_path / "run", device=CPU)
+        finetune.run(tiny_recipe(ckpt, "diffusion", "sampling.labels=position"), tmp_path / "run", device=CPU)
     assert not (tmp_path / "run").exists()
 
 
 def test_dry_run_writes_nothing(finished, tmp_path):
     kind, ckpt, _, _ = finished
-    found = finetune_ddo.run(tiny_recipe(ckpt, kind), tmp_path / "run", device=CPU, dry_run=True)
+    found = finetune.run(tiny_recipe(ckpt, kind), tmp_path / "run", device=CPU, dry_run=True)
     assert found["steps_per_round"] == 6
     assert not (tmp_path / "run").exists()
 
 
 def test_changed_data_is_refused(finished, tmp_path, monkeypatch):
     kind, ckpt, out, _ = finished
-    opened = finetune_ddo.open_images
+    opened = finetune.open_images
 
     def changed(*args):
         found = opened(*args)
         return found._replace(items=255 - found.items)
 
-    monkeypatch.setattr(finetune_ddo, "open_images", changed)
+    monkeypatch.setattr(finetune, "open_images", changed)
     with pytest.raises(RunError, match="data_sha256"):
-        finetune_ddo.run(tiny_recipe(ckpt, kind), out, device=CPU)
+        finetune.run(tiny_recipe(ckpt, kind), out, device=CPU)
 
 
 def test_a_mistake_in_the_metric_claims_nothing(finished, tmp_path):
     kind, ckpt, _, _ = finished
     with pytest.raises(CheckpointError, match=r"nope\.safetensors does not exist"):
-        finetune_ddo.run(tiny_recipe(ckpt, kind, "metric.extractor=nope.safetensors"), tmp_path / "run", device=CPU)
+        finetune.run(tiny_recipe(ckpt, kind, "metric.extractor=nope.safetensors"), tmp_path / "run", device=CPU)
     assert not (tmp_path / "run").exists()
 
 
@@ -297,7 +297,7 @@ def test_a_moved_run_answers_with_its_new_place_and_restores_a_lost_final(finish
     kind, ckpt, out, result = finished
     shutil.copytree(out, tmp_path / "moved")
     (tmp_path / "moved" / "final.safetensors").unlink()
-    found = finetune_ddo.run(tiny_recipe(ckpt, kind), tmp_path / "moved", device=CPU)
+    found = finetune.run(tiny_recipe(ckpt, kind), tmp_path / "moved", device=CPU)
     assert found["final"] == str(tmp_path / "moved" / "final.safetensors")
     assert found["final_score"] == result["final_score"]
     assert Path(found["final"]).read_bytes() == (out / "final.safetensors").read_bytes()
@@ -309,4 +309,4 @@ def test_damaged_files_of_a_run(finished, tmp_path, name, text):
     shutil.copytree(out, tmp_path / "run")
     (tmp_path / "run" / name).write_text(text)
     with pytest.raises(RunError, match="damaged"):
-        finetune_ddo.run(tiny_recipe(ckpt, kind), tmp_path / "run", device=CPU)
+        finetune.run(tiny_recipe(ckpt, kind), tmp_path / "run", device=CPU)

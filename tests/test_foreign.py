@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from ddo_cli.errors import CheckpointError
-from ddo_cli.inert_pickle import Record
-from ddo_cli.models import edm_keys, registry
-from ddo_cli.models.adm_keys import EdmKeys
-from ddo_cli.models.foreign import edm_checkpoint, read_edm, read_pickle
+from ddo_cli.models import registry
+from ddo_cli.models.adm.keys import EdmKeys
+from ddo_cli.models.edm import keys as edm_keys
+from ddo_cli.models.edm.files import edm_checkpoint, read_edm, read_pickle
+from ddo_cli.safe_pickle import Record
 
 NETWORK = {
     "model_channels": 8,

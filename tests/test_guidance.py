@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from ddo_cli.diffusion import noise, samplers
+from ddo_cli.diffusion import samplers, vp_sde
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, climb, extrapolated
 from ddo_cli.diffusion.mixture import GaussianMixture, toy2d
 from ddo_cli.diffusion.samplers import Boost, Churn, Trace
 from ddo_cli.diffusion.schedules import karras_sigmas
+from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import SamplingRecipe
 
 LABEL = torch.zeros(4, dtype=torch.long)
 
@@ -62,7 +62,7 @@ def steered(guide, denoise=zero, trace=None, label=LABEL):
 def log_ratio_at(x, sigma, label):
     """L as a function of the denoiser's state, float64."""
     rows = sigma.expand(len(x))
-    return curved(x / (1 + rows.square()).sqrt().view(-1, *[1] * (x.ndim - 1)), noise.time_of(rows), label)
+    return curved(x / (1 + rows.square()).sqrt().view(-1, *[1] * (x.ndim - 1)), vp_sde.time_of(rows), label)
 
 
 @pytest.mark.parametrize("sigma", [torch.tensor(0.7, dtype=torch.float64), levels(0.05, 0.7, 5.0, 80.0)])
@@ -90,7 +90,7 @@ def test_a_potential_sees_the_vp_state_in_float32_and_the_vp_time_in_float64():
     ((x_vp, t, label),) = potential.calls
     assert (x_vp.dtype, t.dtype, direction.dtype) == (torch.float32, torch.float64, torch.float64)
     assert_close(x_vp.detach(), (x / (1 + sigma**2).sqrt()[:, None]).float())
-    assert_close(t, noise.time_of(sigma))
+    assert_close(t, vp_sde.time_of(sigma))
     assert label is LABEL
     assert not value.requires_grad
     assert not direction.requires_grad
@@ -143,7 +143,7 @@ def log_density_ratio(a, b):
     """The optimal discriminator's logit, log p_a - log p_b of the noised densities, in VP coordinates."""
 
     def potential(x_vp, t, label):
-        sigma = noise.sigma_of(t)
+        sigma = vp_sde.sigma_of(t)
         x = x_vp.double() * (1 + sigma.square()).sqrt()[:, None]
         return a.log_prob(x, sigma) - b.log_prob(x, sigma)
 
@@ -216,7 +216,7 @@ def test_the_optimal_discriminator_turns_one_models_samples_into_the_others():
 
 def test_the_window_is_each_samples_own_and_includes_its_ends():
     sigma = levels(0.04, 0.05, 1.0, 10.0, 10.1)
-    low, high = (float(t) for t in noise.time_of(sigma[[1, 3]]))
+    low, high = (float(t) for t in vp_sde.time_of(sigma[[1, 3]]))
     x, label = normal(5), torch.zeros(5, dtype=torch.long)
     guided = steered(GradientGuide(curved, time_min=low, time_max=high), label=label)(x, sigma)
     _, direction = climb(curved, x, sigma, label)
@@ -288,14 +288,14 @@ def test_the_denoiser_is_told_its_stage():
 )
 def test_the_weight_decays_with_time(decay, factor):
     t = levels(0.02, 0.25, 0.5, 0.9)
-    x, sigma = normal(4), noise.sigma_of(t)
+    x, sigma = normal(4), vp_sde.sigma_of(t)
     _, direction = climb(curved, x, sigma, LABEL)
     guided = steered(GradientGuide(curved, weight=3.0, decay=decay))(x, sigma)
     assert_close(guided, 3 * factor(t)[:, None] * direction)
 
 
 def test_the_cosine_decay_at_known_times():
-    x, sigma = normal(3), noise.sigma_of(levels(1 / 3, 0.5, 2 / 3))
+    x, sigma = normal(3), vp_sde.sigma_of(levels(1 / 3, 0.5, 2 / 3))
     _, direction = climb(curved, x, sigma, LABEL[:3])
     guided = steered(GradientGuide(curved, decay="cosine"), label=LABEL[:3])(x, sigma)
     assert_close(guided, levels(0.25, 0.5, 0.75)[:, None] * direction)
@@ -501,7 +501,7 @@ def test_parity_with_the_official_guided_sampler(name):
 
 def test_parity_of_the_boosted_noise_levels():
     run = toy_run(2.0, Boost())
-    t = noise.time_of(torch.stack(run.levels))  # (18, 4)
+    t = vp_sde.time_of(torch.stack(run.levels))  # (18, 4)
     assert_close(t[5], levels(0.7399, 0.7125, 0.7125, 0.7399), rtol=0, atol=6e-5)  # four digits are printed
     others = [i for i in range(18) if i != 5]
     expected = karras_sigmas(18, 0.002, 80)[others][:, None].expand(17, 4)

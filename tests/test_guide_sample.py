@@ -11,11 +11,12 @@ from conftest import CPU, make_checkpoint, make_discriminator, torchrun
 from ddo_cli import checkpoint
 from ddo_cli.data.samples import open_samples
 from ddo_cli.diffusion.denoiser import DiffusionModel
-from ddo_cli.engines import guide_sample, guides, sample
-from ddo_cli.engines.guides import Others
+from ddo_cli.engines.sampling import guide_sample, guides, sample
+from ddo_cli.engines.sampling.guides import Others
 from ddo_cli.errors import CheckpointError, NumericsError, RecipeError, RunError, UsageError
 from ddo_cli.files import write_json
-from ddo_cli.models import discriminators, registry
+from ddo_cli.models import registry
+from ddo_cli.models.discriminators import registry as discriminators
 
 
 @pytest.fixture(scope="module")

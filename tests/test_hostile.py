@@ -35,9 +35,9 @@ from test_foreign import (  # noqa: F401
 )
 
 from ddo_cli import console
-from ddo_cli.engines import convert, export
+from ddo_cli.engines.weights import convert, export
 from ddo_cli.errors import CheckpointError, printable
-from ddo_cli.models import foreign
+from ddo_cli.models.edm import files as foreign
 
 SECONDS = 2.0  # of processor time for one hostile file
 MEGABYTES = 200  # above what the process had before

@@ -8,7 +8,8 @@ import torch
 from test_foreign import Reduced, network, official, write  # noqa: F401
 from test_hostile import DAMAGED, archive, refused, shell
 
-from ddo_cli.models import dg_files, pt_files
+from ddo_cli.models import pt_files
+from ddo_cli.models.discriminators import files as dg_files
 
 
 def read_pt(path):

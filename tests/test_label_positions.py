@@ -7,11 +7,12 @@ from test_sample import content
 from test_sampling_options import without_classes
 
 from ddo_cli.data.samples import open_samples
-from ddo_cli.engines import fid_inputs, sample
+from ddo_cli.engines.fid import inputs as fid_inputs
+from ddo_cli.engines.sampling import sample
 from ddo_cli.errors import RunError, UsageError
 from ddo_cli.likelihood import generate
 from ddo_cli.models import registry
-from ddo_cli.schema import SamplingRecipe
+from ddo_cli.recipe.schema import SamplingRecipe
 
 GIVEN = [7, 3, 20, 1, 15, 4, 0, 9, 30, 31, 12, 13, 14, 2, 5, 6, 8, 10, 11, 16]
 POSITION = {"labels": "position", "batch": 6, "steps": 2}

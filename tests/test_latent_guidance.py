@@ -12,10 +12,14 @@ from toy_latent import ToyCodec, make_toy
 
 from ddo_cli.data.images import open_images
 from ddo_cli.data.samples import open_samples
-from ddo_cli.engines import analyze, edit, guide_sample, sample, train_classifier, train_disc
+from ddo_cli.engines.analysis import analyze
+from ddo_cli.engines.discriminator import classifier as train_classifier
+from ddo_cli.engines.discriminator import train as train_disc
+from ddo_cli.engines.edit import edit
+from ddo_cli.engines.sampling import guide_sample, sample
 from ddo_cli.errors import UsageError
 from ddo_cli.models import registry
-from ddo_cli.recipe import load
+from ddo_cli.recipe.load import load
 
 
 def test_a_discriminator_of_latents_guides(tmp_path):

@@ -17,16 +17,14 @@ from ddo_cli.data.items import check_fits, digest
 from ddo_cli.data.latents import MANIFEST, Lazy
 from ddo_cli.data.pairs import Shuffled
 from ddo_cli.data.samples import open_samples
-from ddo_cli.engines import (
-    edit,
-    encode,
-    finetune_ddo,
-    pretrain,
-    sample,
-)
+from ddo_cli.engines import encode
+from ddo_cli.engines.ddo import finetune
+from ddo_cli.engines.edit import edit
+from ddo_cli.engines.pretrain import model as pretrain
+from ddo_cli.engines.sampling import sample
 from ddo_cli.errors import DataError, RecipeError, UsageError
 from ddo_cli.models import registry
-from ddo_cli.recipe import load
+from ddo_cli.recipe.load import load
 
 DATA = "embedded:digits32"
 SHORT = ("finetune.rounds=1", "finetune.eval_every=24", "metric.num_images=8", "metric.repeats=1")
@@ -199,7 +197,7 @@ def toy_recipe(ckpt, *overrides):
 
 
 def finetuned(tmp_path, name, ckpt, *overrides):
-    finetune_ddo.run(toy_recipe(ckpt, f"metric.ref={ref(tmp_path)}", *overrides), tmp_path / name, device=CPU)
+    finetune.run(toy_recipe(ckpt, f"metric.ref={ref(tmp_path)}", *overrides), tmp_path / name, device=CPU)
     return tmp_path / name
 
 
@@ -241,7 +239,7 @@ def test_resume_on_latents(tmp_path, monkeypatch):
     source = encoded(ckpt, tmp_path / "set")
     options = [f"data.source={source}", "data.num=null"]
     whole = finetuned(tmp_path, "whole", ckpt, *options)
-    save, count = finetune_ddo.loop.checkpoint.save, 0
+    save, count = finetune.loop.checkpoint.save, 0
 
     def killed(*arguments, **keywords):
         nonlocal count
@@ -250,7 +248,7 @@ def test_resume_on_latents(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         save(*arguments, **keywords)
 
-    monkeypatch.setattr(finetune_ddo.loop.checkpoint, "save", killed)
+    monkeypatch.setattr(finetune.loop.checkpoint, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         finetuned(tmp_path, "killed", ckpt, *options)
     count = 100
@@ -268,7 +266,7 @@ def test_var_on_tokens(tmp_path, fake_as):
         recipe = tiny_recipe(
             ckpt, "var", *SHORT, f"metric.ref={ref(tmp_path)}", f"finetune.fake_as={fake_as}", *options
         )
-        finetune_ddo.run(recipe, tmp_path / name, device=CPU)
+        finetune.run(recipe, tmp_path / name, device=CPU)
         runs.append(tmp_path / name / last)
     same(*runs)
     fake = open_samples(tmp_path / "tokens" / "round-01" / "samples").items
@@ -311,9 +309,9 @@ def test_scores_need_images(tmp_path):
     source = encoded(ckpt, tmp_path / "set")
     recipe = toy_recipe(ckpt, f"data.source={source}", "data.num=null")
     with pytest.raises(DataError, match=r"latents of shape 24x16x16, not images; set metric\.ref"):
-        finetune_ddo.run(recipe, tmp_path / "run", device=CPU)
+        finetune.run(recipe, tmp_path / "run", device=CPU)
     with pytest.raises(DataError, match="not images"):
-        finetune_ddo.run(toy_recipe(ckpt, f"metric.ref={source}"), tmp_path / "run", device=CPU)
+        finetune.run(toy_recipe(ckpt, f"metric.ref={source}"), tmp_path / "run", device=CPU)
     with pytest.raises(DataError, match="not images; give the images that are to be edited"):
         edit.run(source, tmp_path / "edit", [1.0], ckpt=ckpt, device=CPU)
     assert not (tmp_path / "run").exists()
@@ -322,7 +320,7 @@ def test_scores_need_images(tmp_path):
 def test_fake_as_latents_needs_a_model_of_latents(tmp_path):
     ckpt = make_checkpoint(tmp_path / "m.safetensors")
     with pytest.raises(UsageError, match="fake_as = latents"):
-        finetune_ddo.run(toy_recipe(ckpt, "finetune.fake_as=latents"), tmp_path / "run", device=CPU)
+        finetune.run(toy_recipe(ckpt, "finetune.fake_as=latents"), tmp_path / "run", device=CPU)
     with pytest.raises(RecipeError, match="fake_as"):
         toy_recipe(ckpt, "finetune.fake_as=tokens")
     assert not (tmp_path / "run").exists()

@@ -59,7 +59,7 @@ def test_the_rule_finds_a_breach():
     assert problems([("ddo_cli.rng", "ddo_cli.likelihood", "Draw")])
     assert problems([("ddo_cli.models.codec", "ddo_cli.data.pairs", "Pairs")])
     assert problems([("ddo_cli.diffusion.samplers", "ddo_cli.engines", "sample")])
-    assert not problems([("ddo_cli.engines.sample", "ddo_cli.data.samples", "Writer")])
+    assert not problems([("ddo_cli.engines.sampling.sample", "ddo_cli.data.samples", "Writer")])
 
 
 def test_only_console_prints():

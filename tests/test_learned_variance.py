@@ -15,8 +15,8 @@ from ddo_cli.diffusion.schedules import respaced_steps
 from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import generate, labels_of
 from ddo_cli.models import registry
+from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import SamplingRecipe
 
 STEPS = respaced_steps(1000, "250")
 SMALL = {"channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "precond": "ddpm"}

@@ -12,8 +12,8 @@ from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, Dif
 from ddo_cli.likelihood import NO_LABEL, drop_labels, labels_of, map_draw, repeat_draw
 from ddo_cli.models import registry
 from ddo_cli.models.codec import LevelCodec, PixelCodec, PointCodec
+from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import SamplingRecipe
 
 
 @pytest.fixture(params=KINDS)

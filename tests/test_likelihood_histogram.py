@@ -4,9 +4,9 @@ import scipy.stats
 import torch
 from PIL import Image
 
-from ddo_cli import pictures
 from ddo_cli.errors import DataError
 from ddo_cli.metrics.likelihood_histogram import FeatureGaussian, NegativeLogLikelihoods
+from ddo_cli.report import pictures
 
 
 def gaussian(rank: int, features: int = 6, seed: int = 0):

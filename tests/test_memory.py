@@ -10,12 +10,13 @@ from conftest import CPU, KINDS, make_checkpoint, tiny_recipe
 from torch import nn
 
 from ddo_cli import dist
-from ddo_cli.engines import estimate, finetune_ddo
+from ddo_cli.engines import estimate
+from ddo_cli.engines.ddo import finetune
 from ddo_cli.errors import UsageError
 from ddo_cli.models import registry
+from ddo_cli.recipe.schema import SamplingRecipe
+from ddo_cli.recipe.training import FinetuneRecipe, PretrainRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import SamplingRecipe
-from ddo_cli.schema_training import FinetuneRecipe, PretrainRecipe
 from ddo_cli.training import memory
 from ddo_cli.training.recompute import recompute_units
 
@@ -187,7 +188,7 @@ def test_sharding_spreads_what_lasts(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_dry_runs_estimate(kind, tmp_path):
     recipe = tiny_recipe(make_checkpoint(tmp_path / "x.safetensors", kind), kind)
-    found = finetune_ddo.run(recipe, tmp_path / "run", device=CPU, dry_run=True)["estimate"]
+    found = finetune.run(recipe, tmp_path / "run", device=CPU, dry_run=True)["estimate"]
     held = found["bytes"]
     lasting = ("weights", "moments", "averages", "reference", "evaluation_copy")
     assert held["peak"] >= sum(held[key] for key in lasting) + held["activations"]
@@ -214,8 +215,8 @@ def test_a_bf16_reference_is_measured_and_refused(tmp_path, capsys):
     ckpt = make_checkpoint(tmp_path / "x.safetensors")
     settings = ["finetune.reference_precision=bf16", "finetune.rounds=1", "finetune.images_per_round=4"]
     with pytest.raises(UsageError, match=r"bf16 reference: log-ratio off by .* more than 0\.1; use finetune\.ref"):
-        finetune_ddo.run(tiny_recipe(ckpt, "diffusion", *settings, "finetune.beta=50.0"), tmp_path / "a", device=CPU)
+        finetune.run(tiny_recipe(ckpt, "diffusion", *settings, "finetune.beta=50.0"), tmp_path / "a", device=CPU)
     assert not (tmp_path / "a" / "round-01" / "samples").exists()
     recipe = tiny_recipe(ckpt, "diffusion", *settings, "finetune.beta=1.0e-6")
-    finetune_ddo.run(recipe, tmp_path / "b", device=CPU)
+    finetune.run(recipe, tmp_path / "b", device=CPU)
     assert "bf16 reference: log-ratio off by" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ddo_cli.diffusion import noise
+from ddo_cli.diffusion import vp_sde
 
 HALF_A_DIGIT = 6e-10  # the tables are printed with nine decimals
 
@@ -46,48 +46,48 @@ def midpoints(n):
 
 def test_times_of_noise_levels():
     sigma, tau, m, cosine = columns(LEVELS)
-    assert_close(noise.time_of(sigma), tau, rtol=0, atol=HALF_A_DIGIT)
-    assert_close(noise.mean_scale(noise.time_of(sigma)), m, rtol=0, atol=HALF_A_DIGIT)
-    assert_close(noise.scale_of(sigma), m, rtol=0, atol=HALF_A_DIGIT)
-    assert_close(noise.cosine_time_of(noise.time_of(sigma)), cosine, rtol=0, atol=HALF_A_DIGIT)
+    assert_close(vp_sde.time_of(sigma), tau, rtol=0, atol=HALF_A_DIGIT)
+    assert_close(vp_sde.mean_scale(vp_sde.time_of(sigma)), m, rtol=0, atol=HALF_A_DIGIT)
+    assert_close(vp_sde.scale_of(sigma), m, rtol=0, atol=HALF_A_DIGIT)
+    assert_close(vp_sde.cosine_time_of(vp_sde.time_of(sigma)), cosine, rtol=0, atol=HALF_A_DIGIT)
 
 
 def test_mean_deviation_and_cosine_time_of_times():
     t, m, s, cosine = columns(TIMES)
-    assert_close(noise.mean_scale(t), m, rtol=0, atol=HALF_A_DIGIT)
-    assert_close(noise.std(t), s, rtol=0, atol=HALF_A_DIGIT)
-    assert_close(noise.cosine_time_of(t), cosine, rtol=0, atol=HALF_A_DIGIT)
+    assert_close(vp_sde.mean_scale(t), m, rtol=0, atol=HALF_A_DIGIT)
+    assert_close(vp_sde.std(t), s, rtol=0, atol=HALF_A_DIGIT)
+    assert_close(vp_sde.cosine_time_of(t), cosine, rtol=0, atol=HALF_A_DIGIT)
 
 
 def test_noise_levels_of_times():
     t, sigma = columns([(0.01, 0.0446877), (0.5, 3.4129183), (1, 152.16697)])
-    assert_close(noise.sigma_of(t), sigma, rtol=1e-6, atol=0)  # printed with six digits or more
+    assert_close(vp_sde.sigma_of(t), sigma, rtol=1e-6, atol=0)  # printed with six digits or more
 
 
 def test_time_and_noise_level_are_inverse():
     sigma = torch.logspace(-4, math.log10(152), 200, dtype=torch.float64)
     # Ten digits more than float32 holds near t = 0, where sigma^2 is the square of a small number.
-    assert_close(noise.sigma_of(noise.time_of(sigma)), sigma, rtol=1e-12, atol=0)
-    t = noise.time_of(sigma)
-    assert_close(noise.std(t) / noise.mean_scale(t), sigma, rtol=1e-12, atol=0)
+    assert_close(vp_sde.sigma_of(vp_sde.time_of(sigma)), sigma, rtol=1e-12, atol=0)
+    t = vp_sde.time_of(sigma)
+    assert_close(vp_sde.std(t) / vp_sde.mean_scale(t), sigma, rtol=1e-12, atol=0)
 
 
 def test_signal_and_noise_have_unit_power():
     t = torch.linspace(0, 1, 101)
-    assert_close(noise.mean_scale(t).square() + noise.std(t).square(), torch.ones(101, dtype=torch.float64))
+    assert_close(vp_sde.mean_scale(t).square() + vp_sde.std(t).square(), torch.ones(101, dtype=torch.float64))
 
 
 def test_the_ends_of_time():
     zero = torch.zeros((), dtype=torch.float64)
-    assert noise.time_of(zero) == noise.sigma_of(zero) == noise.std(zero) == 0
-    assert noise.mean_scale(zero) == 1
-    assert abs(noise.cosine_time_of(zero)) < 1e-12
+    assert vp_sde.time_of(zero) == vp_sde.sigma_of(zero) == vp_sde.std(zero) == 0
+    assert vp_sde.mean_scale(zero) == 1
+    assert abs(vp_sde.cosine_time_of(zero)) < 1e-12
 
 
 def test_everything_is_float64_whatever_comes_in():
     t = torch.tensor([0.1, 0.6])  # float32
-    functions = [noise.mean_scale, noise.std, noise.sigma_of, noise.time_of, noise.scale_of, noise.cosine_time_of]
-    for function in [*functions, noise.likelihood_weight, noise.importance_sampled_time]:
+    functions = [vp_sde.mean_scale, vp_sde.std, vp_sde.sigma_of, vp_sde.time_of, vp_sde.scale_of, vp_sde.cosine_time_of]
+    for function in [*functions, vp_sde.likelihood_weight, vp_sde.importance_sampled_time]:
         assert function(t).dtype == torch.float64
         assert function(t).shape == (2,)
 
@@ -95,13 +95,13 @@ def test_everything_is_float64_whatever_comes_in():
 def test_likelihood_weight_is_the_derivative_of_its_integral():
     t = torch.logspace(-4, -0.01, 50, dtype=torch.float64)
     h = 1e-5 * t
-    slope = (noise.likelihood_weight_integral(t + h) - noise.likelihood_weight_integral(t - h)) / (2 * h)
-    assert_close(slope, noise.likelihood_weight(t), rtol=1e-7, atol=0)  # h^2 of curvature, and float64's rounding / h
+    slope = (vp_sde.likelihood_weight_integral(t + h) - vp_sde.likelihood_weight_integral(t - h)) / (2 * h)
+    assert_close(slope, vp_sde.likelihood_weight(t), rtol=1e-7, atol=0)  # h^2 of curvature, and float64's rounding / h
 
 
 def test_constants_of_the_importance_sampled_times():
-    low, high = noise.likelihood_weight_integral(torch.tensor([1e-5, 1.0], dtype=torch.float64)).tolist()
-    assert noise.T_MIN == 1e-5
+    low, high = vp_sde.likelihood_weight_integral(torch.tensor([1e-5, 1.0], dtype=torch.float64)).tolist()
+    assert vp_sde.T_MIN == 1e-5
     assert high == pytest.approx(10.0499568, abs=6e-8)  # eight digits are printed
     assert low == pytest.approx(-13.8145156, abs=6e-8)
     assert high - low == pytest.approx(23.8644724, abs=1e-7)
@@ -119,13 +119,13 @@ def test_importance_sampled_times():
         ]
     )
     # Six digits are printed. The official float32 evaluation is off by 3e-4 to 1e-2 and must not pass.
-    assert_close(noise.importance_sampled_time(u), expected, rtol=2e-6, atol=0)
-    ends = noise.importance_sampled_time(torch.tensor([0.0, 1.0]))
+    assert_close(vp_sde.importance_sampled_time(u), expected, rtol=2e-6, atol=0)
+    ends = vp_sde.importance_sampled_time(torch.tensor([0.0, 1.0]))
     assert_close(ends, torch.tensor([1e-5, 1.0], dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 def test_law_of_the_importance_sampled_times():
-    t = noise.importance_sampled_time(midpoints(100_000))
+    t = vp_sde.importance_sampled_time(midpoints(100_000))
     assert t.median().item() == pytest.approx(0.1144, abs=6e-5)
     assert t.mean().item() == pytest.approx(0.309, abs=6e-4)
     for limit, share in ((0.01, 0.318), (0.1, 0.489), (0.5, 1 - 0.318)):
@@ -136,12 +136,12 @@ def test_a_mean_over_importance_sampled_times_is_the_weighted_mean_over_uniform_
     def f(t):
         return torch.cos(3 * t) + t.square()
 
-    drawn = f(noise.importance_sampled_time(midpoints(100_000))).mean()
+    drawn = f(vp_sde.importance_sampled_time(midpoints(100_000))).mean()
     # The weighted integral, in log t because lambda behaves as 1 / t.
-    length = math.log(1 / noise.T_MIN)
-    t = noise.T_MIN * torch.exp(length * midpoints(100_000))
-    weighted = (noise.likelihood_weight(t) * f(t) * t * length).mean()
-    ends = noise.likelihood_weight_integral(torch.tensor([noise.T_MIN, 1.0], dtype=torch.float64))
+    length = math.log(1 / vp_sde.T_MIN)
+    t = vp_sde.T_MIN * torch.exp(length * midpoints(100_000))
+    weighted = (vp_sde.likelihood_weight(t) * f(t) * t * length).mean()
+    ends = vp_sde.likelihood_weight_integral(torch.tensor([vp_sde.T_MIN, 1.0], dtype=torch.float64))
     assert_close(drawn, weighted / (ends[1] - ends[0]), rtol=0, atol=1e-7)  # midpoint rule: (24 / 1e5)^2
 
 
@@ -155,15 +155,15 @@ def mean_of(law, function, n=200_000):
 @pytest.mark.parametrize("name", ["uniform", "model"])
 def test_weighted_laws_have_the_importance_sampled_objective(name):
     # t_min keeps the uniform law's weights within reach of the rule; p_std wide enough to cover both ends.
-    law = noise.TimeLaw(name, weighted=True, t_min=0.01, p_mean=0.5, p_std=3.0)
-    importance = noise.TimeLaw("importance", t_min=0.01)
+    law = vp_sde.TimeLaw(name, weighted=True, t_min=0.01, p_mean=0.5, p_std=3.0)
+    importance = vp_sde.TimeLaw("importance", t_min=0.01)
     for function in (torch.ones_like, torch.sin, lambda t: (3 * t).exp()):
         assert mean_of(law, function) == pytest.approx(mean_of(importance, function), rel=2e-3)
 
 
 def test_laws_without_weights():
-    assert mean_of(noise.TimeLaw("uniform", t_min=0.2), lambda t: t) == pytest.approx(0.6)
-    model = noise.TimeLaw("model", p_mean=-0.4, p_std=1.2)
-    log_sigma = noise.sigma_of(model.times(torch.linspace(0.01, 0.99, 99)).t).log()
+    assert mean_of(vp_sde.TimeLaw("uniform", t_min=0.2), lambda t: t) == pytest.approx(0.6)
+    model = vp_sde.TimeLaw("model", p_mean=-0.4, p_std=1.2)
+    log_sigma = vp_sde.sigma_of(model.times(torch.linspace(0.01, 0.99, 99)).t).log()
     torch.testing.assert_close(log_sigma[49].item(), -0.4)  # the median
     assert (log_sigma.diff() > 0).all()

@@ -11,11 +11,12 @@ from torch.testing import assert_close
 
 from ddo_cli import checkpoint
 from ddo_cli.diffusion.denoiser import DiffusionModel
-from ddo_cli.engines import finetune_ddo, step_cost
+from ddo_cli.engines import step_cost
+from ddo_cli.engines.ddo import finetune
 from ddo_cli.errors import NumericsError, RecipeError, RunError
 from ddo_cli.models import registry
-from ddo_cli.recipe import load, to_yaml
-from ddo_cli.schema import Recipe, TrainRecipe
+from ddo_cli.recipe.load import load, to_yaml
+from ddo_cli.recipe.schema import Recipe, TrainRecipe
 from ddo_cli.training import loop, optim
 from ddo_cli.training.lr import learning_rate
 
@@ -167,7 +168,7 @@ def test_the_model_is_told_of_each_step(tmp_path, monkeypatch):
     ckpt = make_checkpoint(tmp_path / "ref.safetensors")
     settings = ["finetune.rounds=1", "finetune.images_per_round=8", "finetune.micro_batch=2"]
     monkeypatch.setattr(step_cost, "timed", lambda *_: {})  # steps of its own
-    finetune_ddo.run(tiny_recipe(ckpt, "diffusion", *settings), tmp_path / "run", device=CPU)
+    finetune.run(tiny_recipe(ckpt, "diffusion", *settings), tmp_path / "run", device=CPU)
     assert calls[calls.index("step") :] == ["step", *["step", "pass", "pass"] * 2]  # the first is the reference's
 
 
@@ -221,7 +222,7 @@ def changing(tmp_path_factory):
     ckpt = make_checkpoint(path / "ref.safetensors")
     changes = "finetune.from_round={2: {draw: {p_std: 3.0}, images_per_round: 48}, 3: {alpha: [1, 2], num_fake: 24}}"
     recipe = tiny_recipe(ckpt, "diffusion", "finetune.rounds=3", "metric.repeats=1", changes)
-    return ckpt, recipe, path / "run", finetune_ddo.run(recipe, path / "run", device=CPU)
+    return ckpt, recipe, path / "run", finetune.run(recipe, path / "run", device=CPU)
 
 
 def test_rounds_run_with_their_own_settings(changing):
@@ -248,7 +249,7 @@ def test_the_draw_of_a_round_is_really_used(changing, tmp_path, monkeypatch):
     monkeypatch.setattr(DiffusionModel, "draw", seen)
     changes = "finetune.from_round={2: {draw: {p_std: 3.0}}}"
     plain = tiny_recipe(ckpt, "diffusion", "finetune.rounds=2", "metric.repeats=1", changes)
-    finetune_ddo.run(plain, tmp_path / "run", device=CPU)
+    finetune.run(plain, tmp_path / "run", device=CPU)
     own = checkpoint.read_header(ckpt)["config"]["draw"]["p_std"]
     assert sorted(sigmas) == sorted({own, 3.0})
     spread = {p_std: float(torch.cat(found).std()) for p_std, found in sigmas.items()}
@@ -257,23 +258,23 @@ def test_the_draw_of_a_round_is_really_used(changing, tmp_path, monkeypatch):
 
 def test_other_settings_of_a_round_are_another_run(changing):
     _, recipe, out, result = changing
-    assert finetune_ddo.run(recipe, out, device=CPU) == result  # finished, and read back from YAML as the same
+    assert finetune.run(recipe, out, device=CPU) == result  # finished, and read back from YAML as the same
     changed = recipe.model_dump()
     changed["finetune"]["from_round"][2]["images_per_round"] = 96
     with pytest.raises(RunError, match=r"finetune\.from_round\.2\.images_per_round: 48 -> 96"):
-        finetune_ddo.run(Recipe.model_validate(changed), out, device=CPU)
+        finetune.run(Recipe.model_validate(changed), out, device=CPU)
 
 
 def test_dry_run_shows_the_rounds_that_differ(changing, tmp_path):
     ckpt, recipe, _, _ = changing
-    found = finetune_ddo.run(recipe, tmp_path / "run", device=CPU, dry_run=True)
+    found = finetune.run(recipe, tmp_path / "run", device=CPU, dry_run=True)
     shown = found["settings_by_round"]
     assert [row["rounds"] for row in shown] == ["1", "2", "3"]
     assert [row["images_per_round"] for row in shown] == [24, 48, 48]
     assert shown[2]["draw"] == {"p_std": 3.0}
     assert "batch" not in shown[0]
-    plain = finetune_ddo.run(tiny_recipe(ckpt), tmp_path / "run", device=CPU, dry_run=True)
+    plain = finetune.run(tiny_recipe(ckpt), tmp_path / "run", device=CPU, dry_run=True)
     assert "settings_by_round" not in plain
     wrong = tiny_recipe(ckpt, "diffusion", "finetune.from_round={2: {draw: {p_sdt: 3.0}}}")
     with pytest.raises(RecipeError, match=r"round 2: finetune\.draw\.p_sdt .*did you mean 'p_std'"):
-        finetune_ddo.run(wrong, tmp_path / "run", device=CPU, dry_run=True)
+        finetune.run(wrong, tmp_path / "run", device=CPU, dry_run=True)

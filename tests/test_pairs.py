@@ -6,7 +6,10 @@ import torch
 from conftest import CPU, make_checkpoint, tiny_disc_recipe, tiny_recipe
 
 from ddo_cli.data.pairs import Pairs, Shuffled
-from ddo_cli.engines import finetune_ddo, pretrain, train_classifier, train_disc
+from ddo_cli.engines.ddo import finetune
+from ddo_cli.engines.discriminator import classifier as train_classifier
+from ddo_cli.engines.discriminator import train as train_disc
+from ddo_cli.engines.pretrain import model as pretrain
 from ddo_cli.errors import DataError
 from ddo_cli.training import loop
 
@@ -111,7 +114,7 @@ def test_training_rows_of_every_engine(tmp_path, streams, hflip):
     small = "classifier={options: {widths: [8], depths: [1], emb_width: 16}, held_out: 16, images: 96, batch: 8}"
     unet = "model={name: patch-unet, options: {patch: 4, widths: [16], depths: [1], emb_width: 16}}"
     runs = {
-        "real": lambda out: finetune_ddo.run(tiny_recipe(ckpt, "diffusion", key), out, device=CPU),
+        "real": lambda out: finetune.run(tiny_recipe(ckpt, "diffusion", key), out, device=CPU),
         "disc": lambda out: train_disc.run(tiny_disc_recipe(ckpt, key), out, device=CPU),
         "pretrain": lambda out: pretrain.run(tiny_recipe(ckpt, "diffusion", unet, key), out, device=CPU),
         "classifier": lambda out: train_classifier.run(tiny_disc_recipe(ckpt, small, key), out, device=CPU),

@@ -10,8 +10,8 @@ from ddo_cli.errors import RecipeError, UsageError
 from ddo_cli.likelihood import labels_of, repeat_draw
 from ddo_cli.models import registry
 from ddo_cli.models.tokens import sampled_log_prob
+from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import SamplingRecipe
 
 SPECS = {
     "plain": SamplingRecipe(),

@@ -5,7 +5,7 @@ import torch
 from test_edm_unet import check, filled, stream
 from torch.testing import assert_close
 
-from ddo_cli.diffusion import noise, precond
+from ddo_cli.diffusion import precond, vp_sde
 from ddo_cli.diffusion.precond import PRECONDITIONERS, Discrete, Vp, cosine_sigmas, linear_sigmas
 from ddo_cli.models import registry
 from ddo_cli.rng import RowRng
@@ -63,7 +63,7 @@ def test_nearest_step():
 def test_range_of_the_vp_networks():
     assert (Vp().sigma_min, Vp().sigma_max) == (0.0009765625, 152.16697692871094)  # as the published networks store it
     sigma = torch.tensor([0.5, 80.0])
-    assert_close(Vp().coefficients(sigma).c_noise, 999 * noise.time_of(sigma).float(), rtol=1e-5, atol=0)
+    assert_close(Vp().coefficients(sigma).c_noise, 999 * vp_sde.time_of(sigma).float(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", PRECONDITIONERS)

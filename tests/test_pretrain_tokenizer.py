@@ -11,11 +11,13 @@ from typer.testing import CliRunner
 from ddo_cli import checkpoint
 from ddo_cli.cli import app
 from ddo_cli.data.images import open_images
-from ddo_cli.engines import pretrain, pretrain_tokenizer
+from ddo_cli.engines.pretrain import model as pretrain
+from ddo_cli.engines.pretrain import tokenizer as pretrain_tokenizer
 from ddo_cli.errors import CheckpointError, DataError, RecipeError, UsageError
-from ddo_cli.models import registry, vqvae
-from ddo_cli.models.vqvae import Vqvae, VqvaeOptions
-from ddo_cli.recipe import load
+from ddo_cli.models import registry
+from ddo_cli.models.var import vqvae
+from ddo_cli.models.var.vqvae import Vqvae, VqvaeOptions
+from ddo_cli.recipe.load import load
 
 OPTIONS = {
     "channels": 4, "channel_mult": [1, 2, 2], "num_blocks": 1, "groups": 2, "z_channels": 4, "vocabulary": 16,

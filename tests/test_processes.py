@@ -13,11 +13,13 @@ import pytest
 import torch
 from conftest import CPU, make_checkpoint, torchrun
 
-from ddo_cli import arithmetic, checkpoint, cli, dist
+from ddo_cli import checkpoint, cli, dist
+from ddo_cli import precision as precision_module
 from ddo_cli.errors import RunError
 from ddo_cli.models import registry
+from ddo_cli.precision import set_training_precision
+from ddo_cli.recipe.schema import TrainRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import TrainRecipe
 from ddo_cli.training import loop
 
 SETTINGS = {
@@ -249,7 +251,7 @@ def switches() -> list:
 
 @pytest.fixture
 def switches_kept():
-    with arithmetic._switches_kept():
+    with precision_module._switches_kept():
         yield
 
 
@@ -259,14 +261,14 @@ def test_torchs_switches_agree_and_are_put_back(switches_kept, before):
     if before == "medium":
         torch.set_float32_matmul_precision("medium")
     elif before:
-        loop.set_precision(before)
+        set_training_precision(before)
     found = switches()
     for precision in ("float32", "tf32", "bf16"):
         is_on = precision == "tf32"
-        with arithmetic.arithmetic(precision, CPU):
+        with precision_module.inference_precision(precision, CPU):
             inside = ["high" if is_on else "highest", *["tf32" if is_on else "ieee"] * 4]
             assert switches() == [is_on, is_on, *inside]
-            with pytest.raises(ZeroDivisionError), arithmetic.arithmetic("tf32", CPU):
+            with pytest.raises(ZeroDivisionError), precision_module.inference_precision("tf32", CPU):
                 1 / 0  # noqa: B018
             assert switches() == [is_on, is_on, *inside]
         assert switches() == found

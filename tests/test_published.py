@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from ddo_cli import recipe as recipes
 from ddo_cli.errors import RecipeError
 from ddo_cli.metrics import published
 from ddo_cli.metrics.published import rows
+from ddo_cli.recipe import load as recipes
 
 METRICS = {"fid", "sfid", "is", "precision", "recall", "fd_dinov2"}
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 import yaml
 
-from ddo_cli import recipe as recipes
-from ddo_cli import schema_keys
-from ddo_cli.engines import pretrain, train_disc
+from ddo_cli.engines.discriminator import train as train_disc
+from ddo_cli.engines.pretrain import model as pretrain
 from ddo_cli.errors import RecipeError
 from ddo_cli.models import registry
-from ddo_cli.recipe import load, parse_sampling
-from ddo_cli.schema import Recipe, SamplingRecipe, all_keys
+from ddo_cli.recipe import keys
+from ddo_cli.recipe import load as recipes
+from ddo_cli.recipe.load import load, parse_sampling
+from ddo_cli.recipe.schema import Recipe, SamplingRecipe, all_keys
 from ddo_cli.training import loop
 
 NAMES = sorted(recipes.recipe_names())
@@ -96,7 +97,7 @@ def test_saved_recipe_reads_back(tmp_path):
 
 
 def test_keys_are_described():
-    found = {key.name: key for key in schema_keys.described()}
+    found = {key.name: key for key in keys.described()}
     assert sorted(found) == sorted(all_keys())
     assert found["pretrain.lr"] == ("pretrain.lr", "number", 1e-4, "")  # of the class that it inherits from
     assert found["finetune.sharding"].type == "ddp | fsdp"

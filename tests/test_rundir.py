@@ -14,22 +14,20 @@ from conftest import CPU, make_checkpoint, make_discriminator, tiny_disc_recipe,
 from PIL import Image
 from toy_latent import make_toy
 
-from ddo_cli import checkpoint, files, pictures, rundir
-from ddo_cli.engines import (
-    analyze,
-    edit,
-    ema,
-    encode,
-    finetune_ddo,
-    guide_sample,
-    pretrain,
-    sample,
-    train_classifier,
-    train_disc,
-)
-from ddo_cli.engines.subject import Settings
+from ddo_cli import checkpoint, files, rundir
+from ddo_cli.engines import encode
+from ddo_cli.engines.analysis import analyze
+from ddo_cli.engines.analysis.subject import Settings
+from ddo_cli.engines.ddo import finetune
+from ddo_cli.engines.discriminator import classifier as train_classifier
+from ddo_cli.engines.discriminator import train as train_disc
+from ddo_cli.engines.edit import edit
+from ddo_cli.engines.pretrain import model as pretrain
+from ddo_cli.engines.sampling import guide_sample, sample
+from ddo_cli.engines.weights import ema
 from ddo_cli.errors import RunError
-from ddo_cli.recipe import load
+from ddo_cli.recipe.load import load
+from ddo_cli.report import pictures
 from ddo_cli.rundir import RunDir
 
 DATA = "embedded:digits32"
@@ -75,7 +73,7 @@ def _encoded(p, out, **more):
 
 
 def _finetuned(p, out, **more):
-    return finetune_ddo.run(tiny_recipe(str(p / "m.safetensors")), out, device=CPU, **more)
+    return finetune.run(tiny_recipe(str(p / "m.safetensors")), out, device=CPU, **more)
 
 
 def _pretrained(p, out, **more):

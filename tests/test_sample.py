@@ -13,11 +13,11 @@ from PIL import Image
 
 from ddo_cli import files
 from ddo_cli.data.samples import open_samples, parse_seeds, spell_seeds
-from ddo_cli.engines import sample
+from ddo_cli.engines.sampling import sample
 from ddo_cli.errors import DataError, RunError, UsageError
 from ddo_cli.likelihood import generate, labels_of
 from ddo_cli.models import registry
-from ddo_cli.schema import SamplingRecipe
+from ddo_cli.recipe.schema import SamplingRecipe
 
 
 @pytest.fixture(scope="module", params=KINDS)

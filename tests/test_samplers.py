@@ -8,14 +8,14 @@ from conftest import CPU, make_checkpoint
 from torch import nn
 from torch.testing import assert_close
 
-from ddo_cli.diffusion import guidance, noise, samplers
+from ddo_cli.diffusion import guidance, samplers, vp_sde
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.diffusion.samplers import Churn
 from ddo_cli.diffusion.schedules import karras_sigmas, vp_sigmas
 from ddo_cli.errors import UsageError
 from ddo_cli.models import registry
+from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import SamplingRecipe
 
 
 def test_karras_sigmas_of_edm():
@@ -152,7 +152,7 @@ def test_vp_sigmas_are_evenly_spaced_in_time():
     sigmas = vp_sigmas(20, 0.002, 80)
     assert sigmas.dtype == torch.float64
     assert_close(sigmas[[0, -2, -1]], torch.tensor([80, 0.002, 0], dtype=torch.float64), rtol=1e-12, atol=0)
-    steps = noise.time_of(sigmas[:-1]).diff()
+    steps = vp_sde.time_of(sigmas[:-1]).diff()
     assert_close(steps, torch.full((19,), -(0.933511143 - 0.000039842) / 19, dtype=torch.float64), rtol=1e-8, atol=0)
     assert_close(vp_sigmas(1, 0.002, 80), torch.tensor([80, 0], dtype=torch.float64))
 

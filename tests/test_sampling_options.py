@@ -10,20 +10,20 @@ from torch import nn
 from torch.testing import assert_close
 
 from ddo_cli import checkpoint
-from ddo_cli.arithmetic import arithmetic
 from ddo_cli.commands.options import interval_of
-from ddo_cli.diffusion import levels, samplers
+from ddo_cli.diffusion import samplers, sampling_plan
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, Interval, extrapolated
 from ddo_cli.diffusion.samplers import Churn, Trace
 from ddo_cli.diffusion.schedules import karras_sigmas
-from ddo_cli.engines import guides, sample
-from ddo_cli.engines.guides import Others
+from ddo_cli.engines.sampling import guides, sample
+from ddo_cli.engines.sampling.guides import Others
 from ddo_cli.errors import RecipeError, UsageError
 from ddo_cli.likelihood import generate
 from ddo_cli.models import registry
+from ddo_cli.precision import inference_precision
+from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import SamplingRecipe
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Float32, as EDM2 samples
@@ -320,7 +320,7 @@ def test_switches_are_put_back():
     switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = switches[0].allow_tf32, switches[1].fp32_precision
     for precision, inside in (("tf32", (True, "tf32")), ("float32", (False, "ieee")), ("bf16", (False, "ieee"))):
-        with arithmetic(precision, CPU):
+        with inference_precision(precision, CPU):
             assert (switches[0].allow_tf32, switches[1].fp32_precision) == inside
             assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
         assert (switches[0].allow_tf32, switches[1].fp32_precision) == before
@@ -336,11 +336,15 @@ def test_a_guides_gradient_stays_float32():
         return value[:, 0]
 
     guide = GradientGuide(potential, 1.0, time_min=0.0)
-    with arithmetic("bf16", CPU):
+    with inference_precision("bf16", CPU):
         Analytic(0.3).sample(torch.tensor([-1, -1]), RowRng([1, 2]), SamplingRecipe(steps=3), [guide])
     assert set(seen) == {torch.float32}
 
 
 def test_levels_have_the_type_of_the_state():
-    assert levels.dtype_of(SamplingRecipe()) == levels.dtype_of(SamplingRecipe(dtype="float64")) == torch.float64
+    assert (
+        sampling_plan.dtype_of(SamplingRecipe())
+        == sampling_plan.dtype_of(SamplingRecipe(dtype="float64"))
+        == torch.float64
+    )
     assert Analytic(0.3).sigmas(EDM2).dtype == torch.float32

@@ -15,7 +15,7 @@ from conftest import CPU, KINDS, make_checkpoint, tiny_recipe, torchrun
 from torch import nn
 
 from ddo_cli import checkpoint, sharding
-from ddo_cli.engines import finetune_ddo
+from ddo_cli.engines.ddo import finetune
 from ddo_cli.errors import CheckpointError
 from ddo_cli.models import registry
 
@@ -41,7 +41,7 @@ def runs(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     ckpt = make_checkpoint(path / "ref.safetensors", request.param)
     overrides = ["finetune.eval_every=4", "finetune.images_per_round=12", "finetune.micro_batch=1"]
-    finetune_ddo.run(tiny_recipe(ckpt, request.param, *SETTINGS, *overrides), path / "one", device=CPU)
+    finetune.run(tiny_recipe(ckpt, request.param, *SETTINGS, *overrides), path / "one", device=CPU)
     extra = [*overrides, "finetune.sharding=fsdp", "finetune.recompute=true"]
     options = write_recipe(path, ckpt, request.param, *extra)
     torchrun(*options, "--out", str(path / "two"))

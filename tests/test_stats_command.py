@@ -14,10 +14,11 @@ from PIL import Image
 
 from ddo_cli import checkpoint
 from ddo_cli.data.images import open_images
-from ddo_cli.engines import fid, info, stats
+from ddo_cli.engines.fid import fid, stats
+from ddo_cli.engines.weights import info
 from ddo_cli.errors import DataError, UsageError
-from ddo_cli.metrics.extractor import Extractor
-from ddo_cli.metrics.features import load_extractor
+from ddo_cli.metrics.extractors.base import Extractor
+from ddo_cli.metrics.extractors.select import load_extractor
 from ddo_cli.metrics.references import read_reference
 
 NUM = 90  # more than the 64 features of the embedded extractor

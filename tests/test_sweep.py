@@ -11,12 +11,12 @@ from conftest import CPU, make_checkpoint, tiny_recipe, torchrun
 
 from ddo_cli import checkpoint, files
 from ddo_cli.commands.options import coefficient
-from ddo_cli.engines import ddo_sweep, finetune_ddo
-from ddo_cli.engines.ddo_sweep import Costs, Rung, Setting, plan_of, rungs_of, survivors
+from ddo_cli.engines.ddo import finetune, sweep
+from ddo_cli.engines.ddo.sweep import Costs, Rung, Setting, plan_of, rungs_of, survivors
 from ddo_cli.errors import NumericsError, RecipeError, RunError, UsageError
 from ddo_cli.objectives.ddo import ddo_loss
-from ddo_cli.recipe import load, to_yaml
-from ddo_cli.schema import Recipe, TrainRecipe
+from ddo_cli.recipe.load import load, to_yaml
+from ddo_cli.recipe.schema import Recipe, TrainRecipe
 from ddo_cli.training import loop
 
 GRID = ("finetune.alpha=[1, 2]", "finetune.beta=[0.05, 0.1, 0.2]")
@@ -63,18 +63,18 @@ def test_survivors_are_the_lowest_and_ties_go_to_the_earlier():
 def test_cost_of_six_nodes_by_hand():
     """330 of 720 steps, six and three scores at the rungs, two candidates of twelve."""
     candidates_at, costs = [60, 120], Costs(step=512, rung=16_384, candidate=32_768)
-    nodes = ddo_sweep.planned(rungs_of(6, 120, 3), candidates_at)
-    spent, full = ddo_sweep.cost(nodes, candidates_at, costs)
+    nodes = sweep.planned(rungs_of(6, 120, 3), candidates_at)
+    spent, full = sweep.cost(nodes, candidates_at, costs)
     assert spent == (6 * 30 + 3 * 30 + 60) * 512 + 9 * 16_384 + 2 * 32_768 == 381_952
     assert full == 6 * (120 * 512 + 2 * 32_768) == 761_856
-    every_node = ddo_sweep.planned(rungs_of(6, 120, 1), candidates_at)
-    assert ddo_sweep.cost(every_node, candidates_at, costs) == (full, full)
+    every_node = sweep.planned(rungs_of(6, 120, 1), candidates_at)
+    assert sweep.cost(every_node, candidates_at, costs) == (full, full)
 
 
 def test_a_diverged_node_saves_nothing():
     """It would have ended at step 70 in the full grid as well, after one candidate."""
     node = {"stopped_at": 70, "outcome": "diverged", "rungs": [], "candidates": [{"step": 60}]}
-    assert ddo_sweep.cost([node], [60, 120], Costs(2, 10, 100)) == (240, 240)
+    assert sweep.cost([node], [60, 120], Costs(2, 10, 100)) == (240, 240)
 
 
 def test_quickstart_sweeps_for_half_the_price():
@@ -87,7 +87,7 @@ def test_quickstart_sweeps_for_half_the_price():
 
 def test_settings_are_all_pairs_with_names_of_their_own():
     recipe = load("quickstart", ["finetune.alpha=[4, 1]", "finetune.beta=[0.05, 0.02]"]).finetune
-    assert ddo_sweep.settings_of(recipe) == [(4, 0.05), (4, 0.02), (1, 0.05), (1, 0.02)]
+    assert sweep.settings_of(recipe) == [(4, 0.05), (4, 0.02), (1, 0.05), (1, 0.02)]
     assert Setting(4.0, 0.05).directory == "alpha-4-beta-0.05"
     assert Setting(1.0, 0.1234567).directory != Setting(1.0, 0.1234568).directory
 
@@ -183,7 +183,7 @@ def finished(tmp_path_factory):
     """An uninterrupted sweep of two rounds: (reference, directory, result)."""
     path = tmp_path_factory.mktemp("sweep")
     ckpt = make_checkpoint(path / "ref.safetensors")
-    return ckpt, path / "run", finetune_ddo.run(sweep_recipe(ckpt), path / "run", device=CPU)
+    return ckpt, path / "run", finetune.run(sweep_recipe(ckpt), path / "run", device=CPU)
 
 
 def rounds_of(out):
@@ -242,7 +242,7 @@ def test_a_node_trains_as_it_would_alone(finished, tmp_path):
     alone = sweep_recipe(
         ckpt, "finetune.rounds=1", f"finetune.alpha={record['alpha']}", f"finetune.beta={record['beta']}"
     )
-    found = finetune_ddo.run(alone, tmp_path / "run", device=CPU)
+    found = finetune.run(alone, tmp_path / "run", device=CPU)
     assert "nodes" not in found["rounds"][0]
     assert "sweep_cost" not in found
     assert rounds_of(tmp_path / "run")[0]["candidates"] == rounds_of(out)[0]["candidates"]
@@ -274,12 +274,12 @@ def test_resume_equals_uninterrupted(finished, tmp_path, monkeypatch, every):
         patch.setattr(files.os, "replace", replace)
         while True:
             try:
-                finetune_ddo.run(recipe, tmp_path / "run", device=CPU)
+                finetune.run(recipe, tmp_path / "run", device=CPU)
                 break
             except KilledError:
                 assert kills < 100
     assert kills >= 3
-    found = finetune_ddo.run(recipe, tmp_path / "run", device=CPU)
+    found = finetune.run(recipe, tmp_path / "run", device=CPU)
     assert rounds_of(tmp_path / "run") == rounds_of(reference)[:1]
     keys = ("alpha", "beta", "nodes", "score")
     assert [found["rounds"][0][key] for key in keys] == [result["rounds"][0][key] for key in keys]
@@ -301,7 +301,7 @@ def diverging(monkeypatch, *settings, step: int = 0):
             return found._replace(loss=found.loss * torch.nan)
         return found
 
-    monkeypatch.setattr(finetune_ddo, "ddo_loss", broken)
+    monkeypatch.setattr(finetune, "ddo_loss", broken)
 
 
 def test_a_diverging_node_leaves_the_sweep(finished, tmp_path, monkeypatch, capsys):
@@ -310,7 +310,7 @@ def test_a_diverging_node_leaves_the_sweep(finished, tmp_path, monkeypatch, caps
     winner = (before["alpha"], before["beta"])
     diverging(monkeypatch, winner)
     recipe = sweep_recipe(ckpt, "finetune.rounds=1")
-    record = finetune_ddo.run(recipe, tmp_path / "run", device=CPU)["rounds"][0]
+    record = finetune.run(recipe, tmp_path / "run", device=CPU)["rounds"][0]
     assert "leaves the sweep: the gradient of step 0 is not finite" in capsys.readouterr().err.replace("\n", " ")
     nodes = {(node["alpha"], node["beta"]): node for node in record["nodes"]}
     assert (nodes[winner]["outcome"], nodes[winner]["stopped_at"], nodes[winner]["rungs"]) == ("diverged", 1, [])
@@ -329,10 +329,10 @@ def test_a_late_divergence_does_not_reopen_an_earlier_rung(finished, tmp_path, m
     first = min(result["rounds"][0]["nodes"], key=lambda node: node["rungs"][0]["score"])
     recipe = sweep_recipe(ckpt, "finetune.rounds=1")
     diverging(monkeypatch, (first["alpha"], first["beta"]), step=2)
-    whole = finetune_ddo.run(recipe, tmp_path / "whole", device=CPU)["rounds"][0]
+    whole = finetune.run(recipe, tmp_path / "whole", device=CPU)["rounds"][0]
     assert sorted(node["stopped_at"] for node in whole["nodes"]) == [2, 2, 2, 3, 3, 6]
     assert [node["outcome"] for node in whole["nodes"]].count("diverged") == 1
-    node_class = finetune_ddo.Node
+    node_class = finetune.Node
     finish = node_class.finish
 
     def killed(node):
@@ -341,9 +341,9 @@ def test_a_late_divergence_does_not_reopen_an_earlier_rung(finished, tmp_path, m
     diverging(monkeypatch, (first["alpha"], first["beta"]), step=2)
     monkeypatch.setattr(node_class, "finish", killed)
     with pytest.raises(KilledError):
-        finetune_ddo.run(recipe, tmp_path / "cut", device=CPU)
+        finetune.run(recipe, tmp_path / "cut", device=CPU)
     monkeypatch.setattr(node_class, "finish", finish)
-    assert finetune_ddo.run(recipe, tmp_path / "cut", device=CPU)["rounds"][0]["nodes"] == whole["nodes"]
+    assert finetune.run(recipe, tmp_path / "cut", device=CPU)["rounds"][0]["nodes"] == whole["nodes"]
 
 
 def test_a_sweep_ends_when_every_node_diverges(finished, tmp_path, monkeypatch):
@@ -352,12 +352,12 @@ def test_a_sweep_ends_when_every_node_diverges(finished, tmp_path, monkeypatch):
     recipe = sweep_recipe(ckpt, "finetune.rounds=1")
     for _ in range(2):  # a second attempt says the same
         with pytest.raises(NumericsError, match=r"every node .* diverges .* lower finetune\.lr = 0\.01"):
-            finetune_ddo.run(recipe, tmp_path / "run", device=CPU)
+            finetune.run(recipe, tmp_path / "run", device=CPU)
 
 
 def test_dry_run_tells_nodes_rungs_and_cost(finished, tmp_path):
     ckpt, _, result = finished
-    found = finetune_ddo.run(sweep_recipe(ckpt), tmp_path / "run", device=CPU, dry_run=True)
+    found = finetune.run(sweep_recipe(ckpt), tmp_path / "run", device=CPU, dry_run=True)
     assert len(found["nodes"]) == 6
     assert found["rungs"] == [
         {"step": 2, "num_nodes": 6}, {"step": 3, "num_nodes": 3}, {"step": 6, "num_nodes": 1}

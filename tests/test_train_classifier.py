@@ -5,9 +5,9 @@ import pytest
 from conftest import CPU, make_checkpoint, tiny_disc_recipe
 
 from ddo_cli import checkpoint
-from ddo_cli.engines import train_classifier
+from ddo_cli.engines.discriminator import classifier as train_classifier
 from ddo_cli.errors import DataError, RecipeError
-from ddo_cli.models import discriminators
+from ddo_cli.models.discriminators import registry as discriminators
 
 SETTINGS = (
     "classifier={options: {widths: [32, 64], depths: [1, 1]}, held_out: 64, images: 19200, batch: 64, lr: 2.0e-3, "

@@ -14,12 +14,14 @@ from conftest import CPU, make_checkpoint, tiny_disc_recipe, torchrun
 from ddo_cli import checkpoint, cli, files
 from ddo_cli.data.images import open_images
 from ddo_cli.data.pairs import split
-from ddo_cli.diffusion import noise
-from ddo_cli.engines import disc_data, sample, train_disc
+from ddo_cli.diffusion import vp_sde
+from ddo_cli.engines.discriminator import data as disc_data
+from ddo_cli.engines.discriminator import train as train_disc
+from ddo_cli.engines.sampling import sample
 from ddo_cli.errors import CheckpointError, DataError, RecipeError, RunError, UsageError
 from ddo_cli.metrics.discrimination import LEVELS, HeldOut, noisy
-from ddo_cli.models import discriminators
-from ddo_cli.recipe import load
+from ddo_cli.models.discriminators import registry as discriminators
+from ddo_cli.recipe.load import load
 
 
 class KilledError(BaseException):
@@ -358,7 +360,7 @@ def held_out(network, size=600):
     real, fake = (torch.randn(size, 1, generator=g) + mean for mean in (1.0, -1.0))
     label = torch.full((size,), -1)
 
-    law = noise.TimeLaw("importance", t_min=1e-3)
+    law = vp_sde.TimeLaw("importance", t_min=1e-3)
     return HeldOut((real, label), (fake, label), law, 0, CPU).evaluate(network)
 
 
@@ -370,7 +372,7 @@ class Optimal(torch.nn.Module):
         self.gain = gain
 
     def forward(self, x, t, label):
-        return self.gain * (2 * noise.mean_scale(t).to(x.dtype) * x.squeeze(1))
+        return self.gain * (2 * vp_sde.mean_scale(t).to(x.dtype) * x.squeeze(1))
 
 
 def test_figures_of_the_optimal_discriminator():
@@ -388,8 +390,8 @@ def test_figures_of_the_optimal_discriminator():
 def test_noisy_states_have_the_forward_process_moments():
     t = torch.full((4000,), 0.3, dtype=torch.float64)
     x = noisy(torch.full((4000, 1), 2.0), t, torch.randn(4000, 1, generator=torch.Generator().manual_seed(0)))
-    assert x.mean().item() == pytest.approx(2 * noise.mean_scale(t[0]).item(), abs=0.05)
-    assert x.std().item() == pytest.approx(noise.std(t[0]).item(), abs=0.05)
+    assert x.mean().item() == pytest.approx(2 * vp_sde.mean_scale(t[0]).item(), abs=0.05)
+    assert x.std().item() == pytest.approx(vp_sde.std(t[0]).item(), abs=0.05)
 
 
 def test_eval_num_is_of_the_scores(ckpt, monkeypatch, capsys):

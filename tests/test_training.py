@@ -10,13 +10,15 @@ import torch
 from conftest import CPU
 from torch.testing import assert_close
 
-from ddo_cli import dist, files, pictures, report
+from ddo_cli import dist, files
 from ddo_cli.data.pairs import Pairs, Shuffled
-from ddo_cli.engines import pretrain, train_extractor
+from ddo_cli.engines.pretrain import extractor as train_extractor
+from ddo_cli.engines.pretrain import model as pretrain
 from ddo_cli.errors import DataError, UsageError
-from ddo_cli.metrics.features import load_extractor
-from ddo_cli.recipe import load
-from ddo_cli.schema import TrainRecipe
+from ddo_cli.metrics.extractors.select import load_extractor
+from ddo_cli.recipe.load import load
+from ddo_cli.recipe.schema import TrainRecipe
+from ddo_cli.report import html, pictures
 from ddo_cli.training.ema import ema_decay, update_ema
 from ddo_cli.training.loop import local_rows
 from ddo_cli.training.lr import learning_rate
@@ -97,8 +99,8 @@ def test_report_is_one_file_with_its_pictures_inside(tmp_path):
     pictures.curves({"a": [pictures.Curve("x", [0, 1], [1, 2])]}, tmp_path / "curves.png", "images")
     pictures.densities({"p": np.ones((4, 4))}, (0, 1, 0, 1), tmp_path / "density.png")
     names = ["grid.png", "points.png", "curves.png", "density.png", "missing.png"]
-    shown = [report.Picture(tmp_path / name, f"<{name}>") for name in names]
-    report.write_report(tmp_path / "r.html", "title & more", "s", ["a", "b"], [["1", "<2>"]], shown, "name: x")
+    shown = [html.Picture(tmp_path / name, f"<{name}>") for name in names]
+    html.write_report(tmp_path / "r.html", "title & more", "s", ["a", "b"], [["1", "<2>"]], shown, "name: x")
     text = (tmp_path / "r.html").read_text()
     assert text.count("data:image/png;base64,") == 4  # the missing one is left out
     assert base64.b64encode((tmp_path / "grid.png").read_bytes()).decode() in text

@@ -8,10 +8,12 @@ import torch
 from conftest import CPU, TINY_EDM2, tiny_recipe
 
 from ddo_cli import checkpoint
-from ddo_cli.engines import encode, finetune_ddo
+from ddo_cli.engines import encode
+from ddo_cli.engines.ddo import finetune
 from ddo_cli.errors import CheckpointError, UsageError
-from ddo_cli.models import registry, vae_codec
-from ddo_cli.models.vae_codec import VARIABLE, StabilityCodec
+from ddo_cli.models import registry
+from ddo_cli.models.edm2 import vae_codec
+from ddo_cli.models.edm2.vae_codec import VARIABLE, StabilityCodec
 from ddo_cli.rng import RowRng
 
 # As published with EDM2: 0.5 / std, and -mean times that.
@@ -190,7 +192,7 @@ def test_edm2_of_latents_learns_from_an_encoded_set(vae, tmp_path):
     np.savez(ref, arr_0=images(16).permute(0, 2, 3, 1).numpy())
     for name, source in (("images", []), ("latents", [f"data.source={tmp_path / 'set'}", "data.num=null"])):
         recipe = tiny_recipe(ckpt, "edm2", *SHORT, f"metric.ref={ref}", *source)
-        finetune_ddo.run(recipe, tmp_path / name, device=CPU)
+        finetune.run(recipe, tmp_path / name, device=CPU)
         paths.append(tmp_path / name / "round-01" / "checkpoints" / "step-000002.safetensors")
     first, second = (checkpoint.load(path).tensors for path in paths)
     for name in first:

@@ -10,11 +10,12 @@ from var_models import SMALL_VAE, TINY_VAE, build, filled, tiny_tokenizer, truth
 
 from ddo_cli.errors import CheckpointError, DataError, RecipeError, UsageError
 from ddo_cli.likelihood import labels_of, repeat_draw
-from ddo_cli.models import registry, var_blocks
+from ddo_cli.models import registry
 from ddo_cli.models.tokens import sampled_log_prob
-from ddo_cli.models.var_blocks import Cache
+from ddo_cli.models.var import layers as var_blocks
+from ddo_cli.models.var.layers import Cache
+from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import SamplingRecipe
 
 # Mean, standard deviation, first four and last two values of the official program in float32, on the same numbers.
 LOGITS = {

@@ -12,9 +12,11 @@ from var_models import TINY_VAE, build, filled, official_files, official_names, 
 
 from ddo_cli import checkpoint
 from ddo_cli.cli import app
-from ddo_cli.engines import convert, export, sample
+from ddo_cli.engines.sampling import sample
+from ddo_cli.engines.weights import convert, export
 from ddo_cli.errors import CheckpointError, UsageError
-from ddo_cli.models import registry, var_files
+from ddo_cli.models import registry
+from ddo_cli.models.var import files as var_files
 
 SIDES = "patch_nums=1,2,3,4"
 LABEL = torch.tensor([3, 7])

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ddo_cli.errors import CheckpointError, UsageError
-from ddo_cli.metrics import vision, weights
-from ddo_cli.metrics.dinov2 import DinoV2
-from ddo_cli.metrics.features import select_extractor
+from ddo_cli.metrics.extractors import vit, weights
+from ddo_cli.metrics.extractors.dinov2 import DinoV2
+from ddo_cli.metrics.extractors.select import select_extractor
 
 SMALL = {"width": 64, "depth": 3, "heads": 2}
 
@@ -45,7 +45,7 @@ def dino() -> DinoV2:
 
 @pytest.fixture
 def dino_file(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(vision, "DINOV2_SIZES", SMALL)
+    monkeypatch.setattr(vit, "DINOV2_SIZES", SMALL)
     torch.save(dino().state_dict(), tmp_path / "dino.pth")
     return tmp_path / "dino.pth"
 
@@ -62,7 +62,7 @@ def test_network_is_dinov2s():
 
 def test_large_network_has_the_published_tensors():
     with torch.device("meta"):
-        state = DinoV2(**vision.DINOV2_SIZES).state_dict()
+        state = DinoV2(**vit.DINOV2_SIZES).state_dict()
     assert sum(tensor.numel() for tensor in state.values()) == 304_368_640  # of dinov2_vitl14_pretrain.pth
 
 
@@ -136,7 +136,7 @@ class Archive(nn.Module):
 
 @pytest.fixture
 def clip_archive(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(vision, "CLIP_SIZES", CLIP_SMALL)
+    monkeypatch.setattr(vit, "CLIP_SIZES", CLIP_SMALL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.trace(Archive().eval(), torch.randn(1, 3, 224, 224)).save(tmp_path / "clip.pt")
@@ -195,11 +195,11 @@ def test_other_clips(clip_archive, tmp_path, monkeypatch):
 def test_sizes_of_the_published_clip():
     from torch_fidelity.feature_extractor_clip import CLIPVisual
 
-    sizes = vision.CLIP_SIZES
+    sizes = vit.CLIP_SIZES
     with torch.device("meta"):
-        network = CLIPVisual(sizes["features"], vision.SIZE, sizes["layers"], sizes["width"], sizes["patch"])
+        network = CLIPVisual(sizes["features"], vit.SIZE, sizes["layers"], sizes["width"], sizes["patch"])
     assert sum(p.numel() for p in network.parameters()) == 87_849_216  # of CLIP ViT-B/32's image tower
-    found = vision._clip_sizes({**network.state_dict(), "text_projection": torch.zeros(512, 512)})
+    found = vit._clip_sizes({**network.state_dict(), "text_projection": torch.zeros(512, 512)})
     assert found == sizes
 
 

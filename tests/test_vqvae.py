@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from var_models import SMALL_VAE, TINY_VAE, build, filled, tiny_tokenizer, truth
 
 from ddo_cli.errors import CheckpointError
-from ddo_cli.models import vqvae
-from ddo_cli.models.vqvae import Vqvae, VqvaeOptions, load_into, phi_of_scale
+from ddo_cli.models.var import vqvae
+from ddo_cli.models.var.vqvae import Vqvae, VqvaeOptions, load_into, phi_of_scale
 
 # Mean, standard deviation, first four and last two values of the official program in float32, on the same numbers.
 INPUTS = (0.003933559, 0.1809182, 0.221363, -0.217663, 0.0361563, -0.237862, 0.0478809, -0.167713)

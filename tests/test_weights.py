@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from ddo_cli.errors import CheckpointError, UsageError
-from ddo_cli.metrics import weights
-from ddo_cli.metrics.features import select_extractor
+from ddo_cli.metrics.extractors import weights
+from ddo_cli.metrics.extractors.select import select_extractor
 
 URLOPEN = urllib.request.urlopen
 NAME = "weights-inception-2015-12-05-6726825d.pth"

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from ddo_cli import checkpoint
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel
 from ddo_cli.models import registry
-from ddo_cli.models.patch_unet import PatchUNet, PatchUNetOptions
+from ddo_cli.models.toy.patch_unet import PatchUNet, PatchUNetOptions
 
 OPTIONS = {"patch": 2, "widths": [16], "depths": [1], "emb_width": 16}
 

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from test_edm_unet import uniform
 
-from ddo_cli.models import registry, var_files, vqvae
+from ddo_cli.models import registry
+from ddo_cli.models.var import files as var_files
+from ddo_cli.models.var import vqvae
 
 SMALL_VAE = {"channels": 32, "vocabulary": 64, "patch_nums": [1, 2, 3, 4]}  # images of 64 x 64
 TINY_VAE = {  # images of 4 x 4, five tokens

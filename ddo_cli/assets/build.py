@@ -14,11 +14,12 @@ import numpy as np
 from ddo_cli import checkpoint, console, dist
 from ddo_cli.checkpoint import ASSETS
 from ddo_cli.diffusion.mixture import toy2d_wrong
-from ddo_cli.engines import pretrain, train_extractor
+from ddo_cli.engines.pretrain import extractor as train_extractor
+from ddo_cli.engines.pretrain import model as pretrain
 from ddo_cli.files import replacing
 from ddo_cli.models import registry
-from ddo_cli.models.mixture_model import MixtureModel
-from ddo_cli.recipe import load
+from ddo_cli.models.toy.mixture import MixtureModel
+from ddo_cli.recipe.load import load
 
 REFERENCES = {"digits32": "quickstart", "digits8": "digits8-ar", "toy2d": "toy2d"}  # asset -> recipe that trains it
 EXTRACTOR = "extractor-digits32.safetensors"

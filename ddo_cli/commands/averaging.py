@@ -26,7 +26,7 @@ def ema(
 ) -> None:
     """Make averaged weights of any width from a run's snapshots, without training again."""
     console.use_json(json_)
-    from ddo_cli.engines import ema as engine
+    from ddo_cli.engines.weights import ema as engine
     from ddo_cli.models import registry
 
     registry.load_file(model_file)

@@ -13,7 +13,7 @@ from ddo_cli.errors import RecipeError, UsageError
 if TYPE_CHECKING:
     import torch
 
-    from ddo_cli.schema import Recipe
+    from ddo_cli.recipe.schema import Recipe
 
 MAX_SEED = 2**32 - 1  # generators keep 32 bits
 NUM = 64  # images that are drawn unless told otherwise
@@ -89,8 +89,8 @@ _TWO_LEVELS = "write two noise levels such as 0.3,2"
 
 def recipe_of(name: str, overrides: list[str] | None, given: dict[str, Any], own_model: bool = False) -> Recipe:
     """The resolved recipe. own_model: the recipe's model section is used, so its options are checked as well."""
-    from ddo_cli import recipe as recipes_
     from ddo_cli.models import registry
+    from ddo_cli.recipe import load as recipes_
 
     if problems := recipes_.repeated(overrides or [], given):
         raise RecipeError("\n".join(problems))

@@ -18,7 +18,7 @@ import numpy as np
 
 from ddo_cli.data.items import ItemSet, item_set
 from ddo_cli.errors import CheckpointError, DataError, printable
-from ddo_cli.inert_pickle import Array, parse_pickle
+from ddo_cli.safe_pickle import Array, parse_pickle
 
 TAR_SUFFIXES = (".tar.gz", ".tgz", ".tar")
 BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))  # test_batch is not for training

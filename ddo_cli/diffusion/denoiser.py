@@ -11,13 +11,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ddo_cli.diffusion import ablation, flow, guidance, levels, precond, samplers
+from ddo_cli.diffusion import generalised_sampler, guidance, precond, probability_flow, samplers, sampling_plan
 from ddo_cli.diffusion.guidance import Guide, Interval
 from ddo_cli.diffusion.precond import PrecondName
 from ddo_cli.errors import NumericsError, UsageError
 from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, drop_labels
+from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import SamplingRecipe
 
 
 class Codec(Protocol):
@@ -225,7 +225,7 @@ class DiffusionModel(LikelihoodModel):
         fixed schedule out: with few steps, as our models take, a low level would be left with one of them, and a curve
         over levels would show the integrator's error. So every level costs the same.
         """
-        latent = rng.randn(self.state_shape).to(label.device, levels.dtype_of(spec))
+        latent = rng.randn(self.state_shape).to(label.device, sampling_plan.dtype_of(spec))
         if self.num_classes:
             rng.randint(self.num_classes)
         sigmas = self.sigmas(spec).to(label.device)
@@ -241,10 +241,10 @@ class DiffusionModel(LikelihoodModel):
             round_sigma=self.precond.round_sigma,
         )
         denoise = self.steered(label, spec, guides, trace)
-        if (choice := levels.ablation_of(spec)) is not None:
+        if (choice := sampling_plan.ablation_of(spec)) is not None:
             if x0 is not None:
-                raise UsageError(f"SDEdit needs a plain sampler; remove {levels.ablation_keys(spec)}")
-            x = ablation.sample(denoise, latent, sigmas[:-1], self.bounds(spec), choice, churn)
+                raise UsageError(f"SDEdit needs a plain sampler; remove {sampling_plan.ablation_keys(spec)}")
+            x = generalised_sampler.sample(denoise, latent, sigmas[:-1], self.bounds(spec), choice, churn)
         else:
             x = latent * sigmas[0] if x0 is None else x0.to(latent) + latent * sigmas[0]
             x = samplers.SAMPLERS[spec.sampler or "heun"](denoise, x, sigmas, churn)
@@ -300,20 +300,20 @@ class DiffusionModel(LikelihoodModel):
     def check_sampling(self, spec: SamplingRecipe) -> None:
         """Adds to the contract's check: a sampler and noise levels that go together, and that the network knows."""
         super().check_sampling(spec)
-        levels.check(spec, self.options, self.precond)
+        sampling_plan.check(spec, self.options, self.precond)
         if spec.cfg_scale not in (None, 1.0) and not self.num_classes:
             raise UsageError(f"sampling.cfg_scale = {spec.cfg_scale} needs a class-conditional model; leave it out")
         if (spec.cfg_sigma_min, spec.cfg_sigma_max) != (None, None):
             if spec.cfg_scale in (None, 1.0):
                 raise UsageError("sampling.cfg_sigma_min and cfg_sigma_max are of a cfg_scale other than 1; set it too")
             what = "the guidance of sampling.cfg_scale"
-            levels.check_interval(what, _cfg_interval(spec), spec, self.sigmas(spec)[:-1])
+            sampling_plan.check_interval(what, _cfg_interval(spec), spec, self.sigmas(spec)[:-1])
 
     def check_guides(self, spec: SamplingRecipe, guides: Sequence[Guide]) -> None:
         """Any guide steers a denoiser; boosting needs a sampler that churns, an interval one of its levels."""
         for guide in guides:
             if isinstance(interval := getattr(guide, "interval", None), Interval) and not self._boost(guides):
-                levels.check_interval("--guidance-interval", interval, spec, self.sigmas(spec)[:-1])
+                sampling_plan.check_interval("--guidance-interval", interval, spec, self.sigmas(spec)[:-1])
         if self._boost(guides) and (spec.sampler or "heun") not in samplers.CHURNED:
             raise UsageError(f"boost churns samples, which sampler {spec.sampler} cannot do; use heun or euler")
 
@@ -327,7 +327,7 @@ class DiffusionModel(LikelihoodModel):
         if self._boost(guides):
             raise UsageError("boost depends on a sampler's steps: the density exists for the ODE only; leave it out")
         denoise = self.steered(label, spec, guides, samplers.Trace())
-        return flow.log_density(denoise, x, *self.bounds(spec), self.options.sigma_data)
+        return probability_flow.log_density(denoise, x, *self.bounds(spec), self.options.sigma_data)
 
     @staticmethod
     def _boost(guides: Sequence[Guide]) -> samplers.Boost | None:
@@ -335,11 +335,11 @@ class DiffusionModel(LikelihoodModel):
 
     def bounds(self, spec: SamplingRecipe) -> tuple[float, float]:
         """Smallest and largest noise level of a sampling run, inside what the network knows."""
-        return levels.bounds(spec, self.options, self.precond)
+        return sampling_plan.bounds(spec, self.options, self.precond)
 
     def sigmas(self, spec: SamplingRecipe) -> Tensor:
         """Decreasing noise levels of a sampling run, (steps + 1,): see `levels.sigmas`."""
-        return levels.sigmas(spec, self.options, self.precond)
+        return sampling_plan.sigmas(spec, self.options, self.precond)
 
 
 def _cfg_interval(spec: SamplingRecipe) -> Interval:

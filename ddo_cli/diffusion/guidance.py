@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ddo_cli.diffusion import noise
+from ddo_cli.diffusion import vp_sde
 from ddo_cli.diffusion.samplers import Boost, Denoiser, Trace, rows_of
 
 Decay = Literal["constant", "linear", "cosine"]
@@ -118,7 +118,7 @@ class GradientGuide(NamedTuple):
             is_predictor = stage == "predictor"
             step += is_predictor
             denoised = denoise(x, sigma, stage)
-            t = noise.time_of(sigma).to(x.device).expand(len(x))  # (B,)
+            t = vp_sde.time_of(sigma).to(x.device).expand(len(x))  # (B,)
             inside = (t >= self.time_min) & (t <= self.time_max)
             weight = self.weight if is_predictor else self.weight_2nd
             if weight == 0 or not bool(inside.any()):
@@ -141,8 +141,8 @@ def potential_at(potential: Potential, x: Tensor, sigma: Tensor, label: Tensor) 
     """L at a state, (B,), without its gradient. sigma: scalar or (B,)."""
     sigma = sigma.to(x.device, torch.float64)
     with torch.no_grad():
-        x_vp = (rows_of(noise.scale_of(sigma), x) * x).to(torch.float32)
-        return potential(x_vp, noise.time_of(sigma).expand(len(x)), label)
+        x_vp = (rows_of(vp_sde.scale_of(sigma), x) * x).to(torch.float32)
+        return potential(x_vp, vp_sde.time_of(sigma).expand(len(x)), label)
 
 
 def climb(potential: Potential, x: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,8 +156,8 @@ def climb(potential: Potential, x: Tensor, sigma: Tensor, label: Tensor) -> tupl
     full = torch.autocast(x.device.type, enabled=False)
     with torch.inference_mode(False), torch.enable_grad(), full:  # whatever the caller's mode
         sigma = sigma.to(x.device, torch.float64)
-        scale = rows_of(noise.scale_of(sigma), x)
-        t = noise.time_of(sigma).expand(len(x)).clone()
+        scale = rows_of(vp_sde.scale_of(sigma), x)
+        t = vp_sde.time_of(sigma).expand(len(x)).clone()
         x_vp = scale * x if differentiated else (scale * x).detach().to(torch.float32).clone().requires_grad_()
         value = potential(x_vp, t, label)
         (gradient,) = torch.autograd.grad(value.sum(), x_vp, create_graph=differentiated)

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ddo_cli.diffusion import noise
+from ddo_cli.diffusion import vp_sde
 
 PrecondName = Literal["edm", "vp", "ve", "iddpm", "ddpm"]
 
@@ -89,11 +89,11 @@ class Vp(Preconditioner):
     def __init__(self) -> None:
         # In float32, as the published networks store them: the smallest level suffers a cancellation there.
         t = torch.tensor([self.t_min, 1.0])
-        half_slope = (noise.BETA_1 - noise.BETA_0) / 2
-        self.sigma_min, self.sigma_max = ((half_slope * t**2 + noise.BETA_0 * t).exp() - 1).sqrt().tolist()
+        half_slope = (vp_sde.BETA_1 - vp_sde.BETA_0) / 2
+        self.sigma_min, self.sigma_max = ((half_slope * t**2 + vp_sde.BETA_0 * t).exp() - 1).sqrt().tolist()
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
-        slope, start = noise.BETA_1 - noise.BETA_0, noise.BETA_0
+        slope, start = vp_sde.BETA_1 - vp_sde.BETA_0, vp_sde.BETA_0
         t = ((start**2 + 2 * slope * (1 + sigma**2).log()).sqrt() - start) / slope
         return Coefficients(torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), self.last_step * t)
 

@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ddo_cli.diffusion import noise
+from ddo_cli.diffusion import vp_sde
 
 GRID = 250  # intervals of dpm-v3's grid of levels, those of DDO's authors
 
@@ -44,9 +44,9 @@ def vp_sigmas(n: int, sigma_min: float, sigma_max: float) -> Tensor:
 
     The continuous form of DDPM's and DDIM's evenly respaced steps.
     """
-    first, last = noise.time_of(torch.tensor([sigma_max, sigma_min], dtype=torch.float64))
+    first, last = vp_sde.time_of(torch.tensor([sigma_max, sigma_min], dtype=torch.float64))
     ramp = torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
-    return torch.cat([noise.sigma_of(first + ramp * (last - first)), torch.zeros(1, dtype=torch.float64)])
+    return torch.cat([vp_sde.sigma_of(first + ramp * (last - first)), torch.zeros(1, dtype=torch.float64)])
 
 
 def respaced_steps(num_steps: int, respacing: str) -> list[int]:

@@ -16,12 +16,14 @@ import torch
 
 from ddo_cli import dist
 from ddo_cli.data.items import ItemSet
-from ddo_cli.engines import ddo_sweep, sample, sample_cost, step_cost
+from ddo_cli.engines import sample_cost, step_cost
+from ddo_cli.engines.ddo import sweep
+from ddo_cli.engines.sampling import sample
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.engines.step_cost import ItemType, Passes, Seconds, Setup
 from ddo_cli.likelihood import decoding_precision
 from ddo_cli.models import registry
-from ddo_cli.schema import FinetuneRecipe, Recipe, SamplingRecipe, TrainRecipe
+from ddo_cli.recipe.schema import FinetuneRecipe, Recipe, SamplingRecipe, TrainRecipe
 
 # Share of the speed of a large matrix product that whole passes reach, chosen by us for passes too long to be timed:
 # convolutions and what is not a product run below it. benchmarks/bench_memory.py measures it.
@@ -56,7 +58,7 @@ class Work(NamedTuple):
 
 
 def of_finetuning(
-    recipe: Recipe, reference: registry.Loaded, plans: Sequence[ddo_sweep.Plan], real: ItemSet, scoring: Scoring
+    recipe: Recipe, reference: registry.Loaded, plans: Sequence[sweep.Plan], real: ItemSet, scoring: Scoring
 ) -> dict[str, Any]:
     """The estimate of `finetune-ddo`; memory is that of its first round. scoring: of `plans`, one for each round."""
     settings, model = recipe.finetune, reference.model
@@ -66,7 +68,7 @@ def of_finetuning(
     if kept != "latents":
         shape = model.latent_shapes[0] if kept == "encoded" else model.shape
         fake = (shape, torch.uint8 if kept == "images" and len(shape) == 3 else torch.float32)
-    of_rounds = [ddo_sweep.planned(plan.rungs, plan.candidates_at) for plan in plans]
+    of_rounds = [sweep.planned(plan.rungs, plan.candidates_at) for plan in plans]
     nodes = [(plan, node) for plan, found in zip(plans, of_rounds, strict=True) for node in found]
     candidates = [sum(len(node["candidates"]) for node in found) for found in of_rounds]
     # The best one's stay, and every candidate of the round that runs.

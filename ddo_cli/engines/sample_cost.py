@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ddo_cli.arithmetic import arithmetic
 from ddo_cli.likelihood import LikelihoodModel
+from ddo_cli.precision import inference_precision
+from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import SamplingRecipe
 from ddo_cli.training import memory
 
 STEPS = 2  # of a sampler that counts them: its later ones need no more than the second
@@ -52,7 +52,7 @@ def of(model: LikelihoodModel, spec: SamplingRecipe, device: torch.device) -> Sa
         traced[0] = f"the first {LONGEST} operations of a sample"
 
     try:
-        with torch.no_grad(), arithmetic(spec.precision or "float32", device), _units_run_once(model):
+        with torch.no_grad(), inference_precision(spec.precision or "float32", device), _units_run_once(model):
             peak = memory.cost(drawn, model).peak
     except Exception as error:  # a user's network may do anything; the run itself is not at stake
         reason = str(error).strip().split("\n")[0]

@@ -11,20 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddo_cli import console, dist, pictures
-from ddo_cli.arithmetic import arithmetic
+from ddo_cli import console, dist
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet, check_images
-from ddo_cli.diffusion import flow
+from ddo_cli.diffusion import probability_flow
 from ddo_cli.diffusion.guidance import Guide
 from ddo_cli.diffusion.mixture import toy2d
 from ddo_cli.errors import DataError, UsageError
 from ddo_cli.likelihood import Batch, LikelihoodModel, generate, num_batches
 from ddo_cli.metrics import references, stats
 from ddo_cli.metrics.density import DensityScorer
-from ddo_cli.metrics.features import Extractor, select_extractor
+from ddo_cli.metrics.extractors.select import Extractor, select_extractor
 from ddo_cli.metrics.scorer import FrechetScorer
-from ddo_cli.schema import Recipe, SamplingRecipe
+from ddo_cli.precision import inference_precision
+from ddo_cli.recipe.schema import Recipe, SamplingRecipe
+from ddo_cli.report import pictures
 
 GRID_SEEDS = range(64)  # of the pictures that compare models
 
@@ -75,7 +76,7 @@ class Scoring:
         images: only the first so many of those seeds (a density has none); None: all.
         """
         if self.density is not None:
-            with arithmetic("float32", self.device):  # as `generate` is, apart from the run's own precision
+            with inference_precision("float32", self.device):  # as `generate` is, apart from the run's own precision
                 return dist.from_main(self.density.score(model, self.spec, guides))
         first = repeat * self.metric.num_images
         seeds = range(first, first + (images or self.metric.num_images))
@@ -88,7 +89,9 @@ class Scoring:
         """What one score costs, in forward passes of one row; a backward pass counts as two."""
         if self.density is not None:
             points = self.density.size**2
-            return points * 4 * flow.STEPS * (1 + 2 * math.prod(model.shape))  # a backward pass for each dimension
+            return (
+                points * 4 * probability_flow.STEPS * (1 + 2 * math.prod(model.shape))
+            )  # a backward pass for each dimension
         return model.passes(self.spec) * (images or self.metric.num_images)
 
     def picture(self, model: LikelihoodModel, path: Path) -> None:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ddo_cli import dist
-from ddo_cli.arithmetic import arithmetic
 from ddo_cli.engines import sample_cost
 from ddo_cli.likelihood import LikelihoodModel, decoding_precision, map_draw, repeat_draw
 from ddo_cli.models import registry
 from ddo_cli.objectives.ddo import ddo_loss
+from ddo_cli.precision import inference_precision
+from ddo_cli.recipe.schema import FinetuneRecipe, SamplingRecipe, TrainRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import FinetuneRecipe, SamplingRecipe, TrainRecipe
 from ddo_cli.training import loop, memory, optim
 from ddo_cli.training.ema import Averages
 from ddo_cli.training.recompute import recompute_units
@@ -161,7 +161,7 @@ class _Trial:
 
     def piece(self) -> None:
         """Adds the gradients of a micro-batch."""
-        with arithmetic(self.setup.settings.precision, self.setup.device):
+        with inference_precision(self.setup.settings.precision, self.setup.device):
             loss = self._loss()
         loss.backward()
 
@@ -181,13 +181,13 @@ class _Trial:
     @torch.no_grad()
     def predict(self) -> None:
         """One pass of sampling."""
-        with arithmetic(self.setup.spec.precision or "float32", self.setup.device):
+        with inference_precision(self.setup.spec.precision or "float32", self.setup.device):
             self.model.predict(self.x, self.label, self.sampling_draw)
 
     @torch.no_grad()
     def decode(self) -> None:
         """Samples to images."""
-        with arithmetic(decoding_precision(self.setup.spec), self.setup.device):
+        with inference_precision(decoding_precision(self.setup.spec), self.setup.device):
             self.model.decode(self.x)
 
     def _loss(self) -> Tensor:
@@ -242,7 +242,7 @@ def matmul_speed(device: torch.device, precision: str) -> float:
     side = 4096 if device.type == "cuda" else 512
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     a = torch.ones(side, side, dtype=dtype, device=device)
-    with arithmetic("tf32" if precision == "tf32" else "float32", device):
+    with inference_precision("tf32" if precision == "tf32" else "float32", device):
         return 2 * side**3 / _seconds(lambda: a @ a, device)
 
 

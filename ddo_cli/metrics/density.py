@@ -14,7 +14,7 @@ from ddo_cli.diffusion.guidance import Guide
 from ddo_cli.diffusion.mixture import GaussianMixture
 from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import NO_LABEL, LikelihoodModel
-from ddo_cli.schema import SamplingRecipe
+from ddo_cli.recipe.schema import SamplingRecipe
 
 CHUNK = 2048  # points of one network pass; the activations of a small network then stay in the cache
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ddo_cli import dist
-from ddo_cli.diffusion import noise
+from ddo_cli.diffusion import vp_sde
 from ddo_cli.objectives.discriminator import discriminator_loss, reliability
 from ddo_cli.rng import BLOCK, RowRng
 
@@ -38,7 +38,7 @@ class HeldOut:
         self,
         real: tuple[Tensor, Tensor],
         fake: tuple[Tensor, Tensor],
-        law: noise.TimeLaw,
+        law: vp_sde.TimeLaw,
         seed: int,
         device: torch.device,
         batch: int = 256,
@@ -83,7 +83,7 @@ class HeldOut:
 
 def noisy(x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """m(t) x0 + s(t) eps, of x0's shape and type. t: (B,)."""
-    m, s = (scale.to(x0.dtype).view(-1, *[1] * (x0.ndim - 1)) for scale in (noise.mean_scale(t), noise.std(t)))
+    m, s = (scale.to(x0.dtype).view(-1, *[1] * (x0.ndim - 1)) for scale in (vp_sde.mean_scale(t), vp_sde.std(t)))
     return m * x0 + s * eps
 
 
@@ -93,8 +93,8 @@ def _summary(parts: list[_Part]) -> dict[str, Any]:
     curve = reliability(logit_real, logit_fake)
     real, fake = (torch.nn.functional.softplus(z) * weight for z in (-logit_real, logit_fake))
     return {
-        "sigma_min": float(noise.sigma_of(t.min())),
-        "sigma_max": float(noise.sigma_of(t.max())),
+        "sigma_min": float(vp_sde.sigma_of(t.min())),
+        "sigma_max": float(vp_sde.sigma_of(t.max())),
         "bce": float(found.loss),
         "bce_real": float(real.mean()),
         "bce_fake": float(fake.mean()),

@@ -26,8 +26,8 @@ from ddo_cli import console, dist
 from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.diffusion.guidance import GradientGuide
 from ddo_cli.diffusion.samplers import Trace, rows_of
+from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.schema import SamplingRecipe
 
 BINS = 16  # of equal width in ln sigma; chosen by us
 

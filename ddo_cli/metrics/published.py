@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, get_args
 
-from ddo_cli.schema import Benchmark
+from ddo_cli.recipe.schema import Benchmark
 
 EDM = "2206.00364"
 EDM2 = "2312.02696"

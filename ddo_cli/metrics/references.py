@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ddo_cli import checkpoint
 from ddo_cli.errors import CheckpointError, DataError, printable
-from ddo_cli.inert_pickle import Array, read_pickle
 from ddo_cli.metrics import npz_file, stats
 from ddo_cli.metrics.stats import Statistics
-from ddo_cli.recipe import differing_keys
+from ddo_cli.recipe.load import differing_keys
+from ddo_cli.safe_pickle import Array, read_pickle
 
 KIND = "statistics"  # of our checkpoints
 SUFFIXES = (".npz", ".pkl", ".safetensors")

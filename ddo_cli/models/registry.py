@@ -32,16 +32,16 @@ from ddo_cli.likelihood import DrawOptions, LikelihoodModel, Options
 from ddo_cli.models.catalog import Catalog, option_problems
 
 BUILTIN = {
-    "patch-unet": "ddo_cli.models.patch_unet",
-    "mlp": "ddo_cli.models.mlp",
-    "mixture": "ddo_cli.models.mixture_model",
-    "edm-unet": "ddo_cli.models.edm_unet",
-    "adm-unet": "ddo_cli.models.adm_unet",
-    "edm2-unet": "ddo_cli.models.edm2_unet",
-    "diffusers-unet": "ddo_cli.models.diffusers_unet",
-    "pixel-transformer": "ddo_cli.models.pixel_transformer",
-    "var": "ddo_cli.models.var",
-    "vqvae": "ddo_cli.models.vqvae",
+    "patch-unet": "ddo_cli.models.toy.patch_unet",
+    "mlp": "ddo_cli.models.toy.mlp",
+    "mixture": "ddo_cli.models.toy.mixture",
+    "edm-unet": "ddo_cli.models.edm.unet",
+    "adm-unet": "ddo_cli.models.adm.unet",
+    "edm2-unet": "ddo_cli.models.edm2.unet",
+    "diffusers-unet": "ddo_cli.models.diffusers.unet",
+    "pixel-transformer": "ddo_cli.models.toy.pixel_transformer",
+    "var": "ddo_cli.models.var.transformer",
+    "vqvae": "ddo_cli.models.var.vqvae",
 }
 
 

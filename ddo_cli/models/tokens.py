@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddo_cli.schema import SamplingRecipe
+from ddo_cli.recipe.schema import SamplingRecipe
 
 
 def sampled_log_prob(

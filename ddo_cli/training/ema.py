@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ddo_cli.schema import TrainRecipe
+from ddo_cli.recipe.schema import TrainRecipe
 from ddo_cli.training.profiles import power_decay
 
 

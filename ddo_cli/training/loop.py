@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ddo_cli import arithmetic, checkpoint, console, dist, sharding
+from ddo_cli import checkpoint, console, dist, sharding
 from ddo_cli.errors import NumericsError, RunError, UsageError
 from ddo_cli.likelihood import LikelihoodModel
-from ddo_cli.schema import TrainRecipe
+from ddo_cli.precision import training_precision
+from ddo_cli.recipe.schema import TrainRecipe
 from ddo_cli.training import optim
 from ddo_cli.training.ema import Averages
 from ddo_cli.training.lr import learning_rate
@@ -148,7 +149,10 @@ def _fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor
             if isinstance(model, LikelihoodModel):
                 model.before_step()
             for number, (start, stop) in enumerate(pieces):
-                with _synchronised(wrapped, last=number + 1 == len(pieces)), autocast(device, recipe.precision):
+                with (
+                    _synchronised(wrapped, last=number + 1 == len(pieces)),
+                    training_precision(recipe.precision, device),
+                ):
                     loss = plan.loss(wrapped, Rows(step, start, stop))
                 scale.backward(loss.loss / len(pieces))
                 meter.add({"loss": loss.loss, **loss.log}, 1 / len(pieces))
@@ -203,20 +207,6 @@ def _evaluate(plan: Plan, step: int, averages: Averages, device: torch.device) -
 
 def _set_mode(module: nn.Module, plan: Plan) -> None:
     module.train(plan.dropout)
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """bf16 or fp16 network passes where asked; tf32 is a switch of matrix products, set once by `set_precision`."""
-    if precision in ("bf16", "fp16"):
-        return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
-    return contextlib.nullcontext()
-
-
-def set_precision(precision: str) -> None:
-    """TensorFloat-32 matrix products and convolutions on or off."""
-    arithmetic.allow_tf32(precision == "tf32")
-    if precision != "float32":
-        console.warn(f"precision {precision}: log-ratios are small differences; the papers train in float32")
 
 
 @contextlib.contextmanager

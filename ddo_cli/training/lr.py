@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ddo_cli.schema import TrainRecipe
+from ddo_cli.recipe.schema import TrainRecipe
 
 
 def learning_rate(recipe: TrainRecipe, n_images: int, total: int) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ddo_cli import sharding
 from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import LikelihoodModel, is_vector
-from ddo_cli.schema import TrainRecipe
+from ddo_cli.recipe.schema import TrainRecipe
 
 # float16 holds no gradient below 6e-8 and none above 65504. Start and patience as in VAR's training: a round may have
 # 80 steps only, so few of them may go to finding the scale.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddo_cli.schema_training import MAX_STD
+from ddo_cli.recipe.training import MAX_STD
 
 
 class Profile(NamedTuple):

@@ -1,0 +1,258 @@
+"""Analyses of `ddo analyze`: gain, trajectory, score by evaluations, exact densities (arXiv 2211.17091)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddo_cli import console, dist
+from ddo_cli.diffusion.guidance import Guide, Potential, potential_at
+from ddo_cli.diffusion.samplers import Denoiser, Trace
+from ddo_cli.engines.analysis.subject import Finding, Settings, Subject
+from ddo_cli.engines.scoring import Scoring
+from ddo_cli.errors import NumericsError
+from ddo_cli.likelihood import generate, num_batches
+from ddo_cli.metrics import gain as gains
+from ddo_cli.report import pictures
+from ddo_cli.report.pictures import Curve
+from ddo_cli.rng import RowRng
+
+# Chosen by us: enough for smooth curves and pictures.
+TRAJECTORIES = 256  # sampling runs, and held-out items beside them
+POINTS = 4096  # of a scatter plot
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gain
+
+
+def gain(subject: Subject, settings: Settings) -> Finding:
+    """Gain(theta, phi) with its standard error, in nats per item; with weight 1 it is the paper's. See `metrics.gain`.
+
+    weight: the predictor's. Heun with another weight in its corrector samples with about the mean of both.
+    """
+    x0, label = subject.held_out()
+    measured = gains.measure(
+        subject.base, subject.guide, x0, label, subject.spec, subject.window(), seed=subject.recipe.seed,
+        device=subject.device,
+    )  # fmt: skip
+    found = measured.figures(subject.guide.weight)
+    levels = found["levels"]
+    bad = [level for level in levels if not math.isfinite(level["gain"])]
+    if bad:
+        raise NumericsError(
+            f"the gain is not finite at sigma {bad[0]['sigma_min']:.3g} to {bad[0]['sigma_max']:.3g}; the model or the "
+            "discriminator diverges there: narrow the window (--time-min, --time-max), or train it again"
+        )
+    harmful = [level for level in levels if level["gain"] < -3 * level["error"]]  # by chance in 1 run of 50
+    if harmful:
+        places = ", ".join(f"{level['sigma_min']:.2g} to {level['sigma_max']:.2g}" for level in harmful)
+        console.warn(
+            f"guidance of weight {subject.guide.weight:g} leads the score away from held-out data's at sigma {places}: "
+            "it is too strong (see best_weight), overfitted, or trained on samples of few steps, whose errors it mends "
+            "as well and the gain does not count"
+        )
+    summary = {key: value for key, value in found.items() if key != "levels"}
+    content = {**found, "weight": subject.guide.weight, "num_items": len(x0)}
+    return Finding(summary | {"weight": subject.guide.weight}, content, lambda path: _draw_gain(levels, content, path))
+
+
+def _draw_gain(levels: list[dict[str, Any]], content: dict[str, Any], path: Path) -> None:
+    x = [math.log10(level["sigma_min"] * level["sigma_max"]) / 2 for level in levels]
+    width = math.log(levels[0]["sigma_max"] / levels[0]["sigma_min"])
+
+    def curve(name: str, key: str, error: str) -> Curve:
+        y = [level[key] / width for level in levels]
+        band = [[y_ + sign * level[error] / width for y_, level in zip(y, levels, strict=True)] for sign in (-1, 1)]
+        return Curve(name, x, y, "o", (band[0], band[1]))
+
+    shown = [curve("weight 1", "gain_weight_1", "error_weight_1")]
+    if content["weight"] != 1:
+        shown.append(curve(f"weight {content['weight']:g}", "gain", "error"))
+    known = [
+        (at, level["best_weight"]) for at, level in zip(x, levels, strict=True) if level["best_weight"] is not None
+    ]
+    best = Curve("", [at for at, _ in known], [min(max(weight, -2), 6) for _, weight in known], "o")
+    panels = {"gain per unit of ln sigma, nats": shown, "best weight, cut at -2 and 6": [best]}
+    pictures.curves(panels, path, "log10 sigma")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trajectories
+
+
+class Recorder:
+    """A guide that changes nothing and keeps noise level and log-ratio of every state that a predictor evaluates."""
+
+    def __init__(self, potential: Potential):
+        self.potential = potential
+        self.sigmas: list[float] = []  # of the last batch; the mean where samples differ
+        self.log_ratios: list[Tensor] = []  # (B,) each
+
+    def steer(self, denoise: Denoiser, label: Tensor, trace: Trace) -> Denoiser:
+        """The denoiser itself, overheard. A new batch starts a new record."""
+        self.sigmas, self.log_ratios = [], []
+
+        def overheard(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
+            if stage == "predictor":
+                self.sigmas.append(float(sigma.mean()))
+                self.log_ratios.append(potential_at(self.potential, x, sigma, label).cpu())
+            return denoise(x, sigma, stage)
+
+        return overheard
+
+
+def trajectory(subject: Subject, settings: Settings) -> Finding:
+    """The log-ratio L along sampling runs with and without guidance, and of diffused real data (the paper's Fig. 7).
+
+    The paper shows d / (1 - d) = exp(L). Where guidance works, the guided curve lies on the data's.
+    """
+    found = {name: _along(subject, name, guides) for name, guides in subject.sides().items()}
+    found["data"] = _of_data(subject, found["model"]["sigma"])
+    low, high = subject.window()
+
+    def mean(curve: dict[str, list[float]]) -> float | None:
+        inside = [value for value, sigma in zip(curve["mean"], curve["sigma"], strict=True) if low <= sigma <= high]
+        return sum(inside) / len(inside) if inside else None
+
+    summary = {f"mean_log_ratio_{name}": mean(curve) for name, curve in found.items()}
+
+    def draw(path: Path) -> None:
+        lines = [
+            Curve(name, [math.log10(sigma) for sigma in curve["sigma"]], curve["mean"], "o",
+                  (curve["quartile_1"], curve["quartile_3"]))
+            for name, curve in found.items()
+        ]  # fmt: skip
+        pictures.curves({"log-ratio: mean and quartiles": lines}, path, "log10 sigma")
+
+    return Finding(summary, {**found, **summary, "num": TRAJECTORIES, "window": [low, high]}, draw)
+
+
+def _along(subject: Subject, name: str, guides: Sequence[Guide]) -> dict[str, list[float]]:
+    """Figures of L at every predictor of a sampling run."""
+    recorder = Recorder(subject.guide.potential)
+    seeds, batch = range(TRAJECTORIES), min(subject.spec.batch, TRAJECTORIES)
+    own = dist.shard(range(num_batches(len(seeds), batch)))
+    made = generate(
+        subject.base, seeds, subject.spec, batch=batch, guides=[*guides, recorder], only=own, device=subject.device
+    )
+    drawn = []
+    with console.progress(f"trajectory, {name}", len(own), "batches") as bar:
+        for one in made:
+            rows = torch.stack(recorder.log_ratios)[:, : len(one.items)]  # without the rows that fill a batch up
+            drawn.append((recorder.sigmas, rows))
+            bar.advance()
+    parts = [part for rank in dist.gathered(drawn) for part in rank]
+    sigma = np.mean([sigmas for sigmas, _ in parts], axis=0).tolist()
+    return _quartiles(sigma, torch.cat([rows for _, rows in parts], dim=1))
+
+
+def _of_data(subject: Subject, levels: Sequence[float]) -> dict[str, list[float]]:
+    x0, label = subject.held_out(TRAJECTORIES)
+    x0, label = x0.to(subject.device, torch.float64), label.to(subject.device)
+    found = []
+    for step, level in enumerate(levels):
+        rng = RowRng.for_rows("trajectory", subject.recipe.seed, step, rows=range(len(x0)))
+        x = x0 + level * rng.randn(x0.shape[1:], dtype=torch.float64).to(subject.device)
+        sigma = torch.tensor(level, dtype=torch.float64, device=subject.device)
+        found.append(potential_at(subject.guide.potential, x, sigma, label).cpu())
+    return _quartiles(levels, torch.stack(found))
+
+
+def _quartiles(sigma: Sequence[float], log_ratio: Tensor) -> dict[str, list[float]]:
+    """Figures of log_ratio (steps, N) by step."""
+    values = log_ratio.to(torch.float64)
+    quartiles = values.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=1)
+    names = ("quartile_1", "median", "quartile_3")
+    return {
+        "sigma": list(sigma),
+        "mean": values.mean(1).tolist(),
+        **dict(zip(names, quartiles.tolist(), strict=True)),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Score by the number of evaluations
+
+
+class _Passes:
+    """A guide that changes nothing and keeps the last batch's trace, which counts the network passes."""
+
+    trace = Trace()
+
+    def steer(self, denoise: Denoiser, label: Tensor, trace: Trace) -> Denoiser:
+        self.trace = trace
+        return denoise
+
+
+def nfe(subject: Subject, settings: Settings) -> Finding:
+    """The recipe's metric by network evaluations, with and without guidance on the same seeds (the paper's Fig. 8)."""
+    metric = subject.recipe.metric
+    if settings.num != metric.num_images:
+        console.warn(
+            f"nfe: scores of {settings.num} images where the recipe's are of {metric.num_images} (metric.num_images); "
+            f"a Frechet distance falls with their number, so compare them with one another only (or --num "
+            f"{metric.num_images})"
+        )
+    recipe = subject.recipe.model_copy(update={"metric": metric.model_copy(update={"num_images": settings.num})})
+    scoring = Scoring(recipe, subject.real, subject.spec, subject.device)
+    points = []
+    with console.progress("nfe", 2 * len(settings.steps_list), "scores") as bar:
+        for steps in settings.steps_list:
+            scoring.spec = subject.spec.merged(steps=steps)
+            point: dict[str, Any] = {"steps": steps}
+            for name, guides in subject.sides().items():
+                passes = _Passes()
+                point[name] = scoring.run(subject.base, 0, [*guides, passes])[scoring.key]
+                spent = dist.gathered((passes.trace.nfe, passes.trace.disc_nfe))
+                point["nfe"], point["disc_nfe"] = max(spent)  # a process without images has spent none
+                bar.advance(fields=f"{name}, {steps} steps: {point[name]:.4g}")
+            points.append(point)
+    content = {"metric": scoring.key, "num_images": settings.num, "points": points}
+
+    def draw(path: Path) -> None:
+        x = [point["nfe"] for point in points]
+        lines = [Curve(name, x, [point[name] for point in points], "o") for name in subject.sides()]
+        pictures.curves({f"{scoring.key} of {settings.num} images": lines}, path, "network evaluations of the model")
+
+    return Finding(content, content, draw)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Densities
+
+
+def density(subject: Subject, settings: Settings) -> Finding:
+    """Exact densities of points before and after guidance, and their divergences from the data's (the paper's Fig. 5).
+
+    By the probability-flow ODE, in which the guide acts with its predictor's weight.
+    """
+    scorer = Scoring(subject.recipe, subject.real, subject.spec, subject.device).density
+    assert scorer is not None, "offered for the js metric only"
+    scores: dict[str, dict[str, float]] = {}
+    densities: dict[str, np.ndarray] = {}
+    points = {"data": subject.real.items[:POINTS]}
+    spec = subject.spec.merged(batch=min(subject.spec.batch, POINTS))
+    with console.progress("density", 2, "densities") as bar:
+        for name, guides in subject.ode_sides().items():
+            scores[name], grid = scorer.score_and_densities(subject.base, spec, guides)
+            densities |= {"data": grid.p_data, name: grid.p_model}
+            seeds, sides = range(POINTS), subject.sides()[name]
+            drawn = generate(subject.base, seeds, spec, batch=spec.batch, guides=sides, device=subject.device)
+            points[name] = np.concatenate([batch.items.numpy() for batch in drawn])
+            bar.advance(fields=f"{name}: js {scores[name]['js']:.4g}")
+    summary = {
+        f"{key}_{name}": value for name, score in scores.items() for key, value in score.items() if key != "mass"
+    }
+    extent = scorer.extent
+
+    def draw(path: Path) -> None:
+        pictures.points_and_densities(points, densities, extent, path)
+
+    return Finding(summary, {**scores, "weight": subject.guide.weight, "num_points": POINTS}, draw)

@@ -1,0 +1,231 @@
+"""`ddo analyze`: what discriminator guidance does to a model, in the quantities of its paper (arXiv 2211.17091)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from ddo_cli import console, dist, rundir
+from ddo_cli.data.images import open_images
+from ddo_cli.data.items import ItemSet, check_fits, describe_items, digest, holds_images
+from ddo_cli.data.pairs import split
+from ddo_cli.diffusion.denoiser import DiffusionModel
+from ddo_cli.engines.analysis import analyses
+from ddo_cli.engines.analysis.regeneration import regeneration
+from ddo_cli.engines.analysis.subject import Finding, Settings, Subject
+from ddo_cli.engines.sampling import guides, sample
+from ddo_cli.errors import CheckpointError, DataError, UsageError
+from ddo_cli.files import read_json, write_json
+from ddo_cli.models.discriminators import registry as discriminators
+from ddo_cli.recipe.schema import Recipe, SamplingRecipe
+
+ANALYSES: dict[str, Callable[[Subject, Settings], Finding]] = {
+    "gain": analyses.gain,
+    "trajectory": analyses.trajectory,
+    "nfe": analyses.nfe,
+    "regeneration": regeneration,
+    "density": analyses.density,
+}
+NAMES = ("out", "discriminator", "model", "data")  # of an analysis's identity: hashes say what is behind them
+ON_REQUEST = ("nfe",)  # takes minutes where the others take seconds
+
+
+def run(
+    disc: str | None,
+    ckpt: str | None,
+    out: Path,
+    *,
+    what: str | None = None,
+    data: str | None = None,
+    settings: Settings = Settings(),  # noqa: B008 (immutable)
+    sampling: dict[str, Any] | None = None,
+    guidance: dict[str, Any] | None = None,
+    force: bool = False,
+    device: torch.device,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Writes <name>.json and <name>.png of each analysis into `out`; returns the figures of each under its name.
+
+    what: names between commas, or "all"; None: those that take seconds.
+    data: real items that the discriminator was not trained on; None: those that its training held out.
+    disc, ckpt, sampling, guidance, force: as for `guide_sample.run`.
+    """
+    chosen = guides.choose(disc, ckpt, guidance or {}, device=device, force=force)
+    base, file = guides.diffusion_model(chosen.model), chosen.discriminator.checkpoint
+    spec = sample.spec_of(chosen.model.checkpoint, **(sampling or {}))
+    base.check_sampling(spec)
+    guides.warn_of_other_sampler(chosen.discriminator, spec)
+    recipe = _recipe_of(chosen.discriminator)
+    real, rows = _held_out(recipe, data, file.header["trained_on"].get("data_sha256"), base, file.path)
+    guide = guides.discriminator_guide(chosen.discriminator.network, chosen.settings, len(base.state_shape))
+    subject = Subject(base, guide, spec, recipe or Recipe(), real, rows, device)
+    names = select(what, subject)
+    _check(subject, settings, names)
+    shown = {
+        "out": str(out), "discriminator": file.path, "model": chosen.model.checkpoint.path,
+        "dg_weight": chosen.settings.dg_weight, "data": real.name, "held_out": len(rows),
+    }  # fmt: skip
+    identity = {
+        **shown, "discriminator_sha256": file.sha256, "model_sha256": chosen.model.checkpoint.sha256,
+        "data_sha256": digest(real), "guidance": chosen.settings.model_dump(mode="json"),
+        "sampling": spec.model_dump(mode="json"),
+    }  # fmt: skip
+    _check_place(out, identity)
+    if dry_run:
+        low, high = subject.window()
+        plan = {"sampler": spec.sampler, "steps": spec.steps, "sigma_guided": f"{low:.3g} to {high:.3g}"}
+        return {**shown, "analyses": names, **plan, "dry_run": True}
+    found = {}
+    with rundir.locked(out):
+        _check_place(out, identity)
+        for name in names:
+            finding = ANALYSES[name](subject, settings)
+            if dist.is_main():
+                # The picture second: one without figures is not ours.
+                write_json(out / f"{name}.json", {"analysis": name, **identity, **finding.content})
+                finding.draw(out / f"{name}.png")
+                console.info(f"{name}: {out / name}.png and .json")
+            found[name] = finding.summary
+        dist.barrier()
+    return {**shown, **found}
+
+
+def _check_place(out: Path, identity: dict[str, Any]) -> None:
+    """Raises RunError unless `out` holds nothing but analyses of the same discriminator, data and settings, or does not
+    exist. Writes nothing.
+    """
+    if not dist.is_main():
+        return
+    there = [name for name in ANALYSES if (out / f"{name}.json").is_file()]
+    rundir.check_free(out, "analyses alone", [f"{name}{end}" for name in there for end in (".json", ".png")])
+    ours = {key: value for key, value in identity.items() if key not in NAMES}
+    for name in there:
+        file = out / f"{name}.json"
+        stored = read_json(file)
+        rundir.check_same(file, "figures of something else", ours, {key: stored.get(key) for key in ours})
+
+
+def table_of(out: Path) -> tuple[list[str], list[tuple[str, ...]]]:
+    """The gain by noise level, for people."""
+    content = read_json(out / "gain.json")
+
+    def row(name: str, level: dict[str, Any]) -> tuple[str, ...]:
+        best = "-" if level["best_weight"] is None else f"{level['best_weight']:.2f}"
+        pairs = [(level["gain"], level["error"]), (level["gain_weight_1"], level["error_weight_1"])]
+        return (name, *(f"{value:.4g} ± {error:.2g}" for value, error in pairs), best)
+
+    levels = [row(f"{level['sigma_min']:.3g} to {level['sigma_max']:.3g}", level) for level in content["levels"]]
+    columns = ["sigma", f"gain at weight {content['weight']:g}, nats", "at weight 1", "best weight"]
+    return columns, [*levels, row("total", content)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What to analyse
+
+
+def select(what: str | None, subject: Subject) -> list[str]:
+    """The analyses to do, in the order of ANALYSES. Raises UsageError for unknown ones and those that do not apply."""
+    reasons = _inapplicable(subject)
+    possible = [name for name in ANALYSES if name not in reasons]
+    if what is None:
+        return [name for name in possible if name not in ON_REQUEST]
+    asked = {name.strip() for name in what.split(",")}
+    for name in sorted(asked - ANALYSES.keys() - {"all"}):
+        near = difflib.get_close_matches(name, ANALYSES, 1)
+        guess = f" (did you mean '{near[0]}'?)" if near else ""
+        raise UsageError(f"--what {name} is not known{guess}; use some of {', '.join(ANALYSES)} between commas, or all")
+    for name in sorted(asked & reasons.keys()):
+        raise UsageError(f"--what {name} does not apply here: {reasons[name]}; use some of {', '.join(possible)}")
+    return possible if "all" in asked else [name for name in possible if name in asked]
+
+
+def _inapplicable(subject: Subject) -> dict[str, str]:
+    """Why an analysis cannot be done, by name."""
+    found = {}
+    if subject.real.encoded is not None:
+        found["regeneration"] = f"it compares images, and these data are {describe_items(subject.real)}: give --data"
+        if subject.recipe.metric.ref is None:
+            found["nfe"] = f"it scores images, and these data are {describe_items(subject.real)}: give --data"
+    elif not holds_images(subject.real):
+        found["regeneration"] = "it compares images, and these data are points"
+        found["nfe"] = "it scores images, and these data are points, whose density is that of infinitely many steps"
+    if subject.recipe.metric.name != "js":
+        found["density"] = "it needs points of known density, as in a recipe with metric.name = js"
+    elif subject.spec.s_churn:
+        found["density"] = f"s_churn = {subject.spec.s_churn:g}, and the density exists for the ODE only"
+    return found
+
+
+def _check(subject: Subject, settings: Settings, names: list[str]) -> None:
+    """Raises UsageError for what would fail after minutes, and warns of what has no effect."""
+    low, high = subject.window()
+    if low >= high:
+        raise UsageError(
+            f"guidance at VP times {subject.guide.time_min} to {subject.guide.time_max} never acts on this sampler's "
+            "noise levels; change --time-min and --time-max, or sigma_min and sigma_max"
+        )
+    if not subject.guide.weight:
+        console.warn("dg_weight is 0: guided and plain figures will be the same; the gain is still given at weight 1")
+    bottom, top = subject.bounds()[0], subject.base.bounds(SamplingRecipe())[1]
+    if "regeneration" in names and not bottom < settings.noise_level <= top:
+        raise UsageError(
+            f"--noise-level {settings.noise_level} must lie above the sampler's sigma_min = {bottom:g} and not above "
+            f"the model's sigma_max = {top:g}"
+        )
+    for steps in settings.steps_list:
+        subject.base.check_sampling(subject.spec.merged(steps=steps))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Held-out data
+
+
+def _recipe_of(found: discriminators.Loaded) -> Recipe | None:
+    """The recipe that trained a discriminator; None for one that `ddo train-disc` did not make."""
+    link = (found.checkpoint.header.get("provenance") or [{}])[-1]
+    if link.get("command") != "train-disc":
+        return None
+    try:
+        return Recipe.model_validate(link["recipe"])
+    except (KeyError, ValidationError) as error:
+        raise CheckpointError(
+            f"{found.checkpoint.path} holds a recipe that this version cannot read ({error}); train it again with "
+            "ddo train-disc"
+        ) from None
+
+
+def _held_out(
+    recipe: Recipe | None, data: str | None, trained_sha256: str | None, base: DiffusionModel, file: str
+) -> tuple[ItemSet, np.ndarray]:
+    """Real items, and which of them the discriminator was not trained on: known by the hash of what it was trained on.
+
+    Raises DataError or UsageError.
+    """
+    if recipe is None and data is None:
+        raise UsageError(f"{file} does not name the data it was trained on; give real items held out from it by --data")
+    try:
+        real = open_images(data or recipe.data.source, recipe.data.num if recipe and not data else None)  # type: ignore[union-attr]
+    except DataError as error:
+        if data is not None:
+            raise
+        raise DataError(f"{error} (the data that {file} was trained on; others can be given by --data)") from None
+    if recipe is not None and digest(real) == trained_sha256:
+        rows = split(len(real.items), recipe.discriminator.held_out, "real", recipe.seed).held_out
+    elif data is None:
+        raise DataError(
+            f"{real.name} has changed since {file} was trained on it, so which items were held out is not known; give "
+            "items that it has not seen by --data"
+        )
+    else:
+        rows = np.arange(len(real.items))
+        console.info(f"{data}: all {len(rows)} items are taken for held out; the gain is too large on trained ones")
+    check_fits(real, base)
+    if len(rows) < 2:
+        raise DataError(f"{real.name} holds {len(rows)} held-out item; a standard error needs two, and sense hundreds")
+    return real, rows

@@ -1,0 +1,78 @@
+"""What the analyses of `ddo analyze` share: a model with its guide and held-out data, settings, and what one finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddo_cli.data.items import ItemSet
+from ddo_cli.diffusion import vp_sde
+from ddo_cli.diffusion.denoiser import DiffusionModel
+from ddo_cli.diffusion.guidance import GradientGuide, Guide
+from ddo_cli.engines.model_space import encoded
+from ddo_cli.likelihood import NO_LABEL
+from ddo_cli.recipe.schema import Recipe, SamplingRecipe
+
+
+class Settings(NamedTuple):
+    """What the options of `ddo analyze` set beside model, discriminator and sampler."""
+
+    steps_list: tuple[int, ...] = (4, 6, 8, 12, 18)  # of nfe
+    num: int = 1024  # images per score of nfe
+    noise_level: float = 1.0  # of regeneration; the paper adds standard normal noise
+    regenerations: int = 100  # of each image, as in the paper
+
+
+class Subject(NamedTuple):
+    """A model, its guide, how samples are drawn, and real data that the discriminator was not trained on."""
+
+    base: DiffusionModel
+    guide: GradientGuide
+    spec: SamplingRecipe
+    recipe: Recipe
+    real: ItemSet
+    rows: np.ndarray  # of `real`: the held-out ones
+    device: torch.device
+
+    def held_out(self, num: int | None = None) -> tuple[Tensor, Tensor]:
+        """x0 (N, ...) in model space and labels (N,) of the first `num` held-out rows, or of all."""
+        rows = self.rows[:num]
+        has_labels = bool(self.base.num_classes)
+        label = torch.from_numpy(self.real.labels[rows]) if has_labels else torch.full((len(rows),), NO_LABEL)
+        return encoded(self.base, self.real.items, rows, "real", self.recipe.seed, device=self.device), label
+
+    def sides(self) -> dict[str, tuple[Guide, ...]]:
+        """The guides of what is compared, by name."""
+        return {"model": (), "guided": (self.guide,)}
+
+    def ode_sides(self) -> dict[str, tuple[Guide, ...]]:
+        """The same for an ODE solver, which has no place for boosting: that acts on a stochastic sampler's steps.
+
+        A solver with correctors weighs them as chosen where the sampler has them too, and otherwise like predictors.
+        """
+        second = self.guide.weight_2nd if self.spec.sampler in (None, "heun") else self.guide.weight
+        return {"model": (), "guided": (self.guide._replace(boost=None, weight_2nd=second),)}
+
+    def bounds(self) -> tuple[float, float]:
+        """The sampler's lowest and highest noise level."""
+        return self.base.bounds(self.spec)
+
+    def window(self) -> tuple[float, float]:
+        """Those of them between which it is guided; not increasing where there are none."""
+        times = torch.tensor([self.guide.time_min, self.guide.time_max], dtype=torch.float64)
+        first, last = vp_sde.sigma_of(times).tolist()
+        low, high = self.bounds()
+        return max(low, first), min(high, last)
+
+
+class Finding(NamedTuple):
+    """summary: figures for the terminal; content: everything, for the JSON file; draw: makes the picture."""
+
+    summary: dict[str, Any]
+    content: dict[str, Any]
+    draw: Callable[[Path], None]

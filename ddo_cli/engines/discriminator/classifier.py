@@ -1,0 +1,143 @@
+"""`ddo train-classifier`: a classifier of noisy images, for classifier guidance and as the trunk of discriminators."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddo_cli import checkpoint, dist, rundir
+from ddo_cli.data.images import open_images
+from ddo_cli.data.items import check_fits, digest
+from ddo_cli.data.pairs import Shuffled, split
+from ddo_cli.diffusion import vp_sde
+from ddo_cli.diffusion.denoiser import DiffusionModel
+from ddo_cli.engines import training_run
+from ddo_cli.engines.model_space import encoded
+from ddo_cli.engines.sampling import guides
+from ddo_cli.errors import DataError
+from ddo_cli.metrics.discrimination import BATCH, LEVELS, noisy
+from ddo_cli.models import registry
+from ddo_cli.models.discriminators import registry as discriminators
+from ddo_cli.precision import set_training_precision
+from ddo_cli.recipe.schema import ClassifierRecipe, Recipe
+from ddo_cli.rng import RowRng, seed_from
+from ddo_cli.training import loop
+
+
+def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = False) -> dict[str, Any]:
+    """Trains recipe.classifier on recipe.data, in the model space of recipe.model.ckpt, and returns its accuracy.
+
+    The same call on an unfinished run continues it; on a finished one it returns the stored result.
+    Raises DataError if images have no labels, or too few are left to train on.
+    """
+    settings = recipe.classifier
+    registry.load_file(recipe.model.file)
+    loaded = registry.load_model(recipe.model.ckpt, device)
+    base = guides.diffusion_model(loaded)
+    real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
+    num_classes = base.num_classes or real.num_classes
+    check_fits(real, base, recipe.data.hflip, num_classes=num_classes)
+    if not num_classes:
+        raise DataError(f"{real.name} has no labels; a classifier is trained on labelled images")
+    if len(real.items) < 2 * settings.held_out:
+        raise DataError(
+            f"{real.name} holds {len(real.items)} images, too few beside the {settings.held_out} that are held out; "
+            f"lower classifier.held_out to at most {len(real.items) // 2}"
+        )
+    config = discriminators.config_of("classifier", settings.name, base.state_shape, num_classes, settings.options)
+    torch.manual_seed(seed_from("init", recipe.seed))  # weights are the only thing drawn from the global generator
+    network = discriminators.build("classifier", config).to(device)
+    loop.local_rows(settings.batch, settings.micro_batch)
+    steps = -(-settings.images // settings.batch)
+    identity = {"data_sha256": digest(real), "model_sha256": loaded.checkpoint.sha256}
+    rundir.RunDir(out).check("train-classifier", recipe, **identity)
+    if dry_run:
+        parameters = sum(p.numel() for p in network.parameters())
+        return {"out": str(out), "dry_run": True, "parameters": parameters, "steps": steps, "data": real.name}
+    set_training_precision(settings.precision)
+    with rundir.locked(out) as run_dir:
+        state = run_dir.claim("train-classifier", recipe, **identity)
+        if run_dir.is_finished(state):
+            return _result(run_dir, state)
+        rows = split(len(real.items), settings.held_out, "classifier", recipe.seed)
+        law = _law(settings, base)
+        stream = Shuffled(real.items, real.labels, "classifier", recipe.seed, only=rows.train, hflip=recipe.data.hflip)
+
+        def loss(wrapped: nn.Module, part: loop.Rows) -> loop.Loss:
+            first = part.step * settings.batch
+            items, label = stream.rows(first + part.start, first + part.stop)
+            rng = RowRng.for_rows("classifier", recipe.seed, part.step, rows=range(part.start, part.stop))
+            t = law.times(rng.rand(dtype=torch.float64).to(device)).t
+            eps = rng.randn(base.state_shape).to(device)
+            states = noisy(base.encode(items.to(device), rng), t, eps)
+            logits = wrapped(states, t)  # (B, classes)
+            label = label.to(device)
+            right = (logits.detach().argmax(1) == label).to(torch.float32).mean()
+            return loop.Loss(F.cross_entropy(logits, label), {"accuracy": right})
+
+        state_file = out / "train-state.safetensors"
+        plan = loop.Plan(
+            title="classifier",
+            steps=steps,
+            recipe=settings,
+            loss=loss,
+            state_file=state_file,
+            log_file=run_dir.log_file,
+            log_tags={},
+            last_good=lambda: training_run.newest(state_file),
+            dropout=True,
+            owner=recipe.name,
+        )
+        network.load_state_dict(loop.fit(network, plan, device))
+        held_out = encoded(base, real.items, rows.held_out, "classifier", recipe.seed, device=device)
+        levels = _accuracies(
+            network.eval(), base, settings, held_out, torch.from_numpy(real.labels[rows.held_out]), device
+        )
+        if dist.is_main():
+            link = {"command": "train-classifier", "recipe": recipe.model_dump(mode="json")}
+            header = {"kind": "classifier", "config": config, "process": discriminators.PROCESS, "provenance": [link]}
+            checkpoint.save(run_dir.final, network.state_dict(), {**header, "levels": levels})
+        accuracy = sum(level["accuracy"] for level in levels) / len(levels)
+        state = run_dir.advance(finished=True, heldout_accuracy=accuracy, levels=levels)
+        if dist.is_main():
+            plan.state_file.unlink(missing_ok=True)
+        return _result(run_dir, state)
+
+
+def _law(settings: ClassifierRecipe, base: DiffusionModel) -> vp_sde.TimeLaw:
+    draw = base.draw_options
+    return vp_sde.TimeLaw(settings.time, False, settings.t_min, draw.p_mean, draw.p_std)
+
+
+@torch.no_grad()
+def _accuracies(
+    network: nn.Module,
+    base: DiffusionModel,
+    settings: ClassifierRecipe,
+    x0: Tensor,
+    label: Tensor,
+    device: torch.device,
+) -> list[dict[str, float]]:
+    """Accuracy on held-out images in strata of equal probability under the training density of t."""
+    law, found = _law(settings, base), []
+    for level in range(LEVELS):
+        right, sigmas = 0, []
+        for start in range(0, len(x0), BATCH):
+            part = x0[start : start + BATCH]
+            rng = RowRng.for_rows("classifier held-out", level, rows=range(start, start + len(part)))
+            t = law.times((level + rng.rand(dtype=torch.float64)) / LEVELS).t
+            states = noisy(part.to(device), t.to(device), rng.randn(base.state_shape).to(device))
+            right += int((network(states, t.to(device)).argmax(1).cpu() == label[start : start + BATCH]).sum())
+            sigmas.append(vp_sde.sigma_of(t))
+        sigma = torch.cat(sigmas)
+        found.append({"sigma_min": float(sigma.min()), "sigma_max": float(sigma.max()), "accuracy": right / len(x0)})
+    return found
+
+
+def _result(run_dir: rundir.RunDir, state: dict[str, Any]) -> dict[str, Any]:
+    paths = {"out": str(run_dir.path), "final": str(run_dir.final)}
+    return {**paths, "heldout_accuracy": state["heldout_accuracy"], "levels": state["levels"]}

@@ -1,0 +1,90 @@
+"""Pictures and HTML page of a discriminator's training, from its held-out figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from ddo_cli import rundir
+from ddo_cli.recipe.load import to_yaml
+from ddo_cli.recipe.schema import Recipe
+from ddo_cli.report import html, pictures
+from ddo_cli.report.pictures import Curve
+
+Evaluations = dict[int, dict[str, Any]]
+
+
+def table(levels: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Column names and one row per noise level, the smallest first."""
+    columns = ["sigma", "BCE", "BCE real", "BCE generated", "accuracy real", "generated", "calibration error"]
+    keys = ("bce", "bce_real", "bce_fake", "accuracy_real", "accuracy_fake", "calibration_error")
+    rows = [
+        (f"{level['sigma_min']:.3g} to {level['sigma_max']:.3g}", *(f"{level[key]:.3f}" for key in keys))
+        for level in levels
+    ]
+    return columns, rows
+
+
+def write(run_dir: rundir.RunDir, recipe: Recipe, evaluations: Evaluations, chosen: int, state: dict[str, Any]) -> None:
+    """Draws training.png and levels.png and writes report.html."""
+    path, batch = run_dir.path, recipe.discriminator.batch
+    log = [json.loads(line) for line in run_dir.log_file.read_text().splitlines()]
+    images = [step * batch for step in evaluations]
+    trained = [record["n_images"] for record in log]
+
+    def of_log(label: str, key: str) -> Curve:
+        return Curve(label, trained, [record[key] for record in log])
+
+    def held_out(label: str, key: str) -> Curve:
+        return Curve(label, images, [found[key] for found in evaluations.values()], "o")
+
+    panels = {
+        "cross-entropy, nats": [of_log("training", "loss"), held_out("held out", "bce")],
+        "accuracy": [
+            of_log("training, real", "accuracy_real"),
+            of_log("training, generated", "accuracy_fake"),
+            held_out("held out", "accuracy"),
+        ],
+    }
+    if state["scores"]:
+        steps = sorted(map(int, state["scores"]))
+        scores = [state["scores"][str(step)] for step in steps]
+        panels["metric of guided samples"] = [Curve("score", [step * batch for step in steps], scores, "o")]
+    pictures.curves(panels, path / "training.png", "images")
+    levels = evaluations[chosen]["levels"]
+    middle = [math.log10(math.sqrt(level["sigma_min"] * level["sigma_max"])) for level in levels]
+    by_level = {
+        "held-out cross-entropy, nats": [
+            Curve(name, middle, [level[key] for level in levels], "o")
+            for name, key in (("real", "bce_real"), ("generated", "bce_fake"))
+        ],
+        "held-out accuracy": [
+            Curve(name, middle, [level[key] for level in levels], "o")
+            for name, key in (("real", "accuracy_real"), ("generated", "accuracy_fake"))
+        ],
+    }
+    pictures.curves(by_level, path / "levels.png", "log10 sigma")
+    diagonal = Curve("calibrated", [0, 1], [0, 1])
+    reliability = {
+        f"sigma {level['sigma_min']:.2g} to {level['sigma_max']:.2g}": [
+            diagonal, Curve("observed", [bin_[0] for bin_ in level["reliability"]],
+                            [bin_[1] for bin_ in level["reliability"]], "o"),
+        ]
+        for level in levels[::2]
+    }  # fmt: skip
+    pictures.curves(reliability, path / "reliability.png", "predicted share of real images")
+    columns, rows = table(levels)
+    settled = "settled" if state["settled"] else "NOT settled: still falling when the images were used up"
+    summary = (
+        f"Held-out cross-entropy {state['heldout_bce']:.4f} (log 2 = {math.log(2):.4f} is blind), accuracy "
+        f"{state['heldout_accuracy']:.3f}, after {state['best_images']:,} images, selected by {state['selected_by']}; "
+        f"{settled}."
+    )
+    shown = [
+        html.Picture(path / "training.png", "training"),
+        html.Picture(path / "levels.png", "by noise level"),
+        html.Picture(path / "reliability.png", "reliability by noise level"),
+    ]
+    title = f"Discriminator: {recipe.name}"
+    html.write_report(path / "report.html", title, summary, columns, rows, shown, to_yaml(recipe))

@@ -1,0 +1,329 @@
+"""`ddo train-disc`: a time-dependent real-or-generated discriminator of one model (arXiv 2211.17091).
+
+The model draws a generated set to disk; real and generated items are noised by the same forward process; a network
+learns to tell them apart at every noise level. Its logit estimates log p_data - log p_model, whose gradient is what the
+model's score lacks. The model itself is not trained.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddo_cli import checkpoint, console, dist, rundir
+from ddo_cli.data.images import open_images
+from ddo_cli.data.items import ItemSet, check_fits, digest
+from ddo_cli.data.pairs import Pairs, Shuffled, split
+from ddo_cli.data.samples import manifest_of
+from ddo_cli.diffusion import vp_sde
+from ddo_cli.diffusion.denoiser import DiffusionModel
+from ddo_cli.engines.discriminator import data as disc_data
+from ddo_cli.engines.discriminator import report as disc_report
+from ddo_cli.engines.model_space import encoded
+from ddo_cli.engines.sampling import guides, sample
+from ddo_cli.engines.scoring import Scoring
+from ddo_cli.files import read_json, replacing, sha256, write_json
+from ddo_cli.likelihood import check_labels
+from ddo_cli.metrics.discrimination import HeldOut, noisy
+from ddo_cli.models import registry
+from ddo_cli.models.discriminators import registry as discriminators
+from ddo_cli.objectives.discriminator import discriminator_loss
+from ddo_cli.precision import set_training_precision
+from ddo_cli.recipe.schema import Recipe, SamplingRecipe
+from ddo_cli.rng import RowRng, seed_from
+from ddo_cli.training import loop
+
+# Share of what has been learnt, log 2 - BCE, that the second half of the images may have brought where the held-out
+# loss counts as settled. Half of them, because the end of a learning rate's decay is always flat. Chosen by us.
+STILL_FALLING = 0.2
+
+
+def run(
+    recipe: Recipe, out: Path, *, device: torch.device, force: bool = False, dry_run: bool = False
+) -> dict[str, Any]:
+    """Trains recipe.discriminator against recipe.model.ckpt and returns what layout promises of `train-disc --json`.
+
+    The same call on an unfinished run continues it; on a finished one it returns the stored result.
+    force: takes a generated set that another model, or an unknown one, has drawn.
+    Raises DataError or UsageError for sets that cannot be told apart in a useful way.
+    """
+    settings = recipe.discriminator
+    registry.load_file(recipe.model.file)
+    loaded = registry.load_model(recipe.model.ckpt, device)
+    base = guides.diffusion_model(loaded)
+    loaded.model.requires_grad_(False)
+    real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
+    label_use = base.num_classes if settings.conditional else 0
+    check_fits(real, base, recipe.data.hflip, num_classes=label_use)
+    spec = sample.spec_of(loaded.checkpoint, **recipe_sampling(recipe))
+    base.check_sampling(spec)
+    given = disc_data.given_set(loaded, real, label_use, settings, force) if settings.fake is not None else None
+    config = discriminators.config_of("discriminator", settings.name, base.state_shape, label_use, settings.options)
+    torch.manual_seed(seed_from("init", recipe.seed))  # weights are the only thing drawn from the global generator
+    network = discriminators.build("discriminator", config).to(device)
+    loop.check(network, settings)
+    scoring = Scoring(recipe, real, spec, device) if settings.select == "fid" else None
+    guide = guides.discriminator_guide(network, recipe.guidance, len(base.state_shape))
+    if scoring is not None:
+        scoring.check([guide])
+        guides.check_acts(base, guide, spec)
+    if given is None:
+        disc_data.check_sizes(len(real.items), settings.num_fake, real.name, settings.held_out)
+        disc_data.check_classes(real, settings.num_fake, label_use)
+        check_labels(spec, base.num_classes, settings.num_fake)
+    identity = {"model_sha256": loaded.checkpoint.sha256, "data_sha256": digest(real), "config": config}
+    identity |= {"fake_sha256": digest(given)} if given is not None else {}
+    identity |= scoring.identity if scoring is not None else {}
+    rundir.RunDir(out).check("train-disc", recipe, **identity)
+    if dry_run:
+        return _dry_run(recipe, out, network, real)
+    set_training_precision(settings.precision)
+    with rundir.locked(out) as run_dir:
+        state = run_dir.claim("train-disc", recipe, **identity)
+        if run_dir.is_finished(state):
+            return _result(run_dir, state)
+        fake = given or disc_data.draw(recipe, spec, run_dir, label_use, real, device)
+        header = _header(recipe, loaded, config, spec, real, fake)
+        training = _Training(recipe, run_dir, base, network, real, fake, header, device)
+        if not state.get("finished") or len(training.evaluations) < state["evaluations"]:
+            training.run()  # else only a file written at the end was lost
+        return _result(run_dir, _finish(training, scoring))
+
+
+def default_out(recipe: Recipe, ckpt: str | None) -> Path:
+    """runs/<recipe>-disc; for a model given by --ckpt with the start of its hash, so that models keep apart."""
+    name = f"{recipe.name}-disc" if ckpt is None else f"{recipe.name}-disc-{sha256(checkpoint.resolve(ckpt))[:8]}"
+    return guides.RUNS / name
+
+
+def table_of(out: Path) -> tuple[list[str], list[tuple[str, ...]]]:
+    """The final checkpoint's held-out figures by noise level, for people."""
+    found = read_json(out / "state.json")
+    evaluations = read_json(out / "metrics.json")["evaluations"]
+    return disc_report.table(evaluations[str(found["best_images"] // found["batch"])]["levels"])
+
+
+def recipe_sampling(recipe: Recipe) -> dict[str, Any]:
+    """The sampling values that the recipe sets; the rest is the checkpoint's."""
+    return {key: getattr(recipe.sampling, key) for key in recipe.sampling.model_fields_set}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+class _Training:
+    """The loop's loss and evaluations."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_dir: rundir.RunDir,
+        base: DiffusionModel,
+        network: nn.Module,
+        real: ItemSet,
+        fake: ItemSet,
+        header: dict[str, Any],
+        device: torch.device,
+    ):
+        self.recipe, self.settings, self.run_dir, self.device = recipe, recipe.discriminator, run_dir, device
+        self.base, self.network, self.header = base, network, header
+        draw = base.draw_options
+        weighted = self.settings.weighting == "likelihood"
+        self.law = vp_sde.TimeLaw(self.settings.time, weighted, self.settings.t_min, draw.p_mean, draw.p_std)
+        streams, held = [], []
+        for side, items in (("real", real), ("fake", fake)):
+            rows = split(len(items.items), self.settings.held_out, side, recipe.seed)
+            hflip = recipe.data.hflip and side == "real"
+            streams.append(Shuffled(items.items, items.labels, side, recipe.seed, only=rows.train, hflip=hflip))
+            x0 = encoded(base, items.items, rows.held_out, side, recipe.seed, device=device)
+            held.append((x0, torch.from_numpy(items.labels[rows.held_out])))
+        self.pairs = Pairs(*streams)
+        self.held_out = HeldOut(held[0], held[1], self.law, recipe.seed, device, self.settings.micro_batch or 256)
+        self.file = run_dir.path / "metrics.json"
+        known = read_json(self.file)["evaluations"] if self.file.is_file() else {}
+        # Without its checkpoint an evaluation is done again.
+        self.evaluations: dict[str, dict[str, Any]] = dist.from_main(
+            {step: found for step, found in known.items() if self.candidate(int(step)).is_file()}
+        )
+
+    def run(self) -> None:
+        """Trains until the held-out loss has settled, or the images are used up."""
+        settings = self.settings
+        steps = -(-settings.images // settings.batch)
+        every = max(settings.eval_every // settings.batch, 1)
+        state_file = self.run_dir.path / "train-state.safetensors"
+        plan = loop.Plan(
+            title="discriminator",
+            steps=steps,
+            recipe=settings,
+            loss=self.loss,
+            state_file=state_file,
+            log_file=self.run_dir.log_file,
+            log_tags={},
+            last_good=lambda: max((self.run_dir.path / "checkpoints").glob("step-*"), default="none yet"),
+            evaluate_at=frozenset([*range(every, steps - every // 2, every), steps]),
+            evaluate=self.evaluate,
+            settled=self.settled,
+            dropout=True,
+            owner=self.recipe.name,
+        )
+        loop.fit(self.network, plan, self.device)
+
+    def loss(self, wrapped: nn.Module, rows: loop.Rows) -> loop.Loss:
+        """Cross-entropy of real and generated rows, each with a time and noise of its own."""
+        base = rows.step * self.settings.batch
+        real, fake = self.pairs.rows(base + rows.start, base + rows.stop)
+        n = len(real.items)
+        rng = RowRng.for_rows("disc", self.recipe.seed, rows.step, rows=range(rows.start, rows.stop))
+        u = rng.rand((2,), dtype=torch.float64).T.flatten()  # (2n,), real rows first
+        eps = rng.randn((2, *self.base.state_shape)).transpose(0, 1).flatten(0, 1)  # (2n, ...)
+        t, weight = self.law.times(u.to(self.device))
+        x0 = torch.cat([self.base.encode(side.items.to(self.device), rng) for side in (real, fake)])
+        label = torch.cat([real.label, fake.label]).to(self.device)
+        logit = wrapped(noisy(x0, t, eps.to(self.device)), t, label)  # (2n,)
+        weights = (None, None) if weight is None else weight.to(torch.float32).split(n)
+        found = discriminator_loss(logit[:n], logit[n:], *weights)._asdict()
+        return loop.Loss(found.pop("loss"), found)
+
+    def evaluate(self, step: int, ema: dict[str, Tensor]) -> str:
+        """Keeps the checkpoint of a step and its held-out figures."""
+        if str(step) not in self.evaluations:
+            live = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+            self.network.load_state_dict(ema)
+            self.network.eval()
+            found = self.held_out.evaluate(self.network)
+            self.network.load_state_dict(live)
+            if dist.is_main():
+                figures = {key: found[key] for key in ("bce", "accuracy", "calibration_error")}
+                checkpoint.save(self.candidate(step), ema, {**self.header, "step": step, "heldout": figures})
+            self.evaluations[str(step)] = found
+            if dist.is_main():
+                write_json(self.file, {"evaluations": self.evaluations})
+        found = self.evaluations[str(step)]
+        return f"held-out {found['bce']:.4f}, accuracy {found['accuracy']:.3f}"
+
+    def candidate(self, step: int) -> Path:
+        """The file of a step's averaged weights, which `guide-sample --disc` takes as well."""
+        return self.run_dir.path / "checkpoints" / f"step-{step:06d}.safetensors"
+
+    def settled(self) -> bool:
+        """Whether `patience` evaluations in a row brought no better held-out loss."""
+        bce = [found["bce"] for _, found in by_step(self.evaluations)]
+        return bool(bce) and bce.index(min(bce)) < len(bce) - self.settings.patience
+
+    def has_settled(self) -> bool:
+        """Also true where the second half of the images brought little of what has been learnt."""
+        figures = by_step(self.evaluations)
+        last = figures[-1][0]
+        early = [found["bce"] for step, found in figures if step <= last / 2]
+        best = min(found["bce"] for _, found in figures)
+        return self.settled() or bool(early and min(early) - best <= STILL_FALLING * (math.log(2) - best))
+
+
+def by_step(evaluations: dict[str, dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
+    """(step, figures) in the order of training."""
+    return sorted((int(step), found) for step, found in evaluations.items())
+
+
+def _finish(training: _Training, scoring: Scoring | None) -> dict[str, Any]:
+    """Writes best, final, pictures and report; returns the run's state."""
+    recipe, run_dir, settings = training.recipe, training.run_dir, training.settings
+    evaluations, settled = dict(by_step(training.evaluations)), training.has_settled()
+    best = min(evaluations, key=lambda step: evaluations[step]["bce"])
+    scores = _scores(training, scoring) if scoring is not None else {}
+    chosen = min(scores, key=lambda step: scores[step]) if scores else best
+    blind = evaluations[best]["accuracy"] < 0.51
+    if not settled and not blind:
+        console.warn(
+            f"the held-out loss was still falling after {settings.images} images (discriminator.images): the "
+            "discriminator is not trained to the end, and guidance may help less or do harm; raise --images"
+        )
+    if blind:
+        console.warn(
+            "on held-out images the discriminator is no better than a coin: there is nothing here for guidance to "
+            "mend, or it needs more training (--images, --lr)"
+        )
+    if dist.is_main():
+        for name, step in (("best", best), ("final", chosen)):
+            with replacing(run_dir.path / f"{name}.safetensors") as temporary:
+                shutil.copyfile(training.candidate(step), temporary)
+    found = {
+        "heldout_bce": evaluations[chosen]["bce"],
+        "heldout_accuracy": evaluations[chosen]["accuracy"],
+        "calibration_error": evaluations[chosen]["calibration_error"],
+        "settled": settled,
+        "best_images": chosen * settings.batch,
+        "batch": settings.batch,
+        "evaluations": len(evaluations),
+        "selected_by": settings.select,
+        "scores": {str(step): value for step, value in scores.items()},
+    }
+    if dist.is_main():
+        disc_report.write(run_dir, recipe, evaluations, chosen, found)
+    state = run_dir.advance(finished=True, **found)
+    if dist.is_main():
+        (run_dir.path / "train-state.safetensors").unlink(missing_ok=True)
+    return state
+
+
+def _scores(training: _Training, scoring: Scoring) -> dict[int, float]:
+    """The recipe's metric of samples guided by each checkpoint, by step; each is kept on disk."""
+    file = training.run_dir.path / "guided-scores.json"
+    found: dict[str, float] = dist.from_main(read_json(file) if file.is_file() else {})
+    for step, _ in by_step(training.evaluations):
+        if str(step) in found:
+            continue
+        training.network.load_state_dict(checkpoint.load(training.candidate(step)).tensors)
+        network = training.network.eval().requires_grad_(False)
+        guide = guides.discriminator_guide(network, training.recipe.guidance, len(training.base.state_shape))
+        found[str(step)] = scoring.run(training.base, 0, [guide])[scoring.key]
+        console.info(f"guided by step {step}: {scoring.key} {found[str(step)]:.4g}")
+        if dist.is_main():
+            write_json(file, found)
+    return {int(step): value for step, value in found.items()}
+
+
+def _header(
+    recipe: Recipe, loaded: registry.Loaded, config: dict[str, Any], spec: SamplingRecipe, real: ItemSet, fake: ItemSet
+) -> dict[str, Any]:
+    """What `guide-sample` checks and starts from."""
+    settings = recipe.discriminator
+    drawn = manifest_of(Path(settings.fake)).get("sampling") if settings.fake else spec.model_dump(mode="json")
+    trained_on = {
+        "model": recipe.model.ckpt,
+        "model_sha256": loaded.checkpoint.sha256,
+        "data_sha256": digest(real),
+        "fake_sha256": digest(fake),
+        "num_fake": len(fake.items),
+        "sampling": drawn,
+    }
+    link = {"command": "train-disc", "recipe": recipe.model_dump(mode="json"), **trained_on}
+    return {
+        "kind": "discriminator",
+        "config": config,
+        "process": discriminators.PROCESS,
+        "trained_on": trained_on,
+        "guidance": recipe.guidance.model_dump(mode="json"),
+        "provenance": [*loaded.checkpoint.header.get("provenance", []), link],
+    }
+
+
+def _result(run_dir: rundir.RunDir, state: dict[str, Any]) -> dict[str, Any]:
+    keys = ("heldout_bce", "heldout_accuracy", "calibration_error", "settled", "best_images", "selected_by")
+    paths = {"out": str(run_dir.path), "final": str(run_dir.final), "best": str(run_dir.path / "best.safetensors")}
+    return {**paths, **{key: state[key] for key in keys}}
+
+
+def _dry_run(recipe: Recipe, out: Path, network: nn.Module, real: ItemSet) -> dict[str, Any]:
+    settings = recipe.discriminator
+    return {
+        "out": str(out), "dry_run": True, "model": recipe.model.ckpt, "data": real.name,
+        "discriminator": settings.name, "parameters": sum(p.numel() for p in network.parameters()),
+        "fake": settings.fake or f"{settings.num_fake} to draw", "images": settings.images, "batch": settings.batch,
+    }  # fmt: skip

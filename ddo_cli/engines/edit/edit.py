@@ -1,0 +1,181 @@
+"""`ddo edit`: image to image by SDEdit (arXiv 2108.01073), with and without discriminator guidance.
+
+Source images are noised to an intermediate level and sampled from there. The higher the level, the more the result is
+the model's own (a smaller distance to its data) and the less it keeps of the source (a lower PSNR): discriminator
+guidance is to improve that trade-off (arXiv 2211.17091, Fig. 10). All levels, guided and not, share each image's noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ddo_cli import console, dist, rundir
+from ddo_cli.data.items import ItemSet, digest
+from ddo_cli.data.samples import Format, Writer
+from ddo_cli.engines.edit import inputs as edit_inputs
+from ddo_cli.engines.edit import report as edit_report
+from ddo_cli.engines.edit.inputs import Editor
+from ddo_cli.engines.edit.report import Way
+from ddo_cli.engines.sampling import sample
+from ddo_cli.files import read_json, sweep, write_json
+from ddo_cli.likelihood import Batch, num_batches
+from ddo_cli.precision import inference_precision
+from ddo_cli.recipe.schema import SamplingRecipe
+from ddo_cli.rng import RowRng, seed_from
+
+STATE = "edit.json"
+
+
+def run(
+    source: str,
+    out: Path,
+    levels: Sequence[float],
+    *,
+    num: int = 64,
+    disc: str | None = None,
+    ckpt: str | None = None,
+    guidance: dict[str, Any] | None = None,
+    use_guidance: bool = True,
+    label: int | None = None,
+    seed: int = 0,
+    form: Format = "png",
+    sampling: dict[str, Any] | None = None,
+    ref: str | None = None,
+    weights: str | None = None,
+    extractor: str | None = None,
+    force: bool = False,
+    device: torch.device,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Edits the first `num` images of `source` from each noise level into `out`; returns what `edit --json` prints.
+
+    disc: None: the newest discriminator below runs/ that was trained against the model; without one nothing is guided.
+    ckpt: None: the model that `disc` was trained against, or the embedded one.
+    guidance: values of GuidanceRecipe in place of the discriminator's own; use_guidance False: weight 0.
+    label: translate every image to this class; None: the labels of the source, where the model has classes.
+    ref, weights, extractor: as for `fid.run`; ref None: the data that the discriminator was trained on.
+    Sets of an earlier run with the same settings are kept; levels may be added.
+    """
+    editor = edit_inputs.choose(disc, ckpt, guidance or {}, use_guidance, force=force, device=device)
+    base, guide = editor.base, editor.guide()
+    spec = sample.spec_of(editor.file, **(sampling or {}))
+    base.check_sampling(spec)
+    base.check_guides(spec, [guide] if guide else [])
+    levels = edit_inputs.check_levels(levels, spec, base)
+    edit_inputs.check_outside(out, source)
+    sources = edit_inputs.open_sources(source, num, label, base)
+    ways = [Way(sigma, is_guided) for sigma in levels for is_guided in ((False, True) if guide else (False,))]
+    made_by = {
+        "checkpoint_sha256": editor.file.sha256, "sampling": spec.model_dump(mode="json"), "seed": seed,
+        "label": label, "source_sha256": digest(sources), "num": len(sources.items), "format": form,
+    }  # fmt: skip
+    writers = {way: _writer(out, way, made_by, editor) for way in ways}
+    _check(out, made_by, writers.values())
+    target = edit_report.open_target(ref, editor.disc, weights, extractor, sources, device)
+    editor.tell(spec)
+    sample.warn_if_never_unconditional(base, spec)
+    if label is not None and ref is None:
+        console.warn(f"the distance is to all classes of {target.name}; give images of class {label} alone by --ref")
+    shown = {
+        "out": str(out), "num_images": len(sources.items), "source": source, "model": editor.file.path,
+        "checkpoint_sha256": editor.file.sha256, "discriminator": editor.disc.checkpoint.path if editor.disc else None,
+        "dg_weight": editor.settings.dg_weight if editor.settings else 0.0, "metric": target.extractor.key,
+        "extractor": target.extractor.name, "reference": target.name,
+    }  # fmt: skip
+    if dry_run:
+        plan = [{"sigma": way.sigma, "time": way.time, "guided": way.is_guided} for way in ways]
+        batches = len(ways) * num_batches(len(sources.items), spec.batch)
+        return {**shown, "levels": plan, "batches": batches, "steps": spec.steps, "dry_run": True}
+    job = _Job(editor, spec, sources, seed, device)
+    request = {"levels": levels, "guidance": editor.guided_by(), **target.identity}
+    pictures = edit_report.pictures_of(out, len(sources.items))
+    with rundir.locked(out):
+        state = _claim(out, made_by, writers.values())
+        manifests = {way: dist.from_main(writer.complete()) for way, writer in writers.items()}
+        is_whole = all(manifests.values()) and all(Path(path).is_file() for path in pictures.values())
+        if dist.from_main(is_whole and state.get("request") == request):
+            console.info(f"{out} is finished; nothing to do")
+            return {**shown, **state["found"], **pictures}
+        made = {way: manifests[way] or _draw(job, way, writer) for way, writer in writers.items()}
+        found = edit_report.write(out, sources.items, made, target, spec.batch)
+        if dist.is_main():
+            write_json(out / STATE, {"made_by": made_by, "request": request, "source": source, "found": found})
+        dist.barrier()
+    return {**shown, **found, **pictures}
+
+
+class _Job(NamedTuple):
+    editor: Editor
+    spec: SamplingRecipe
+    sources: ItemSet
+    seed: int
+    device: torch.device
+
+
+def _check(out: Path, made_by: dict[str, Any], writers: Iterable[Writer]) -> None:
+    """Raises RunError unless `_claim` would take the directory. Writes nothing."""
+    if not dist.is_main():
+        return
+    if (out / STATE).is_file():
+        rundir.check_same(out, "other edited images", made_by, read_json(out / STATE).get("made_by", {}))
+    else:
+        rundir.check_free(out, "edited images")
+    for writer in writers:
+        writer.check()
+
+
+def _claim(out: Path, made_by: dict[str, Any], writers: Iterable[Writer]) -> dict[str, Any]:
+    """Takes an empty directory, or one with images edited in the same way; returns its state."""
+    _check(out, made_by, writers)
+    if dist.is_main():
+        if not (out / STATE).is_file():
+            write_json(out / STATE, {"made_by": made_by})
+        sweep(out)
+    for writer in writers:
+        writer.claim()
+    return dist.from_main(read_json(out / STATE))
+
+
+def _writer(out: Path, way: Way, made_by: dict[str, Any], editor: Editor) -> Writer:
+    """The sample set of one way; its "seeds" are the numbers of the source images."""
+    form, num, sampling = made_by["format"], made_by["num"], made_by["sampling"]
+    made_by = {**made_by, "sampling": {**sampling, "sigma_max": way.sigma}}
+    made_by |= {"guidance": editor.guided_by()} if way.is_guided else {}
+    return Writer(out / way.name, form, range(num), sampling["batch"], made_by)
+
+
+def _draw(job: _Job, way: Way, writer: Writer) -> dict[str, Any]:
+    """Edits and stores the missing batches; returns the set's manifest."""
+    own = dist.shard(dist.from_main(writer.missing()))
+    with console.progress(way.title, len(own) * job.spec.batch, "images") as bar:
+        for batch in _edited(job, way, own):
+            writer.write(batch)
+            bar.advance(job.spec.batch)
+    return writer.finish()
+
+
+@torch.no_grad()
+def _edited(job: _Job, way: Way, only: Sequence[int]) -> Iterator[Batch]:
+    """The batches of these numbers. They are cut as `likelihood.generate` cuts seeds, for the same reasons.
+
+    The noise of an image is a function of its number and the seed. It is not that of `ddo sample` for the same numbers:
+    an image that was itself drawn from this noise would not be independent of it.
+    """
+    spec, total = job.spec.merged(sigma_max=way.sigma), len(job.sources.items)
+    guide = job.editor.guide() if way.is_guided else None
+    base = job.editor.base
+    size = min(spec.batch, total)
+    for number in only:
+        own = list(range(number * spec.batch, min((number + 1) * spec.batch, total)))
+        padded = own + [own[-1]] * (size - len(own))
+        x0 = base.encode(torch.from_numpy(job.sources.items[padded]).to(job.device))
+        label = torch.from_numpy(job.sources.labels[padded])
+        rng = RowRng([seed_from("edit", job.seed, row) for row in padded])
+        with inference_precision(spec.precision or "float32", job.device):
+            sampled = base.sample(label.to(job.device), rng, spec, [guide] if guide else [], x0)
+        items = base.decode(sampled.x).cpu()[: len(own)]
+        yield Batch(number, items, label[: len(own)], torch.tensor(own), sampled.nfe, sampled.disc_nfe)

@@ -1,0 +1,166 @@
+"""`ddo train-extractor`: a small classifier whose features measure a Fréchet distance where Inception does not fit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddo_cli import checkpoint, console, dist, rundir
+from ddo_cli.data.images import open_images
+from ddo_cli.data.items import check_images
+from ddo_cli.data.pairs import Examples, Shuffled
+from ddo_cli.engines import training_run
+from ddo_cli.errors import DataError, UsageError
+from ddo_cli.metrics.extractors.digit_net import DigitNet
+from ddo_cli.recipe.schema import TrainRecipe
+from ddo_cli.rng import permutation, seed_from
+from ddo_cli.training import loop
+
+SIZE = 32
+
+
+def run(
+    data: str,
+    out: Path,
+    *,
+    held_out: str | None,
+    images: int,
+    seed: int,
+    device: torch.device,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Trains on the labelled images of `data` (several sources separated by commas) and writes `out`.
+
+    held_out: images for the accuracy; None: a tenth of the data, not trained on.
+    Raises DataError if an image has no label, UsageError if `out` is there and not this extractor.
+    """
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a directory; give the weight file to write")
+    train = _examples(data)
+    link = {"command": "train-extractor", "data": data, "held_out": held_out, "images": images, "seed": seed}
+    link["data_sha256"] = hashlib.sha256(train.items.numpy().data).hexdigest()
+    if out.is_file():
+        header = checkpoint.read_header(out)
+        if header.get("provenance") != [link]:
+            raise UsageError(f"--out {out} holds something else; choose another name, or remove it")
+        console.info(f"{out} is finished; nothing to do")
+        return {"out": str(out), "heldout_accuracy": header["accuracy"], "num_images": header["num_images"]}
+    if held_out is None:
+        order = permutation(len(train.items), "held-out", seed)
+        cut = len(order) // 10
+        if not cut:
+            raise DataError(f"{data} holds {len(order)} images; a tenth is held out, so give at least 10 or --held-out")
+        test, train = _rows(train, order[:cut]), _rows(train, order[cut:])
+    else:
+        test = _examples(held_out)
+    torch.manual_seed(seed_from("init", seed))
+    num_classes = int(train.label.max()) + 1
+    network = DigitNet(num_classes=num_classes).to(device)
+    # Chosen by us: about 800 steps reach an accuracy of 0.98 on digits, in half a minute on a CPU.
+    settings = TrainRecipe(
+        lr=2e-3, warmup=10_000, schedule="cosine", batch=128, ema_half_life=0.0, log_every=50, save_every=200
+    )
+    stream = Shuffled(train.items.numpy(), train.label.numpy(), "extractor", seed)
+
+    def loss(wrapped: nn.Module, rows: loop.Rows) -> loop.Loss:
+        base = rows.step * settings.batch
+        items, label = stream.rows(base + rows.start, base + rows.stop)
+        x = items.to(device) / 127.5 - 1
+        return loop.Loss(F.cross_entropy(wrapped(x), label.to(device)), {})
+
+    steps = -(-images // settings.batch)
+    if dry_run:
+        return {"out": str(out), "dry_run": True, "num_images": len(train.items), "steps": steps}
+    with rundir.locked(out.with_name(f".{out.name}.training")) as work:
+        accuracy = _train(network, loss, len(train.items), test, out, link, work.path, steps, settings, device)
+    if dist.is_main():
+        shutil.rmtree(work.path)
+    return {"out": str(out), "heldout_accuracy": accuracy, "num_images": len(train.items)}
+
+
+def _train(
+    network: DigitNet,
+    loss: Callable[[nn.Module, loop.Rows], loop.Loss],
+    num_images: int,
+    test: Examples,
+    out: Path,
+    link: dict[str, Any],
+    work: Path,
+    steps: int,
+    settings: TrainRecipe,
+    device: torch.device,
+) -> float:
+    """Trains, writes the checkpoint, and returns the accuracy on `test`."""
+    state_file = work / "train-state.safetensors"
+    plan = loop.Plan(
+        title="extractor",
+        steps=steps,
+        recipe=settings,
+        loss=loss,
+        state_file=state_file,
+        log_file=work / "log.jsonl",
+        log_tags={},
+        last_good=lambda: training_run.newest(state_file),
+        owner=json.dumps(link, sort_keys=True),
+    )
+    ema = loop.fit(network, plan, device)
+    network.load_state_dict(ema)
+    accuracy = _accuracy(network.eval(), test, device)
+    if dist.is_main():
+        header = {
+            "kind": "extractor",
+            "config": {"name": "digit-net", "options": {"num_classes": network.classifier.out_features}},
+            "provenance": [link],
+            "accuracy": accuracy,
+            "num_images": num_images,
+        }
+        checkpoint.save(out, ema, header)
+    console.info(f"{out}: accuracy {accuracy:.4f} on {len(test.items)} held-out images")
+    return accuracy
+
+
+def _examples(sources: str) -> Examples:
+    """All images of the sources as 32 x 32 RGB, in the way that the extractor sees them later, and their labels."""
+    items, labels = [], []
+    for source in sources.split(","):
+        found = open_images(source)
+        if found.items.ndim != 4:
+            raise DataError(f"{source} holds points; an extractor is trained on images")
+        check_images(found, "an extractor is trained on images")
+        if (found.labels < 0).any():
+            raise DataError(f"{source} has images without a label; an extractor is trained as a classifier")
+        for start in range(0, len(found.items), 4096):
+            items.append(_square(torch.from_numpy(found.items[start : start + 4096].copy())))
+        labels.append(found.labels)
+    return Examples(torch.cat(items), torch.from_numpy(np.concatenate(labels)))
+
+
+def _square(images: Tensor) -> Tensor:
+    if images.shape[1] == 1:
+        images = images.expand(-1, 3, -1, -1)
+    if images.shape[2:] != (SIZE, SIZE):
+        resized = F.interpolate(images.to(torch.float32), (SIZE, SIZE), mode="bilinear", antialias=True)
+        images = resized.round().clamp(0, 255).to(torch.uint8)
+    return images
+
+
+def _rows(examples: Examples, index: Tensor) -> Examples:
+    return Examples(examples.items[index], examples.label[index])
+
+
+@torch.no_grad()
+def _accuracy(network: nn.Module, test: Examples, device: torch.device) -> float:
+    right = 0
+    for start in range(0, len(test.items), 512):
+        logits = network((test.items[start : start + 512] / 127.5 - 1).to(device))
+        right += int((logits.argmax(1).cpu() == test.label[start : start + 512]).sum())
+    return right / len(test.items)

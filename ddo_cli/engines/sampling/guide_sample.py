@@ -1,0 +1,65 @@
+"""`ddo guide-sample`: sampling with discriminator guidance (arXiv 2211.17091)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddo_cli import console
+from ddo_cli.data.samples import Format
+from ddo_cli.engines.sampling import guides, sample
+from ddo_cli.engines.sampling.guides import Others
+from ddo_cli.errors import UsageError
+from ddo_cli.recipe.schema import GuidanceRecipe
+
+
+def run(
+    disc: str | None,
+    ckpt: str | None,
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    form: Format | None = None,
+    classes: Sequence[int] | None = None,
+    sampling: dict[str, Any] | None = None,
+    guidance: dict[str, Any] | None = None,
+    others: Others = Others(),  # noqa: B008 (immutable)
+    force: bool = False,
+    device: torch.device,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Draws one guided item per seed into `out` and returns what layout promises of `guide-sample --json`.
+
+    disc: None: the newest discriminator below runs/; ckpt: None: the model that it was trained against.
+    guidance: values of GuidanceRecipe in place of those stored with the discriminator.
+    With weight 0 and no other guide the items are those of `ddo sample`, bit for bit.
+    """
+    given = guidance or {}
+    chosen = guides.choose(disc, ckpt, given, device=device, force=force)
+    base = guides.diffusion_model(chosen.model)
+    file, settings = chosen.discriminator.checkpoint, chosen.settings
+    spec = sample.spec_of(chosen.model.checkpoint, **(sampling or {}))
+    _check_effect(settings, given, spec.sampler)
+    guides.warn_of_other_sampler(chosen.discriminator, spec)
+    found, record = guides.other_guides(others, base, device)
+    guide = guides.discriminator_guide(chosen.discriminator.network, settings, len(base.state_shape))
+    guides.check_acts(base, guide, spec)
+    record |= {"discriminator_sha256": file.sha256, **settings.model_dump(mode="json")}
+    console.info(f"{chosen.model.checkpoint.path} guided by {file.path}, weight {settings.dg_weight:g}")
+    drawn = sample.run(
+        chosen.model, seeds, out, form=form, classes=classes, sampling=sampling,
+        guides=[*found, guide], guidance=record, device=device, title="guided sampling", dry_run=dry_run,
+    )  # fmt: skip
+    return {**drawn, "discriminator": file.path, "dg_weight": settings.dg_weight, "guidance": record}
+
+
+def _check_effect(settings: GuidanceRecipe, given: dict[str, Any], sampler: str | None) -> None:
+    """Raises UsageError for options that the others leave without effect."""
+    if given.get("dg_weight_2nd") and sampler not in (None, "heun"):
+        raise UsageError(f"--dg-weight-2nd is of heun's correctors, and sampler {sampler} has none; leave it out")
+    for key in ("boost_churn_period", "boost_weight_period", "boost_churn"):
+        if given.get(key) is not None and not settings.boost:
+            raise UsageError(f"--{key.replace('_', '-')} {given[key]} has no effect without --boost; add it")

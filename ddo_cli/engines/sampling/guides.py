@@ -1,0 +1,278 @@
+"""Guides of a sampling run, from files and recipes; shared by the engines that sample with guidance."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ddo_cli import checkpoint, console, dist
+from ddo_cli.diffusion import vp_sde
+from ddo_cli.diffusion.denoiser import DiffusionModel
+from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, Guide, Interval, Network
+from ddo_cli.diffusion.samplers import Boost
+from ddo_cli.errors import CheckpointError, RunError, UsageError
+from ddo_cli.files import read_json
+from ddo_cli.likelihood import NO_LABEL
+from ddo_cli.models import registry
+from ddo_cli.models.discriminators import registry as discriminators
+from ddo_cli.recipe.load import differing_keys
+from ddo_cli.recipe.schema import GuidanceRecipe, SamplingRecipe
+
+RUNS = Path("runs")
+
+
+def diffusion_model(loaded: registry.Loaded) -> DiffusionModel:
+    """The model, if guides can steer it. Raises UsageError."""
+    if not isinstance(loaded.model, DiffusionModel):
+        raise UsageError(
+            f"{loaded.checkpoint.path} holds the network {loaded.checkpoint.header['config']['name']}; guidance "
+            "changes a score, so it needs a diffusion model"
+        )
+    return loaded.model
+
+
+def finished_discriminators(runs: Path = RUNS) -> list[Path]:
+    """The final checkpoints of the finished `ddo train-disc` below `runs`, newest first."""
+    found = []
+    for state in sorted(runs.glob("*/state.json")):
+        file = state.with_name("final.safetensors")
+        try:
+            content = read_json(state)
+        except RunError as error:
+            console.warn(f"{error}; left out")
+            continue
+        if content.get("command") == "train-disc" and content.get("finished") and file.is_file():
+            found.append(file)
+    return dist.from_main(sorted(found, key=lambda file: file.stat().st_mtime, reverse=True))
+
+
+def newest_discriminator(runs: Path = RUNS) -> Path:
+    """The final checkpoint of the last finished `ddo train-disc` below `runs`. Raises UsageError if there is none."""
+    found = finished_discriminators(runs)
+    if not found:
+        raise UsageError(
+            f"no finished discriminator in {runs}/*; run `ddo train-disc` first, or give one with --disc FILE"
+        )
+    return found[0]
+
+
+def discriminator_of(model_sha256: str, runs: Path = RUNS) -> Path | None:
+    """The newest of the runs' discriminators that was trained against this model; None if there is none."""
+    for file in finished_discriminators(runs):
+        trained_on = checkpoint.read_header(file, kind="discriminator").get("trained_on", {})
+        if trained_on.get("model_sha256") == model_sha256:
+            return file
+    return None
+
+
+class Chosen(NamedTuple):
+    """A discriminator, the model it guides, and how."""
+
+    model: registry.Loaded
+    discriminator: discriminators.Loaded
+    settings: GuidanceRecipe
+
+
+def choose(
+    disc: str | None, ckpt: str | None, given: dict[str, Any], *, device: torch.device, force: bool = False
+) -> Chosen:
+    """The discriminator (None: the newest of the runs) and the model (None: the one it names), checked to be a pair.
+
+    given: values of GuidanceRecipe in place of the discriminator's own; None leaves them alone.
+    force: a discriminator that was trained against another model is a warning instead of an error.
+    """
+    file = disc or str(newest_discriminator())
+    found = discriminators.load("discriminator", file, device)
+    trained_on = found.checkpoint.header["trained_on"]
+    model = _load_model(ckpt or trained_on["model"], file, ckpt is None, device)
+    base = diffusion_model(model)
+    _check_pair(found, base, model, file, force)
+    settings = GuidanceRecipe.model_validate(found.checkpoint.header["guidance"]).merged(**given)
+    return Chosen(model, found, settings)
+
+
+def _load_model(ckpt: str, file: str, named: bool, device: torch.device) -> registry.Loaded:
+    try:
+        return registry.load_model(ckpt, device)
+    except CheckpointError as error:
+        if not named:
+            raise
+        raise CheckpointError(f"{error}; it is the model that {file} names: say with --ckpt where it is now") from None
+
+
+def _check_pair(
+    found: discriminators.Loaded, base: DiffusionModel, model: registry.Loaded, file: str, force: bool
+) -> None:
+    config, trained_on = found.checkpoint.header["config"], found.checkpoint.header["trained_on"]
+    if tuple(config["shape"]) != base.state_shape:
+        raise UsageError(
+            f"{file} was made for states of shape {tuple(config['shape'])}, and {model.checkpoint.path} draws "
+            f"{base.state_shape}; train one for this model: ddo train-disc --ckpt {model.checkpoint.path}"
+        )
+    if config["num_classes"] not in (0, base.num_classes):
+        has = f"{base.num_classes} classes" if base.num_classes else "no classes"
+        raise UsageError(
+            f"{file} sees labels of {config['num_classes']} classes, and {model.checkpoint.path} has {has}; train one "
+            f"for this model: ddo train-disc --ckpt {model.checkpoint.path}"
+        )
+    if trained_on["model_sha256"] != model.checkpoint.sha256:
+        message = (
+            f"{file} was trained against {trained_on['model']} (sha256 {trained_on['model_sha256'][:12]}), not against "
+            f"{model.checkpoint.path} ({model.checkpoint.sha256[:12]}), whose samples it has never seen"
+        )
+        if not force:
+            raise UsageError(f"{message}; train one with ddo train-disc --ckpt {model.checkpoint.path}, or add --force")
+        console.warn(f"{message}; used nevertheless (--force)")
+
+
+def warn_of_other_sampler(found: discriminators.Loaded, spec: SamplingRecipe) -> None:
+    """Names the sampling settings that differ from those of the set that the discriminator was trained on."""
+    drawn = found.checkpoint.header["trained_on"].get("sampling")
+    if drawn is None:
+        return
+    ours = {key: value for key, value in spec.model_dump(mode="json").items() if key != "batch"}
+    if lines := differing_keys(ours, {key: drawn.get(key) for key in ours}):
+        console.warn(
+            "the discriminator has seen samples drawn with other settings, whose errors it mends "
+            f"(there -> now): {'; '.join(lines)}"
+        )
+
+
+def discriminator_guide(network: nn.Module, settings: GuidanceRecipe, ndim: int = 3) -> GradientGuide:
+    """The guide of a discriminator. ndim: dimensions of one state, for the memory format of images."""
+    boost = None
+    if settings.boost:
+        boost = Boost(settings.boost_churn_period, settings.boost_weight_period, settings.boost_churn)
+    if ndim == 3:
+        network = network.to(memory_format=torch.channels_last)
+    return GradientGuide(
+        network,
+        weight=settings.dg_weight,
+        weight_2nd=settings.dg_weight_2nd,
+        time_min=settings.time_min,
+        time_max=settings.time_max,
+        decay=settings.decay,
+        boost=boost,
+    )
+
+
+def check_acts(base: DiffusionModel, guide: GradientGuide, spec: SamplingRecipe) -> None:
+    """Raises UsageError if the guide has weight but none of the sampler's noise levels lies in its window."""
+    base.check_guides(spec, [guide])
+    t = vp_sde.time_of(base.sigmas(spec)[:-1])
+    if max(guide.weight, guide.weight_2nd) > 0 and not bool(((t >= guide.time_min) & (t <= guide.time_max)).any()):
+        raise UsageError(
+            f"the window from time_min = {guide.time_min} to time_max = {guide.time_max} holds none of the sampler's "
+            f"times, {float(t.min()):.3g} to {float(t.max()):.3g}; widen it, or set --dg-weight 0"
+        )
+
+
+class Others(NamedTuple):
+    """Guides beside the discriminator, given by options. Paths may be None, scales then mean nothing."""
+
+    guide_ckpt: str | None = None  # a worse version of the model, for autoguidance
+    guidance: float = 1.0  # its scale, 1 = off
+    classifier: str | None = None  # a noisy-image classifier
+    classifier_weight: float = 1.0
+    interval: tuple[float, float] | None = None  # noise levels (low, high] at which guide_ckpt acts; None: all
+
+
+def other_guides(others: Others, base: DiffusionModel, device: torch.device) -> tuple[list[Guide], dict[str, Any]]:
+    """The guides, innermost first, and what a sample set's manifest records of them. Raises UsageError."""
+    _check_others(others)
+    found: list[Guide] = []
+    record: dict[str, Any] = {}
+    if others.guide_ckpt is not None:
+        second, sha256 = _second_network(others.guide_ckpt, base, device)
+        found.append(AutoGuide(second, others.guidance, Interval(*others.interval) if others.interval else Interval()))
+        record["autoguidance"] = {"sha256": sha256, "scale": others.guidance}
+        if others.interval:
+            record["autoguidance"]["interval"] = list(others.interval)
+    if others.classifier is not None:
+        loaded = discriminators.load("classifier", others.classifier, device)
+        config = loaded.checkpoint.header["config"]
+        if tuple(config["shape"]) != base.state_shape or config["num_classes"] != base.num_classes:
+            raise UsageError(
+                f"--classifier {others.classifier} tells {config['num_classes']} classes of states of shape "
+                f"{tuple(config['shape'])}, the model has {base.num_classes} of {base.state_shape}; "
+                "give one for this model"
+            )
+        weight = others.classifier_weight
+        network = _ClassLogProbability(loaded.network)
+        found.append(GradientGuide(network, weight, weight, time_min=0.0, time_max=1.0))
+        record["classifier"] = {"sha256": loaded.checkpoint.sha256, "weight": weight}
+    return found, record
+
+
+def _second_network(ckpt: str, base: DiffusionModel, device: torch.device) -> tuple[Network, str]:
+    """The denoiser that --guide-ckpt names, and its hash."""
+    bad = registry.load_model(ckpt, device)
+    model = diffusion_model(bad)
+    if model.state_shape != base.state_shape or model.num_classes not in (0, base.num_classes):
+        raise UsageError(
+            f"--guide-ckpt {ckpt} draws {model.state_shape} with {model.num_classes} classes, the model "
+            f"{base.state_shape} with {base.num_classes}; autoguidance needs a version of the same model"
+        )
+    if type(model.codec) is not type(base.codec) or model.encoder_id() != base.encoder_id():
+        raise UsageError(
+            f"--guide-ckpt {ckpt} draws in the space of a {type(model.codec).__name__} {model.encoder_id()[:12]}, the "
+            f"model in that of a {type(base.codec).__name__} {base.encoder_id()[:12]}; give one of the same space"
+        )
+    return (model if model.num_classes or not base.num_classes else _Unconditional(model)), bad.checkpoint.sha256
+
+
+class _Unconditional(NamedTuple):
+    """A network that knows no classes, whatever the labels of the one that it guides."""
+
+    model: DiffusionModel
+
+    def denoise(self, x: torch.Tensor, sigma: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return self.model.denoise(x, sigma, torch.full_like(label, NO_LABEL))
+
+
+def _check_others(others: Others) -> None:
+    for value, name in ((others.guidance, "--guidance"), (others.classifier_weight, "--classifier-weight")):
+        if not math.isfinite(value):
+            raise UsageError(f"{name} {value} is not a finite number; give a weight")
+    if others.guide_ckpt is None and others.guidance != 1.0:
+        raise UsageError(f"--guidance {others.guidance:g} is the scale of --guide-ckpt FILE; give both or neither")
+    if others.guide_ckpt is not None and others.guidance == 1.0:
+        raise UsageError(
+            f"--guide-ckpt {others.guide_ckpt} has no effect at scale 1; give one with --guidance, e.g. 1.7"
+        )
+    if others.interval is not None:
+        low, high = others.interval
+        if not 0 <= low < high:
+            raise UsageError(f"--guidance-interval {low:g},{high:g} must be two increasing noise levels, such as 0.3,2")
+        if others.guide_ckpt is None:
+            raise UsageError(f"--guidance-interval {low:g},{high:g} needs --guide-ckpt FILE and --guidance")
+    if others.classifier is None and others.classifier_weight != 1.0:
+        raise UsageError(f"--classifier-weight {others.classifier_weight:g} needs --classifier FILE")
+
+
+class _ClassLogProbability(NamedTuple):
+    """log p(label | x_vp, t)."""
+
+    classifier: nn.Module
+
+    def __call__(self, x_vp: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return self.classifier(x_vp, t).log_softmax(1).gather(1, label[:, None]).squeeze(1)
+
+
+class Made(NamedTuple):
+    """Guides, and what a sample set's manifest records of them."""
+
+    guides: list[Guide]
+    record: dict[str, Any]
+
+
+def of_plain_sampling(others: Others, loaded: registry.Loaded, device: torch.device) -> Made:
+    """The guides of `ddo sample`, which has no discriminator."""
+    _check_others(others)
+    if others.guide_ckpt is None:
+        return Made([], {})
+    return Made(*other_guides(others, diffusion_model(loaded), device))

@@ -1,0 +1,182 @@
+"""`ddo sample`: a sample set on disk, each item a function of its own seed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ddo_cli import console, dist, rundir
+from ddo_cli.checkpoint import Checkpoint
+from ddo_cli.data.samples import Format, Writer, manifest_of, spell_seeds
+from ddo_cli.diffusion.guidance import GradientGuide, Guide
+from ddo_cli.errors import UsageError
+from ddo_cli.likelihood import Batch, LikelihoodModel, check_labels, generate, num_batches
+from ddo_cli.models import registry
+from ddo_cli.recipe.schema import SamplingRecipe
+from ddo_cli.report import pictures
+
+GRID_ITEMS = 64
+Keep = Literal["images", "encoded", "latents"]
+
+
+def run(
+    ckpt: str | Path | registry.Loaded,
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    form: Format | None = None,
+    classes: Sequence[int] | None = None,
+    sampling: dict[str, Any] | None = None,
+    guides: Sequence[Guide] = (),
+    guidance: dict[str, Any] | None = None,
+    keep: Keep = "images",
+    device: torch.device,
+    title: str = "sampling",
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Draws one item per seed into `out` and returns what layout promises of `sample --json`.
+
+    sampling: values of SamplingRecipe in place of the checkpoint's own.
+    form: None: png for images, npz for points.
+    guides: applied to the model; guidance: what identifies them, for the set's manifest.
+    keep: what of an example, see `kept_of_fakes`; all but images are for training and go into shards.
+    Continues a set that an earlier run left unfinished; a finished one is left as it is.
+    """
+    model, file = ckpt if isinstance(ckpt, registry.Loaded) else registry.load_model(ckpt, device)
+    spec = spec_of(file, **(sampling or {}))
+    model.check_sampling(spec)
+    model.check_guides(spec, guides)
+    check_labels(spec, model.num_classes, len(seeds), classes)
+    _check_classes(model, classes)
+    form = form or ("png" if len(model.shape) == 3 else "npz")
+    if form == "png" and len(model.shape) != 3:
+        raise UsageError(f"--format png needs images; this model draws items of shape {model.shape}: use shards or npz")
+    if keep != "images" and form != "shards":
+        raise ValueError(f"{keep} examples are kept in shards only, not as {form}")
+    model.encoder_id()  # loads an autoencoder that is no part of the weights: without it the first batch is for nothing
+    made_by: dict[str, Any] = {
+        "checkpoint_sha256": file.sha256,
+        "sampling": spec.model_dump(mode="json"),
+        "classes": list(classes) if classes else None,
+        **({"seeds_as_given": spell_seeds(seeds)} if spec.labels == "position" else {}),  # which the labels follow
+        **({"guidance": guidance} if guidance else {}),
+        **({keep: True} if keep != "images" else {}),
+    }
+    writer = Writer(out, form, seeds, spec.batch, made_by)
+    writer.check()
+    grid = grid_path(out)
+    if dist.is_main() and not manifest_of(out):
+        pictures.check_replaceable(grid)
+    found = {"out": str(out), "num_images": len(seeds), "checkpoint_sha256": file.sha256, "sampler": spec.sampler}
+    if dry_run:
+        return {**found, "batches": num_batches(len(seeds), spec.batch), "steps": spec.steps, "dry_run": True}
+    warn_if_never_unconditional(model, spec)
+    draw = partial(
+        generate, model, spec=spec, batch=spec.batch, classes=classes, guides=guides, as_given=seeds, device=device
+    )
+    with rundir.locked(out):
+        writer.claim()
+        # Files appear while processes read the directory: what is missing is for the main process to say.
+        missing = dist.from_main(writer.missing())
+        manifest = dist.from_main(writer.complete())
+        speed = 0.0
+        is_new = manifest is None
+        if manifest is None:
+            kept: Callable[..., Iterator[Batch]] = partial(draw, as_latents=keep == "latents")
+            if keep == "encoded":
+                kept = partial(_encoded, model, draw, device)
+            speed = _draw(kept, writer, missing, title)
+            manifest = writer.finish()
+        if dist.is_main() and (is_new or not grid.is_file()):
+            made = draw(writer.seeds[:GRID_ITEMS])
+            pictures.contact_sheet(np.concatenate([batch.items.numpy() for batch in made]), grid)
+    return {
+        **found,
+        "nfe": manifest["nfe"],
+        **({"disc_nfe": manifest["disc_nfe"]} if any(isinstance(guide, GradientGuide) for guide in guides) else {}),
+        "images_per_second": round(speed, 2),
+        "seeds": manifest["seeds"],
+        "grid": str(grid),
+    }
+
+
+def spec_of(file: Checkpoint, **given: Any) -> SamplingRecipe:
+    """The checkpoint's own sampling settings, with the given values that are not None in their place."""
+    return SamplingRecipe(**file.header.get("sampling", {})).merged(**given)
+
+
+def warn_if_never_unconditional(model: LikelihoodModel, spec: SamplingRecipe) -> None:
+    """Warns of classifier-free guidance with a model that has always seen labels."""
+    if spec.cfg_scale not in (None, 1.0) and not model.draw_options.label_drop:
+        console.warn(
+            f"cfg_scale = {spec.cfg_scale}: this model was trained without dropping labels (label_drop 0), so its "
+            "unconditional half was never trained"
+        )
+
+
+def grid_path(out: Path) -> Path:
+    """The contact sheet of a set: beside its directory, where no other program takes it for a sample."""
+    place = out if out.name else out.resolve()  # "." has no name of its own
+    return place.with_name(f"{place.name}-grid.png")
+
+
+def _draw(draw: Callable[..., Iterator[Batch]], writer: Writer, missing: list[int], title: str) -> float:
+    """Draws and stores the missing batches; returns items per second. draw: `generate`, of seeds and batch numbers."""
+    own = dist.shard(missing)
+    done = len(writer.seeds) - len(missing) * writer.batch
+    if done > 0:
+        console.info(f"{writer.out}: continues, {done} of {len(writer.seeds)} items are there")
+    drawn, start = 0, time.monotonic()
+    with console.progress(title, min(len(own) * writer.batch, len(writer.seeds)), "items") as bar:
+        for batch in draw(writer.seeds, only=own):
+            writer.write(batch)
+            drawn += len(batch.items)
+            bar.advance(len(batch.items))
+    return sum(dist.gathered(drawn)) / max(time.monotonic() - start, 1e-9)
+
+
+def _encoded(
+    model: LikelihoodModel, draw: Callable[..., Iterator[Batch]], device: torch.device, *args: Any, **more: Any
+) -> Iterator[Batch]:
+    """`draw`, its images encoded."""
+    for batch in draw(*args, **more):
+        with torch.no_grad():
+            yield batch._replace(items=model.latents(batch.items.to(device)).cpu())
+
+
+def kept_of_fakes(model: LikelihoodModel, fake_as: str | None, spec: SamplingRecipe) -> Keep:
+    """What a fake set keeps of an example: latents, which are x itself (float32 or int32); encoded, which is what the
+    model's frozen encoder makes of the image, once and not at each visit; images, where the model has no encoder.
+
+    fake_as: latents or images; None: as the model wants it for training.
+    Raises UsageError for latents of a model that takes none for items, or is sampled so that it draws none.
+    """
+    if (fake_as or model.fake_as) != "latents":
+        return "encoded" if model.latent_shapes else "images"
+    if tuple(model.state_shape) not in model.latent_shapes:
+        raise UsageError(
+            "fake_as = latents keeps what a model draws before it is decoded, and this model draws its items as they "
+            "are; use images, or leave it out"
+        )
+    if spec.smooth:
+        raise UsageError(
+            "sampling.smooth = true draws mixtures of codes, which are no tokens: fake_as = latents cannot keep them; "
+            "use fake_as = images"
+        )
+    return "latents"
+
+
+def _check_classes(model: LikelihoodModel, classes: Sequence[int] | None) -> None:
+    if not classes:
+        return
+    if not model.num_classes:
+        raise UsageError(f"--classes {','.join(map(str, classes))} needs a class-conditional model; leave it out")
+    for value in classes:
+        if not 0 <= value < model.num_classes:
+            raise UsageError(f"--classes {value} is out of range; this model has classes 0 to {model.num_classes - 1}")

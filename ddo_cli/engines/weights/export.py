@@ -1,0 +1,220 @@
+"""`ddo export`: a model of ours as the published file it was converted from, so that its authors' programs run it.
+
+Or, without such a file, as a folder of diffusers, where that library has the architecture.
+
+A pickle is neither run nor written anew: its bytes are copied, and the raw numbers of each tensor replaced where they
+lie. What else it holds (code, augmentation, training options) stays as its authors wrote it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddo_cli import checkpoint, console
+from ddo_cli.engines.weights.convert import FORMAT_NAMES, FORMATS, told
+from ddo_cli.errors import CheckpointError, UsageError
+from ddo_cli.files import replacing, sha256
+from ddo_cli.models import pt_files, registry
+from ddo_cli.models.adm import files as adm_files
+from ddo_cli.models.adm import keys as adm_keys
+from ddo_cli.models.diffusers import files as diffusers_files
+from ddo_cli.models.edm import files as foreign
+from ddo_cli.models.edm2 import files as edm2_files
+from ddo_cli.models.var import files as var_files
+from ddo_cli.safe_pickle import Storage
+
+_INERT = ("dropout",)  # options of ours that change no tensor and no sample
+
+
+class Original(NamedTuple):
+    """The file to write like. config: of our model of it; theirs: an own name and tensor -> the file's.
+
+    stored: its tensors, in its order and types. write: puts new values for `stored` into a file. again: reads one.
+    """
+
+    family: str
+    config: dict[str, Any]
+    stored: dict[str, Tensor]
+    theirs: Callable[[str, Tensor], tuple[str, Tensor]]
+    write: Callable[[dict[str, Tensor], Path], None]
+    again: Callable[[Path], dict[str, Tensor]]
+
+
+def run(
+    ckpt: str, out: Path, *, like: Path | None = None, settings: Sequence[str] = (), dry_run: bool = False
+) -> dict[str, Any]:
+    """Writes `out` and returns what `export --json` prints: out, family, num_tensors, verified, and more.
+
+    like: the .pkl, .pt or .pth; None: `out` becomes a folder of diffusers. settings: as `convert` was given them, for
+    a .pt that tells too little of itself.
+    Constants of the file that are no tensors of our model stay as they are. Reads the written file again and compares
+    every tensor bit for bit. Raises CheckpointError if the two are not of one architecture and preconditioning.
+    """
+    if like is None:
+        return _folder(ckpt, out, settings, dry_run)
+    if not like.is_file():
+        raise UsageError(f"--like {like} does not exist; give the published file that the model was converted from")
+    if like.suffix not in FORMATS:
+        raise UsageError(f"--like {like} is no file of published weights; give the {FORMAT_NAMES} that was converted")
+    if out.exists() and not dry_run:
+        raise UsageError(f"--out {out} exists; choose another name, or remove it")
+    if out.suffix != like.suffix:
+        raise UsageError(f"--out {out} must end in {like.suffix}, as --like {like.name} does: programs go by the name")
+    file = checkpoint.load(ckpt, kind="model")
+    original = _original(like, settings)
+    _check_config(registry.check_config(file.header.get("config"), ckpt), original.config, ckpt, like)
+    new = dict(original.theirs(key, tensor) for key, tensor in file.tensors.items())
+    _check_tensors(new, original.stored, ckpt, like)
+    fitted = {key: tensor.to(original.stored[key].dtype) for key, tensor in new.items()}
+    rounded = [key for key, tensor in fitted.items() if not torch.equal(tensor.to(new[key].dtype), new[key])]
+    if rounded:
+        console.warn(f"{like} stores {original.stored[rounded[0]].dtype}: {len(rounded)} tensors lose precision")
+    result = {
+        "out": str(out),
+        "family": original.family,
+        "like": like.name,
+        "like_sha256": sha256(like),
+        "checkpoint_sha256": file.sha256,
+        "num_tensors": len(fitted),
+        "kept": len(original.stored) - len(fitted),
+        "rounded": len(rounded),
+    }
+    if dry_run:
+        return {**result, "verified": False, "dry_run": True}
+    # Copies of what stays, since `write` changes what `stored` views.
+    expected = {key: fitted[key] if key in fitted else tensor.clone() for key, tensor in original.stored.items()}
+    with replacing(out) as temporary:
+        original.write(expected, temporary)
+        _verify(original.again(temporary), expected, out)
+    return {**result, "verified": True}
+
+
+def _folder(ckpt: str, out: Path, settings: Sequence[str], dry_run: bool) -> dict[str, Any]:
+    """A folder of diffusers."""
+    if settings or out.suffix in (".pkl", ".pt", ".pth", ".safetensors"):
+        what = settings[0] if settings else f"--out {out}"
+        raise UsageError(
+            f"{what} asks for a published file: name with --like the one that the model was converted from; without "
+            "it, --out is the name of a folder for diffusers"
+        )
+    return diffusers_files.write_folder(checkpoint.load(ckpt, kind="model"), out, dry_run)
+
+
+def _original(like: Path, settings: Sequence[str]) -> Original:
+    """The file to write like, whatever its family."""
+    given = told(settings)
+    if like.suffix == ".pkl":
+        if given:
+            raise UsageError(
+                f"{like} tells its configuration itself; KEY=VALUE is for the .pt of an ADM diffusion model"
+            )
+        return _edm(like)
+    stored = pt_files.read(like, adm_files.EXPECTED)
+    pt_files.check_size(stored.values(), like)
+    if var_files.is_var(stored) or "patch_nums" in given:
+        raise UsageError(f"{like} is of VAR, whose files are not written; the safetensors file is the model to share")
+    return _adm(like, stored, given)
+
+
+def _edm(like: Path) -> Original:
+    """An EDM pickle."""
+    pickled = foreign.open_network(like)
+    if edm2_files.is_edm2(pickled):
+        raise UsageError(
+            f"--like {like} is a file of EDM2, which can be converted but not written; give one of EDM or ADM"
+        )
+    file = foreign.read_edm(like, pickled)
+
+    def write(tensors: dict[str, Tensor], path: Path) -> None:
+        for key, tensor in tensors.items():
+            file.stored[key].copy_(tensor)  # writes into its storage, whatever its strides
+        spoilt = [key for key, tensor in tensors.items() if not _same(file.stored[key], tensor)]
+        if spoilt or _overlap(file.storages):
+            raise CheckpointError(
+                f"{like}: tensors that share their numbers{_listed(spoilt)} would become different; this file "
+                "cannot be written in place"
+            )
+        shutil.copyfile(like, path)
+        with open(path, "r+b") as stream:
+            for values, offset in file.storages:
+                stream.seek(offset)
+                stream.write(values.view(torch.uint8).numpy().data if len(values) else b"")
+
+    return Original(
+        "edm", file.config, file.stored, file.names.to_edm, write, lambda path: foreign.read_edm(path).stored
+    )  # fmt: skip
+
+
+def _adm(like: Path, stored: dict[str, Tensor], given: dict[str, Any]) -> Original:
+    """An ADM diffusion model, a bare state dict."""
+    file = adm_files.unet(stored, like, **given)
+    options, order = adm_files.options_of(file.config), file.described.order
+
+    def write(tensors: dict[str, Tensor], path: Path) -> None:
+        torch.save(OrderedDict(tensors), path)
+
+    return Original(
+        "adm",
+        file.config,
+        stored,
+        lambda key, tensor: adm_keys.to_openai(key, tensor, order, options),
+        write,
+        lambda path: pt_files.read(path, adm_files.EXPECTED),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def _check_config(own: dict[str, Any], theirs: dict[str, Any], ckpt: str, like: Path) -> None:
+    """Raises CheckpointError unless both describe one network in one preconditioner."""
+
+    def facts(config: dict[str, Any]) -> dict[str, Any]:
+        options = {key: value for key, value in config["options"].items() if key not in _INERT}
+        return {"name": config["name"], "shape": config["shape"], "num_classes": config["num_classes"], **options}
+
+    ours, wanted = facts(own), facts(theirs)
+    odd = [key for key in ours.keys() | wanted.keys() if ours.get(key) != wanted.get(key)]
+    if odd:
+        listed = ", ".join(f"{key} {ours.get(key)} instead of {wanted.get(key)}" for key in sorted(odd))
+        raise CheckpointError(
+            f"{ckpt} is another model than {like}: {listed}; give with --like the file that it was converted from"
+        )
+
+
+def _check_tensors(new: Mapping[str, Tensor], stored: Mapping[str, Tensor], ckpt: str, like: Path) -> None:
+    """Raises CheckpointError unless every new tensor has a place of its shape."""
+    odd = [key for key, tensor in new.items() if key not in stored or stored[key].shape != tensor.shape]
+    if odd:
+        raise CheckpointError(f"{ckpt}: tensors{_listed(odd)} have no place of their shape in {like}")
+
+
+def _overlap(storages: Sequence[Storage]) -> bool:
+    """Whether storages of different numbers lie at one place of the file, as when one is stored once and read twice."""
+    first: dict[int, Tensor] = {}
+    return any(not _same(first.setdefault(offset, values), values) for values, offset in storages)
+
+
+def _verify(written: Mapping[str, Tensor], expected: Mapping[str, Tensor], out: Path) -> None:
+    """Raises CheckpointError unless a file that was read again holds what it should, in that order."""
+    if list(written) != list(expected) or not all(_same(written[key], tensor) for key, tensor in expected.items()):
+        raise CheckpointError(f"{out}: what was written reads back different; it was removed, so try again")
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same type, shape and bits: NaN equals itself, and 0 is not -0."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
+
+
+def _listed(keys: Sequence[str]) -> str:
+    return f" ({', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''})" if keys else ""

@@ -1,0 +1,132 @@
+"""A user's own feature extractor: a TorchScript module, or a Python file.
+
+Both are code. A TorchScript module runs in torch's own interpreter and reaches no Python, but may write files; a Python
+file can do everything. Only files whose origin is known should be given. Pickled detectors of StyleGAN3 and EDM are
+not read: they carry Python source that would have to be run.
+"""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddo_cli import checkpoint
+from ddo_cli.errors import CheckpointError, DataError, UsageError
+from ddo_cli.files import sha256
+from ddo_cli.metrics.extractors.base import Extractor, Precision, short
+from ddo_cli.precision import inference_precision
+
+SUFFIXES = (".pt", ".ts", ".py")
+PYTHON_CONTRACT = "extractor(device) -> a function of uint8 images (B, 3, H, W) that returns features (B, F)"
+# Sides of the black images that a module is tried with, until one is accepted: most read any size.
+PROBES = (64, 32, 224, 256, 299, 512)
+
+
+class CustomExtractor(Extractor):
+    """`function`: uint8 images (B, 3, H, W) on `device` -> features (B, F). It resizes them itself, if at all."""
+
+    key = "fd_custom"
+    resize = "by the extractor itself"
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Any],
+        path: str,
+        digest: str,
+        device: torch.device | str = "cpu",
+        precision: Precision = "float32",
+    ) -> None:
+        super().__init__(f"custom-{Path(path).stem}-{digest[:8]}", 0, digest, device, precision)
+        self.network, self.path = function, path
+        self.is_fixed = Path(path).suffix != ".py"  # Python may read weights from other files
+        self.num_features = self._probe()
+
+    def _extract(self, images: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:
+        try:
+            features = self.network(images.contiguous())
+        except Exception as error:
+            raise DataError(
+                f"the extractor {self.path} fails on images {tuple(images.shape)}: {_where(error)}"
+            ) from None
+        return {"pool": self._checked(features, len(images))}
+
+    def _checked(self, features: Any, num: int) -> Tensor:
+        if not isinstance(features, Tensor) or not features.is_floating_point():
+            what = f"a tensor of {features.dtype}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
+            raise DataError(f"the extractor {self.path} returns {what}; it must return a tensor (B, F) of floats")
+        if features.ndim != 2 or len(features) != num or self.num_features not in (0, features.shape[1]):
+            width = self.num_features or "F"
+            raise DataError(
+                f"the extractor {self.path} returns {tuple(features.shape)} for {num} images; it must be ({num}, "
+                f"{width})"
+            )
+        return features.detach().to(self.device)
+
+    def _probe(self) -> int:
+        """The number of features. Raises DataError if no probe is accepted."""
+        for size in PROBES:
+            images = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=self.device)
+            try:
+                with torch.no_grad(), inference_precision(self.precision, self.device):
+                    return self._extract(images, ("pool",))["pool"].shape[1]
+            except DataError as error:
+                failure = error
+        raise failure
+
+
+def load_custom(path: str, device: torch.device | str = "cpu", precision: Precision = "float32") -> CustomExtractor:
+    """The extractor of a TorchScript file (.pt, .ts) or of a Python file (.py), which is run.
+
+    TorchScript: called with uint8 images, and with return_features=True if its forward has such an argument, as the
+    detectors of StyleGAN have. Python: it defines `extractor(device)`, which returns the function. Raises
+    CheckpointError or UsageError if it is neither, DataError if what it returns are no features.
+    """
+    file = checkpoint.resolve(path)
+    digest = sha256(file)
+    load = _python if file.suffix == ".py" else _torchscript
+    return CustomExtractor(load(file, path, torch.device(device)), path, digest, device, precision)
+
+
+def _torchscript(file: Path, path: str, device: torch.device) -> Callable[[Tensor], Any]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TorchScript itself
+            module = torch.jit.load(str(file), map_location=device).eval()
+            arguments = {argument.name for argument in module.forward.schema.arguments}
+    except (RuntimeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is no TorchScript module with a forward method ({short(error)}); write one by torch.jit.script "
+            "or torch.jit.trace and .save, or give a .py file"
+        ) from None
+    options = {"return_features": True} if "return_features" in arguments else {}
+    return lambda images: module(images, **options)
+
+
+def _python(file: Path, path: str, device: torch.device) -> Callable[[Tensor], Any]:
+    try:
+        namespace: dict[str, Any] = {"__name__": "extractor", "__file__": str(file)}
+        exec(compile(file.read_bytes(), str(file), "exec"), namespace)
+        build = namespace.get("extractor")
+        if not callable(build):
+            raise UsageError(f"{path} defines no function 'extractor'; it must define {PYTHON_CONTRACT}")
+        function = build(device)
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{path} fails: {_where(error)}") from None
+    if not callable(function):
+        raise UsageError(f"{path}: 'extractor' returns a {type(function).__name__}; it must be {PYTHON_CONTRACT}")
+    return function
+
+
+def _where(error: BaseException) -> str:
+    """An error of the user's code on one line, with the place in it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" (line {frames[-1].lineno} of {Path(frames[-1].filename).name})" if frames else ""
+    return f"{type(error).__name__}: {short(error)}{place}"

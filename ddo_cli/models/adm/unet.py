@@ -1,0 +1,204 @@
+"""ADM's U-Net (arXiv 2105.05233, section 4), as OpenAI published it and as EDM trained it again (arXiv 2206.00364).
+
+The two programs write the same function differently; parameters here have OpenAI's names, in its "legacy" order of the
+attention's channels. `adm_keys` translates EDM's tensors and the other order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
+from ddo_cli.models.adm.layers import (
+    Attention,
+    Block,
+    ResBlock,
+    cosines_and_sines,
+    embedded,
+    encoder_blocks,
+    group_norm,
+    square,
+)
+from ddo_cli.models.codec import PixelCodec
+from ddo_cli.models.registry import register
+
+
+class AdmUnet(nn.Module):
+    """The raw network F. Its defaults are the network of 64x64 ImageNet.
+
+    in_channels, out_channels: of the state and of F; they differ where F tells a variance, or x brings a condition
+    size: side of the states, a multiple of 2**(len(channel_mult) - 1)
+    num_classes: 0 = unconditional, labels are then ignored
+    width: channels of the noise level's features; channel_mult: each level's channels, in widths, finest first
+    num_blocks: residual blocks of a level on the way down; one more on the way up
+    attention: sides at which every block attends; the middle of the network always does
+    num_head_channels: channels of each head; num_heads, if given, replaces it by so many heads everywhere
+    dropout: share of activations dropped in each block, in train mode only
+    augment_dim: width of the augmentation labels that the network was trained with (0: none)
+    group_channels: norms have 32 groups, or fewer where a group would have less than this (1 for OpenAI, 4 for EDM,
+        which is no difference from 128 channels on)
+    Raises ValueError if the sizes do not divide.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        size: int = 64,
+        num_classes: int = 0,
+        width: int = 192,
+        channel_mult: Sequence[float] = (1, 2, 3, 4),
+        num_blocks: int = 3,
+        attention: Sequence[int] = (32, 16, 8),
+        num_head_channels: int = 64,
+        num_heads: int | None = None,
+        dropout: float = 0.0,
+        augment_dim: int = 0,
+        group_channels: int = 1,
+    ) -> None:
+        super().__init__()
+        self.width, self.augment_dim, emb_width = width, augment_dim, 4 * width
+        widths = level_widths(width, channel_mult)
+        attending = [size >> level in attention for level in range(len(widths))]
+        _check_sizes(size, widths, attending, num_head_channels, num_heads)
+        res = partial(ResBlock, emb_width=emb_width, dropout=dropout, group_channels=group_channels)
+
+        def attend(channels: int) -> Attention:
+            return Attention(channels, head_width(channels, num_head_channels, num_heads), group_channels)
+
+        self.augment_emb = nn.Linear(augment_dim, width, bias=False) if augment_dim else None
+        self.time_embed = nn.Sequential(nn.Linear(width, emb_width), nn.SiLU(), nn.Linear(emb_width, emb_width))
+        self.label_emb = nn.Embedding(num_classes, emb_width) if num_classes else None
+        self.input_blocks, self.middle_block = encoder_blocks(in_channels, widths, num_blocks, attending, res, attend)
+
+        skips = _skip_widths(widths, num_blocks)  # channels that each input block leaves
+        channels = widths[-1]
+        self.output_blocks = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            for i in range(num_blocks + 1):
+                layers: list[nn.Module] = [res(channels + skips.pop(), widths[level])]
+                channels = widths[level]
+                if attending[level]:
+                    layers.append(attend(channels))
+                if level and i == num_blocks:
+                    layers.append(res(channels, channels, resampling="up"))
+                self.output_blocks.append(Block(layers))
+        head = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.out = nn.Sequential(group_norm(channels, group_channels), nn.SiLU(), head)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)  # type: ignore[arg-type]
+        if self.augment_emb is not None:
+            nn.init.zeros_(self.augment_emb.weight)
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor, augment: Tensor | None = None) -> Tensor:
+        """F, (B, out_channels, H, W).
+
+        x: float (B, in_channels, H, W), already multiplied by c_in. label: int64 (B,), -1 = no label.
+        c_noise: float (B,), the position whose cosines and sines the network knows: ln(sigma) / 4 of EDM, or the index
+        0 .. 999 of a step. augment: float (B, augment_dim), what was done to x; None = nothing, the same as zeros.
+        """
+        features = cosines_and_sines(c_noise, self.width).to(x.dtype)  # (B, width)
+        if self.augment_emb is not None:  # zeros and not left out: DDP wants each parameter to have a gradient
+            given = features.new_zeros(len(x), self.augment_dim) if augment is None else augment
+            features = features + self.augment_emb(given)
+        emb = self.time_embed(features)  # (B, E)
+        if self.label_emb is not None:
+            emb = emb + embedded(self.label_emb, label)
+        h, skips = x, list[Tensor]()
+        for block in self.input_blocks:
+            h = block(h, emb)  # (B, channels, side, side)
+            skips.append(h)
+        h = self.middle_block(h, emb)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        out: Tensor = self.out(h)  # (B, out_channels, H, W)
+        return out
+
+    def units(self) -> list[nn.Module]:
+        """Residual blocks and attention layers."""
+        return [module for module in self.modules() if isinstance(module, (ResBlock, Attention))]
+
+
+def level_widths(width: int, channel_mult: Sequence[float]) -> list[int]:
+    """Channels of each level, finest first."""
+    return [round(multiple * width) for multiple in channel_mult]
+
+
+def head_width(channels: int, num_head_channels: int, num_heads: int | None) -> int:
+    """Channels of each head of an attention layer with so many channels."""
+    return num_head_channels if num_heads is None else channels // num_heads
+
+
+def _skip_widths(widths: list[int], num_blocks: int) -> list[int]:
+    """Channels of what input_blocks leave, in their order: the first convolution, each level's blocks, its halving."""
+    found = [widths[0]]
+    for level, channels in enumerate(widths):
+        halving = level < len(widths) - 1
+        found += [channels] * (num_blocks + halving)
+    return found
+
+
+def _check_sizes(size: int, widths: list[int], attending: list[bool], head_channels: int, heads: int | None) -> None:
+    shrunk = 2 ** (len(widths) - 1)
+    if not widths or size % shrunk:
+        raise ValueError(f"side {size} must be a multiple of 2**(levels of channel_mult - 1) = {shrunk}")
+    attended = [width for width, attends in zip(widths, attending, strict=True) if attends] + widths[-1:]
+    if heads is None and any(width % head_channels for width in attended):
+        raise ValueError(f"channels {attended} of attending levels must be multiples of num_head_channels")
+    if heads is not None and any(width % heads for width in attended):
+        raise ValueError(f"channels {attended} of attending levels must be multiples of num_heads")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registration
+
+
+class AdmUnetOptions(DiffusionOptions):
+    """Constructor options of the network; see AdmUnet. Published ones: adm_published."""
+
+    width: int = Field(192, ge=2, multiple_of=2)
+    channel_mult: tuple[PositiveFloat, ...] = Field((1, 2, 3, 4), min_length=1)
+    num_blocks: PositiveInt = 3
+    attention: tuple[PositiveInt, ...] = (32, 16, 8)
+    num_head_channels: PositiveInt = 64
+    num_heads: PositiveInt | None = None
+    dropout: float = Field(
+        0.0, ge=0, lt=1
+    )  # 0.1 in the 64x64 trainings; 0 here, as model and reference share their draw
+    augment_dim: int = Field(0, ge=0)
+    group_channels: PositiveInt = 1
+
+
+def network(shape: tuple[int, ...], num_classes: int, options: AdmUnetOptions) -> AdmUnet:
+    """The network for states of this shape. Raises ValueError unless they are square."""
+    channels, side = square(shape)
+    return AdmUnet(
+        in_channels=channels,
+        out_channels=channels * (2 if options.learned_variance else 1),
+        size=side,
+        num_classes=num_classes,
+        width=options.width,
+        channel_mult=options.channel_mult,
+        num_blocks=options.num_blocks,
+        attention=options.attention,
+        num_head_channels=options.num_head_channels,
+        num_heads=options.num_heads,
+        dropout=options.dropout,
+        augment_dim=options.augment_dim,
+        group_channels=options.group_channels,
+    )
+
+
+@register("adm-unet", AdmUnetOptions, DiffusionDrawOptions)
+def build(
+    shape: tuple[int, ...], num_classes: int, options: AdmUnetOptions, draw_options: DiffusionDrawOptions
+) -> DiffusionModel:
+    """A denoiser of square uint8 images. Raises ValueError for another shape."""
+    net = network(shape, num_classes, options)
+    return DiffusionModel(net, PixelCodec(), shape, num_classes, options, draw_options)

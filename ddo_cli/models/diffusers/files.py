@@ -1,0 +1,290 @@
+"""Folders of the library diffusers: a UNet2DModel with its scheduler -> ours, and back.
+
+    model_index.json                                  which pipeline, and of which parts; may be missing
+    unet/config.json                                  arguments of the network
+    unet/diffusion_pytorch_model.safetensors          its tensors: also .bin, or shards with an index
+    scheduler/scheduler_config.json                   the noise schedule
+
+Older folders have all files side by side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ddo_cli import checkpoint
+from ddo_cli.checkpoint import Checkpoint
+from ddo_cli.diffusion.precond import Discrete
+from ddo_cli.errors import CheckpointError, RecipeError, RunError, UsageError
+from ddo_cli.files import read_json, sha256, write_json
+from ddo_cli.models import registry
+from ddo_cli.models.diffusers import from_adm as diffusers_adm
+from ddo_cli.models.diffusers import unet as diffusers_unet
+from ddo_cli.models.diffusers.unet import Config
+
+WEIGHTS = "diffusion_pytorch_model"
+PREFIX = "net.unet."  # of the network's tensors in our model
+DDPM_STEPS, DDIM_STEPS = 250, 50  # of the default sampling: ADM's number (arXiv 2105.05233), and the DDIM pipeline's
+# Attention layers written before version 0.15.
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+class Found(NamedTuple):
+    """What a folder holds: configuration and tensors of our model, defaults of sampling, and what to tell the user."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    sampling: dict[str, Any]
+    notes: dict[str, Any]
+
+
+class Places(NamedTuple):
+    """Files of a folder. weights: one file, or shards."""
+
+    unet: Path
+    scheduler: Path
+    weights: list[Path]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read(folder: Path) -> Found:
+    """The model of a pipeline's folder, or of its unet folder beside the scheduler's; tensors in float32.
+
+    Raises CheckpointError if it is no UNet2DModel that we can use, UsageError where the library is missing.
+    """
+    places = find(folder)
+    unet, scheduler = (_public(_json(path)) for path in (places.unet, places.scheduler))
+    try:
+        config = diffusers_unet.config_of(unet, scheduler)
+        with torch.device("meta"):
+            expected = registry.build(config).state_dict()
+    except (ValueError, RecipeError) as error:
+        raise CheckpointError(f"{folder} cannot be converted: {error}") from None
+    tensors = {PREFIX + _new_name(name): tensor for path in places.weights for name, tensor in _tensors(path).items()}
+    _check_fit(tensors, expected, places.weights[0].parent)
+    return Found(config, tensors, _sampling(scheduler, config["shape"][1]), _notes(scheduler, tensors))
+
+
+def digest(folder: Path) -> str:
+    """One SHA-256 of the files that `read` reads. Raises CheckpointError if one is missing."""
+    places, total = find(folder), hashlib.sha256()
+    for path in (places.unet, places.scheduler, *places.weights):
+        total.update(f"{path.name} {sha256(path)}\n".encode())
+    return total.hexdigest()
+
+
+def find(folder: Path) -> Places:
+    """The files of a folder. Raises CheckpointError if one is missing, or if the pipeline has parts beside the two."""
+    unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    unet = unet_folder / "config.json"
+    if not unet.is_file():
+        raise CheckpointError(
+            f"{folder} holds no config.json and no unet/config.json; give a folder of diffusers with a UNet2DModel"
+        )
+    homes = [folder]
+    if unet_folder == folder and not (folder / "model_index.json").is_file():
+        homes.append(folder.resolve().parent)  # of the pipeline, if this is its unet
+    for home in homes:
+        if (home / "model_index.json").is_file():
+            _check_parts(home / "model_index.json")
+    name = "scheduler_config.json"
+    schedulers = [path for home in homes for path in (home / "scheduler" / name, home / name) if path.is_file()]
+    if not schedulers:
+        raise CheckpointError(
+            f"{folder} has no scheduler/{name}, which says at which noise levels the network was trained; give the "
+            "pipeline's folder"
+        )
+    return Places(unet, schedulers[0], _weights(unet_folder))
+
+
+def _check_parts(index: Path) -> None:
+    parts = {key: value for key, value in _json(index).items() if not key.startswith("_")}
+    if others := sorted(key for key, value in parts.items() if key not in ("unet", "scheduler") and value):
+        raise CheckpointError(
+            f"{index} names {', '.join(others)} beside unet and scheduler: its network works on latents or other "
+            "conditions, and this program converts networks of images"
+        )
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The file of the tensors, or its shards; safetensors where both are there."""
+    for suffix in (".safetensors", ".bin"):
+        whole, index = folder / f"{WEIGHTS}{suffix}", folder / f"{WEIGHTS}{suffix}.index.json"
+        if whole.is_file():
+            return [whole]
+        if index.is_file():
+            names = sorted(set(map(str, (_json(index).get("weight_map") or {}).values())))
+            shards = [folder / name for name in names if Path(name).name == name]
+            if missing := [name for name in names if folder / name not in shards or not (folder / name).is_file()]:
+                raise CheckpointError(f"{index} names {', '.join(missing)}, not found beside it; copy the folder again")
+            if shards:
+                return shards
+    others = ", ".join(sorted(path.name for path in folder.glob(f"{WEIGHTS}*"))) or "none"
+    raise CheckpointError(f"{folder} lacks {WEIGHTS}.safetensors (or .bin); files with such a name: {others}")
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes lead the readers to errors of any kind
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"{path} is not a whole file of tensors ({reason}); copy it again") from None
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{path} does not hold tensors by name; give the network's own weights")
+    return {name: tensor.float() for name, tensor in content.items()}
+
+
+def _new_name(name: str) -> str:
+    return re.sub(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_NAMES[m[2]]}.", name)
+
+
+def _check_fit(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:
+    problems = [
+        *(f"{name} is missing" for name in expected.keys() - tensors.keys()),
+        *(f"{name} is not of this network" for name in tensors.keys() - expected.keys()),
+        *(
+            f"{name} has shape {tuple(tensors[name].shape)} and not {tuple(expected[name].shape)}"
+            for name in expected.keys() & tensors.keys()
+            if tensors[name].shape != expected[name].shape
+        ),
+    ]
+    if problems:
+        first = "; ".join(sorted(problem.removeprefix(PREFIX) for problem in problems)[:3])
+        raise CheckpointError(
+            f"{where}: tensors do not fit config.json: {len(problems)} problems, the first: {first}; "
+            "copy the folder again, or install the version of diffusers that wrote it"
+        )
+
+
+def _sampling(scheduler: Config, side: int) -> dict[str, Any]:
+    """Defaults of sampling: the scheduler's own kind, in fewer steps where it would take them all."""
+    name, known = scheduler["_class_name"], diffusers_unet.process(scheduler).preconditioner
+    if not isinstance(known, Discrete):
+        return {"sampler": "heun", "steps": 18 if side <= 32 else 40}  # arXiv 2206.00364, table 2
+    sampler, steps = ("ddpm", DDPM_STEPS) if name.startswith("DDPM") else ("ddim", DDIM_STEPS)
+    # Only these two have the key; the library's default is to clip.
+    clips = name.startswith(("DDPM", "DDIM")) and scheduler.get("clip_sample", True)
+    within = scheduler.get("clip_sample_range", 1.0) == 1 and not scheduler.get("thresholding")
+    return {"sampler": sampler, "steps": min(steps, len(known.sigmas)), "clip_denoised": bool(clips and within)}
+
+
+def _notes(scheduler: Config, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    known = diffusers_unet.process(scheduler).preconditioner
+    return {
+        "scheduler": scheduler["_class_name"],
+        "predicts": known.prediction if isinstance(known, Discrete) else "EDM's F",
+        "noise_levels": len(known.sigmas) if isinstance(known, Discrete) else "all",
+        "stored_tensors": len(tensors),
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = read_json(path)
+    except RunError as error:
+        raise CheckpointError(str(error).replace("remove its directory and start again", "copy it again")) from None
+    return content
+
+
+def _public(config: Config) -> Config:
+    """Without the library's notes about the writing (its version, the name on the hub)."""
+    return {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_folder(file: Checkpoint, out: Path, dry_run: bool = False) -> dict[str, Any]:
+    """Writes a checkpoint as a folder of diffusers; returns what `export` prints of it.
+
+    Reads the folder again before it gets its name and compares every tensor.
+    Raises UsageError if `out` exists, CheckpointError if the library has no such architecture.
+    """
+    if out.exists():
+        raise UsageError(f"--out {out} exists; choose another name, or remove it")
+    unet, scheduler, tensors = _theirs(file)
+    pipeline = _pipeline(scheduler["_class_name"])
+    result = {
+        "out": str(out),
+        "family": "diffusers",
+        "network": diffusers_unet.UNET_CLASS,
+        "scheduler": scheduler["_class_name"],
+        "pipeline": pipeline or "none",
+        "checkpoint_sha256": file.sha256,
+        "num_tensors": len(tensors),
+    }
+    if dry_run:
+        return {**result, "verified": False, "dry_run": True}
+    with _replacing_folder(out) as folder:
+        write_json(folder / "unet" / "config.json", unet)
+        checkpoint.write_tensors(folder / "unet" / f"{WEIGHTS}.safetensors", tensors, {"format": "pt"})
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+        if pipeline:
+            parts = {
+                "unet": ["diffusers", diffusers_unet.UNET_CLASS],
+                "scheduler": ["diffusers", scheduler["_class_name"]],
+            }
+            write_json(folder / "model_index.json", {"_class_name": pipeline, **parts})
+        written = read(folder).tensors
+        if not all(torch.equal(written[PREFIX + name], tensor.cpu().float()) for name, tensor in tensors.items()):
+            raise CheckpointError(f"{out}: what was written reads back different; it was removed, so try again")
+    return {**result, "verified": True}
+
+
+def _theirs(file: Checkpoint) -> tuple[Config, Config, dict[str, Tensor]]:
+    """Both configurations and the tensors, as the library has them."""
+    config = registry.check_config(file.header.get("config"), file.path)
+    if config["name"] == diffusers_unet.NAME:
+        unet, scheduler = config["options"]["unet"], config["options"]["scheduler"]
+        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in file.tensors.items()}
+    elif config["name"] == "adm-unet":
+        try:
+            unet, scheduler = diffusers_adm.configs(config)
+        except ValueError as error:
+            raise CheckpointError(f"{file.path} cannot become a folder of diffusers: {error}") from None
+        tensors = diffusers_adm.tensors(file.tensors, config)
+    else:
+        raise CheckpointError(
+            f"{file.path} holds the network {config['name']}, which diffusers does not have; it has "
+            f"{diffusers_unet.NAME} and adm-unet"
+        )
+    return {"_class_name": diffusers_unet.UNET_CLASS, **unet}, scheduler, tensors
+
+
+def _pipeline(scheduler: str) -> str | None:
+    """The library's pipeline of unet and scheduler; none of them scales its input, as EDM's schedulers need."""
+    if scheduler in diffusers_unet.EDM_SCHEDULERS:
+        return None
+    return "DDIMPipeline" if scheduler == "DDIMScheduler" else "DDPMPipeline"
+
+
+@contextlib.contextmanager
+def _replacing_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out`; renamed to it when the block ends, removed when the block fails."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.rename(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,215 @@
+"""A UNet2DModel of the library diffusers, under this program's preconditioning.
+
+The network is the library's own, built from its `config.json`; its scheduler's configuration says at which noise
+levels it was trained and what it predicts. Both stay in the options as the folder had them, so that they can be
+written back.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ddo_cli.diffusion import precond
+from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
+from ddo_cli.errors import UsageError
+from ddo_cli.models import registry
+from ddo_cli.models.codec import PixelCodec
+from ddo_cli.models.registry import register
+from ddo_cli.recipe.schema import SamplingRecipe
+
+NAME = "diffusers-unet"
+UNET_CLASS = "UNet2DModel"
+EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+PREDICTIONS: dict[str, precond.Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+
+Config = dict[str, Any]
+
+
+def library() -> ModuleType:
+    """diffusers, imported where it is needed because that takes seconds. Raises UsageError where it is missing."""
+    try:
+        import diffusers
+        import diffusers.models.unets.unet_2d
+        import diffusers.schedulers.scheduling_utils
+    except (ImportError, RuntimeError) as error:  # its lazy imports turn the first into the second
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(
+            f"a {NAME} needs the library diffusers, which cannot be imported ({reason}); "
+            "install it: pip install 'ddo-cli[diffusers]'"
+        ) from None
+    return diffusers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the two configurations say
+
+
+class Process(NamedTuple):
+    """The diffusion that a scheduler's configuration describes."""
+
+    preconditioner: precond.Preconditioner
+    sigma_min: float
+    sigma_max: float
+    sigma_data: float
+    learned_variance: bool
+
+
+def unet_arguments(unet: Config) -> Config:
+    """The library's arguments of the network, each default written out, sample_size a number.
+
+    Raises ValueError if we cannot use them.
+    """
+    if (name := unet.get("_class_name", UNET_CLASS)) != UNET_CLASS:
+        raise ValueError(f"the network is a {name}; only a {UNET_CLASS}, unconditional or with class labels, fits")
+    signature = inspect.signature(library().UNet2DModel.__init__)
+    known = {key: value.default for key, value in signature.parameters.items() if key != "self"}
+    given = {key: value for key, value in unet.items() if not key.startswith("_")}
+    if unknown := sorted(given.keys() - known.keys()):
+        raise ValueError(
+            f"{', '.join(map(repr, unknown))}: the installed diffusers has no such argument of a {UNET_CLASS}; install "
+            "the version that wrote the folder"
+        )
+    full = known | given
+    if isinstance(size := full["sample_size"], (list, tuple)) and len(set(size)) == 1:
+        full["sample_size"] = size[0]
+    wrong = [
+        (full["time_embedding_type"] == "fourier", "time_embedding_type", "positional or learned (discrete steps)"),
+        (bool(full["center_input_sample"]), "center_input_sample", "false, for images in [-1, 1]"),
+        (full["class_embed_type"] is not None, "class_embed_type", "null, an embedding of the class number"),
+        (full["in_channels"] not in (1, 3), "in_channels", "1 or 3, for images; latents are not supported"),
+        (not isinstance(full["sample_size"], int), "sample_size", "the side of square images"),
+    ]
+    if found := [f"{key} = {full[key]!r} must be {must}" for bad, key, must in wrong if bad]:
+        raise ValueError("; ".join(found))
+    return full
+
+
+def process(scheduler: Config) -> Process:
+    """The diffusion of a scheduler's configuration; a key it lacks has that class's default.
+
+    Raises ValueError for a scheduler that is no noise schedule of discrete steps, nor EDM's.
+    """
+    diffusers = library()
+    name = scheduler.get("_class_name")
+    discrete = {each.name for each in diffusers.schedulers.scheduling_utils.KarrasDiffusionSchedulers}
+    if name not in (discrete | set(EDM_SCHEDULERS)):
+        raise ValueError(f"the scheduler is a {name}; known: {', '.join(sorted(discrete | set(EDM_SCHEDULERS)))}")
+    make = getattr(diffusers, name)
+    own = inspect.signature(make.__init__).parameters  # folders keep keys of the scheduler that they had before
+    try:
+        with torch.device("cpu"):  # the network may be under construction without memory
+            made = make(**{key: value for key, value in scheduler.items() if key in own})
+    except Exception as error:  # whatever the library makes of the values
+        raise ValueError(f"{name} refuses its configuration: {str(error).splitlines()[0]}") from None
+    config = scheduler | dict(made.config)
+    prediction = config.get("prediction_type", "epsilon")
+    if name in EDM_SCHEDULERS:
+        if prediction != "epsilon":
+            raise ValueError(f"prediction_type = {prediction!r} of {name} must be 'epsilon', which is EDM's F")
+        edm = precond.Edm(config["sigma_data"])
+        return Process(edm, config["sigma_min"], config["sigma_max"], config["sigma_data"], False)
+    wrong = [
+        (prediction not in PREDICTIONS, "prediction_type", f"one of {', '.join(PREDICTIONS)}"),
+        (bool(config.get("rescale_betas_zero_snr")), "rescale_betas_zero_snr", "false: its last noise level is inf"),
+        (config.get("variance_type") == "learned", "variance_type", "fixed, or learned_range as ADM's"),
+        (config.get("timestep_type") == "continuous", "timestep_type", "discrete, the step's number"),
+    ]
+    if found := [f"{key} = {config[key]!r} must be {must}" for bad, key, must in wrong if bad]:
+        raise ValueError("; ".join(found))
+    levels = precond.Discrete(precond.sigmas_of_betas(made.betas), PREDICTIONS[prediction])
+    learned = config.get("variance_type") == "learned_range"
+    return Process(levels, levels.sigma_min, levels.sigma_max, 0.5, learned)
+
+
+def config_of(unet: Config, scheduler: Config) -> Config:
+    """The configuration of the model that the two make, as `registry.build` takes it. Raises ValueError."""
+    full, diffusion = unet_arguments(unet), process(scheduler)
+    shape = (full["in_channels"], full["sample_size"], full["sample_size"])
+    options = {
+        "unet": unet,
+        "scheduler": scheduler,
+        "learned_variance": diffusion.learned_variance,
+        "sigma_data": diffusion.sigma_data,
+        "sigma_min": diffusion.sigma_min,
+        "sigma_max": diffusion.sigma_max,
+    }
+    return registry.config_of(NAME, shape, full["num_class_embeds"] or 0, options, {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class DiffusersUnet(nn.Module):
+    """net(x, c_noise, label) -> F around the library's network. unet: its configuration."""
+
+    def __init__(self, unet: Config):
+        super().__init__()
+        full = unet_arguments(unet)
+        network = library().UNet2DModel
+        try:
+            self.unet = network(**full)
+        except Exception as error:  # whatever the library makes of the values
+            raise ValueError(f"{UNET_CLASS} refuses its configuration: {str(error).splitlines()[0]}") from None
+        self.told_labels = bool(full["num_class_embeds"])
+        if self.told_labels:
+            table = self.unet.class_embedding
+            self.unet.class_embedding = _Labels(table.num_embeddings, table.embedding_dim)
+        self.whole_steps = full["time_embedding_type"] == "learned"  # a table's row
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor) -> Tensor:
+        """F (B, C or 2 C, H, W). c_noise: float (B,). label: int64 (B,), -1 = no label; ignored without classes."""
+        time = c_noise.long() if self.whole_steps else c_noise
+        return self.unet(x, time, class_labels=label if self.told_labels else None, return_dict=False)[0]
+
+
+class _Labels(nn.Embedding):
+    """Rows of the labels, zeros for -1. The library's networks know no such label until they are finetuned with it."""
+
+    def forward(self, label: Tensor) -> Tensor:
+        rows: Tensor = super().forward(label.clamp(min=0))  # (B, E)
+        return rows * (label >= 0)[:, None]
+
+
+class DiffusersModel(DiffusionModel):
+    """A denoiser that has learned images without labels only where its training dropped some."""
+
+    def check_sampling(self, spec: SamplingRecipe) -> None:
+        super().check_sampling(spec)
+        if spec.cfg_scale not in (None, 1.0) and not self.draw_options.label_drop:
+            raise UsageError(
+                f"sampling.cfg_scale = {spec.cfg_scale} needs a model that also learned images without labels, and "
+                "this one did not; leave it out, or finetune with label_drop above 0 first"
+            )
+
+
+class DiffusersUnetOptions(DiffusionOptions):
+    """Both configurations as in a folder of diffusers; the others follow from them, see `config_of`."""
+
+    precond: Literal["scheduler"] = "scheduler"  # type: ignore[assignment]  # in place of the names of single processes
+    unet: Config  # unet/config.json
+    scheduler: Config  # scheduler/scheduler_config.json
+
+
+@register(NAME, DiffusersUnetOptions, DiffusionDrawOptions)
+def build(
+    shape: tuple[int, ...], num_classes: int, options: DiffusersUnetOptions, draw_options: DiffusionDrawOptions
+) -> DiffusersModel:
+    """A denoiser of square uint8 images. Raises ValueError if shape or classes are not those of the configuration."""
+    full, diffusion = unet_arguments(options.unet), process(options.scheduler)
+    own = (full["in_channels"], full["sample_size"], full["sample_size"])
+    if tuple(shape) != own or num_classes != (full["num_class_embeds"] or 0):
+        raise ValueError(f"unet makes images of shape {own} with num_class_embeds = {full['num_class_embeds']}")
+    outputs = own[0] * (2 if diffusion.learned_variance else 1)
+    if full["out_channels"] != outputs or options.learned_variance != diffusion.learned_variance:
+        raise ValueError(
+            f"unet.out_channels = {full['out_channels']} must be {outputs} with the scheduler's variance_type = "
+            f"{options.scheduler.get('variance_type')!r}, and learned_variance = {diffusion.learned_variance}"
+        )
+    net = DiffusersUnet(options.unet)
+    return DiffusersModel(net, PixelCodec(), shape, num_classes, options, draw_options, diffusion.preconditioner)

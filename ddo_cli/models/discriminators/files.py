@@ -1,0 +1,159 @@
+"""Published classifiers (OpenAI's, DG's) and DG discriminators, from their .pt files: bare state dicts of ADM encoders.
+
+The files hold no configuration: it is read off the shapes. Two different classifiers are called 32x32_classifier.pt,
+one of images and one of latents; the first convolution's input channels tell them apart.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddo_cli import checkpoint
+from ddo_cli.errors import CheckpointError
+from ddo_cli.models import pt_files
+from ddo_cli.models.adm.layers import PUBLISHED, AdmEncoder
+from ddo_cli.models.discriminators import registry as discriminators
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_HEAD_CHANNELS = 64  # of all published files; shapes do not tell it
+_NEEDED = ("time_embed.0.weight", "input_blocks.0.0.weight", "out.2.positional_embedding", "out.2.c_proj.weight")
+_EXPECTED = "this program reads the published ADM classifiers and DG discriminators"
+
+
+class Found(NamedTuple):
+    """kind: "classifier" or "discriminator", config: as `discriminators.build` takes it, and the tensors it loads."""
+
+    kind: str
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def read(path: str | Path, *, trunk: str | None = None, num_classes: int = 0) -> Found:
+    """The network of a published file.
+
+    trunk: for a discriminator, this program's file of the classifier whose features it reads (`read` that one first).
+    num_classes: for a conditional discriminator, the classes of the model it guides; the file's 1000 rows do not tell.
+    Raises CheckpointError if the file holds anything else, or does not fit the trunk.
+    """
+    tensors = _tensors(path)
+    layout = _layout({key: tuple(tensor.shape) for key, tensor in tensors.items()}, path)
+    labels = layout.pop("num_labels")
+    channels, side, outputs = (layout.pop(key) for key in ("in_channels", "size", "num_outputs"))
+    if outputs != 1:
+        if labels:
+            raise CheckpointError(f"{path} is a classifier that is told labels; {_EXPECTED}")
+        layout["time"] = PUBLISHED.get((channels, side), {}).get("time", "linear")
+        config = discriminators.config_of("classifier", "adm-classifier", (channels, side, side), outputs, layout)
+        return Found("classifier", config, tensors)
+    if trunk is None:
+        raise CheckpointError(
+            f"{path} is a discriminator of features with {channels} channels; name with --trunk the classifier "
+            f"that makes them, converted before ({_trunks(channels)})"
+        )
+    header = checkpoint.read_header(trunk, kind="classifier")
+    _check_trunk(header["config"], channels, side, path, trunk)
+    if labels and not 1 <= num_classes <= labels:
+        raise CheckpointError(
+            f"{path} is told labels (up to {labels} classes), and the model has {num_classes} classes"
+        )
+    options = {"trunk": trunk, **layout, **({"label_rows": labels} if labels else {})}
+    shape = tuple(header["config"]["shape"])
+    config = discriminators.config_of(
+        "discriminator", "adm-discriminator", shape, num_classes if labels else 0, options
+    )
+    return Found("discriminator", config, {f"head.{key}": tensor for key, tensor in tensors.items()})
+
+
+def _tensors(path: str | Path) -> dict[str, Tensor]:
+    """The content of a .pt file, in float32."""
+    content = pt_files.read(path, _EXPECTED)
+    if any(tensor.dtype != torch.float32 for tensor in content.values()):  # the copies could be larger than memory
+        pt_files.check_size(content.values(), path)
+    return {key: tensor.float() for key, tensor in content.items()}
+
+
+def _layout(shapes: Shapes, path: str | Path) -> dict[str, Any]:
+    """Arguments of AdmEncoder, without its time."""
+    missing = [key for key in _NEEDED if key not in shapes]
+    if missing:
+        raise CheckpointError(
+            f"{path} is no ADM encoder with an attention-pooling head: it lacks {', '.join(missing)}; {_EXPECTED}"
+        )
+    matches = [re.match(r"input_blocks\.(\d+)\.", key) for key in shapes]
+    blocks = 1 + max(int(match[1]) for match in matches if match)
+    fitting = []
+    for levels in range(1, blocks):
+        if blocks % levels == 0 and blocks > levels:  # each level: `depth` blocks, and the one before them
+            layout = _candidate(shapes, levels, blocks // levels - 1)
+            if layout is not None and _fits(layout, shapes):
+                fitting.append(layout)
+    if len(fitting) != 1:
+        what = "fit no configuration of an ADM encoder" if not fitting else "fit more than one configuration"
+        raise CheckpointError(f"{path}: its tensors {what}; {_EXPECTED}")
+    return fitting[0]
+
+
+def _candidate(shapes: Shapes, levels: int, depth: int) -> dict[str, Any] | None:
+    """What the shapes say if there are so many levels; None if they contradict it at once."""
+    try:
+        width = shapes["time_embed.0.weight"][1]
+        side = math.isqrt(shapes["out.2.positional_embedding"][1] - 1)  # of the features
+        firsts = [f"input_blocks.{level * (depth + 1) + 1}" for level in range(levels)]
+        return {
+            "in_channels": shapes["input_blocks.0.0.weight"][1],
+            "size": side * 2 ** (levels - 1),
+            "num_outputs": shapes["out.2.c_proj.weight"][0],
+            "width": width,
+            "depth": depth,
+            "channel_mult": [shapes[f"{first}.0.in_layers.2.weight"][0] / width for first in firsts],
+            "attention": [
+                side * 2 ** (levels - 1 - level)
+                for level, first in enumerate(firsts)
+                if f"{first}.1.qkv.weight" in shapes
+            ],
+            "num_head_channels": _HEAD_CHANNELS,
+            "num_labels": shapes["label_emb.weight"][0] if "label_emb.weight" in shapes else 0,
+        }
+    except (KeyError, IndexError, ZeroDivisionError):
+        return None
+
+
+def _fits(layout: dict[str, Any], shapes: Shapes) -> bool:
+    try:
+        with torch.device("meta"):
+            expected = AdmEncoder(**layout).state_dict()
+    except (ValueError, RuntimeError, ZeroDivisionError):
+        return False
+    return {key: tuple(tensor.shape) for key, tensor in expected.items()} == dict(shapes)
+
+
+def _check_trunk(config: dict[str, Any], channels: int, side: int, path: str | Path, trunk: str) -> None:
+    """Other classifiers than `adm-classifier` are checked when the discriminator is built."""
+    if config["name"] != "adm-classifier":
+        return
+    options = config["options"]
+    made = round(options["channel_mult"][-1] * options["width"])
+    made_side = config["shape"][1] // 2 ** (len(options["channel_mult"]) - 1)
+    if (made, made_side) != (channels, side):
+        raise CheckpointError(
+            f"{path} reads features of shape {(channels, side, side)}, the classifier {trunk} makes "
+            f"{(made, made_side, made_side)}; give another ({_trunks(channels)})"
+        )
+
+
+def _trunks(channels: int) -> str:
+    """Published classifiers whose features have so many channels, for messages."""
+    found = [
+        f"{side}x{side} of {in_channels} channels"
+        for (in_channels, side), settings in PUBLISHED.items()
+        if settings["channel_mult"][-1] * 128 == channels  # all have width 128
+    ]
+    return f"published ones: {', '.join(found)}" if found else "no published one fits"

@@ -1,0 +1,110 @@
+"""A shallow discriminator on the features of a frozen noisy-image classifier (arXiv 2211.17091, section 4.3)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from ddo_cli import checkpoint
+from ddo_cli.errors import CheckpointError
+from ddo_cli.files import sha256
+from ddo_cli.likelihood import Options
+from ddo_cli.models.discriminators import registry as discriminators
+from ddo_cli.models.discriminators.registry import Classifier, register
+from ddo_cli.models.discriminators.time_encoder import TimeEncoderDiscriminator
+
+
+class TrunkFile(Options):
+    """The frozen classifier under a discriminator; every kind of head adds its own options."""
+
+    trunk: str  # the classifier's file; it is not copied into the discriminator's
+    trunk_sha256: str  # of that file when the discriminator was configured; filled in where it is not given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hashed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if "trunk" in values and "trunk_sha256" not in values:
+            return {**values, "trunk_sha256": sha256(checkpoint.resolve(values["trunk"]))}
+        return values
+
+
+class TrunkOptions(TrunkFile):
+    """Options of `trunk`. The defaults are the published head's width and depth."""
+
+    widths: tuple[PositiveInt, ...] = (128,)
+    depths: tuple[PositiveInt, ...] = (2,)
+    emb_width: int = Field(512, ge=1)
+
+
+class TrunkDiscriminator(nn.Module):
+    """head(trunk.features(x_vp, t), t, label). Only the head has parameters and a place in the state dict."""
+
+    def __init__(self, trunk: Classifier, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+        self._trunk = [trunk]  # in a list: nn.Module would register it, and weight files would carry it
+
+    def forward(self, x_vp: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """(B,). The trunk is differentiated with respect to x_vp where x_vp is, as guidance needs."""
+        return self.head(self._trunk[0].features(x_vp, t), t, label)
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        trunk = self._trunk[0]
+        if isinstance(trunk, nn.Module):
+            trunk._apply(fn, recurse)  # moves to the same device
+        return super()._apply(fn, recurse)
+
+
+class Trunk(NamedTuple):
+    """A frozen classifier, and the channels and side of its features."""
+
+    network: Classifier
+    channels: int
+    side: int
+
+
+def load_trunk(shape: tuple[int, ...], options: TrunkFile) -> Trunk:
+    """The classifier that the options name.
+
+    Raises CheckpointError if its file is missing or changed, ValueError if it is for states of another shape.
+    """
+    try:
+        trunk, file = discriminators.load("classifier", options.trunk, torch.device("cpu"))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; it is the classifier under a discriminator, which names it by this path: put it there, or start "
+            "the program where the path leads to it"
+        ) from None
+    if not callable(getattr(trunk, "features", None)):
+        raise ValueError(f"the trunk {options.trunk} has no method features(x_vp, t); see models/discriminators.py")
+    if options.trunk_sha256 != file.sha256:
+        raise CheckpointError(
+            f"{options.trunk} has changed since the discriminator was trained on it (sha256 {file.sha256[:12]}, then "
+            f"{options.trunk_sha256[:12]}); put the classifier of that time there"
+        )
+    made_for = tuple(file.header["config"]["shape"])
+    if made_for != shape:
+        raise ValueError(f"the trunk {options.trunk} was made for states of shape {made_for}")
+    with torch.no_grad():
+        _, channels, side, _ = trunk.features(torch.zeros(1, *shape), torch.ones(1, dtype=torch.float64)).shape  # type: ignore[operator]
+    return Trunk(trunk, channels, side)  # type: ignore[arg-type]
+
+
+@register("trunk", TrunkOptions)
+def build(shape: tuple[int, ...], num_classes: int, options: TrunkOptions) -> TrunkDiscriminator:
+    """The head for the features that the trunk makes of states of this shape. Raises as `load_trunk` does."""
+    trunk = load_trunk(shape, options)
+    head = TimeEncoderDiscriminator(
+        in_channels=trunk.channels,
+        size=trunk.side,
+        num_classes=num_classes,
+        num_outputs=1,
+        patch=1,
+        widths=options.widths,
+        depths=options.depths,
+        emb_width=options.emb_width,
+    )
+    return TrunkDiscriminator(trunk.network, head.to(memory_format=torch.channels_last))

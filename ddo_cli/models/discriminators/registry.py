@@ -1,0 +1,128 @@
+"""Time-dependent discriminators and classifiers by name, and the files that hold them.
+
+A discriminator is a network (x_vp, t, label) -> logit (B,), an estimate of log p_data - log p_model at VP time t:
+x_vp is the noisy state in VP coordinates (`diffusion.noise`), t float64 (B,) in [0, 1], label int64 (B,), -1 = none.
+A noisy-image classifier is a network (x_vp, t) -> logits (B, classes) with `features(x_vp, t)` (B, C, h, w) before its
+pooling head. It serves twice: as classifier guidance, and as the frozen trunk under a shallow discriminator (arXiv
+2211.17091, section 4.3). A new one is a file here and a line in BUILTIN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ddo_cli import checkpoint
+from ddo_cli.checkpoint import Checkpoint
+from ddo_cli.diffusion import vp_sde
+from ddo_cli.errors import CheckpointError, RecipeError
+from ddo_cli.likelihood import Options
+from ddo_cli.models.catalog import Catalog, option_problems
+
+BUILTIN = {
+    "adm-discriminator": "ddo_cli.models.discriminators.adm_head",
+    "time-encoder": "ddo_cli.models.discriminators.time_encoder",
+    "time-mlp": "ddo_cli.models.discriminators.time_mlp",
+    "trunk": "ddo_cli.models.discriminators.on_trunk",
+}
+CLASSIFIERS = {
+    "adm-classifier": "ddo_cli.models.adm.layers",
+    "time-encoder-classifier": "ddo_cli.models.discriminators.time_encoder",
+}
+# What x_vp and t mean to a network. Stored in its file; a file of another process is refused.
+PROCESS = {"name": "vp-linear", "beta_0": vp_sde.BETA_0, "beta_1": vp_sde.BETA_1}
+
+
+class Classifier(Protocol):
+    """What a trunk must offer, see the module's docstring."""
+
+    def features(self, x_vp: Tensor, t: Tensor) -> Tensor: ...
+
+    def __call__(self, x_vp: Tensor, t: Tensor) -> Tensor: ...
+
+
+class Entry(NamedTuple):
+    """A registered network: its option class and the function (shape, num_classes, options) -> module."""
+
+    options: type[Options]
+    build: Callable[[tuple[int, ...], int, Any], nn.Module]
+
+
+B = TypeVar("B", bound=Callable[..., nn.Module])
+_REMEDY = "a network of your own is registered by the Python file given as model.file"
+_discriminators: Catalog[Entry] = Catalog("discriminator.name", BUILTIN, _REMEDY)
+_classifiers: Catalog[Entry] = Catalog("classifier.name", CLASSIFIERS, _REMEDY)
+_CATALOGS = {"discriminator": _discriminators, "classifier": _classifiers}
+
+
+def register(name: str, options: type[Options]) -> Callable[[B], B]:
+    """Decorator of a builder: makes the discriminator known under `name`."""
+    return _adder(_discriminators, name, options)
+
+
+def register_classifier(name: str, options: type[Options]) -> Callable[[B], B]:
+    """Decorator of a builder: makes the noisy-image classifier known under `name`."""
+    return _adder(_classifiers, name, options)
+
+
+def _adder(catalog: Catalog[Entry], name: str, options: type[Options]) -> Callable[[B], B]:
+    def add(build: B) -> B:
+        catalog.add(name, Entry(options, build))
+        return build
+
+    return add
+
+
+def config_of(
+    kind: str, name: str, shape: tuple[int, ...], num_classes: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The configuration that a weight file carries, with every default written out.
+
+    kind: "discriminator" or "classifier". shape: of a state in model space. num_classes: a discriminator's 0 means that
+    it ignores labels. Raises RecipeError listing what is wrong with the options.
+    """
+    entry = _CATALOGS[kind].find(name)
+    if found := option_problems(f"{kind}.options", name, entry.options, options):
+        raise RecipeError("\n".join(found))
+    values = entry.options.model_validate(options).model_dump(mode="json")
+    return {"name": name, "shape": list(shape), "num_classes": num_classes, "options": values}
+
+
+def build(kind: str, config: dict[str, Any]) -> nn.Module:
+    """The network of a configuration. Raises RecipeError if it cannot be built."""
+    entry = _CATALOGS[kind].find(config["name"])
+    shape = tuple(config["shape"])
+    try:
+        return entry.build(shape, config["num_classes"], entry.options.model_validate(config["options"]))
+    except ValueError as error:
+        raise RecipeError(f"{kind} {config['name']} for states of shape {shape}: {error}") from None
+
+
+class Loaded(NamedTuple):
+    """A frozen network in eval mode on its device, and the file it came from."""
+
+    network: nn.Module
+    checkpoint: Checkpoint
+
+
+def load(kind: str, path: str | Path, device: torch.device) -> Loaded:
+    """A discriminator or classifier from its file. Raises CheckpointError if the file holds something else."""
+    file = checkpoint.load(path, kind=kind)
+    header = file.header
+    if header.get("process") != PROCESS:
+        raise CheckpointError(
+            f"{path} was trained with the noise process {header.get('process')} where this program has {PROCESS}; "
+            "train one with ddo train-disc"
+        )
+    if not isinstance(header.get("config"), dict):
+        raise CheckpointError(f"{path} holds no configuration of a {kind}; give a file that ddo wrote")
+    network = build(kind, header["config"])
+    try:
+        network.load_state_dict(file.tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: tensors do not fit the {kind} its header describes: {error}") from None
+    return Loaded(network.to(device).eval().requires_grad_(False), file)

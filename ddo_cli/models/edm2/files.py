@@ -1,0 +1,211 @@
+"""EDM2's pickles: the averaged network inside one -> a configuration of `registry` and tensors under our names."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddo_cli.errors import CheckpointError, printable
+from ddo_cli.models import pt_files, registry
+from ddo_cli.models.edm import files as foreign
+from ddo_cli.models.edm2.published import PUBLISHED
+from ddo_cli.models.edm2.vae_codec import CHANNELS, DEFAULT_VAE, FACTOR, StabilityCodec
+from ddo_cli.safe_pickle import Array, Record
+
+# Constructor of the network: argument -> our option, its default there.
+_ARGUMENTS = {
+    "model_channels": ("width", 192),
+    "channel_mult": ("channel_mult", [1, 2, 3, 4]),
+    "num_blocks": ("num_blocks", 3),
+    "attn_resolutions": ("attn_resolutions", [16, 8]),
+    "channels_per_head": ("head_width", 64),
+}
+# Without an option of ours: the one value of every published file.
+_FIXED: dict[str, Any] = {
+    "channel_mult_noise": None,
+    "channel_mult_emb": None,
+    "label_balance": 0.5,
+    "concat_balance": 0.5,
+    "res_balance": 0.3,
+    "attn_balance": 0.3,
+    "clip_act": 256,
+    "resample_filter": [1, 1],
+    "logvar_channels": 128,
+}
+# Read apart, or of no use here: see the same in `foreign`.
+_READ = {"img_resolution", "img_channels", "label_dim", "dropout", "use_fp16", "sigma_data"}
+_MOST_BLOCKS = 500  # the published have 36; chosen by us, so that a hostile file costs a second at most
+_NAME = re.compile(r"-(?P<kimg>\d{7})-(?P<std>0\.\d{3})\.pkl")
+
+
+class Edm2File(NamedTuple):
+    """A pickle as it was read; see `foreign.EdmFile`.
+
+    dtype: of the stored weights. published: the network's published name, if it has one.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    stored: dict[str, Tensor]
+    dtype: str
+    half: bool
+    published: str | None
+
+
+def is_edm2(pickled: foreign.Pickled) -> bool:
+    """Whether the averaged network is one of EDM2's."""
+    return pickled.outer.class_name == "Precond"
+
+
+def read(path: str | Path, pickled: foreign.Pickled) -> Edm2File:
+    """The averaged network (`ema`) of an EDM2 .pkl, and the autoencoder's place in it, float32.
+
+    Raises CheckpointError if the file holds another network or encoder, or its tensors do not fit.
+    """
+    outer = pickled.outer
+    try:
+        config = _config(pickled, path)
+        stored = dict(foreign.tensors_of(outer, "", set()))
+        pt_files.check_size(stored.values(), path)
+        _check_blocks(config["options"], len(stored))
+        names = _Names()
+        tensors = dict(names.from_edm(key, _as_evaluated(key, stored)) for key in stored)
+        with torch.device("meta"):
+            expected = registry.build(config).state_dict()
+        half = bool((outer.state or {}).get("use_fp16"))
+    except foreign.DAMAGE as error:
+        raise CheckpointError(
+            f"{path}: the network does not fit its description ({type(error).__name__}: {printable(str(error))}); "
+            "download it again"
+        ) from None
+    foreign.check_fits(expected, tensors, names, path)
+    own = {key: tensors[key].to(torch.float32).clone(memory_format=torch.contiguous_format) for key in expected}
+    dtype = str(stored["unet.out_conv.weight"].dtype).removeprefix("torch.")
+    return Edm2File(config, own, stored, dtype, half, published_as(config))
+
+
+def ema_of(name: str) -> dict[str, float | int] | None:
+    """Which average a file holds, by its published name: relative width `std` and number of training `images`.
+
+    The name tells thousands of images of a count that is a multiple of 1024.
+    """
+    found = _NAME.search(name)
+    if not found:
+        return None
+    return {"std": float(found["std"]), "images": (int(found["kimg"]) * 1000 + 999) // 1024 * 1024}
+
+
+def _as_evaluated(name: str, stored: dict[str, Tensor]) -> Tensor:
+    """The tensor as EDM2's program uses it: where files store float16, a gain divided by root fan-in is rounded to it.
+
+    That quotient g / sqrt(n), which scales the filters, is formed from the stored half-precision number and so is one
+    itself. We keep the float32 gain that gives the same quotient; taking the stored one is off by about 1e-4 relative.
+    """
+    tensor = stored[name]
+    prefix, _, last = name.rpartition(".")
+    layer = {"emb_gain": "emb_linear.weight", "out_gain": "out_conv.weight"}.get(last)
+    if layer is None:
+        return tensor
+    weight = stored.get(f"{prefix}.{layer}")
+    if tensor.dtype == torch.float16 and weight is not None:
+        root = math.sqrt(weight[0].numel())
+        tensor = (tensor / root).to(torch.float32) * root
+    return tensor.reshape(1)
+
+
+class _Names:
+    """Official names <-> ours."""
+
+    def from_edm(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
+        if name.startswith("net."):
+            raise KeyError(f"unexpected {name}")
+        return re.sub(r"^unet\.", "net.", name), tensor
+
+    def to_edm(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
+        return re.sub(r"^net\.", "unet.", name), tensor.reshape(()) if name.endswith("_gain") else tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+def _config(pickled: foreign.Pickled, path: str | Path) -> dict[str, Any]:
+    """Configuration of the preconditioned network, from the arguments it was made with, and of its encoder."""
+    state = pickled.outer.state or {}
+    given = foreign.plain_arguments(state["_init_kwargs"])
+    if (network := state["_modules"]["unet"].class_name) != "UNet":
+        raise CheckpointError(f"{path} holds a Precond around a {printable(network)}; EDM2's network is a UNet")
+    if unknown := sorted(given.keys() - _ARGUMENTS.keys() - _FIXED.keys() - _READ):
+        listed = printable(", ".join(unknown))
+        raise CheckpointError(f"{path}: the network was made with arguments that are not known: {listed}")
+    if state["_init_args"] != ():
+        raise CheckpointError(f"{path}: the network was made with arguments that have no name")
+    for key, known in _FIXED.items():
+        if (value := given.get(key, known)) != known:
+            raise CheckpointError(
+                f"{path}: {key} = {printable(repr(value))} of its UNet; every published file has {known}, and this "
+                "program knows nothing else"
+            )
+    options = {ours: given.get(theirs, default) for theirs, (ours, default) in _ARGUMENTS.items()}
+    options["sigma_data"] = foreign.number(state["sigma_data"], "sigma_data")
+    keys = ("img_channels", "img_resolution", "label_dim")
+    channels, side, classes = (foreign.number(state[key], key, int) for key in keys)
+    shape = (channels, side, side)
+    if _is_latent(pickled.content.get("encoder"), path):
+        if channels != CHANNELS:
+            raise CheckpointError(f"{path}: its network has {channels} channels and its autoencoder {CHANNELS}")
+        options["codec"], shape = "sd-vae", (3, FACTOR * side, FACTOR * side)
+    return registry.config_of("edm2-unet", shape, classes, options, {})
+
+
+def _is_latent(encoder: Any, path: str | Path) -> bool:
+    """Whether the network sees latents of the published autoencoder, and not pixels. Raises CheckpointError."""
+    if encoder is None:
+        return False  # pixels, as EDM2's program takes it
+    if not isinstance(encoder, Record):
+        raise TypeError("an encoder that is no object")
+    if encoder.class_name == "StandardRGBEncoder":
+        return False
+    if encoder.class_name != "StabilityVAEEncoder":
+        raise CheckpointError(
+            f"{path} draws with a {printable(encoder.class_name)}; what can be converted has a StandardRGBEncoder or a "
+            "StabilityVAEEncoder"
+        )
+    state, own = encoder.state or {}, StabilityCodec()
+    if type(vae := state["vae_name"]) is not str:
+        raise TypeError("its autoencoder has no name")
+    if vae != DEFAULT_VAE:
+        raise CheckpointError(f"{path}: its autoencoder is {printable(vae[:80])!r}; published files have {DEFAULT_VAE}")
+    for key, known in (("scale", own.scale), ("bias", own.bias)):
+        array = state[key]
+        values = array.values if isinstance(array, Array) else None
+        if values is None or values.shape != (CHANNELS,) or not np.allclose(values, known.flatten().numpy(), rtol=1e-5):
+            raise CheckpointError(
+                f"{path}: the {key} of its latents is not that of every published file, and this program knows no other"
+            )
+    return True
+
+
+def _check_blocks(options: dict[str, Any], num_tensors: int) -> None:
+    """Raises ValueError if there are too few tensors for so many blocks: building them could take hours."""
+    blocks = len(options["channel_mult"]) * (2 * options["num_blocks"] + 3)
+    if blocks > _MOST_BLOCKS:
+        raise ValueError(f"{blocks} blocks are more than any network of its kind has")
+    if 4 * blocks > num_tensors:  # a gain, two convolutions and a linear layer
+        raise ValueError(f"{num_tensors} tensors are too few")
+
+
+def published_as(config: dict[str, Any]) -> str | None:
+    """The published network of this configuration, whatever the noise levels it was trained with."""
+    for name, entry in PUBLISHED.items():
+        model, shape, num_classes, options, draw = entry.config
+        known = registry.config_of(model, shape, num_classes, options, draw)
+        if {**known, "draw": None} == {**config, "draw": None}:
+            return name
+    return None

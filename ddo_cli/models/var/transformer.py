@@ -1,0 +1,317 @@
+"""VAR: an autoregressive transformer over the scales of a VQVAE's tokens (arXiv 2404.02905).
+
+p(x | label) = prod_s p(map s | maps before it, label); the tokens of a map are independent given the earlier maps. So
+the likelihood of an image's tokens is exact and takes one pass, and sampling takes one pass per scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ddo_cli.diffusion.guidance import Guide
+from ddo_cli.errors import DataError, RecipeError, UsageError
+from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, drop_labels
+from ddo_cli.models.codec import hash_of
+from ddo_cli.models.registry import register
+from ddo_cli.models.tokens import inverse_cdf, is_guided, of_tokens, sampled_log_prob
+from ddo_cli.models.var.layers import Block, Cache, Head
+from ddo_cli.models.var.vqvae import Vqvae, VqvaeOptions, load_into
+from ddo_cli.models.var.vqvae_layers import full_precision
+from ddo_cli.recipe.schema import SamplingRecipe
+from ddo_cli.rng import RowRng
+
+HEAD_WIDTH = 64  # of every published model
+# Initial size of the blocks' gates up to a depth (their training scripts).
+_GATES = {20: 1e-3, 24: 1e-4, 30: 1e-5, 1000: 5e-6}
+
+
+class VarOptions(Options):
+    """Options of `var`. The defaults are those of VAR-d16; with another depth alone, those of that size."""
+
+    depth: int = Field(16, ge=1, le=1000)
+    width: int | None = Field(None, ge=1)  # None: 64 for each of `depth`
+    heads: int | None = Field(None, ge=1)  # None: one for each 64 of the width
+    shared_adaln: bool = False  # one modulation layer for all blocks (d36)
+    l2_norm: bool = True  # of queries and keys
+    vqvae: VqvaeOptions = VqvaeOptions()  # of the tokenizer, whose weights lie in the model's file
+    tokenizer: str | None = None  # the tokenizer's own file: read by `ddo pretrain`, and by nothing after it
+
+
+class VarDrawOptions(DrawOptions):
+    """Training randomness of VAR. Published: label_drop 0.1; drop_path 0.1 depth / 24, in pretraining only."""
+
+    drop_path: float = Field(0.0, ge=0, lt=1)  # share of rows that skip the last block's layers; from 0 at the first
+
+
+class VarDraw(NamedTuple):
+    """drop (B,): rows that lose their label; keep (B, depth, 2): multipliers of drop path, (B, 0, 2) without."""
+
+    drop: Tensor
+    keep: Tensor
+
+
+class Var(LikelihoodModel):
+    """x: int64 tokens (B, L) of all scales. The VQVAE is part of the model and stays as it is.
+
+    Guidance grows with the scale, as published: at scale s of S the logits are
+        uncond + (1 + (cfg_scale - 1) s / (S - 1)) (cond - uncond).
+    Here as everywhere cfg_scale = 1 is off. The published scripts count from 0: their cfg is cfg_scale - 1, so their
+    "cfg 1.5" is cfg_scale 2.5.
+    """
+
+    sampling_fields = frozenset({"cfg_scale", "temperature", "top_k", "top_p", "smooth"})
+    DrawOptions = VarDrawOptions
+    level: Tensor  # (L,), the scale of each token
+
+    def __init__(
+        self, shape: tuple[int, ...], num_classes: int, options: VarOptions, draw_options: VarDrawOptions
+    ) -> None:
+        """Raises ValueError if the images' shape is not the VQVAE's, or heads do not divide the width."""
+        super().__init__()
+        self.shape, self.num_classes = tuple(shape), num_classes
+        self.options, self.draw_options = options, draw_options
+        self.sides, self.length = options.vqvae.patch_nums, options.vqvae.length
+        self.latent_shapes = ((self.length,),)
+        self.width = options.width or HEAD_WIDTH * options.depth
+        self.heads = options.heads or max(self.width // HEAD_WIDTH, 1)
+        if self.width % self.heads:
+            raise ValueError(f"model.options.heads = {self.heads} must divide width = {self.width}")
+        self.vqvae = Vqvae(self.shape, options.vqvae).requires_grad_(False).eval()
+        self.class_embedding = nn.Embedding(num_classes + 1, self.width)  # the last row: no label
+        self.start = nn.Parameter(torch.empty(1, 1, self.width))
+        self.word = nn.Linear(options.vqvae.z_channels, self.width)
+        self.position = nn.Parameter(torch.empty(1, self.length, self.width))
+        self.level_embedding = nn.Embedding(len(self.sides), self.width)
+        if options.shared_adaln:
+            self.shared_adaln = nn.Linear(self.width, 6 * self.width)
+        self.blocks = nn.ModuleList(
+            Block(self.width, self.heads, options.l2_norm, options.shared_adaln) for _ in range(options.depth)
+        )
+        self.head = Head(self.width, options.vqvae.vocabulary)
+        level = torch.cat([torch.full((side**2,), s) for s, side in enumerate(self.sides)])
+        self.register_buffer("level", level, persistent=False)
+        self._initialise()
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """(L,)."""
+        return (self.length,)
+
+    def units(self) -> Sequence[nn.Module]:
+        """The blocks."""
+        return list(self.blocks)
+
+    def no_decay(self, name: str, parameter: nn.Parameter) -> bool:
+        """Vectors, positions, levels, learned scales and the blocks' constant modulation."""
+        exempt = ("start", "position", "level_embedding.weight", ".log_scale", ".adaln")
+        return super().no_decay(name, parameter) or name.endswith(exempt)
+
+    def train(self, mode: bool = True) -> Var:
+        """As of any module, but the VQVAE stays in eval mode."""
+        super().train(mode)
+        self.vqvae.eval()
+        return self
+
+    def start_training(self) -> None:
+        """Reads the tokenizer. Raises RecipeError if none is given."""
+        if self.options.tokenizer is None:
+            raise RecipeError(
+                "a var is trained on the tokens of a VQVAE: give model.options.tokenizer, a file that `ddo convert` "
+                "made, or `ddo pretrain` with model.name = vqvae"
+            )
+        load_into(self.vqvae, self.options.tokenizer)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Items
+
+    def encode(self, items: Tensor, rng: RowRng | None = None) -> Tensor:
+        """uint8 images (B, C, H, W), or tokens (B, L) of any integer type -> int64 tokens (B, L)."""
+        if items.ndim == 4:
+            return self.vqvae.encode(items)
+        tokens = items.to(torch.int64)
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.options.vqvae.vocabulary:
+            raise DataError(
+                f"tokens from {int(tokens.min())} to {int(tokens.max())} where the model has 0 to "
+                f"{self.options.vqvae.vocabulary - 1}; encode the images with this model"
+            )
+        return tokens
+
+    def latents(self, items: Tensor) -> Tensor:
+        """uint8 images -> tokens (B, L), int16."""
+        return self.encode(items).to(torch.int16)
+
+    def encoder_id(self) -> str:
+        """The hash of what tokens come from: the VQVAE's encoder and its codes."""
+        used, tensors = ("encoder.", "quant_conv.", "quantize."), self.vqvae.state_dict()
+        return "vqvae:" + hash_of({name: tensors[name] for name in tensors if name.startswith(used)})
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Tokens (B, L), or what smooth sampling gives in their place -> uint8 images (B, C, H, W)."""
+        with torch.no_grad(), full_precision(x.device):
+            f_hat = x if x.is_floating_point() else self.vqvae.quantize.f_hat(x)
+        return self.vqvae.decode(f_hat)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Likelihood
+
+    def logits(self, x: Tensor, label: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Logits of every token given the scales before its own, (B, L, vocabulary), float32; the last is unread."""
+        with full_precision(x.device):
+            embedded = self._class(label)  # (B, C)
+            first = embedded[:, None] + self.start
+            h = torch.cat([first, self.word(self.vqvae.quantize.inputs(x))], dim=1) + self._positions()  # (B, L, C)
+        if torch.is_autocast_enabled(h.device.type):
+            h = h.to(torch.get_autocast_dtype(h.device.type))  # the published training runs the whole stream in it
+        silu, condition = self._conditions(embedded)
+        mask = self.level[:, None] >= self.level  # a query sees its own scale and the ones before
+        for i, block in enumerate(self.blocks):
+            h = block(h, condition, mask, None if keep is None else keep[:, i])
+        return self.head(h, silu)
+
+    def draw(self, num_rows: int, rng: RowRng) -> VarDraw:
+        """Label drops, and what drop path keeps."""
+        drop = rng.rand() < self.draw_options.label_drop
+        if not self.draw_options.drop_path:
+            return VarDraw(drop, torch.ones(num_rows, 0, 2))
+        share = torch.linspace(0, self.draw_options.drop_path, self.options.depth)[:, None]  # of each block
+        return VarDraw(drop, (rng.rand((self.options.depth, 2)) >= share) / (1 - share))
+
+    def predict(self, x: Tensor, label: Tensor, draw: VarDraw) -> Tensor:
+        """log p(x_i | scales before), (B, L) nats, float32. Drop path acts in train mode only, and so not in DDO."""
+        keep = draw.keep if self.training and draw.keep.shape[1] else None
+        return of_tokens(self.logits(x, drop_labels(label, draw), keep).log_softmax(2), x)
+
+    def log_lik(self, prediction: Tensor, x: Tensor, draw: VarDraw) -> Tensor:
+        """log p(x), exact, (B,) nats: the sum over all tokens."""
+        return prediction.sum(1)
+
+    def log_ratio(self, prediction: Tensor, ref_prediction: Tensor, x: Tensor, draw: VarDraw) -> Tensor:
+        """log p(x) - log p_ref(x), (B,): subtracted token by token, where the terms are small, and then summed."""
+        return (prediction - ref_prediction).sum(1)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Sampling
+
+    @torch.no_grad()
+    def sample(self, label: Tensor, rng: RowRng, spec: SamplingRecipe, guides: Sequence[Guide] = ()) -> Sampled:
+        """Tokens (B, L), one uniform number per token from the row's own generator, so no row depends on another.
+
+        Keys and values of earlier scales are kept. nfe counts a pass over one scale as an evaluation, so S of them, and
+        with guidance 2 S, cost what one or two passes over all tokens do.
+        With smooth, x is the sum of mixed codes f_hat (B, z, p, p) instead, which only `decode` takes.
+        """
+        self.check_guides(spec, guides)
+        quantize, guided = self.vqvae.quantize, is_guided(spec)
+        uniform = rng.rand((self.length,), dtype=torch.float64).to(label.device)  # (B, L)
+        rows = torch.cat([label, torch.full_like(label, NO_LABEL)]) if guided else label  # (B or 2B,)
+        embedded = self._class(rows)
+        silu, condition = self._conditions(embedded)
+        positions = self._positions()
+        caches = self._caches(len(rows))
+        f_hat = positions.new_zeros(len(label), self.options.vqvae.z_channels, self.sides[-1], self.sides[-1])
+        h = embedded[:, None] + self.start + positions[:, :1]  # (B or 2B, 1, C)
+        x = []
+        for scale, (start, stop) in enumerate(self.options.vqvae.bounds):
+            for block, cache in zip(self.blocks, caches, strict=True):
+                h = block(h, condition, cache=cache, start=start)
+            logits = self.head(h, silu)
+            conditional, unconditional = logits.chunk(2) if guided else (logits, None)
+            log_prob = sampled_log_prob(conditional, unconditional, spec, self._cfg_scale(spec, scale))  # (B, l, V)
+            tokens = inverse_cdf(log_prob, uniform[:, start:stop])  # (B, l)
+            x.append(tokens)
+            with full_precision(label.device):
+                codes = self._smoothed(log_prob, scale, rng) if spec.smooth else quantize.codes(tokens, scale)
+                f_hat = f_hat + quantize.contribution(codes, scale)
+            if scale + 1 < len(self.sides):
+                word = self.word(quantize.reduced(f_hat, scale + 1).flatten(2).transpose(1, 2))  # (B, next l, C)
+                h = (word + positions[:, stop : stop + word.shape[1]]).repeat(2 if guided else 1, 1, 1)
+        return Sampled(f_hat if spec.smooth else torch.cat(x, dim=1), len(self.sides) * (2 if guided else 1))
+
+    def check_sampling(self, spec: SamplingRecipe) -> None:
+        """Adds to the contract's check: guidance needs classes."""
+        super().check_sampling(spec)
+        if is_guided(spec) and not self.num_classes:
+            raise UsageError(f"sampling.cfg_scale = {spec.cfg_scale} needs a class-conditional model; leave it out")
+
+    @torch.no_grad()
+    def log_density(self, x: Tensor, label: Tensor, spec: SamplingRecipe, guides: Sequence[Guide] = ()) -> Tensor:
+        """log of the probability that `sample` draws x, (B,) nats: exact, with temperature, truncation and guidance."""
+        self.check_guides(spec, guides)
+        if spec.smooth:
+            raise UsageError("sampling.smooth = true draws mixtures of codes, which have no probability; leave it out")
+        unconditional = self.logits(x, torch.full_like(label, NO_LABEL)) if is_guided(spec) else None
+        scale = torch.tensor([self._cfg_scale(spec, s) for s in range(len(self.sides))], dtype=torch.float64)
+        of_token = scale.to(x.device)[self.level][:, None]  # (L, 1)
+        return of_tokens(sampled_log_prob(self.logits(x, label), unconditional, spec, of_token), x).sum(1)
+
+    def _cfg_scale(self, spec: SamplingRecipe, scale: int) -> float:
+        return 1 + ((spec.cfg_scale or 1.0) - 1) * scale / (len(self.sides) - 1)
+
+    def _smoothed(self, log_prob: Tensor, scale: int, rng: RowRng) -> Tensor:
+        """Mixed codes (B, z, p_s, p_s): Gumbel-softmax of sharpened logits, cooled down over the scales."""
+        at = scale / (len(self.sides) - 1)
+        noise = -torch.log(-torch.log(rng.rand(log_prob.shape[1:], dtype=torch.float64))).to(log_prob.device)
+        weight = ((log_prob * (1 + at) + noise) / max(0.27 * (1 - 0.95 * at), 0.005)).softmax(-1)
+        embedding = self.vqvae.quantize.embedding.weight
+        return self.vqvae.quantize.as_map(weight.to(embedding.dtype) @ embedding, scale)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Pieces
+
+    def _class(self, label: Tensor) -> Tensor:
+        """Class embedding (B, C)."""
+        return self.class_embedding(torch.where(label < 0, self.num_classes, label) if self.num_classes else label * 0)
+
+    def _positions(self) -> Tensor:
+        """What is added to every token, the first one too, (1, L, C)."""
+        return self.level_embedding(self.level) + self.position
+
+    def _conditions(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the head and of the blocks."""
+        silu = F.silu(embedded)
+        shared = self.shared_adaln(silu).unflatten(1, (1, 6, -1)) if self.options.shared_adaln else silu
+        return silu, shared
+
+    def _caches(self, rows: int) -> list[Cache]:
+        size, kind = (2, rows, self.heads, self.length, self.width // self.heads), self.position.device.type
+        # The type in which attention computes: keys, normalised in float32, are rounded as they come in, and not all of
+        # them again at every scale.
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.position.dtype
+        return [Cache(*self.position.new_empty(size, dtype=dtype).unbind()) for _ in self.blocks]
+
+    def _initialise(self) -> None:
+        """The published initialisation."""
+        std = math.sqrt(1 / (3 * self.width))
+        outside = [module for name, module in self.named_modules() if not f"{name}.".startswith("vqvae.")]
+        for module in outside:
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.trunc_normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for parameter in (self.start, self.position):
+            nn.init.trunc_normal_(parameter, std=std)
+        gate = next(size for depth, size in _GATES.items() if self.options.depth <= depth)
+        with torch.no_grad():
+            self.head.linear.weight *= 0.02
+            self.head.adaln.weight *= 0.5
+            for block in self.blocks:
+                assert isinstance(block, Block), "made above"
+                block.attn.out.weight /= math.sqrt(2 * self.options.depth)
+                block.fc2.weight /= math.sqrt(2 * self.options.depth)
+                adaln = block.adaln
+                rows = adaln.weight.unflatten(0, (6, -1)) if isinstance(adaln, nn.Linear) else adaln[0, 0]
+                rows[:2] *= gate
+                rows[2:] *= 0.5
+
+
+@register("var", VarOptions, VarDrawOptions)
+def build(shape: tuple[int, ...], num_classes: int, options: VarOptions, draw_options: VarDrawOptions) -> Var:
+    """A VAR for images of shape (C, H, W)."""
+    return Var(shape, num_classes, options, draw_options)

@@ -1,0 +1,199 @@
+"""YAML files of recipes and key=value overrides. All problems of a recipe are reported together.
+
+One recipe serves every command: `pretrain` reads `model` and `pretrain`, `finetune-ddo` reads `finetune`, `train-disc`
+reads `discriminator` and stores `guidance` for `guide-sample`; all read `data`, `sampling` and `metric`. Counts of
+training are in images, as in the papers, not in steps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ddo_cli.errors import RecipeError
+from ddo_cli.recipe.schema import DEFAULT_RECIPE, Recipe, SamplingRecipe, messages, nearest
+
+
+def recipe_dirs() -> list[Path]:
+    """Where named recipes live: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    return [path for path in (package / "recipes", package.parent / "recipes") if path.is_dir()]
+
+
+def recipe_names() -> dict[str, Path]:
+    """Names and files of the recipes that come with the package."""
+    return {path.stem: path for root in recipe_dirs() for path in sorted(root.rglob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by path or by name. Raises RecipeError naming the nearest."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise RecipeError(f"recipe {name} does not exist; give a YAML file or one of: {', '.join(recipe_names())}")
+        return path
+    if name not in recipe_names():
+        raise RecipeError(f"unknown recipe '{name}'{nearest(name, recipe_names())}; known: {', '.join(recipe_names())}")
+    return recipe_names()[name]
+
+
+def load(
+    name: str = DEFAULT_RECIPE,
+    overrides: Sequence[str] = (),
+    given: dict[str, Any] | None = None,
+    check: Callable[[Recipe], list[str]] | None = None,
+) -> Recipe:
+    """The recipe `name` with command-line values in place of its own.
+
+    overrides: "section.key=value" strings; values are YAML. Of two for a key the later one counts.
+    given: values of options by dotted key; those that are None are left alone.
+    check: further problems of a valid recipe (for example of the model's own options).
+    Raises RecipeError listing every problem.
+    """
+    path = find_recipe(name)
+    try:
+        content = _parse_yaml(path.read_text(encoding="utf-8"))
+    except _GivenTwiceError as error:
+        raise RecipeError(f"{path}, {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} must hold keys such as 'name:' and 'finetune:', not {type(content).__name__}")
+    content = {key: value for key, value in content.items() if value is not None}  # a section without keys
+    values, problems = _parse_overrides(overrides)
+    values |= {key: value for key, value in (given or {}).items() if value is not None}
+    for key, value in values.items():
+        try:
+            _set(content, key, value)
+        except TypeError as error:
+            problems.append(f"command line: {key}={value}: {error}")
+    places = dict.fromkeys(values, "command line")
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError("\n".join(problems + list(messages(error, str(path), places)))) from None
+    problems += check(recipe) if check else []
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return recipe
+
+
+def differing_keys(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Lines "key: theirs -> ours" of all keys whose values differ. None is the same as no key."""
+    left, right = dict(_flatten(theirs)), dict(_flatten(ours))
+    return [
+        f"{key}: {left.get(key, 'absent')} -> {right.get(key, 'absent')}"
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key) != right.get(key)
+    ]
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML text."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, as everywhere else; YAML 1.1 wants 1.0e-4."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """A dictionary. Raises _GivenTwiceError for a key that is there twice: YAML would keep the last, in silence."""
+        seen = set[Any]()
+        for key_node, _ in node.value:
+            if key_node.tag != "tag:yaml.org,2002:merge":
+                if key_node.value in seen:
+                    line = key_node.start_mark.line + 1
+                    raise _GivenTwiceError(f"line {line}: the key '{key_node.value}' is given twice; leave one out")
+                seen |= {key_node.value} if isinstance(key_node.value, str) else set()
+        return super().construct_mapping(node, deep)
+
+
+class _GivenTwiceError(yaml.YAMLError):
+    pass
+
+
+_FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
+
+
+def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Values by key of "key=value" strings, and what is wrong with the others."""
+    values: dict[str, Any] = {}
+    problems = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            problems.append(f"'{override}' is not of the form section.key=value, e.g. finetune.lr=1e-4")
+            continue
+        try:
+            values[key.strip()] = _parse_yaml(text)
+        except yaml.YAMLError as error:
+            problems.append(f"command line: '{override}' is not YAML: {' '.join(str(error).split())}")
+    return values, problems
+
+
+def repeated(overrides: Sequence[str], given: dict[str, Any]) -> list[str]:
+    """A message for each key that a command line gives twice: one of the two would be left out in silence.
+
+    given: values of options by key, as `load` takes them; it lets the later one win, which is what a program wants
+    that adds to a list of its own.
+    """
+    seen = {key: f"by its option ({value})" for key, value in given.items() if value is not None}
+    problems = []
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in seen:
+            problems.append(f"command line: {key} is given twice, {seen[key]} and as {override}; leave one out")
+        seen[key] = f"as {override}"
+    return problems
+
+
+def _set(content: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for name in sections:
+        # A round of finetune.from_round is a number in a file and a text here.
+        section: Any = int(name) if name.isdecimal() and int(name) in content else name
+        if content.get(section) is None:
+            content[section] = {}
+        content = content[section]
+        if not isinstance(content, dict):
+            raise TypeError(f"'{section}' is a value, not a section; write {section}.<key>=value")
+    content[last] = value
+
+
+def _flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def parse_sampling(overrides: Sequence[str], flags: dict[str, Any]) -> dict[str, Any]:
+    """Values of SamplingRecipe from "key=value" strings and flags, those that are None left out.
+
+    Raises RecipeError listing every problem.
+    """
+    values, problems = _parse_overrides(overrides)
+    problems += repeated(overrides, flags)
+    for key in values.keys() - SamplingRecipe.model_fields.keys():
+        near = nearest(key, SamplingRecipe.model_fields)
+        problems.append(f"command line: '{key}' is no sampling key{near}; write for example sigma_max=20")
+        del values[key]
+    values |= {key: value for key, value in flags.items() if value is not None}
+    try:
+        SamplingRecipe.model_validate(values)
+    except ValidationError as error:
+        problems += messages(error, "command line", {})
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return values
