@@ -21,13 +21,14 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddo_cli.diffusion.guidance import Guide
 from ddo_cli.errors import UsageError
 from ddo_cli.precision import Precision, inference_precision
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
+from ddo_cli.trainable import Trainable
 
 NO_LABEL = -1  # the label of an unconditional row
 READ_BY_ALL = {"batch", "labels", "precision"}  # fields of SamplingRecipe that `generate` reads
@@ -73,13 +74,10 @@ class Sampled(NamedTuple):
     disc_nfe: int = 0  # evaluations of a guiding discriminator or classifier, each a forward and a backward pass
 
 
-def is_vector(name: str, parameter: nn.Parameter) -> bool:
-    """Biases, gains and norms: parameters that weight decay customarily leaves alone."""
-    return parameter.ndim < 2
-
-
-class LikelihoodModel(nn.Module, ABC):
+class LikelihoodModel(Trainable, ABC):
     """A model with a tractable log-likelihood, exact or a one-draw bound."""
+
+    shardable = True
 
     DrawOptions: ClassVar[type[DrawOptions]] = DrawOptions
     # Fields of SamplingRecipe that this kind of model reads; setting another is a user's mistake.
@@ -162,20 +160,6 @@ class LikelihoodModel(nn.Module, ABC):
         if ref_prediction is None:
             return self.log_lik(prediction, x, draw)
         return self.log_ratio(prediction, ref_prediction, x, draw)
-
-    def start_training(self) -> None:
-        """Called before training from scratch: fetches what comes from other files. Raises DdoError."""
-
-    def before_step(self) -> None:
-        """Called before each optimizer step, e.g. to put weights back where the model wants them; in place."""
-
-    def no_decay(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether AdamW's weight decay leaves this parameter alone."""
-        return is_vector(name, parameter)
-
-    def units(self) -> Sequence[nn.Module]:
-        """The repeated blocks, in order: what is sharded and recomputed one by one. Empty: the network as a whole."""
-        return ()
 
     def passes(self, spec: SamplingRecipe) -> int:
         """What a sample costs, in passes like `predict`'s. Here: each position once, and again without its label."""

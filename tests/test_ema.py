@@ -18,6 +18,7 @@ from ddo_cli.errors import CheckpointError, RecipeError, UsageError
 from ddo_cli.models import registry
 from ddo_cli.recipe.load import load
 from ddo_cli.recipe.schema import TrainRecipe
+from ddo_cli.trainable import Trainable
 from ddo_cli.training import loop, profiles
 from ddo_cli.training.ema import Averages, snapshot_name
 from ddo_cli.training.profiles import Profile
@@ -126,7 +127,7 @@ def test_reconstruction_of_a_trajectory():
 # In the training loop
 
 
-class Net(torch.nn.Module):
+class Net(Trainable):
     def __init__(self):
         super().__init__()
         self.trained = torch.nn.Linear(3, 1)

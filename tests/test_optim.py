@@ -17,6 +17,7 @@ from ddo_cli.errors import NumericsError, RecipeError, RunError
 from ddo_cli.models import registry
 from ddo_cli.recipe.load import load, to_yaml
 from ddo_cli.recipe.schema import Recipe, TrainRecipe
+from ddo_cli.trainable import Trainable
 from ddo_cli.training import loop, optim
 from ddo_cli.training.lr import learning_rate
 
@@ -51,7 +52,7 @@ def test_inverse_square_root_without_its_start():
 # The loop
 
 
-class Net(torch.nn.Module):
+class Net(Trainable):
     """Two layers; `scale` stands for gradients that overflow."""
 
     def __init__(self):

@@ -22,6 +22,7 @@ from ddo_cli.errors import CheckpointError, DataError, RecipeError, RunError, Us
 from ddo_cli.metrics.discrimination import LEVELS, HeldOut, noisy
 from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.recipe.load import load
+from ddo_cli.trainable import Trainable
 
 
 class KilledError(BaseException):
@@ -364,7 +365,7 @@ def held_out(network, size=600):
     return HeldOut((real, label), (fake, label), law, 0, CPU).evaluate(network)
 
 
-class Optimal(torch.nn.Module):
+class Optimal(Trainable):
     """The exact log-ratio: x_t ~ N(+-m, 1) in VP coordinates, so it is 2 m x."""
 
     def __init__(self, gain=1.0):

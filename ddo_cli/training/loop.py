@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ddo_cli import checkpoint, console, dist, sharding
 from ddo_cli.errors import NumericsError, RunError, UsageError
-from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.precision import training_precision
 from ddo_cli.recipe.schema import TrainRecipe
+from ddo_cli.trainable import Trainable
 from ddo_cli.training import optim
 from ddo_cli.training.ema import Averages
 from ddo_cli.training.lr import learning_rate
@@ -68,7 +68,7 @@ class Plan(NamedTuple):
     wants_averages: bool = True  # False: `fit` returns nothing, and spares each process the whole weights
 
 
-def check(model: nn.Module, recipe: TrainRecipe) -> None:
+def check(model: Trainable, recipe: TrainRecipe) -> None:
     """Raises UsageError for settings that this model, or this number of processes, cannot be trained with.
 
     `fit` would say so as well, but only after what a run does first: references are scored, fake sets drawn.
@@ -76,7 +76,7 @@ def check(model: nn.Module, recipe: TrainRecipe) -> None:
     local_rows(recipe.batch, recipe.micro_batch)
     if recipe.recompute:
         units_of(model)
-    if recipe.sharding == "fsdp" and not isinstance(model, LikelihoodModel):
+    if recipe.sharding == "fsdp" and not model.shardable:
         raise UsageError("sharding = fsdp is for models that pretrain and finetune-ddo train; use ddp")
 
 
@@ -96,7 +96,7 @@ def local_rows(batch: int, micro_batch: int | None) -> list[tuple[int, int]]:
     return [(start, start + micro) for start in range(first, first + share, micro)]
 
 
-def fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor]:
+def fit(model: Trainable, plan: Plan, device: torch.device) -> dict[str, Tensor]:
     """Trains `model` in place for plan.steps steps, or until plan.settled, and returns the averaged weights.
 
     Continues from plan.state_file where there is one, bit for bit on a CPU; so a pause at plan.until changes nothing,
@@ -120,7 +120,7 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor]:
+def _fit(model: Trainable, plan: Plan, device: torch.device) -> dict[str, Tensor]:
     recipe = plan.recipe
     check(model, recipe)
     _arrange(model, recipe)
@@ -146,8 +146,7 @@ def _fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor
             rate = learning_rate(recipe, n_images, plan.steps * recipe.batch)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            if isinstance(model, LikelihoodModel):
-                model.before_step()
+            model.before_step()
             for number, (start, stop) in enumerate(pieces):
                 with (
                     _synchronised(wrapped, last=number + 1 == len(pieces)),
@@ -184,11 +183,11 @@ def _fit(model: nn.Module, plan: Plan, device: torch.device) -> dict[str, Tensor
     return sharding.full(averages.first) if plan.wants_averages else {}
 
 
-def _arrange(model: nn.Module, recipe: TrainRecipe) -> None:
+def _arrange(model: Trainable, recipe: TrainRecipe) -> None:
     """Recomputed and sharded as the recipe asks."""
     if recipe.recompute:
         recompute_units(model)
-    if recipe.sharding == "fsdp" and isinstance(model, LikelihoodModel):
+    if recipe.sharding == "fsdp":
         sharding.shard(model, model.units())
 
 
@@ -229,7 +228,7 @@ def _synchronised(module: nn.Module, last: bool) -> Iterator[None]:
 
 def _save(
     plan: Plan,
-    model: nn.Module,
+    model: Trainable,
     optimizer: torch.optim.Adam,
     scale: optim.LossScale,
     averages: Averages,
@@ -258,7 +257,7 @@ def drop_state(state_file: Path) -> None:
     shutil.rmtree(state_directory(state_file), ignore_errors=True)
 
 
-def _lasting(model: nn.Module, optimizer: torch.optim.Adam, averages: Averages) -> dict[str, Tensor]:
+def _lasting(model: Trainable, optimizer: torch.optim.Adam, averages: Averages) -> dict[str, Tensor]:
     """The tensors that a step changes, themselves, and not copies: "model.<name>", "ema.<name>", "adam.<number>.<key>".
 
     Also before the first step, since `optim.build` makes Adam's moments.
@@ -273,7 +272,7 @@ def _lasting(model: nn.Module, optimizer: torch.optim.Adam, averages: Averages) 
 
 def _restore(
     plan: Plan,
-    model: nn.Module,
+    model: Trainable,
     optimizer: torch.optim.Adam,
     scale: optim.LossScale,
     averages: Averages,

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ddo_cli import sharding
 from ddo_cli.errors import UsageError
-from ddo_cli.likelihood import LikelihoodModel, is_vector
 from ddo_cli.recipe.schema import TrainRecipe
+from ddo_cli.trainable import Trainable
 
 # float16 holds no gradient below 6e-8 and none above 65504. Start and patience as in VAR's training: a round may have
 # 80 steps only, so few of them may go to finding the scale.
@@ -20,7 +20,7 @@ _STEPS_TO_DOUBLE = 1000
 SMALLEST_SCALE = 1.0  # chosen by us: here gradients overflow that were not scaled up at all
 
 
-def build(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Adam:
+def build(model: Trainable, recipe: TrainRecipe) -> torch.optim.Adam:
     """The optimizer of the model's trainable parameters, in their order. Raises UsageError if there are none.
 
     Groups are in the order decayed, exempt, which numbers the moments in a saved state.
@@ -36,10 +36,9 @@ def build(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Adam:
     }
     if recipe.optimizer == "adam":
         return _with_moments(torch.optim.Adam([p for _, p in named], **keywords))
-    exempt = model.no_decay if isinstance(model, LikelihoodModel) else is_vector
     groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in named if not exempt(name, p)]},
-        {"params": [p for name, p in named if exempt(name, p)], "weight_decay": 0.0},
+        {"params": [p for name, p in named if not model.no_decay(name, p)]},
+        {"params": [p for name, p in named if model.no_decay(name, p)], "weight_decay": 0.0},
     ]
     return _with_moments(torch.optim.AdamW([group for group in groups if group["params"]], **keywords))
 

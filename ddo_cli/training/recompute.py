@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ddo_cli.errors import UsageError
-from ddo_cli.likelihood import LikelihoodModel
+from ddo_cli.trainable import Trainable
 
 
-def recompute_units(model: nn.Module) -> None:
+def recompute_units(model: Trainable) -> None:
     """From now on the backward pass of `model` keeps only the inputs of its units and computes their insides again.
 
     Each unit becomes one of a derived class: a wrapping module would rename the weights in files, and a function kept
@@ -28,9 +28,9 @@ def recompute_units(model: nn.Module) -> None:
             unit.__class__ = _recomputed(type(unit))  # type: ignore[arg-type]
 
 
-def units_of(model: nn.Module) -> Sequence[nn.Module]:
+def units_of(model: Trainable) -> Sequence[nn.Module]:
     """What can be recomputed of the model. Raises UsageError if it names nothing."""
-    units = model.units() if isinstance(model, LikelihoodModel) else ()
+    units = model.units()
     if not units:
         raise UsageError(
             f"recompute = true: this {type(model).__name__} names no blocks to recompute; leave it out, and lower "

@@ -25,6 +25,7 @@ from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.precision import set_training_precision
 from ddo_cli.recipe.schema import ClassifierRecipe, Recipe
 from ddo_cli.rng import RowRng, seed_from
+from ddo_cli.trainable import Trainable
 from ddo_cli.training import loop
 
 
@@ -115,7 +116,7 @@ def _law(settings: ClassifierRecipe, base: DiffusionModel) -> vp_sde.TimeLaw:
 
 @torch.no_grad()
 def _accuracies(
-    network: nn.Module,
+    network: Trainable,
     base: DiffusionModel,
     settings: ClassifierRecipe,
     x0: Tensor,

@@ -36,6 +36,7 @@ from ddo_cli.objectives.discriminator import discriminator_loss
 from ddo_cli.precision import set_training_precision
 from ddo_cli.recipe.schema import Recipe, SamplingRecipe
 from ddo_cli.rng import RowRng, seed_from
+from ddo_cli.trainable import Trainable
 from ddo_cli.training import loop
 
 # Share of what has been learnt, log 2 - BCE, that the second half of the images may have brought where the held-out
@@ -125,7 +126,7 @@ class _Training:
         recipe: Recipe,
         run_dir: rundir.RunDir,
         base: DiffusionModel,
-        network: nn.Module,
+        network: Trainable,
         real: ItemSet,
         fake: ItemSet,
         header: dict[str, Any],
@@ -320,7 +321,7 @@ def _result(run_dir: rundir.RunDir, state: dict[str, Any]) -> dict[str, Any]:
     return {**paths, **{key: state[key] for key in keys}}
 
 
-def _dry_run(recipe: Recipe, out: Path, network: nn.Module, real: ItemSet) -> dict[str, Any]:
+def _dry_run(recipe: Recipe, out: Path, network: Trainable, real: ItemSet) -> dict[str, Any]:
     settings = recipe.discriminator
     return {
         "out": str(out), "dry_run": True, "model": recipe.model.ckpt, "data": real.name,

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddo_cli.trainable import Trainable
 
-class DigitNet(nn.Module):
+
+class DigitNet(Trainable):
     """Convolutional classifier of 32x32 RGB images; each convolution halves the side, except for the last.
 
     No normalisation layer and no dropout: the features of an image depend on that image only, in training too, and on

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.likelihood import Options
 from ddo_cli.models.discriminators.registry import register_classifier
+from ddo_cli.trainable import Trainable
 
 Time = Literal["linear", "cosine"]
 Resampling = Literal["", "up", "down"]
@@ -193,7 +194,7 @@ def encoder_blocks(
     return blocks, Block([res(channels, channels), attention(channels), res(channels, channels)])
 
 
-class AdmEncoder(nn.Module):
+class AdmEncoder(Trainable):
     """`num_outputs` numbers of a noisy state.
 
     depth: residual blocks of each level. channel_mult: each level's channels, in widths, finest first.

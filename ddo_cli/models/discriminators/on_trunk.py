@@ -15,6 +15,7 @@ from ddo_cli.likelihood import Options
 from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.models.discriminators.registry import Classifier, register
 from ddo_cli.models.discriminators.time_encoder import TimeEncoderDiscriminator
+from ddo_cli.trainable import Trainable
 
 
 class TrunkFile(Options):
@@ -39,7 +40,7 @@ class TrunkOptions(TrunkFile):
     emb_width: int = Field(512, ge=1)
 
 
-class TrunkDiscriminator(nn.Module):
+class TrunkDiscriminator(Trainable):
     """head(trunk.features(x_vp, t), t, label). Only the head has parameters and a place in the state dict."""
 
     def __init__(self, trunk: Classifier, head: nn.Module) -> None:

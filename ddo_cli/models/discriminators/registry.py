@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddo_cli import checkpoint
 from ddo_cli.checkpoint import Checkpoint
@@ -22,6 +22,7 @@ from ddo_cli.diffusion import vp_sde
 from ddo_cli.errors import CheckpointError, RecipeError
 from ddo_cli.likelihood import Options
 from ddo_cli.models.catalog import Catalog, option_problems
+from ddo_cli.trainable import Trainable
 
 BUILTIN = {
     "adm-discriminator": "ddo_cli.models.discriminators.adm_head",
@@ -49,10 +50,10 @@ class Entry(NamedTuple):
     """A registered network: its option class and the function (shape, num_classes, options) -> module."""
 
     options: type[Options]
-    build: Callable[[tuple[int, ...], int, Any], nn.Module]
+    build: Callable[[tuple[int, ...], int, Any], Trainable]
 
 
-B = TypeVar("B", bound=Callable[..., nn.Module])
+B = TypeVar("B", bound=Callable[..., Trainable])
 _REMEDY = "a network of your own is registered by the Python file given as model.file"
 _discriminators: Catalog[Entry] = Catalog("discriminator.name", BUILTIN, _REMEDY)
 _classifiers: Catalog[Entry] = Catalog("classifier.name", CLASSIFIERS, _REMEDY)
@@ -92,20 +93,23 @@ def config_of(
     return {"name": name, "shape": list(shape), "num_classes": num_classes, "options": values}
 
 
-def build(kind: str, config: dict[str, Any]) -> nn.Module:
+def build(kind: str, config: dict[str, Any]) -> Trainable:
     """The network of a configuration. Raises RecipeError if it cannot be built."""
     entry = _CATALOGS[kind].find(config["name"])
     shape = tuple(config["shape"])
     try:
-        return entry.build(shape, config["num_classes"], entry.options.model_validate(config["options"]))
+        network = entry.build(shape, config["num_classes"], entry.options.model_validate(config["options"]))
     except ValueError as error:
         raise RecipeError(f"{kind} {config['name']} for states of shape {shape}: {error}") from None
+    if not isinstance(network, Trainable):
+        raise RecipeError(f"{kind} {config['name']} is a {type(network).__name__}; derive it from trainable.Trainable")
+    return network
 
 
 class Loaded(NamedTuple):
     """A frozen network in eval mode on its device, and the file it came from."""
 
-    network: nn.Module
+    network: Trainable
     checkpoint: Checkpoint
 
 

@@ -15,6 +15,7 @@ from ddo_cli.diffusion import vp_sde
 from ddo_cli.likelihood import NO_LABEL, Options
 from ddo_cli.models.discriminators.registry import register, register_classifier
 from ddo_cli.models.toy.patch_unet import Stage
+from ddo_cli.trainable import Trainable
 
 _NUM_FREQUENCIES = 16  # of the time's Fourier features
 _MAX_FREQUENCY = 16.0  # ln(sigma) / 4 spans about [-1.6, 1.3]: the fastest feature has 7 periods there
@@ -24,7 +25,7 @@ _FINE_ENOUGH = 8  # levels are added until the coarsest has at most this side, s
 _WIDTHS = (64, 96, 128)  # of the default's levels; further ones are as wide as the last
 
 
-class TimeEncoder(nn.Module):
+class TimeEncoder(Trainable):
     """`num_outputs` numbers of a noisy state. Any channel count; square states of a side that the levels divide.
 
     Patches are folded into channels, then residual blocks at ever lower resolution, as in PatchUNet's encoder; features

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.likelihood import Options
 from ddo_cli.models.discriminators.registry import register
+from ddo_cli.trainable import Trainable
 
 _NUM_FREQUENCIES = 6  # cos and sin of k ln(sigma) / 4, k = 1..6; chosen by us
 
@@ -21,7 +22,7 @@ class TimeMlpOptions(Options):
     depth: int = Field(4, ge=1)  # hidden layers
 
 
-class TimeMlp(nn.Module):
+class TimeMlp(Trainable):
     """One logit per point. num_classes: 0 = labels are ignored."""
 
     frequencies: Tensor

@@ -19,6 +19,7 @@ from ddo_cli.likelihood import DrawOptions, Options
 from ddo_cli.models import registry
 from ddo_cli.models.var.vqvae_layers import Decoder, Encoder, full_precision, start_as_identity
 from ddo_cli.precision import decoding
+from ddo_cli.trainable import Trainable
 
 KIND, NAME = "tokenizer", "vqvae"
 NUM_PHI = 4  # convolutions that the scales share
@@ -69,7 +70,7 @@ class Reconstruction(NamedTuple):
     tokens: Tensor  # (B, L)
 
 
-class Vqvae(nn.Module):
+class Vqvae(Trainable):
     """Tokens are int64 (B, L), the maps' rows one after another; images are float in [-1, 1]; f, f_hat (B, z, p, p)."""
 
     def __init__(self, shape: tuple[int, ...], options: VqvaeOptions):
