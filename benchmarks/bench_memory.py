@@ -38,10 +38,10 @@ CASES: dict[str, tuple[str, tuple[int, ...], dict[str, Any], dict[str, Any]]] = 
     "patch-unet": ("patch-unet", (3, 64, 64), PATCH_UNET, {"batch": 32}),
     "patch-unet-micro": ("patch-unet", (3, 64, 64), PATCH_UNET, {"batch": 32, "micro_batch": 8}),
     "edm-unet": ("edm-unet", (3, 32, 32), {}, {"batch": 2}),
-    "edm-unet-recompute": ("edm-unet", (3, 32, 32), {}, {"batch": 2, "recompute": True}),
+    "edm-unet-recompute": ("edm-unet", (3, 32, 32), {}, {"batch": 2, "activation_checkpointing": True}),
     "pixel-transformer": ("pixel-transformer", (1, 16, 16), TRANSFORMER, {"batch": 8}),
     "pixel-transformer-recompute": (
-        "pixel-transformer", (1, 16, 16), TRANSFORMER, {"batch": 8, "recompute": True},
+        "pixel-transformer", (1, 16, 16), TRANSFORMER, {"batch": 8, "activation_checkpointing": True},
     ),
 }  # fmt: skip
 
@@ -87,7 +87,7 @@ def one(name: str) -> None:
     config = registry.config_of(model, shape, 10, options, {})
     settings = FinetuneRecipe(**values, save_every=1000)
     tiny = registry.config_of("patch-unet", (3, 8, 8), 0, {"widths": [4], "depths": [1], "emb_width": 4}, {})
-    measured(tiny, FinetuneRecipe(batch=1, recompute=True))
+    measured(tiny, FinetuneRecipe(batch=1, activation_checkpointing=True))
     found, seconds = measured(config, settings)
     item = (shape, torch.uint8)
     work = estimate.Work(steps=1, scored=0, fake=0, stored=0)

@@ -63,7 +63,7 @@ class Options(BaseModel):
 class DrawOptions(Options):
     """How training randomness is drawn. Models add their own fields."""
 
-    label_drop: float = Field(0.0, ge=0, le=1)  # share of rows trained without their label (for CFG)
+    label_dropout: float = Field(0.0, ge=0, le=1)  # share of rows trained without their label (for CFG)
 
 
 class Sampled(NamedTuple):

@@ -1,3 +1,4 @@
+import json
 import os
 
 import pytest
@@ -77,6 +78,21 @@ def test_tensors_that_do_not_fit_the_header(tmp_path):
     checkpoint.save(tmp_path / "less.safetensors", tensors, file.header)
     with pytest.raises(CheckpointError, match="tensors do not fit"):
         registry.load_model(tmp_path / "less.safetensors", CPU)
+
+
+def test_a_file_with_the_old_name_of_label_dropout_is_refused(tmp_path):
+    path = make_checkpoint(tmp_path / "old.safetensors")
+    file = checkpoint.load(path)
+    file.header["config"]["draw"]["label_drop"] = file.header["config"]["draw"].pop("label_dropout")
+    checkpoint.save(tmp_path / "old.safetensors", file.tensors, file.header)
+    with pytest.raises(CheckpointError, match=r"written before config\.draw\.label_drop became label_dropout; convert"):
+        registry.load_model(path, CPU)
+
+
+def test_embedded_files_have_no_old_keys():
+    for name in checkpoint.embedded_names():
+        header = json.dumps(checkpoint.read_header(f"embedded:{name}"))
+        assert not [key for key in ("label_drop", "schedule", "recompute") if f'"{key}"' in header], name
 
 
 def test_draw_options_can_be_replaced_but_not_misspelt(tmp_path):

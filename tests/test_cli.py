@@ -49,7 +49,7 @@ def test_help_does_not_import_torch(tmp_path):
 
 
 def test_sample_then_info_and_fid(ckpt, tmp_path):
-    found = json.loads(ddo("sample", "--ckpt", ckpt, "--num", "6", "--json", cwd=tmp_path).stdout)
+    found = json.loads(ddo("sample", "--ckpt", ckpt, "--num-images", "6", "--json", cwd=tmp_path).stdout)
     assert {"out", "num_images", "nfe", "images_per_second", "checkpoint_sha256", "seeds"} <= found.keys()
     assert found["seeds"] == "0-5"
     assert Image.open(tmp_path / "samples" / "000005.png").mode == "RGB"
@@ -67,7 +67,7 @@ BAD = {
     "classes": (["sample", "--ckpt", "CKPT", "--classes", "3,12"], "--classes 12 is out of range"),
     "letters": (["sample", "--ckpt", "CKPT", "--classes", "a"], "--classes a cannot be read"),
     "sampler": (["sample", "--ckpt", "CKPT", "--sampler", "hein"], "sampler = 'hein'"),
-    "type": (["sample", "--num", "many"], "Invalid value for '--num'"),
+    "type": (["sample", "--num-images", "many"], "Invalid value for '--num-images'"),
     "option": (["sample", "--nun", "3"], "--nun"),
     "format": (["sample", "--ckpt", "CKPT", "--format", "gif"], "--format gif is not known"),
     "alpha": (["finetune-ddo", "--ckpt", "CKPT", "--alpha", "-1"], "finetune.alpha = -1.0"),
@@ -131,7 +131,7 @@ def test_a_bare_section_and_a_plain_exponent(ckpt, tmp_path):
 
 
 def test_interruption_says_so(ckpt, tmp_path):
-    command = [sys.executable, "-m", "ddo_cli", "sample", "--ckpt", ckpt, "--num", "100000", "--json"]
+    command = [sys.executable, "-m", "ddo_cli", "sample", "--ckpt", ckpt, "--num-images", "100000", "--json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     started = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment,
@@ -150,7 +150,7 @@ def test_interruption_says_so(ckpt, tmp_path):
 
 
 def test_names_reach_json_unchanged(ckpt, tmp_path):
-    done = ddo("sample", "--ckpt", ckpt, "--num", "1", "--out", ":fire: [x]", "--json", cwd=tmp_path)
+    done = ddo("sample", "--ckpt", ckpt, "--num-images", "1", "--out", ":fire: [x]", "--json", cwd=tmp_path)
     assert json.loads(done.stdout)["out"] == ":fire: [x]"
 
 
@@ -165,7 +165,7 @@ def test_a_full_disk_below_the_library(ckpt, tmp_path, form):
         "from ddo_cli.cli import main\nmain()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "sample", "--ckpt", ckpt, "--num", "2", "--format", form],
+        [sys.executable, "-c", code, "sample", "--ckpt", ckpt, "--num-images", "2", "--format", form],
         capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
@@ -181,7 +181,7 @@ def test_no_space_left(ckpt, tmp_path):
         "from ddo_cli.cli import main\nmain()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "sample", "--ckpt", ckpt, "--num", "2"],
+        [sys.executable, "-c", code, "sample", "--ckpt", ckpt, "--num-images", "2"],
         capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
@@ -209,7 +209,7 @@ def test_a_user_s_model_from_file_to_samples(tmp_path):
     settings = ["model={name: mine}", "pretrain.images=512", "pretrain.batch=64"]
     done = ddo("pretrain", "--recipe", "toy2d", "--model-file", "mine.py", "--json", *settings, cwd=tmp_path)
     final = json.loads(done.stdout)["final"]
-    sample = ["sample", "--ckpt", final, "--format", "npz", "--num", "10"]
+    sample = ["sample", "--ckpt", final, "--format", "npz", "--num-images", "10"]
     assert "model.file" in ddo(*sample, cwd=tmp_path, code=2).stderr  # the remedy
     ddo(*sample, "--model-file", "mine.py", cwd=tmp_path)
     assert np.load(tmp_path / "samples" / "samples.npz")["arr_0"].shape == (10, 2)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from conftest import CPU, make_checkpoint, make_discriminator
+from torch.distributed.run import get_args_parser
+from typer.main import get_command
 
 from ddo_cli import cli, console
 from ddo_cli.commands import options
@@ -53,12 +55,12 @@ def ckpt(tmp_path_factory):
 # Options
 
 CONTRADICTIONS = {
-    "sample --seeds 0-3 --num 64": "--num 64 has no effect beside --seeds 0-3",
+    "sample --seeds 0-3 --num-images 64": "--num-images 64 has no effect beside --seeds 0-3",
     "sample --seeds 0-3 --seed 0": "--seed 0 has no effect beside --seeds 0-3",
     "sample --seeds 5-1": "--seeds 5-1 cannot be read (5-1 ends before it begins)",
     "sample --seeds 3,3": "given twice",
-    f"sample --seed {LAST} --num 2": f"--seed {LAST} and --num 2 go up to seed {LAST + 1}, and seeds end at {LAST}",
-    f"sample --seed {LAST}": "--num 64 go up to seed",
+    f"sample --seed {LAST} --num-images 2": f"--num-images 2 go up to seed {LAST + 1}, and seeds end at {LAST}; lower",
+    f"sample --seed {LAST}": "--num-images 64 go up to seed",
     "sample --steps 9 steps=4": "steps is given twice, by its option (9) and as steps=4",
     "sample sigma_max=4 sigma_max=5": "sigma_max is given twice, as sigma_max=4 and as sigma_max=5",
     "finetune-ddo --alpha 4 finetune.alpha=2": "finetune.alpha is given twice, by its option (4.0) and as",
@@ -66,11 +68,11 @@ CONTRADICTIONS = {
     "pretrain --recipe quickstart pretrain={lr:\x001,lr:\x002}": "the key 'lr' is given twice",
     "pretrain name=..": "name = '..'",
     "pretrain name=.": "name = '.'",
-    "analyze --what gain --num 16": "--num 16 is of the analysis 'nfe', and has no effect on --what gain",
+    "analyze --what gain --num-images 16": "--num-images 16 is of the analysis 'nfe', and has no effect on --what gain",
     "analyze --what gain,nfe --noise-level 2": "--noise-level 2.0 is of the analysis 'regeneration'",
     "analyze --what nfe --regenerations 2": "--regenerations 2 is of the analysis 'regeneration'",
     "analyze --steps-list 4,6": "--steps-list 4,6 is of the analysis 'nfe', and has no effect on the analyses that are",
-    f"fid CKPT --num {2**31} --repeat 3": f"seeds up to {3 * 2**31 - 1}",
+    f"fid CKPT --num-images {2**31} --repeat 3": f"seeds up to {3 * 2**31 - 1}",
 }
 
 
@@ -85,6 +87,19 @@ def test_options_that_would_be_ignored(line, ddo, ckpt, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", get_command(cli.app).commands)
+def test_torchrun_takes_no_option_for_its_own(name):
+    """Its parser refuses what follows the program's name, too, where that abbreviates several of its options."""
+    launch = ["--standalone", "-m", "ddo_cli", name]
+    parser = get_args_parser()
+    for parameter in get_command(cli.app).commands[name].params:
+        for option in [text for text in (*parameter.opts, *parameter.secondary_opts) if text.startswith("-")]:
+            for arguments in ([option], [option, "1"], [f"{option}=1"]):
+                assert parser.parse_args([*launch, *arguments]).training_script_args == [name, *arguments]
+    with pytest.raises(SystemExit):
+        parser.parse_args([*launch, "--num", "1"])  # what such an option would do
+
+
 def test_seeds_of_what_was_given():
     assert options.seeds_of(None, None, None) == range(64)
     assert options.seeds_of(None, 5, None) == range(5, 69)
@@ -96,7 +111,11 @@ def test_seeds_of_what_was_given():
 
 def test_settings_of_analyses_that_are_asked_for(ddo, ckpt, tmp_path_factory):
     disc = make_discriminator(tmp_path_factory.mktemp("disc") / "d.safetensors", ckpt)
-    for given in (["--what", "nfe", "--num", "16"], ["--regenerations", "3"], ["--what", "all", "--steps-list", "3"]):
+    for given in (
+        ["--what", "nfe", "--num-images", "16"],
+        ["--regenerations", "3"],
+        ["--what", "all", "--steps-list", "3"],
+    ):
         code, out, err = ddo("analyze", "--disc", disc, *given, "--dry-run", "--json")
         assert code == 0, err
         assert json.loads(out)["dry_run"]
@@ -185,7 +204,7 @@ def test_an_error_after_the_result_leaves_one_object(capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # `ddo fid`
 
-FID = ("fid", "embedded:digits8", "--num", "12", "--extractor", "embedded:extractor-digits32", "--no-cache")
+FID = ("fid", "embedded:digits8", "--num-images", "12", "--extractor", "embedded:extractor-digits32", "--no-cache")
 
 
 def full(*_, **__):
@@ -194,19 +213,19 @@ def full(*_, **__):
 
 def test_a_log_that_cannot_be_written_costs_no_figure(ddo, monkeypatch, tmp_path):
     monkeypatch.setattr(fid_report, "write_text", full)
-    code, out, err = ddo(*FID, "--ref", "embedded:digits8", "--log", "x.csv", "--json")
+    code, out, err = ddo(*FID, "--ref", "embedded:digits8", "--csv", "x.csv", "--json")
     found = json.loads(out)
     assert code == 2
     assert found["fd_embedded"] > 0
-    assert found["not_written"] == ["--log x.csv could not be written (No space left on device)"]
-    assert "error: the figures above are whole, but --log x.csv could not be written (No space left on device)" in err
-    code, out, _ = ddo(*FID, "--ref", "embedded:digits8", "--log", "x.csv")
+    assert found["not_written"] == ["--csv x.csv could not be written (No space left on device)"]
+    assert "error: the figures above are whole, but --csv x.csv could not be written (No space left on device)" in err
+    code, out, _ = ddo(*FID, "--ref", "embedded:digits8", "--csv", "x.csv")
     assert (code, "fd_embedded" in out) == (2, True)
 
 
 def test_a_picture_that_cannot_be_drawn_costs_no_figure(ddo, monkeypatch):
     monkeypatch.setattr(pictures, "image_rows", full)
-    code, out, err = ddo(*FID, "--ref", "embedded:digits8", "--nearest", 2, "--log", "x.csv", "--json")
+    code, out, err = ddo(*FID, "--ref", "embedded:digits8", "--nearest", 2, "--csv", "x.csv", "--json")
     found = json.loads(out)
     assert (code, found["fd_embedded"] > 0, "nearest" in found) == (2, True, False)
     assert "--pictures fid-pictures could not be written (No space left on device)" in err
@@ -215,8 +234,8 @@ def test_a_picture_that_cannot_be_drawn_costs_no_figure(ddo, monkeypatch):
 
 def test_places_are_probed_before_the_pass(ddo, monkeypatch, tmp_path):
     monkeypatch.setattr(fid_report.tempfile, "TemporaryFile", full)
-    monkeypatch.setattr(fid.fid_pass, "run", lambda *_, **__: pytest.fail("a pass"))
-    for given in (["--log", "x.csv"], ["--nearest", 2, "--pictures", "new/there"]):
+    monkeypatch.setattr(fid.one_pass, "run", lambda *_, **__: pytest.fail("a pass"))
+    for given in (["--csv", "x.csv"], ["--nearest", 2, "--pictures", "new/there"]):
         code, _, err = ddo(*FID, "--ref", "embedded:digits8", *given)
         assert code == 2
         assert f"{given[-2]} {given[-1]} cannot be written (No space left on device)" in err
@@ -224,7 +243,7 @@ def test_places_are_probed_before_the_pass(ddo, monkeypatch, tmp_path):
 
 def test_the_log_leaves_no_lock(ddo, tmp_path):
     for rows in (1, 2):
-        code, _, err = ddo(*FID, "--ref", "embedded:digits8", "--log", "x.csv")
+        code, _, err = ddo(*FID, "--ref", "embedded:digits8", "--csv", "x.csv")
         assert code == 0, err
         assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
         assert len((tmp_path / "x.csv").read_text().splitlines()) == rows + 1
@@ -233,7 +252,7 @@ def test_the_log_leaves_no_lock(ddo, tmp_path):
 def test_rows_of_processes_at_once_all_arrive(tmp_path):
     """The lock's file is removed at each end, and those who wait for it then go on with a new one."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom ddo_cli.engines import fid_report\n"
+        "import sys\nfrom pathlib import Path\nfrom ddo_cli.engines.fid import report as fid_report\n"
         "for i in range(25): fid_report.append(Path('x.csv'), {'source': sys.argv[1], 'reference': i, 'fid': 1.0})"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

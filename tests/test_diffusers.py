@@ -299,7 +299,7 @@ def test_guidance_without_training_for_it_is_refused(tmp_path):
     config = diffusers_files.read(tmp_path / "a").config
     with pytest.raises(UsageError, match="learned images without labels"):
         registry.build(config).check_sampling(SamplingRecipe(cfg_scale=2.0))
-    registry.build(config, {"label_drop": 0.1}).check_sampling(SamplingRecipe(cfg_scale=2.0))
+    registry.build(config, {"label_dropout": 0.1}).check_sampling(SamplingRecipe(cfg_scale=2.0))
 
 
 def test_a_swapped_scheduler_keeps_what_the_network_was_trained_for(tmp_path, capfd):

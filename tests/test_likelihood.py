@@ -119,7 +119,7 @@ def test_dropped_labels_become_unconditional(pair):
 
 def test_label_drop_rate(tmp_path):
     path = make_checkpoint(tmp_path / "m.safetensors")
-    model = registry.load_model(path, CPU, {"label_drop": 0.25}).model
+    model = registry.load_model(path, CPU, {"label_dropout": 0.25}).model
     dropped = model.draw(4000, RowRng.for_rows("drop", rows=range(4000))).drop.float().mean().item()
     assert dropped == pytest.approx(0.25, abs=0.03)  # 4 standard deviations
 

@@ -110,7 +110,7 @@ def test_recomputed_unets_with_dropout(name, shape, options):
 
 
 def test_models_without_blocks_are_refused():
-    with pytest.raises(UsageError, match="recompute = true: this Linear names no blocks"):
+    with pytest.raises(UsageError, match="activation_checkpointing = true: this Linear names no blocks"):
         recompute_units(nn.Linear(1, 1))
 
 
@@ -151,7 +151,7 @@ def test_saved_tensors_and_operations_of_a_layer():
 
 def deep(recompute: bool, batch: int = 4, **values) -> dict:
     config = registry.config_of("pixel-transformer", (1, 8, 8), 10, {"width": 16, "depth": 12, "heads": 2}, {})
-    settings = FinetuneRecipe(batch=batch, recompute=recompute, **values)
+    settings = FinetuneRecipe(batch=batch, activation_checkpointing=recompute, **values)
     spec = SamplingRecipe(batch=2)
     item = ((1, 8, 8), torch.uint8)
     return estimate.estimate(config, settings, spec, [item, item], WORK, device=CPU)

@@ -27,25 +27,27 @@ from ddo_cli.training.lr import learning_rate
 
 def test_inverse_square_root_is_edm2s():
     """EDM2-XS: 0.012, 10 million images of warm-up, falling from 70,000 batches of 2048 on; published values."""
-    recipe = TrainRecipe(lr=0.012, schedule="inverse-sqrt", warmup=10_000_000, decay_images=70_000 * 2048, batch=2048)
+    recipe = TrainRecipe(
+        lr=0.012, lr_schedule="inverse-sqrt", warmup=10_000_000, decay_images=70_000 * 2048, batch=2048
+    )
     at = {5_000_000: 0.006, 10_000_000: 0.012, 143_360_000: 0.012, 286_720_000: 0.00848528, 2**31: 0.00310049}
     for n_images, rate in at.items():
         assert learning_rate(recipe, n_images, 2**31) == pytest.approx(rate, rel=1e-5)
     # The decay counts the warm-up's images, too: where it is longer than the decay's start, both act.
-    recipe = TrainRecipe(lr=1.0, schedule="inverse-sqrt", warmup=400, decay_images=100)
+    recipe = TrainRecipe(lr=1.0, lr_schedule="inverse-sqrt", warmup=400, decay_images=100)
     assert learning_rate(recipe, 200, 1000) == pytest.approx(0.5 / math.sqrt(2))
 
 
 def test_line_is_vars():
     """0.05 of the images after the warm-up at the top, then a line to the end's share."""
-    recipe = TrainRecipe(lr=2.0, schedule="linear", warmup=100, lr_hold=0.2, lr_final=0.1)
+    recipe = TrainRecipe(lr=2.0, lr_schedule="linear", warmup=100, lr_hold=0.2, lr_final=0.1)
     rates = [learning_rate(recipe, n, 1100) for n in (50, 100, 300, 700, 1100)]
     assert rates == pytest.approx([1.0, 2.0, 2.0, 1.1, 0.2])
 
 
 def test_inverse_square_root_without_its_start():
-    with pytest.raises(RecipeError, match=r"finetune\.schedule = 'inverse-sqrt': inverse-sqrt needs decay_images"):
-        load("quickstart", ["finetune.schedule=inverse-sqrt"])
+    with pytest.raises(RecipeError, match=r"finetune\.lr_schedule = 'inverse-sqrt': inverse-sqrt needs decay_images"):
+        load("quickstart", ["finetune.lr_schedule=inverse-sqrt"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,7 +202,7 @@ def test_later_settings_lie_on_top_of_earlier_ones():
         ("{3: {precision: bf16}}", r"finetune\.from_round\.3\.precision = 'bf16': is of all rounds"),
         ("{1: {lr: 1.0}}", r"finetune\.from_round\.1.* input should be greater than or equal to 2"),
         ("{two: {lr: 1.0}}", r"finetune\.from_round\.two.* input should be a valid integer"),
-        ("{3: {schedule: inverse-sqrt}}", r"finetune\.from_round\.3\.schedule = .* needs decay_images"),
+        ("{3: {lr_schedule: inverse-sqrt}}", r"finetune\.from_round\.3\.lr_schedule = .* needs decay_images"),
     ],
 )
 def test_settings_of_a_round_are_checked_like_the_others(text, message):

@@ -23,11 +23,11 @@ SPECS = {
 }
 
 
-def build(shape=(1, 4, 4), num_classes=3, levels=5, label_drop=0.0):
+def build(shape=(1, 4, 4), num_classes=3, levels=5, label_dropout=0.0):
     """A model with random weights throughout: built ones start at the uniform distribution."""
     torch.manual_seed(0)
     options = {"levels": levels, "width": 16, "depth": 2, "heads": 2}
-    draw = {"label_drop": label_drop}
+    draw = {"label_dropout": label_dropout}
     config = {"name": "pixel-transformer", "shape": shape, "num_classes": num_classes, "options": options, "draw": draw}
     model = registry.build(config)
     for parameter in model.parameters():
@@ -86,7 +86,7 @@ def test_a_new_model_is_uniform():
 
 
 def test_log_ratio_of_equal_weights_is_exactly_zero_and_its_gradient_is_not():
-    model, ref = build(label_drop=0.5), build(label_drop=0.5)
+    model, ref = build(label_dropout=0.5), build(label_dropout=0.5)
     x, label = tokens(model, 8), labels_of(range(8), 3)
     draw = repeat_draw(model.draw(4, RowRng(range(4))), 2)
     with torch.inference_mode():
@@ -120,7 +120,7 @@ def test_predictions_see_earlier_pixels_and_the_label_only():
 
 
 def test_dropped_rows_are_rows_without_label():
-    model = build(label_drop=1.0)
+    model = build(label_dropout=1.0)
     x, draw = tokens(model, 3), model.draw(3, RowRng(range(3)))
     assert draw.drop.all()
     assert torch.equal(model.predict(x, torch.tensor([0, 1, 2]), draw), model.predict(x, torch.full((3,), -1), draw))

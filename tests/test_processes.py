@@ -24,7 +24,7 @@ from ddo_cli.training import loop
 
 SETTINGS = {
     "lr": 1e-3, "batch": 4, "micro_batch": 1, "log_every": 1, "save_every": 100, "ema_half_life": 0.0,
-    "adam_eps": 1e-3, "grad_clip": 0.01, "recompute": True,
+    "adam_eps": 1e-3, "grad_clip": 0.01, "activation_checkpointing": True,
 }  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def runs(request, tmp_path_factory):
     ckpt = make_checkpoint(path / "ref.safetensors", request.param)
     overrides = ["finetune.eval_every=4", "finetune.images_per_round=12", "finetune.micro_batch=1"]
     finetune.run(tiny_recipe(ckpt, request.param, *SETTINGS, *overrides), path / "one", device=CPU)
-    extra = [*overrides, "finetune.sharding=fsdp", "finetune.recompute=true"]
+    extra = [*overrides, "finetune.sharding=fsdp", "finetune.activation_checkpointing=true"]
     options = write_recipe(path, ckpt, request.param, *extra)
     torchrun(*options, "--out", str(path / "two"))
     return request.param, ckpt, path / "one", path / "two", options

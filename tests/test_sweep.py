@@ -143,7 +143,7 @@ def test_a_pause_changes_nothing(tmp_path):
     """Weights, averages and log of 7 steps, with a pause inside a logging interval; schedules are of all 7."""
 
     def fit(name: str, *pauses: int | None):
-        recipe = TrainRecipe(lr=0.1, schedule="cosine", batch=2, log_every=3, save_every=100, ema_half_life=4)
+        recipe = TrainRecipe(lr=0.1, lr_schedule="cosine", batch=2, log_every=3, save_every=100, ema_half_life=4)
 
         def loss(model, rows):
             x = torch.full((2, 3), 1.0 + rows.step)

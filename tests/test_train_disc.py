@@ -176,7 +176,7 @@ def test_every_time_law_trains(ckpt, tmp_path, law, weighting):
         (["guidance.boost=true", "sampling.sampler=ddim"], "which sampler ddim cannot do"),
         (["guidance.time_min=0.97"], "holds none of the sampler's times"),
         (["sampling.labels=position"], "64 seeds are no multiple"),
-        (["discriminator.recompute=true"], "names no blocks to recompute"),
+        (["discriminator.activation_checkpointing=true"], "names no blocks to recompute"),
         (["discriminator.sharding=fsdp"], "sharding = fsdp is for models that pretrain and finetune-ddo train"),
     ],
 )

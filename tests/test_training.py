@@ -51,7 +51,7 @@ def test_buffers_are_copied_not_averaged():
 def test_learning_rates():
     recipe = TrainRecipe(lr=2.0, warmup=100)
     assert [learning_rate(recipe, n, 1000) for n in (50, 100, 1000)] == [1.0, 2.0, 2.0]
-    recipe = TrainRecipe(lr=2.0, warmup=100, schedule="cosine")
+    recipe = TrainRecipe(lr=2.0, warmup=100, lr_schedule="cosine")
     assert learning_rate(recipe, 50, 300) == 1.0
     assert learning_rate(recipe, 200, 300) == pytest.approx(1.0)  # halfway down
     assert learning_rate(recipe, 300, 300) == pytest.approx(0.0)

@@ -123,7 +123,7 @@ def test_probabilities_of_all_sequences_add_up_to_one(spec):
 
 @torch.no_grad()
 def test_log_density_of_plain_sampling_is_the_likelihood():
-    model = build(draw={"label_drop": 0.0})
+    model = build(draw={"label_dropout": 0.0})
     x, label = torch.randint(3, (6, 5), generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, -1, 0, 1])
     assert_close(model.log_density(x, label, SPECS["plain"]).float(), model(x, label, model.draw(6, RowRng(range(6)))))
 
@@ -200,7 +200,7 @@ def test_smooth_sampling_mixes_codes(models):
 
 
 def test_log_ratio_of_equal_weights_is_exactly_zero_and_its_gradient_is_not():
-    model, ref = build(draw={"label_drop": 0.5}), build(draw={"label_drop": 0.5})
+    model, ref = build(draw={"label_dropout": 0.5}), build(draw={"label_dropout": 0.5})
     x, label = torch.randint(3, (8, 5)), labels_of(range(8), 3)
     draw = repeat_draw(model.draw(4, RowRng(range(4))), 2)
     with torch.inference_mode():
@@ -240,7 +240,7 @@ def test_predictions_see_earlier_scales_and_the_label_only(models):
 
 @torch.no_grad()
 def test_dropped_rows_are_rows_without_label():
-    model = build(draw={"label_drop": 1.0})
+    model = build(draw={"label_dropout": 1.0})
     x, draw = torch.randint(3, (3, 5)), model.draw(3, RowRng(range(3)))
     assert draw.drop.all()
     found = model.predict(x, torch.tensor([0, 1, 2]), draw)

@@ -52,7 +52,7 @@ def test_the_converted_model_is_the_same(model, files, tmp_path):
     loaded, file = registry.load_model(out, CPU)
     assert torch.equal(loaded.logits(truth(), LABEL), model.logits(truth(), LABEL))
     assert loaded.options == model.options
-    assert loaded.draw_options.label_drop == 0.1
+    assert loaded.draw_options.label_dropout == 0.1
     assert file.header["sampling"] == {"batch": 25}
     assert file.header["provenance"][0]["vae"] == "vae.pth"
     images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -15,9 +15,7 @@ def encode(
     data: Annotated[str, typer.Argument(help="Images: a folder, zip, npz, sample set, or embedded:<name>.")],
     ckpt: Annotated[str, typer.Option(help="A model of latents or tokens, whose encoder is used.")],
     out: Annotated[Path, typer.Option(help="Directory of the set, for data.source.")],
-    num: Annotated[
-        int | None, typer.Option("--num", "--num-images", min=1, help="Use so many images, always the same.")
-    ] = None,
+    num: Annotated[int | None, typer.Option("--num-images", min=1, help="Use so many images, always the same.")] = None,
     shard: Annotated[int, typer.Option(min=1, help="Images per file.")] = 1024,
     batch: Annotated[int, typer.Option(min=1, help="Images per network pass.")] = 64,
     dtype: Annotated[

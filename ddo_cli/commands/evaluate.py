@@ -73,7 +73,7 @@ def fid(
     download: Annotated[bool, typer.Option("--download", help="Fetch published weights that are not here.")] = False,
     precision: Annotated[str | None, typer.Option(help="float32; tf32 and bf16 are marked as not comparable.")] = None,
     num: Annotated[
-        int | None, typer.Option("--num", "--num-images", min=2, help="Images to use, or to draw. Default: all, 50000.")
+        int | None, typer.Option("--num-images", min=2, help="Images to use, or to draw. Default: all, 50000.")
     ] = None,
     repeat: Annotated[int, typer.Option(min=1, max=100, help="Ranges of seeds scored apart.")] = 1,
     uncertainty: Annotated[
@@ -92,8 +92,7 @@ def fid(
         Path | None, typer.Option(help="Directory of the pictures.", show_default="fid-pictures")
     ] = None,
     benchmark: Annotated[str | None, typer.Option(help="Show published figures, e.g. of cifar10-uncond.")] = None,
-    # torchrun takes --log for an abbreviation of an option of its own; the other name passes.
-    log: Annotated[Path | None, typer.Option("--log", "--csv", help="CSV file that gets a row.")] = None,
+    log: Annotated[Path | None, typer.Option("--csv", help="CSV file that gets a row.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per network pass.")] = 256,
     workers: Annotated[
         int | None, typer.Option(min=0, max=64, help="Processes that decode. Default: as suits the machine.")
@@ -159,9 +158,7 @@ def stats(
         bool,
         typer.Option("--features", help="Keep the features of each image: KID, precision and recall need them."),
     ] = False,
-    num: Annotated[
-        int | None, typer.Option("--num", "--num-images", min=2, help="Use so many images, always the same.")
-    ] = None,
+    num: Annotated[int | None, typer.Option("--num-images", min=2, help="Use so many images, always the same.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per network pass.")] = 256,
     device: Device = None,
     dry_run: DryRun = False,
@@ -197,7 +194,7 @@ def analyze(
     time_max: TimeMax = None,
     num: Annotated[
         int | None,
-        typer.Option("--num", "--num-images", min=2, help="nfe: images per score.", show_default="1024"),
+        typer.Option("--num-images", min=2, help="nfe: images per score.", show_default="1024"),
     ] = None,
     steps_list: Annotated[
         str | None, typer.Option(help="nfe: numbers of sampling steps.", show_default="4,6,8,12,18")
@@ -255,8 +252,9 @@ def _refuse_unread(what: str | None, settings: dict[str, Any], on_request: tuple
         if (name in on_request) if asked is None else not asked & {name, "all"}:
             given = f"--what {what}" if asked else "the analyses that are done without --what"
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            option = "num-images" if key == "num" else key.replace("_", "-")
             raise UsageError(
-                f"--{key.replace('_', '-')} {shown} is of the analysis '{name}', and has no effect on {given}; add "
+                f"--{option} {shown} is of the analysis '{name}', and has no effect on {given}; add "
                 f"{name} to --what, or leave the option out"
             )
 

@@ -33,7 +33,7 @@ Overrides = Annotated[
 ]
 Num = Annotated[
     int | None,
-    typer.Option("--num", "--num-images", min=1, help="How many.", show_default=str(NUM)),
+    typer.Option("--num-images", min=1, help="How many.", show_default=str(NUM)),
 ]
 Seed = Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="First seed.", show_default="0")]
 Seeds = Annotated[str | None, typer.Option(help="Seeds such as 0-49999 or 3,7,10-20.")]
@@ -131,18 +131,19 @@ def parsed(option: str, text: str | None, parse: Any, remedy: str) -> Any:
 
 
 def seeds_of(text: str | None, first: int | None, num: int | None) -> Any:
-    """The seeds of --seeds, or else --num of them from --seed on. Raises UsageError for both, or for one too large."""
+    """The seeds of --seeds, or else --num-images from --seed on. Raises UsageError for both or too large ones."""
     from ddo_cli.data.samples import parse_seeds
 
     if text is not None:
-        for option, value in (("--seed", first), ("--num", num)):
+        for option, value in (("--seed", first), ("--num-images", num)):
             if value is not None:
                 raise UsageError(f"{option} {value} has no effect beside --seeds {text}; leave one of them out")
         return parsed("--seeds", text, lambda text: parse_seeds(_ascending(text)), _SEEDS)
     first, num = first or 0, num or NUM
     if first + num - 1 > MAX_SEED:
         raise UsageError(
-            f"--seed {first} and --num {num} go up to seed {first + num - 1}, and seeds end at {MAX_SEED}; lower one"
+            f"--seed {first} and --num-images {num} go up to seed {first + num - 1}, and seeds end at {MAX_SEED}; "
+            "lower one"
         )
     return range(first, first + num)
 

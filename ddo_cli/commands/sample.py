@@ -48,7 +48,6 @@ from ddo_cli.commands.options import (
 
 def sample(
     ckpt: Annotated[str, typer.Option(help="Weights: a safetensors file or embedded:<name>.")] = "embedded:digits32",
-    # torchrun takes --num for an abbreviation of an option of its own; the longer name passes.
     num: Num = None,
     seed: Seed = None,
     seeds: Seeds = None,
@@ -186,7 +185,7 @@ def edit(
     level: Annotated[
         str, typer.Option(help="Noise levels to start from, in units of pixels in [-1, 1].")
     ] = "0.5,1,2,5",
-    num: Annotated[int, typer.Option("--num", "--num-images", min=1, help="Edit the first so many.")] = 64,
+    num: Annotated[int, typer.Option("--num-images", min=1, help="Edit the first so many.")] = 64,
     disc: Annotated[
         str | None,
         typer.Option(help="Discriminator of `ddo train-disc`. Default: the newest of this model below runs/, if any."),

@@ -183,7 +183,7 @@ class DiffusionModel(LikelihoodModel):
         """sigma, eps and label drops of one estimate. Each row draws sigma, then the drop, then its noise."""
         options: DiffusionDrawOptions = self.draw_options
         sigma = self.precond.round_sigma(torch.exp(options.p_mean + options.p_std * rng.randn()))  # (B,)
-        drop = rng.rand() < options.label_drop  # (B,)
+        drop = rng.rand() < options.label_dropout  # (B,)
         return DiffusionDraw(sigma, rng.randn(self.state_shape), drop)
 
     def predict(self, x: Tensor, label: Tensor, draw: DiffusionDraw) -> Tensor:

@@ -84,7 +84,7 @@ def traced(setup: Setup) -> Passes:
         model, ref = (registry.build(setup.config, setup.draw) for _ in range(2))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     draws, per_sample = _draws(model, setup), model.passes(setup.spec)
-    if settings.recompute:
+    if settings.activation_checkpointing:
         recompute_units(model)
     with memory.imagined():
         for one in (model, ref):
@@ -133,7 +133,7 @@ def timed(setup: Setup, guess: Seconds) -> dict[str, float]:
         with torch.device(device):
             model = registry.build(setup.config, setup.draw)
         draws = _draws(model, setup)
-        if setup.settings.recompute:
+        if setup.settings.activation_checkpointing:
             recompute_units(model)
         model.to(device)
         trial = _Trial(model, model, setup, [map_draw(lambda one: one.to(device), draw) for draw in draws])

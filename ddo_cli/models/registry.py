@@ -165,4 +165,9 @@ def check_config(config: Any, path: str) -> dict[str, Any]:
     keys = {"name", "shape", "num_classes", "options", "draw"}
     if not isinstance(config, dict) or not keys <= config.keys():
         raise CheckpointError(f"{path} holds no model configuration of this program; convert foreign weights first")
+    if "label_drop" in config["draw"]:
+        raise CheckpointError(
+            f"{path} was written before config.draw.label_drop became label_dropout; convert or train it again, or "
+            "rename the key in the file's header"
+        )
     return config

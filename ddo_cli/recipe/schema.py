@@ -45,7 +45,9 @@ class ModelRecipe(Section):
     name: str = "patch-unet"  # a registered model
     file: str | None = None  # Python file that registers the user's own model
     options: dict[str, Any] = Field(default_factory=dict)  # constructor options, checked by the model
-    draw: dict[str, Any] = Field(default_factory=dict)  # randomness of pretraining (p_mean, p_std, label_drop), ditto
+    draw: dict[str, Any] = Field(
+        default_factory=dict
+    )  # randomness of pretraining (p_mean, p_std, label_dropout), ditto
     ckpt: str = "embedded:digits32"  # reference of finetune-ddo: a weight file or embedded:<name>
 
 

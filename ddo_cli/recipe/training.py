@@ -42,7 +42,7 @@ class TrainRecipe(Section):
     warmup: int = Field(0, ge=0)  # images of linear warm-up
     # After the warm-up: cosine ends at 0; inverse-sqrt falls from `decay_images` on as 1 / sqrt(images) (EDM2);
     # linear falls to `lr_final`, after having stayed at the top for `lr_hold` (VAR).
-    schedule: Literal["constant", "cosine", "inverse-sqrt", "linear"] = "constant"
+    lr_schedule: Literal["constant", "cosine", "inverse-sqrt", "linear"] = "constant"
     decay_images: int | None = Field(None, ge=1)  # of inverse-sqrt
     lr_hold: float = Field(0.05, ge=0, lt=1)  # of linear: share of the images after the warm-up
     lr_final: float = Field(0.1, ge=0, le=1)  # of linear: share of lr
@@ -61,7 +61,7 @@ class TrainRecipe(Section):
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float | None = Field(None, gt=0)  # largest gradient norm
     precision: Precision = "float32"  # of the network passes; log-ratios are float32 always. fp16: loss is scaled
-    recompute: bool = False  # activation checkpointing: less memory for one more forward pass of each block
+    activation_checkpointing: bool = False  # less memory for one more forward pass of each block
     sharding: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights, averages and optimizer are spread over the processes
     log_every: int = Field(10, ge=1)  # steps
     save_every: int = Field(20, ge=1)  # steps between saves of what resuming needs
@@ -75,10 +75,10 @@ class TrainRecipe(Section):
 
     @model_validator(mode="after")
     def _decays(self: T) -> T:
-        if self.schedule == "inverse-sqrt" and self.decay_images is None:
+        if self.lr_schedule == "inverse-sqrt" and self.decay_images is None:
             text = "inverse-sqrt needs decay_images, from which on the rate falls; EDM2's sizes use 35 or 70 thousand "
             raise ValidationError.from_exception_data(
-                type(self).__name__, [_problem(["schedule"], self.schedule, text + "batches")]
+                type(self).__name__, [_problem(["lr_schedule"], self.lr_schedule, text + "batches")]
             )
         return self
 

@@ -74,7 +74,7 @@ def check(model: Trainable, recipe: TrainRecipe) -> None:
     `fit` would say so as well, but only after what a run does first: references are scored, fake sets drawn.
     """
     local_rows(recipe.batch, recipe.micro_batch)
-    if recipe.recompute:
+    if recipe.activation_checkpointing:
         units_of(model)
     if recipe.sharding == "fsdp" and not model.shardable:
         raise UsageError("sharding = fsdp is for models that pretrain and finetune-ddo train; use ddp")
@@ -185,7 +185,7 @@ def _fit(model: Trainable, plan: Plan, device: torch.device) -> dict[str, Tensor
 
 def _arrange(model: Trainable, recipe: TrainRecipe) -> None:
     """Recomputed and sharded as the recipe asks."""
-    if recipe.recompute:
+    if recipe.activation_checkpointing:
         recompute_units(model)
     if recipe.sharding == "fsdp":
         sharding.shard(model, model.units())

@@ -13,16 +13,16 @@ def learning_rate(recipe: TrainRecipe, n_images: int, total: int) -> float:
 
     n_images: seen once this step is done; counting the step itself keeps the first step's rate above 0.
     """
-    if recipe.schedule == "inverse-sqrt":  # counts all images, those of the warm-up among them
+    if recipe.lr_schedule == "inverse-sqrt":  # counts all images, those of the warm-up among them
         assert recipe.decay_images is not None, "the schema refuses this schedule without it"
         warm = min(n_images / recipe.warmup, 1.0) if recipe.warmup else 1.0
         return recipe.lr * warm / math.sqrt(max(n_images / recipe.decay_images, 1.0))
     if n_images < recipe.warmup:
         return recipe.lr * n_images / recipe.warmup
-    if recipe.schedule == "constant":
+    if recipe.lr_schedule == "constant":
         return recipe.lr
     done = min((n_images - recipe.warmup) / max(total - recipe.warmup, 1), 1.0)
-    if recipe.schedule == "linear":
+    if recipe.lr_schedule == "linear":
         left = min((1 - done) / (1 - recipe.lr_hold), 1.0)
         return recipe.lr * (recipe.lr_final + (1 - recipe.lr_final) * left)
     return recipe.lr * (1 + math.cos(math.pi * done)) / 2

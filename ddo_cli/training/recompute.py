@@ -33,8 +33,8 @@ def units_of(model: Trainable) -> Sequence[nn.Module]:
     units = model.units()
     if not units:
         raise UsageError(
-            f"recompute = true: this {type(model).__name__} names no blocks to recompute; leave it out, and lower "
-            "micro_batch where memory is short"
+            f"activation_checkpointing = true: this {type(model).__name__} names no blocks to recompute; leave it out, "
+            "and lower micro_batch where memory is short"
         )
     return units
 

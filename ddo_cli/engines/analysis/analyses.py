@@ -197,7 +197,7 @@ def nfe(subject: Subject, settings: Settings) -> Finding:
     if settings.num != metric.num_images:
         console.warn(
             f"nfe: scores of {settings.num} images where the recipe's are of {metric.num_images} (metric.num_images); "
-            f"a Frechet distance falls with their number, so compare them with one another only (or --num "
+            f"a Frechet distance falls with their number, so compare them with one another only (or --num-images "
             f"{metric.num_images})"
         )
     recipe = subject.recipe.model_copy(update={"metric": metric.model_copy(update={"num_images": settings.num})})

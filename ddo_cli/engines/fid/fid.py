@@ -141,7 +141,7 @@ def run(
         found |= fid_report.published(benchmark, found)
     found["markdown"] = fid_report.markdown(found)
     if log is not None:
-        with _noting(failed, f"--log {log}"):
+        with _noting(failed, f"--csv {log}"):
             one_pass.together(lambda: fid_report.append(log, found) if dist.is_main() else None)
     return {**found, **({"not_written": failed} if failed else {})}
 

@@ -120,7 +120,7 @@ def open_sources(
 def _drawn(name: str, num: int, repeat: int, sampling: dict[str, Any], device: torch.device) -> Iterator[Drawn]:
     if repeat * num - 1 > MAX_SEED:
         raise UsageError(
-            f"--repeat {repeat} of --num {num} draw seeds up to {repeat * num - 1}, and they end at {MAX_SEED}"
+            f"--repeat {repeat} of --num-images {num} draw seeds up to {repeat * num - 1}, and they end at {MAX_SEED}"
         )
     loaded = registry.load_model(name, device)
     spec = SamplingRecipe(**loaded.checkpoint.header.get("sampling", {})).merged(**sampling)

@@ -111,9 +111,9 @@ def check(log: Path | None, benchmark: str | None, pictures: Path | None = None)
     if log is not None and log.is_file():
         _header(log)
     elif log is not None and (log.exists() or not log.parent.is_dir()):
-        raise UsageError(f"--log {log} cannot be written; give a CSV file in a directory that exists")
+        raise UsageError(f"--csv {log} cannot be written; give a CSV file in a directory that exists")
     if log is not None:
-        _probe(log.parent, f"--log {log}")
+        _probe(log.parent, f"--csv {log}")
     if pictures is not None:
         _probe(next(place for place in (pictures, *pictures.parents) if place.exists()), f"--pictures {pictures}")
 
@@ -150,7 +150,7 @@ def _header(log: Path) -> tuple[list[str], list[dict[str, str]]]:
             reader = csv.DictReader(file)
             columns, rows = list(reader.fieldnames or []), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"--log {log} cannot be read as CSV ({error}); choose another file") from None
+        raise UsageError(f"--csv {log} cannot be read as CSV ({error}); choose another file") from None
     if columns[:2] != list(DESCRIBED[:2]) or any(None in row for row in rows):
-        raise UsageError(f"--log {log} is no CSV file of `ddo fid`; choose another file")
+        raise UsageError(f"--csv {log} is no CSV file of `ddo fid`; choose another file")
     return columns, rows

@@ -67,7 +67,7 @@ def run(
     network = DigitNet(num_classes=num_classes).to(device)
     # Chosen by us: about 800 steps reach an accuracy of 0.98 on digits, in half a minute on a CPU.
     settings = TrainRecipe(
-        lr=2e-3, warmup=10_000, schedule="cosine", batch=128, ema_half_life=0.0, log_every=50, save_every=200
+        lr=2e-3, warmup=10_000, lr_schedule="cosine", batch=128, ema_half_life=0.0, log_every=50, save_every=200
     )
     stream = Shuffled(train.items.numpy(), train.label.numpy(), "extractor", seed)
 

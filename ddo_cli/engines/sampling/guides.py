@@ -235,21 +235,23 @@ class _Unconditional(NamedTuple):
 
 
 def _check_others(others: Others) -> None:
-    for value, name in ((others.guidance, "--guidance"), (others.classifier_weight, "--classifier-weight")):
+    for value, name in ((others.guidance, "--autoguidance-scale"), (others.classifier_weight, "--classifier-weight")):
         if not math.isfinite(value):
             raise UsageError(f"{name} {value} is not a finite number; give a weight")
     if others.guide_ckpt is None and others.guidance != 1.0:
-        raise UsageError(f"--guidance {others.guidance:g} is the scale of --guide-ckpt FILE; give both or neither")
+        raise UsageError(
+            f"--autoguidance-scale {others.guidance:g} is the scale of --guide-ckpt FILE; give both or neither"
+        )
     if others.guide_ckpt is not None and others.guidance == 1.0:
         raise UsageError(
-            f"--guide-ckpt {others.guide_ckpt} has no effect at scale 1; give one with --guidance, e.g. 1.7"
+            f"--guide-ckpt {others.guide_ckpt} has no effect at scale 1; give one with --autoguidance-scale, e.g. 1.7"
         )
     if others.interval is not None:
         low, high = others.interval
         if not 0 <= low < high:
             raise UsageError(f"--guidance-interval {low:g},{high:g} must be two increasing noise levels, such as 0.3,2")
         if others.guide_ckpt is None:
-            raise UsageError(f"--guidance-interval {low:g},{high:g} needs --guide-ckpt FILE and --guidance")
+            raise UsageError(f"--guidance-interval {low:g},{high:g} needs --guide-ckpt FILE and --autoguidance-scale")
     if others.classifier is None and others.classifier_weight != 1.0:
         raise UsageError(f"--classifier-weight {others.classifier_weight:g} needs --classifier FILE")
 

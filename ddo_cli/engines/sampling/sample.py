@@ -113,9 +113,9 @@ def spec_of(file: Checkpoint, **given: Any) -> SamplingRecipe:
 
 def warn_if_never_unconditional(model: LikelihoodModel, spec: SamplingRecipe) -> None:
     """Warns of classifier-free guidance with a model that has always seen labels."""
-    if spec.cfg_scale not in (None, 1.0) and not model.draw_options.label_drop:
+    if spec.cfg_scale not in (None, 1.0) and not model.draw_options.label_dropout:
         console.warn(
-            f"cfg_scale = {spec.cfg_scale}: this model was trained without dropping labels (label_drop 0), so its "
+            f"cfg_scale = {spec.cfg_scale}: this model was trained without dropping labels (label_dropout 0), so its "
             "unconditional half was never trained"
         )
 

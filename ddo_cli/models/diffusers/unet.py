@@ -181,10 +181,10 @@ class DiffusersModel(DiffusionModel):
 
     def check_sampling(self, spec: SamplingRecipe) -> None:
         super().check_sampling(spec)
-        if spec.cfg_scale not in (None, 1.0) and not self.draw_options.label_drop:
+        if spec.cfg_scale not in (None, 1.0) and not self.draw_options.label_dropout:
             raise UsageError(
                 f"sampling.cfg_scale = {spec.cfg_scale} needs a model that also learned images without labels, and "
-                "this one did not; leave it out, or finetune with label_drop above 0 first"
+                "this one did not; leave it out, or finetune with label_dropout above 0 first"
             )
 
 

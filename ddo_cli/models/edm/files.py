@@ -200,7 +200,7 @@ def _config(outer: Record, path: str | Path) -> tuple[tuple[str, str], dict[str,
     if name == "adm-unet":
         options["group_channels"] = 4  # EDM's norms
     channels, side, classes = (number(state[key], key, int) for key in ("img_channels", "img_resolution", "label_dim"))
-    draw = {"label_drop": given.get("label_dropout", 0)}  # a dropped label is a row of zeros there as here
+    draw = {"label_dropout": given.get("label_dropout", 0)}  # a dropped label is a row of zeros there as here
     return (outer.class_name, network), registry.config_of(name, (channels, side, side), classes, options, draw)
 
 

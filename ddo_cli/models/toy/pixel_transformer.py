@@ -86,7 +86,7 @@ class PixelTransformer(LikelihoodModel):
 
     def draw(self, num_rows: int, rng: RowRng) -> AutoregressiveDraw:
         """Label drops of `num_rows` rows."""
-        return AutoregressiveDraw(rng.rand() < self.draw_options.label_drop)
+        return AutoregressiveDraw(rng.rand() < self.draw_options.label_dropout)
 
     def predict(self, x: Tensor, label: Tensor, draw: AutoregressiveDraw) -> Tensor:
         """log p(x_i | x_<i, label), (B, L), nats, float32."""

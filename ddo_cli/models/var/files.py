@@ -20,7 +20,7 @@ EXPECTED = "VAR's files are var_d16.pth and the like, with vae_ch160v4096z32.pth
 # Where training checkpoints keep the two.
 NESTED_VAR, NESTED_VAE = ("trainer", "var_wo_ddp"), ("trainer", "vae_local")
 SAMPLING = {"batch": 25}  # of the published scripts; without guidance and truncation, as DDO samples
-LABEL_DROP = 0.1
+LABEL_DROPOUT = 0.1
 LISTS = (  # published sides of the token maps
     (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
     (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
@@ -125,7 +125,7 @@ def var(
         side = vae_options.image_side
         shape = (tokenizer["encoder.conv_in.weight"].shape[1], side, side)
         config = registry.config_of(
-            "var", shape, num_classes, options.model_dump(mode="json"), {"label_drop": LABEL_DROP}
+            "var", shape, num_classes, options.model_dump(mode="json"), {"label_dropout": LABEL_DROPOUT}
         )
         with torch.device("meta"):
             expected = registry.build(config)

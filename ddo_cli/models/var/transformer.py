@@ -45,7 +45,7 @@ class VarOptions(Options):
 
 
 class VarDrawOptions(DrawOptions):
-    """Training randomness of VAR. Published: label_drop 0.1; drop_path 0.1 depth / 24, in pretraining only."""
+    """Training randomness of VAR. Published: label_dropout 0.1; drop_path 0.1 depth / 24, in pretraining only."""
 
     drop_path: float = Field(0.0, ge=0, lt=1)  # share of rows that skip the last block's layers; from 0 at the first
 
@@ -177,7 +177,7 @@ class Var(LikelihoodModel):
 
     def draw(self, num_rows: int, rng: RowRng) -> VarDraw:
         """Label drops, and what drop path keeps."""
-        drop = rng.rand() < self.draw_options.label_drop
+        drop = rng.rand() < self.draw_options.label_dropout
         if not self.draw_options.drop_path:
             return VarDraw(drop, torch.ones(num_rows, 0, 2))
         share = torch.linspace(0, self.draw_options.drop_path, self.options.depth)[:, None]  # of each block
