@@ -1,14 +1,14 @@
-"""A run's directory: its lock, its resolved recipe, and how far it has come.
+"""Directories that commands fill: a new one is taken, one begun with the same settings continued, any other refused.
 
-Every directory that a command writes is checked before it is locked or anything is written there, and so by dry runs;
-and once more, by `claim`, under the lock.
+`check` decides it without writing anything, for dry runs too, before anything expensive starts. `claim` decides it
+again under the directory's lock, and takes the directory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,50 @@ from ddo_cli.recipe.load import differing_keys, to_yaml
 from ddo_cli.recipe.schema import Recipe
 
 
+class OutDir:
+    """A directory with a JSON file `record`, which keeps the settings that its content was made with.
+
+    kind, another: for messages, such as "sample set" and "another sample set".
+    results: keys of the record that are added later and are no settings.
+    is_ours: tells a record of this kind from a file of the same name.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        record: str,
+        settings: dict[str, Any],
+        kind: str,
+        another: str,
+        results: Container[str] = (),
+        is_ours: Callable[[dict[str, Any]], bool] = bool,
+    ):
+        self.path, self.record, self.settings = path, path / record, settings
+        self.kind, self.another, self.results, self.is_ours = kind, another, results, is_ours
+
+    def check(self) -> None:
+        """Raises RunError, listing what differs, unless `claim` would take the directory. Writes nothing."""
+        if not dist.is_main():
+            return
+        record = read_json(self.record) if self.record.is_file() else {}
+        if self.is_ours(record):
+            theirs = {key: value for key, value in record.items() if key not in self.results}
+            check_same(f"{self.path} holds {self.another}", self.settings, theirs)
+        else:
+            check_free(self.path, self.kind)
+
+    def claim(self) -> dict[str, Any]:
+        """Takes the directory, whose lock is held; the record, equal on every process. Raises as `check` does."""
+        self.check()
+        if dist.is_main():
+            if not self.record.is_file():
+                write_json(self.record, self.settings)
+            sweep(self.path)
+        return dist.from_main(read_json(self.record) if dist.is_main() else {})
+
+
 class RunDir:
-    """Paths and state of one run. `state.json` is replaced after each stage; a killed run continues from it."""
+    """Paths and state of a training run. `state.json` is replaced after each stage; a killed run continues from it."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -45,9 +87,9 @@ class RunDir:
         return dist.from_main(state)
 
     def claim(self, command: str, recipe: Recipe, **identity: Any) -> dict[str, Any]:
-        """Takes a new directory, or continues one with the same command, recipe and identity (e.g. hashes of inputs).
+        """Takes the directory, whose lock is held; the state, equal on every process. Raises as `check` does.
 
-        Returns the state, the same on every process. Raises RunError as `check` does.
+        identity: what the run depends on beside the recipe, such as hashes of its inputs.
         """
         self.check(command, recipe, **identity)
         if dist.is_main():
@@ -65,11 +107,10 @@ class RunDir:
         if self.recipe_file.is_file():
             self._compare(command, recipe, identity)
         else:
-            own = (self.state_file.name,) if self._is_half_claimed(command, identity) else ()
-            check_free(self.path, "run", own)
+            check_free(self.path, "run", [self.state_file.name] if self._is_half_claimed(command, identity) else [])
 
     def _is_half_claimed(self, command: str, identity: dict[str, Any]) -> bool:
-        """Whether the state is what a `claim` that was killed before it wrote the recipe leaves."""
+        """Whether a `claim` was killed after it had written the state and before it wrote the recipe."""
         try:
             state = json.loads(self.state_file.read_bytes())
         except (OSError, ValueError):
@@ -77,7 +118,7 @@ class RunDir:
         return isinstance(state, dict) and state.keys() == {"command", *identity} and state["command"] == command
 
     def is_finished(self, state: dict[str, Any]) -> bool:
-        """Whether nothing is left to do; says so."""
+        """Whether nothing is left to do; then it tells the user."""
         is_finished = bool(state.get("finished")) and dist.from_main(self.final.is_file())
         if is_finished:
             console.info(f"{self.path} is finished; nothing to do")
@@ -91,37 +132,34 @@ class RunDir:
                 raise ValueError(f"it holds a {type(saved).__name__}")
         except (yaml.YAMLError, ValueError) as error:
             raise RunError(f"{self.recipe_file} is damaged ({error}); choose another --out") from None
-        lines = differing_keys(
-            {"command": command, **identity}, {key: state.get(key) for key in ("command", *identity)}
-        )
-        with contextlib.suppress(ValidationError):  # keys that are newer than the run had their defaults
+        with contextlib.suppress(ValidationError):  # a key that is newer than the run had its default
             saved = Recipe.model_validate(saved).model_dump(mode="json")
-        lines += differing_keys(recipe.model_dump(mode="json"), saved)
-        if lines:
-            raise RunError(
-                f"{self.path} belongs to another run; choose another --out, or give the same options to continue it. "
-                "Differences (there -> now):\n  " + "\n  ".join(lines)
-            )
+        known = {"command": command, **identity}
+        lines = differing_keys(known, {key: state.get(key) for key in known})
+        _refuse(
+            f"{self.path} belongs to another run",
+            "choose another --out, or give the same options to continue it",
+            lines + differing_keys(recipe.model_dump(mode="json"), saved),
+        )
 
 
-def check_free(path: Path, what: str, own: Container[str] = ()) -> None:
-    """Raises RunError unless a new `what` may be made there: `path` does not exist, or is a directory that holds
-    nothing but hidden files and `own`.
-    """
+def check_free(path: Path, kind: str, allowed: Container[str] = ()) -> None:
+    """Raises RunError if `path` is a file, or a directory with anything but hidden files and those `allowed`."""
     _check_directory(path)
     entries = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
     for name in entries:
-        if name[0] != "." and name not in own:
-            raise RunError(f"{path} is not empty and holds no {what}: there is {name}; choose another --out")
+        if name[0] != "." and name not in allowed:
+            raise RunError(f"{path} is not empty and holds no {kind}: there is {name}; choose another --out")
 
 
-def check_same(path: Path, what: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Raises RunError, listing what differs, unless that which is there (`theirs`) is made as ours is."""
-    if lines := differing_keys(ours, theirs):
-        raise RunError(
-            f"{path} holds {what}; choose another --out or remove it. Differences (there -> now):\n  "
-            + "\n  ".join(lines)
-        )
+def check_same(what: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Raises RunError, listing what differs, unless the existing settings (`theirs`) are equal to ours."""
+    _refuse(what, "choose another --out or remove it", differing_keys(ours, theirs))
+
+
+def _refuse(what: str, remedy: str, differences: list[str]) -> None:
+    if differences:
+        raise RunError(f"{what}; {remedy}. Differences (there -> now):\n  " + "\n  ".join(differences))
 
 
 def _check_directory(path: Path) -> None:
@@ -132,9 +170,9 @@ def _check_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[RunDir]:
-    """The run directory, held by this process (and the others of its torchrun). The lock ends with the process.
+    """Creates the directory and holds its lock, for this process and the others of its torchrun.
 
-    For a directory that was checked: it is made, and a lock put there. Raises RunError if another process holds it.
+    Call `check` first: the lock is a file in the directory. Raises RunError if another process holds it.
     """
     run = RunDir(path)
     if not dist.is_main():

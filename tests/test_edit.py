@@ -273,7 +273,7 @@ def test_report_and_files(place, tmp_path, form):
         assert Image.open(tmp_path / "e" / "level-2-guided" / "000011.png").size == (32, 32)
     assert images_of(tmp_path / "e" / "level-2-guided").shape == (12, 3, 32, 32)
     stored = json.loads((tmp_path / "e" / "edit.json").read_text())
-    assert stored["found"]["levels"] == found["levels"]
+    assert stored["figures"]["levels"] == found["levels"]
 
 
 def test_a_single_image_has_no_distance(place, tmp_path):

@@ -25,12 +25,12 @@ from torch import Tensor
 from ddo_cli import dist, rundir
 from ddo_cli.checkpoint import write_tensors
 from ddo_cli.errors import DataError
-from ddo_cli.files import read_json, replacing, sweep, write_json
+from ddo_cli.files import read_json, replacing, write_json
 from ddo_cli.likelihood import Batch, num_batches
 
 Format = Literal["png", "npz", "shards"]
 MANIFEST = "manifest.json"
-FOUND_LATER = ("complete", "nfe", "disc_nfe", "labels")  # keys of a manifest that say nothing of how the set is made
+RESULTS = ("complete", "nfe", "disc_nfe", "labels")  # keys of a manifest that are no settings
 MAX_SEED = 2**32 - 1  # generators keep 32 bits
 
 
@@ -44,7 +44,7 @@ class SampleSet(NamedTuple):
 
 
 class Writer:
-    """Writes a set's batches, each process its own, and says which are still missing.
+    """Writes a set's batches, each process its own, and says which are still missing. Its `out_dir` is claimed first.
 
     made_by: everything the items depend on (weights' hash, sampling recipe, classes), stored in the manifest.
     """
@@ -53,19 +53,10 @@ class Writer:
         self.out, self.form = out, form
         self.seeds, self.batch = sorted(seeds), batch
         self.manifest = {"format": form, "num": len(seeds), "seeds": spell_seeds(self.seeds), "batch": batch, **made_by}
-
-    def check(self) -> None:
-        """Raises RunError, listing what differs, unless `claim` would take the directory. Writes nothing."""
-        if dist.is_main():
-            self._is_new()
-
-    def claim(self) -> None:
-        """Takes an empty directory, or one with a set of the same making. Its lock is held. Raises as `check` does."""
-        if dist.is_main():
-            if self._is_new():
-                write_json(self.out / MANIFEST, {**self.manifest, "complete": False})
-            sweep(self.out)
-        dist.barrier()
+        self.out_dir = rundir.OutDir(
+            out, MANIFEST, dict(self.manifest), "sample set", "another sample set", RESULTS,
+            lambda manifest: manifest.get("format") in get_args(Format),
+        )  # fmt: skip
 
     def missing(self) -> list[int]:
         """Numbers of the batches that are not on disk yet."""
@@ -135,15 +126,6 @@ class Writer:
 
     def _has(self, number: int) -> bool:
         return self._shard(number).is_file()
-
-    def _is_new(self) -> bool:
-        there = manifest_of(self.out)
-        if there.get("format") in get_args(Format):
-            made = {key: value for key, value in there.items() if key not in FOUND_LATER}
-            rundir.check_same(self.out, "another sample set", self.manifest, made)
-            return False
-        rundir.check_free(self.out, "sample set")
-        return True
 
 
 def _compact(items: Tensor) -> Tensor:

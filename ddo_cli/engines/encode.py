@@ -18,11 +18,11 @@ from ddo_cli.data.inspection import LIMBS, Inspection
 from ddo_cli.data.items import describe
 from ddo_cli.data.stream import ImageStream, open_stream
 from ddo_cli.errors import DataError, RunError, UsageError
-from ddo_cli.files import read_json, sweep, write_json
+from ddo_cli.files import read_json
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import registry
 
-FOUND_LATER = ("complete", "shards", "source_digest")  # keys of a manifest that say nothing of how the set is made
+RESULTS = ("complete", "shards", "source_digest")  # keys of a manifest that are no settings
 TIMED = 8  # images whose encoding tells --dry-run the speed
 MARGIN = 1.05  # of the size on disk: headers and a file system's blocks
 
@@ -75,17 +75,21 @@ def run(
         "out": str(out), "num_images": stream.num, "shape": list(shape), "dtype": manifest["dtype"],
         "encoder": manifest["encoder"], "shards": num_shards, "bytes": size,
     }  # fmt: skip
-    _check(out, manifest)
+    out_dir = rundir.OutDir(
+        out, latents.MANIFEST, manifest, "encoded set", "another encoded set", RESULTS,
+        lambda manifest: manifest.get("format") == latents.FORMAT,
+    )  # fmt: skip
+    out_dir.check()
     if dry_run:
         plan = {"images_per_second": round(speed, 2), "seconds": round(stream.num / speed / dist.world_size())}
         return {**found, "bytes_free": _free(out), **plan, "dry_run": True}
     with rundir.locked(out):
-        done = dist.from_main(_claim(out, manifest))
-        if done.get("complete"):
-            console.info(f"{out} is finished; nothing to do")
-            return {**found, "source_digest": done["source_digest"]}
+        stored = out_dir.claim()
         missing = [number for number in range(num_shards) if not latents.shard_file(out, number).is_file()]
         missing = dist.from_main(missing)
+        if stored.get("complete") and len(stored.get("shards", ())) == num_shards and not missing:
+            console.info(f"{out} is finished; nothing to do")
+            return {**found, "source_digest": stored["source_digest"]}
         if (needed := size * len(missing) // num_shards) > dist.from_main(_free(out)):
             raise RunError(
                 f"{out}: {needed / 1e9:.1f} GB are to be written, and {_free(out) / 1e9:.1f} are free; make room"
@@ -135,37 +139,6 @@ class _Encoder:
 def _free(out: Path) -> int:
     """Bytes that the disk of `out` has left."""
     return shutil.disk_usage(next(place for place in (out, *out.absolute().parents) if place.exists())).free
-
-
-def _check(out: Path, manifest: dict[str, Any]) -> None:
-    """Raises RunError unless `_claim` would take the directory. Writes nothing."""
-    if not dist.is_main():
-        return
-    path = out / latents.MANIFEST
-    there = read_json(path) if path.is_file() else {}
-    if there.get("format") == latents.FORMAT:
-        made = {key: value for key, value in there.items() if key not in FOUND_LATER}
-        rundir.check_same(out, "another encoded set", manifest, made)
-    else:
-        rundir.check_free(out, "encoded set")
-
-
-def _claim(out: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Takes an empty directory, or one with a set of the same making; its manifest, on the main process only."""
-    if not dist.is_main():
-        return {}
-    _check(out, manifest)
-    sweep(out)
-    path = out / latents.MANIFEST
-    if not path.is_file():
-        write_json(path, {**manifest, "complete": False})
-        return manifest
-    there = read_json(path)
-    num_shards = -(-manifest["num"] // manifest["shard"])
-    files = [latents.shard_file(out, number) for number in range(num_shards)]
-    if len(there.get("shards", ())) != num_shards or not all(file.is_file() for file in files):
-        there["complete"] = False  # a lost shard is made again
-    return there
 
 
 def _write(

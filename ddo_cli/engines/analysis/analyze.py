@@ -108,7 +108,7 @@ def _check_place(out: Path, identity: dict[str, Any]) -> None:
     for name in there:
         file = out / f"{name}.json"
         stored = read_json(file)
-        rundir.check_same(file, "figures of something else", ours, {key: stored.get(key) for key in ours})
+        rundir.check_same(f"{file} holds figures of something else", ours, {key: stored.get(key) for key in ours})
 
 
 def table_of(out: Path) -> tuple[list[str], list[tuple[str, ...]]]:

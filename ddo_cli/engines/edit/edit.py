@@ -7,7 +7,7 @@ guidance is to improve that trade-off (arXiv 2211.17091, Fig. 10). All levels, g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +21,14 @@ from ddo_cli.engines.edit import report as edit_report
 from ddo_cli.engines.edit.inputs import Editor
 from ddo_cli.engines.edit.report import Way
 from ddo_cli.engines.sampling import sample
-from ddo_cli.files import read_json, sweep, write_json
+from ddo_cli.files import write_json
 from ddo_cli.likelihood import Batch, num_batches
 from ddo_cli.precision import inference_precision
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng, seed_from
 
 STATE = "edit.json"
+RESULTS = ("request", "source", "figures")  # its keys that are no settings
 
 
 def run(
@@ -74,7 +75,9 @@ def run(
         "label": label, "source_sha256": digest(sources), "num": len(sources.items), "format": form,
     }  # fmt: skip
     writers = {way: _writer(out, way, made_by, editor) for way in ways}
-    _check(out, made_by, writers.values())
+    out_dir = rundir.OutDir(out, STATE, made_by, "edited images", "other edited images", RESULTS)
+    for claimed in (out_dir, *(writer.out_dir for writer in writers.values())):
+        claimed.check()
     target = edit_report.open_target(ref, editor.disc, weights, extractor, sources, device)
     editor.tell(spec)
     sample.warn_if_never_unconditional(base, spec)
@@ -94,16 +97,18 @@ def run(
     request = {"levels": levels, "guidance": editor.guided_by(), **target.identity}
     pictures = edit_report.pictures_of(out, len(sources.items))
     with rundir.locked(out):
-        state = _claim(out, made_by, writers.values())
+        state = out_dir.claim()
+        for writer in writers.values():
+            writer.out_dir.claim()
         manifests = {way: dist.from_main(writer.complete()) for way, writer in writers.items()}
         is_whole = all(manifests.values()) and all(Path(path).is_file() for path in pictures.values())
         if dist.from_main(is_whole and state.get("request") == request):
             console.info(f"{out} is finished; nothing to do")
-            return {**shown, **state["found"], **pictures}
+            return {**shown, **state["figures"], **pictures}
         made = {way: manifests[way] or _draw(job, way, writer) for way, writer in writers.items()}
         found = edit_report.write(out, sources.items, made, target, spec.batch)
         if dist.is_main():
-            write_json(out / STATE, {"made_by": made_by, "request": request, "source": source, "found": found})
+            write_json(out / STATE, {**made_by, "request": request, "source": source, "figures": found})
         dist.barrier()
     return {**shown, **found, **pictures}
 
@@ -114,30 +119,6 @@ class _Job(NamedTuple):
     sources: ItemSet
     seed: int
     device: torch.device
-
-
-def _check(out: Path, made_by: dict[str, Any], writers: Iterable[Writer]) -> None:
-    """Raises RunError unless `_claim` would take the directory. Writes nothing."""
-    if not dist.is_main():
-        return
-    if (out / STATE).is_file():
-        rundir.check_same(out, "other edited images", made_by, read_json(out / STATE).get("made_by", {}))
-    else:
-        rundir.check_free(out, "edited images")
-    for writer in writers:
-        writer.check()
-
-
-def _claim(out: Path, made_by: dict[str, Any], writers: Iterable[Writer]) -> dict[str, Any]:
-    """Takes an empty directory, or one with images edited in the same way; returns its state."""
-    _check(out, made_by, writers)
-    if dist.is_main():
-        if not (out / STATE).is_file():
-            write_json(out / STATE, {"made_by": made_by})
-        sweep(out)
-    for writer in writers:
-        writer.claim()
-    return dist.from_main(read_json(out / STATE))
 
 
 def _writer(out: Path, way: Way, made_by: dict[str, Any], editor: Editor) -> Writer:

@@ -69,7 +69,7 @@ def run(
         **({keep: True} if keep != "images" else {}),
     }
     writer = Writer(out, form, seeds, spec.batch, made_by)
-    writer.check()
+    writer.out_dir.check()
     grid = grid_path(out)
     if dist.is_main() and not manifest_of(out):
         pictures.check_replaceable(grid)
@@ -81,7 +81,7 @@ def run(
         generate, model, spec=spec, batch=spec.batch, classes=classes, guides=guides, as_given=seeds, device=device
     )
     with rundir.locked(out):
-        writer.claim()
+        writer.out_dir.claim()
         # Files appear while processes read the directory: what is missing is for the main process to say.
         missing = dist.from_main(writer.missing())
         manifest = dist.from_main(writer.complete())
