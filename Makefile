@@ -8,7 +8,7 @@ quickstart: $(VENV)/.installed  ## install, then four rounds of DDO on the embed
 	$(BIN)/ddo finetune-ddo --rounds 4 --alpha 4 --beta 0.05
 
 test: $(VENV)/.installed-dev lint  ## lint, types and tests
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
