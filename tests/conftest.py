@@ -6,11 +6,11 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads cost more than they bring
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launch import launch
 
 from ddo_cli import checkpoint, console
 from ddo_cli.models import registry
@@ -88,12 +88,8 @@ def tiny_recipe(ckpt: str, kind: str = "diffusion", *overrides: str) -> Recipe:
 
 
 def torchrun(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """`torchrun --nproc-per-node 2 ...`, which must succeed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, env=environment, check=False, timeout=240
-    )
+    """The processes of `torchrun --nproc-per-node 2 ...`, which must succeed."""
+    done = launch(*arguments, processes=processes)
     assert done.returncode == 0, done.stderr
     return done
 

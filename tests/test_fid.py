@@ -140,7 +140,7 @@ def test_embedded_default(monkeypatch):
 @pytest.mark.slow
 def test_two_processes_equal_one(sets, extractor):
     code = (
-        "import sys, json; from ddo_cli import dist; from ddo_cli.engines import fid\n"
+        "import sys, json; from ddo_cli import dist; from ddo_cli.engines.fid import fid\n"
         "options = fid.Options(extractor=sys.argv[3], batch=64, cache=False)\n"
         "found = fid.run(sys.argv[1], sys.argv[2], options, device=dist.init('cpu'))\n"
         "print(f\"value {found['fd_embedded']!r} {found['num_images']};\", flush=True); dist.shutdown()\n"
