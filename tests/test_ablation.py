@@ -8,6 +8,7 @@ from test_samplers import analytic, gaussian, stream
 from torch.testing import assert_close
 
 from ddo_cli.diffusion import generalised_sampler, samplers
+from ddo_cli.diffusion.churn import Churn
 from ddo_cli.diffusion.generalised_sampler import Choice
 from ddo_cli.diffusion.schedules import karras_sigmas
 from ddo_cli.errors import UsageError
@@ -22,7 +23,7 @@ def run(choice, n, denoise=analytic, latent=None, **churn):
     low, high = generalised_sampler.default_range(choice.discretization)
     sigmas = generalised_sampler.levels(choice, n, low, high)
     rng = RowRng([0, 1])
-    own = samplers.Churn(churn.get("s_churn", 0.0), 0.0, math.inf, 1.0, rng)
+    own = Churn(churn.get("s_churn", 0.0), 0.0, math.inf, 1.0, rng)
     latent = stream(3, (2, 3, 4, 4)).double() if latent is None else latent
     return generalised_sampler.sample(denoise, latent, sigmas, (low, high), choice, own)
 

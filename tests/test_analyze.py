@@ -20,9 +20,11 @@ from ddo_cli import checkpoint
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet, digest
 from ddo_cli.data.pairs import split
-from ddo_cli.diffusion import probability_flow, samplers, vp_sde
+from ddo_cli.diffusion import probability_flow, vp_sde
+from ddo_cli.diffusion.churn import Boost
 from ddo_cli.diffusion.guidance import GradientGuide, climb
 from ddo_cli.diffusion.mixture import GaussianMixture
+from ddo_cli.diffusion.trace import Trace
 from ddo_cli.engines import scoring
 from ddo_cli.engines.analysis import analyses, analyze, regeneration
 from ddo_cli.engines.analysis.analyses import Recorder
@@ -112,7 +114,7 @@ def test_the_gain_is_a_parabola_of_the_weight(weight, share):
 
 
 def test_the_gain_does_not_depend_on_the_weight_and_boost_of_the_guide():
-    one, other = measured(subject(num=64)), measured(subject(num=64, weight=3.0, boost=samplers.Boost()))
+    one, other = measured(subject(num=64)), measured(subject(num=64, weight=3.0, boost=Boost()))
     assert_close(one.by_item(2.0), other.by_item(2.0), rtol=0, atol=0)
 
 
@@ -128,8 +130,7 @@ def test_the_gain_is_what_its_definition_says():
         x = x0 + sigma[:, None] * rng.randn((2,), dtype=torch.float64)
         label = torch.full((40,), NO_LABEL)
         plain, guided = (
-            (x0 - s.base.steered(label, SPEC, guides, samplers.Trace())(x, sigma)).square().sum(1)
-            for guides in ((), (s.guide,))
+            (x0 - s.base.steered(label, SPEC, guides, Trace())(x, sigma)).square().sum(1) for guides in ((), (s.guide,))
         )
         expected = sigma**-3 * (plain - guided) * sigma * (high - low)
         assert_close(found.by_item(1.7)[:, k], expected, rtol=1e-6, atol=1e-9)  # guides see float32

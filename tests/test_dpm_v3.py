@@ -54,7 +54,7 @@ def test_levels_are_snapped_to_the_grid(steps):
 
 
 def test_parity_with_the_published_sampler():
-    found = drawn(samplers.SAMPLERS["dpm-v3"], snapped_sigmas(25, 0.002, 80))
+    found = drawn(samplers.dpm_v3, snapped_sigmas(25, 0.002, 80))
     assert_close(found, torch.tensor(PUBLISHED, dtype=torch.float64), rtol=3e-6, atol=1e-7)  # six digits are printed
 
 
@@ -90,7 +90,7 @@ def rewritten(denoise, x, sigmas, integral="trapezoid", corrector=True, again=Fa
 
 def test_the_rewritten_loop_agrees():
     sigmas = snapped_sigmas(25, 0.002, 80)
-    assert_close(drawn(samplers.SAMPLERS["dpm-v3"], sigmas), drawn(rewritten, sigmas), rtol=1e-6, atol=1e-7)
+    assert_close(drawn(samplers.dpm_v3, sigmas), drawn(rewritten, sigmas), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -118,9 +118,7 @@ def test_convergence_on_a_gaussian():
 
     def error(n):
         exact = x * math.sqrt((0.25 + 0.05**2) / (0.25 + 10.0**2))
-        return (
-            (samplers.SAMPLERS["dpm-v3"](gaussian, x, snapped_sigmas(n, 0.05, 10.0), None) - exact).abs().max().item()
-        )
+        return (samplers.dpm_v3(gaussian, x, snapped_sigmas(n, 0.05, 10.0), None) - exact).abs().max().item()
 
     errors = [error(n) for n in (8, 16, 32)]
     assert errors[0] / errors[1] > 3.5  # second order: a fourth

@@ -9,11 +9,12 @@ from torch import nn
 from torch.testing import assert_close
 
 from ddo_cli.diffusion import samplers, vp_sde
+from ddo_cli.diffusion.churn import Boost, Churn
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, climb, extrapolated
 from ddo_cli.diffusion.mixture import GaussianMixture, toy2d
-from ddo_cli.diffusion.samplers import Boost, Churn, Trace
 from ddo_cli.diffusion.schedules import karras_sigmas
+from ddo_cli.diffusion.trace import Trace, rows_of
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
 
@@ -393,7 +394,7 @@ def test_churn_reads_the_log_ratio_of_the_step_before():
     def denoise(x, sigma, stage="predictor"):
         if stage == "predictor":
             levels_seen.append(sigma.expand(2))
-        return x * 0.25 / (0.25 + samplers.rows_of(sigma, x) ** 2)
+        return x * 0.25 / (0.25 + rows_of(sigma, x) ** 2)
 
     guided = GradientGuide(potential, boost=Boost()).steer(denoise, LABEL[:2], trace)
     sigmas = karras_sigmas(18, 0.002, 80)
@@ -427,7 +428,7 @@ class Waves:
 
 def toy_denoise(x, sigma, stage="predictor"):
     """(0.25 x + 0.1 sigma^2) / (0.25 + sigma^2), in float32 as a network would be."""
-    square = samplers.rows_of(sigma, x).to(torch.float32).square()
+    square = rows_of(sigma, x).to(torch.float32).square()
     return ((0.25 * x.to(torch.float32) + 0.1 * square) / (0.25 + square)).to(x.dtype)
 
 

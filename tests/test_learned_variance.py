@@ -10,8 +10,8 @@ from torch.testing import assert_close
 
 from ddo_cli.diffusion import samplers
 from ddo_cli.diffusion.precond import linear_sigmas
-from ddo_cli.diffusion.samplers import Trace
 from ddo_cli.diffusion.schedules import respaced_steps
+from ddo_cli.diffusion.trace import Trace
 from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import generate, labels_of
 from ddo_cli.models import registry
@@ -40,7 +40,7 @@ def one_step(i, name, direction):
         return denoised if direction is None else denoised + sigma**2 * direction / (1 + sigma**2).sqrt()
 
     x = tensor("x", 4) * (1 + sigma**2).sqrt()
-    return samplers.SAMPLERS[name](denoise, x, sigmas, churn) / (1 + sigmas[1] ** 2).sqrt()
+    return samplers.SAMPLERS[name].integrate(denoise, x, sigmas, churn) / (1 + sigmas[1] ** 2).sqrt()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Samplers integrate fields whose solution is known, and reproduce EDM's published golden values."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from conftest import CPU, make_checkpoint
 from torch import nn
 from torch.testing import assert_close
 
+from ddo_cli.cli import main
 from ddo_cli.diffusion import guidance, samplers, vp_sde
+from ddo_cli.diffusion.churn import Churn
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
-from ddo_cli.diffusion.samplers import Churn
-from ddo_cli.diffusion.schedules import karras_sigmas, vp_sigmas
+from ddo_cli.diffusion.schedules import karras_sigmas, snapped_sigmas, vp_sigmas
 from ddo_cli.errors import UsageError
 from ddo_cli.models import registry
 from ddo_cli.recipe.schema import SamplingRecipe
@@ -39,7 +41,7 @@ def test_order_of_convergence_on_a_gaussian(name, steps, order):
         # The last step to 0 is first order in each of them; end at sigma_min where the exact flow is known too.
         sigmas = karras_sigmas(n, 0.05, 10.0)[:-1]
         exact = x * math.sqrt((0.25 + 0.05**2) / (0.25 + 10.0**2))
-        return (samplers.SAMPLERS[name](gaussian, x, sigmas, None) - exact).abs().max().item()
+        return (samplers.SAMPLERS[name].integrate(gaussian, x, sigmas, None) - exact).abs().max().item()
 
     ratio = error(steps) / error(2 * steps)
     assert ratio == pytest.approx(2**order, rel=0.35)
@@ -98,7 +100,7 @@ def test_parity_with_edm_deterministic():
 def test_parity_with_edm_churn():
     x = stream(3, (2, 3, 4, 4)).double()
     sigmas = karras_sigmas(32, 0.002, 80)
-    churn = samplers.Churn(40, 0.05, 50, 1.003, FixedNoise())
+    churn = Churn(40, 0.05, 50, 1.003, FixedNoise())
     found = samplers.heun(analytic, x * sigmas[0], sigmas, churn)
     flat = found.flatten()
     expected = torch.tensor([0.437542, 1.08903, 0.0907073, 0.623781], dtype=torch.float64)
@@ -110,7 +112,7 @@ def test_parity_with_edm_churn():
 def test_churn_off_draws_nothing():
     rng = RowRng([1, 2])
     before = [generator.get_state() for generator in rng.generators]
-    churn = samplers.Churn(0.0, 0.0, math.inf, 1.0, rng)
+    churn = Churn(0.0, 0.0, math.inf, 1.0, rng)
     samplers.heun(gaussian, torch.ones(2, 3, dtype=torch.float64), karras_sigmas(4, 0.1, 1.0), churn)
     assert all(torch.equal(a, g.get_state()) for a, g in zip(before, rng.generators, strict=True))
 
@@ -161,7 +163,7 @@ def test_vp_sigmas_are_evenly_spaced_in_time():
 def test_ddim_is_euler_in_the_variance_exploding_frame(sigmas):
     x = stream(3, (2, 3, 4, 4)).double() * sigmas[0]
     rng = FixedNoise()
-    found = samplers.SAMPLERS["ddim"](analytic, x, sigmas, unchurned(rng))
+    found = samplers.SAMPLERS["ddim"].integrate(analytic, x, sigmas, unchurned(rng))
     assert_close(found, samplers.euler(analytic, x, sigmas), rtol=1e-12, atol=1e-12)
     assert rng.k == 0  # nothing was drawn
 
@@ -195,7 +197,7 @@ def test_parity_with_the_textbook_in_vp_coordinates(name):
     expected = textbook(x_vp, alpha_bar, rng, name == "ddpm")
     sigmas = torch.cat([((1 - alpha_bar) / alpha_bar).sqrt().flip(0), torch.zeros(1, dtype=torch.float64)])
     own_rng = FixedNoise()
-    found = samplers.SAMPLERS[name](analytic, x_vp / alpha_bar[-1].sqrt(), sigmas, unchurned(own_rng))
+    found = samplers.SAMPLERS[name].integrate(analytic, x_vp / alpha_bar[-1].sqrt(), sigmas, unchurned(own_rng))
     # The denoiser is float32; its input differs in the last bits of float64, so that its answer may round otherwise.
     assert_close(found, expected, rtol=0, atol=1e-5)
     assert own_rng.k == rng.k == (49 if name == "ddpm" else 0)  # none at the last step
@@ -240,7 +242,7 @@ def variance_of(name, n):
     sigmas = vp_sigmas(n, 0.002, 80)
     x = torch.zeros(n + 1, 1, dtype=torch.float64)
     x[0] = math.sqrt(0.25 + 80**2)
-    found = samplers.SAMPLERS[name](gaussian, x, sigmas, unchurned(OneRowEach(n + 1)))
+    found = samplers.SAMPLERS[name].integrate(gaussian, x, sigmas, unchurned(OneRowEach(n + 1)))
     return found.square().sum().item()
 
 
@@ -251,18 +253,6 @@ def test_ancestral_samplers_reach_the_variance_of_gaussian_data(name):
     # Both are first order: each doubling of the steps halves the error.
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.1)
     assert errors[1] / errors[2] == pytest.approx(2, rel=0.1)
-
-
-def test_first_order_and_multistep_samplers_have_no_corrector():
-    stages = []
-
-    def denoise(x, sigma, stage="predictor"):
-        stages.append(stage)
-        return gaussian(x, sigma)
-
-    for name in ("euler", "dpmpp-2m", "ddim", "ddpm"):
-        samplers.SAMPLERS[name](denoise, torch.ones(1, 1).double(), karras_sigmas(3, 0.1, 1.0), unchurned(RowRng([0])))
-    assert stages == ["predictor"] * 12
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,3 +334,65 @@ def test_a_batch_does_not_change_an_ancestral_sample(tiny, sampler):
     assert together.nfe == 3
     # The network is float32, and its kernels sum in another order for another batch.
     assert_close(together.x[1:2], alone.x, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+@pytest.mark.parametrize("name", sorted(samplers.SAMPLERS))
+def test_the_table_states_evaluations_and_churn(name):
+    sampler, stages, rng = samplers.SAMPLERS[name], [], RowRng([0])
+    before = rng.generators[0].get_state()
+
+    def denoise(x, sigma, stage="predictor"):
+        stages.append(stage)
+        return gaussian(x, sigma)
+
+    n, ends_in_0 = 5, sampler.spacing != "snapped"
+    sigmas = karras_sigmas(n, 0.1, 1.0) if ends_in_0 else snapped_sigmas(n, 0.1, 1.0)
+    sampler.integrate(denoise, torch.ones(1, 1).double(), sigmas, Churn(4.0, 0.0, math.inf, 1.0, rng))
+    assert stages.count("predictor") == n
+    assert stages.count("corrector") == (sampler.evaluations - 1) * (n - ends_in_0)
+    assert (not torch.equal(before, rng.generators[0].get_state())) == (sampler.churns or name == "ddpm")
+
+
+def midpoint(denoise, x, sigmas, churn=None):
+    """The explicit midpoint rule, its middle at the geometric mean of two levels; Euler's step to 0."""
+    for sigma, sigma_next in pairwise(sigmas):
+        slope = (x - denoise(x, sigma)) / sigma
+        if sigma_next > 0:
+            middle = (sigma * sigma_next).sqrt()
+            x_middle = x + (middle - sigma) * slope
+            slope = (x_middle - denoise(x_middle, middle, stage="corrector")) / middle
+        x = x + (sigma_next - sigma) * slope
+    return x
+
+
+def test_adding_a_sampler_is_a_function_and_a_line_of_the_table(tiny, monkeypatch, capsys):
+    added = samplers.Sampler("midpoint", midpoint, evaluations=2, steps=40, spacing="steps")
+    monkeypatch.setitem(samplers.SAMPLERS, "midpoint", added)
+    # Recipes take the name, and drop a file's own settings that it does not read.
+    spec = SamplingRecipe(sampler="heun", s_churn=4.0, schedule="vp").merged(sampler="midpoint")
+    assert (spec.sampler, spec.s_churn, spec.schedule) == ("midpoint", None, None)
+    # A model samples with it, in its own number of steps and spacing.
+    model = Recording()
+    model.check_sampling(spec)
+    found = model.sample(torch.tensor([-1, -1]), RowRng([0, 1]), spec)
+    assert found.nfe == model.passes(spec) == 79
+    assert_close(torch.stack(model.levels[::2]), vp_sigmas(40, 0.002, 80)[:-1])
+    exact = RowRng([0, 1]).randn((1,)).double() * 80 * 0.5 / math.sqrt(0.25 + 80**2)
+    assert_close(found.x, exact, rtol=0.05, atol=0)
+    # Checks know what it does not do.
+    with pytest.raises(UsageError, match=r"s_churn = 4.0 needs sampler heun or euler; midpoint has no churn"):
+        tiny.check_sampling(spec.merged(s_churn=4.0))
+    with pytest.raises(UsageError, match="EDM's generalised sampler needs sampler heun or euler"):
+        tiny.check_sampling(spec.merged(schedule="vp"))
+    # Commands name it to those who misspell it, together with other mistakes.
+    monkeypatch.setattr("sys.argv", ["ddo", "sample", "--sampler", "midpont", "--steps", "0"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert "sampler = 'midpont': no sampler has this name (did you mean 'midpoint'?); known: heun, euler," in message
+    assert "steps = 0" in message

@@ -12,10 +12,11 @@ from torch.testing import assert_close
 from ddo_cli import checkpoint
 from ddo_cli.commands.options import interval_of
 from ddo_cli.diffusion import samplers, sampling_plan
+from ddo_cli.diffusion.churn import Churn
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, Interval, extrapolated
-from ddo_cli.diffusion.samplers import Churn, Trace
 from ddo_cli.diffusion.schedules import karras_sigmas
+from ddo_cli.diffusion.trace import Trace
 from ddo_cli.engines.sampling import guides, sample
 from ddo_cli.engines.sampling.guides import Others
 from ddo_cli.errors import RecipeError, UsageError

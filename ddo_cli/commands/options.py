@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ddo_cli.diffusion.samplers import SAMPLERS
 from ddo_cli.errors import RecipeError, UsageError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ Labels = Annotated[
         help="balanced (seed modulo classes), position (place in --seeds modulo classes), or random as EDM draws them."
     ),
 ]
-Sampler = Annotated[str | None, typer.Option(help="euler, heun (EDM), dpmpp-2m, dpm-v3, ddim or ddpm.")]
+Sampler = Annotated[str | None, typer.Option(help=f"One of {', '.join(SAMPLERS)}.")]
 Steps = Annotated[int | None, typer.Option(help="Sampling steps.")]
 Churn = Annotated[float | None, typer.Option(help="EDM's stochasticity.")]
 CfgScale = Annotated[float | None, typer.Option(help="Classifier-free guidance, 1 = off.")]

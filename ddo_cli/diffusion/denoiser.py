@@ -12,8 +12,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ddo_cli.diffusion import generalised_sampler, guidance, precond, probability_flow, samplers, sampling_plan
+from ddo_cli.diffusion.churn import Boost, Churn
 from ddo_cli.diffusion.guidance import Guide, Interval
 from ddo_cli.diffusion.precond import PrecondName
+from ddo_cli.diffusion.trace import Denoiser, Trace
 from ddo_cli.errors import NumericsError, UsageError
 from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, drop_labels
 from ddo_cli.recipe.schema import SamplingRecipe
@@ -229,8 +231,8 @@ class DiffusionModel(LikelihoodModel):
         if self.num_classes:
             rng.randint(self.num_classes)
         sigmas = self.sigmas(spec).to(label.device)
-        trace = samplers.Trace()
-        churn = samplers.Churn(
+        trace = Trace()
+        churn = Churn(
             s_churn=spec.s_churn or 0.0,
             s_min=spec.s_min or 0.0,
             s_max=math.inf if spec.s_max is None else spec.s_max,
@@ -241,13 +243,13 @@ class DiffusionModel(LikelihoodModel):
             round_sigma=self.precond.round_sigma,
         )
         denoise = self.steered(label, spec, guides, trace)
-        if (choice := sampling_plan.ablation_of(spec)) is not None:
+        if (choice := sampling_plan.generalised_choice(spec)) is not None:
             if x0 is not None:
-                raise UsageError(f"SDEdit needs a plain sampler; remove {sampling_plan.ablation_keys(spec)}")
+                raise UsageError(f"SDEdit needs a plain sampler; remove {sampling_plan.generalised_keys(spec)}")
             x = generalised_sampler.sample(denoise, latent, sigmas[:-1], self.bounds(spec), choice, churn)
         else:
             x = latent * sigmas[0] if x0 is None else x0.to(latent) + latent * sigmas[0]
-            x = samplers.SAMPLERS[spec.sampler or "heun"](denoise, x, sigmas, churn)
+            x = samplers.find(spec.sampler).integrate(denoise, x, sigmas, churn)
         if not bool(x.isfinite().all()):
             raise NumericsError(
                 f"{int((~x.isfinite().flatten(1).all(1)).sum())} of {len(x)} samples are not finite; the model or a "
@@ -255,12 +257,10 @@ class DiffusionModel(LikelihoodModel):
             )
         return Sampled(x, trace.nfe, trace.disc_nfe)
 
-    def steered(
-        self, label: Tensor, spec: SamplingRecipe, guides: Sequence[Guide], trace: samplers.Trace
-    ) -> samplers.Denoiser:
+    def steered(self, label: Tensor, spec: SamplingRecipe, guides: Sequence[Guide], trace: Trace) -> Denoiser:
         """The denoiser of a batch with the recipe's classifier-free guidance and every guide, counting in `trace`."""
 
-        def bound(own_label: Tensor) -> samplers.Denoiser:
+        def bound(own_label: Tensor) -> Denoiser:
             def denoise(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
                 trace.nfe += 1
                 if not self.options.learned_variance:
@@ -314,8 +314,9 @@ class DiffusionModel(LikelihoodModel):
         for guide in guides:
             if isinstance(interval := getattr(guide, "interval", None), Interval) and not self._boost(guides):
                 sampling_plan.check_interval("--guidance-interval", interval, spec, self.sigmas(spec)[:-1])
-        if self._boost(guides) and (spec.sampler or "heun") not in samplers.CHURNED:
-            raise UsageError(f"boost churns samples, which sampler {spec.sampler} cannot do; use heun or euler")
+        if self._boost(guides) and not samplers.find(spec.sampler).churns:
+            churned = samplers.names(lambda sampler: sampler.churns)
+            raise UsageError(f"boost churns samples, which sampler {spec.sampler} cannot do; use {churned}")
 
     def log_density(self, x: Tensor, label: Tensor, spec: SamplingRecipe, guides: Sequence[Guide] = ()) -> Tensor:
         """log p(x) in nats, (B,): see `flow.log_density`. Labels, cfg_scale and guides are honoured.
@@ -326,11 +327,11 @@ class DiffusionModel(LikelihoodModel):
             raise UsageError(f"sampling.s_churn = {spec.s_churn}: the density exists for the ODE only; leave churn out")
         if self._boost(guides):
             raise UsageError("boost depends on a sampler's steps: the density exists for the ODE only; leave it out")
-        denoise = self.steered(label, spec, guides, samplers.Trace())
+        denoise = self.steered(label, spec, guides, Trace())
         return probability_flow.log_density(denoise, x, *self.bounds(spec), self.options.sigma_data)
 
     @staticmethod
-    def _boost(guides: Sequence[Guide]) -> samplers.Boost | None:
+    def _boost(guides: Sequence[Guide]) -> Boost | None:
         return next((boost for guide in guides if (boost := getattr(guide, "boost", None))), None)
 
     def bounds(self, spec: SamplingRecipe) -> tuple[float, float]:
@@ -346,7 +347,7 @@ def _cfg_interval(spec: SamplingRecipe) -> Interval:
     return Interval(spec.cfg_sigma_min or 0.0, math.inf if spec.cfg_sigma_max is None else spec.cfg_sigma_max)
 
 
-def _clipped(denoise: samplers.Denoiser) -> samplers.Denoiser:
+def _clipped(denoise: Denoiser) -> Denoiser:
     def clipped(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
         return denoise(x, sigma, stage).clamp(-1, 1)
 

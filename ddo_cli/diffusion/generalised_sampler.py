@@ -14,9 +14,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ddo_cli.diffusion.churn import Churn
 from ddo_cli.diffusion.precond import cosine_sigmas
-from ddo_cli.diffusion.samplers import Churn, Denoiser, rows_of
 from ddo_cli.diffusion.schedules import karras_sigmas
+from ddo_cli.diffusion.trace import Denoiser, rows_of
 
 Discretization = Literal["vp", "ve", "iddpm", "edm"]
 Schedule = Literal["vp", "ve", "linear"]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ddo_cli.diffusion import vp_sde
-from ddo_cli.diffusion.samplers import Boost, Denoiser, Trace, rows_of
+from ddo_cli.diffusion.churn import Boost
+from ddo_cli.diffusion.trace import Denoiser, Trace, rows_of
 
 Decay = Literal["constant", "linear", "cosine"]
 
@@ -96,7 +97,7 @@ class GradientGuide(NamedTuple):
     weight, weight_2nd: w of a step's predictor and of its corrector (the published runs leave the corrector unguided).
     time_min, time_max: w is 0 for samples whose own VP time lies outside.
     decay: constant, or w times t (linear) or (1 - cos(pi t)) / 2 (cosine); chosen by us.
-    boost: see `samplers.Boost`; it reads L as a log-ratio, so it is for discriminators only.
+    boost: see `churn.Boost`; it reads L as a log-ratio, so it is for discriminators only.
     Where w is 0 for the whole batch the potential is not evaluated. L is climbed as it is: the published code takes the
     log of a probability clipped to [1e-5, 1 - 1e-5], which leaves samples beyond |L| = 11.5 without guidance.
     """

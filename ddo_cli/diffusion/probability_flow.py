@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddo_cli.diffusion import precond
-from ddo_cli.diffusion.samplers import Denoiser
+from ddo_cli.diffusion.trace import Denoiser
 
 STEPS = 16  # of `log_density`, 4 evaluations each; chosen by us, see there
 

@@ -1,126 +1,33 @@
-"""Samplers: functions of a denoiser, a state and decreasing noise levels. Adding one touches this file only.
+"""Samplers: functions of a denoiser, a state and decreasing noise levels, and their table. Adding one touches this file
+only.
 
 State and noise levels are float64, as in EDM's reference sampler, so that the number of steps is limited by the
 network's accuracy and not by the integrator's rounding; or float32, as in EDM2's. The denoiser casts for its network.
+
+Torch is imported for its types only: recipes and `--help` read the table, and must be quick. A sampler that needs a
+function of torch imports it inside.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import torch
-from torch import Tensor
+from ddo_cli.diffusion.trace import Denoiser, rows_of
 
-from ddo_cli.diffusion.dpm_v3 import dpm_v3
-from ddo_cli.rng import RowRng
+if TYPE_CHECKING:
+    from torch import Tensor
 
+    from ddo_cli.diffusion.churn import Churn
 
-class Denoiser(Protocol):
-    """D(x; sigma) with the label and network already bound.
-
-    sigma: scalar, or (B,) where samples differ. stage: "predictor" or "corrector", the evaluation of a step that this
-    is; guides may weigh them differently.
-    """
-
-    def __call__(self, x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor: ...
-
-
-class Boost(NamedTuple):
-    """Discriminator guidance's boosting of samples that look generated, i.e. whose log-ratio is negative.
-
-    Every `churn_period` steps they are churned by `s_churn` and `s_noise`; every `weight_period` steps their guidance
-    is multiplied by `factor`. Defaults: the published CIFAR-10 runs.
-    """
-
-    churn_period: int = 5
-    weight_period: int = 2
-    s_churn: float = 4.0
-    s_noise: float = 1.0
-    factor: float = 2.0
-
-
-@dataclass
-class Trace:
-    """What guides and sampler tell one another while a batch is drawn, and the network passes spent on it."""
-
-    nfe: int = 0
-    disc_nfe: int = 0
-    variance: Tensor | None = None  # of the last network pass: where log variance lies in its range, in [-1, 1]
-    log_ratio: Tensor | None = None  # (B,), of the last predictor evaluation; +inf outside the guide's window
-
-
-class Churn:
-    """EDM's stochasticity (algorithm 2): raise the noise level by a factor 1 + gamma before a step.
-
-    With `boost`, samples whose last log-ratio in `trace` is negative get a gamma of their own, so that the noise level
-    becomes a vector (B,).
-    """
-
-    def __init__(
-        self,
-        s_churn: float,
-        s_min: float,
-        s_max: float,
-        s_noise: float,
-        rng: RowRng,
-        boost: Boost | None = None,
-        trace: Trace | None = None,
-        round_sigma: Callable[[Tensor], Tensor] = lambda sigma: sigma,
-    ):
-        """round_sigma: to the levels that the network knows."""
-        self.round_sigma = round_sigma
-        self.s_churn, self.s_min, self.s_max, self.s_noise, self.rng = s_churn, s_min, s_max, s_noise, rng
-        self.boost, self.trace, self.step = boost, trace or Trace(), 0
-
-    def __call__(self, x: Tensor, sigma: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
-        """(x_hat, sigma_hat), sigma_hat scalar or (B,). Nothing is drawn where there can be no churn at all."""
-        if self.s_churn == 0 and self.boost is None:
-            return x, sigma
-        inside = bool(self.s_min <= sigma <= self.s_max)
-        if not inside and x.dtype == torch.float32 and self.boost is None:
-            return x, sigma  # EDM2's sampler, the float32 one, draws inside the window only
-        # Drawn at every step, inside the window or not, so that the window does not shift the later noise.
-        eps = self.eps(x)
-        if self.boost is None:
-            gamma = _gamma(self.s_churn, num_steps) if inside else 0.0
-            sigma_hat = self.round_sigma(sigma * (1 + gamma))
-            return x + (sigma_hat**2 - sigma**2).clamp(min=0).sqrt() * self.s_noise * eps, sigma_hat
-        raised = self._raised(x, self.boost)  # (B,)
-        self.step += 1
-        own = _gamma(self.s_churn, num_steps), _gamma(self.boost.s_churn, num_steps)
-        gammas = torch.where(raised, sigma.new_tensor(own[1]), sigma.new_tensor(own[0])) * inside  # (B,)
-        s_noise = torch.where(raised, sigma.new_tensor(self.boost.s_noise), sigma.new_tensor(self.s_noise))
-        sigma_hat = self.round_sigma(sigma * (1 + gammas))
-        added = (sigma_hat**2 - sigma**2).clamp(min=0).sqrt() * s_noise
-        return x + rows_of(added, x) * eps, sigma_hat
-
-    def eps(self, x: Tensor) -> Tensor:
-        """Fresh standard normal numbers of x's shape, each row's from its own generator."""
-        return self.rng.randn(x.shape[1:], dtype=x.dtype).to(x.device)
-
-    def _raised(self, x: Tensor, boost: Boost) -> Tensor:
-        last = self.trace.log_ratio
-        if last is None or self.step % boost.churn_period:
-            return torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        return last < 0
-
-
-def _gamma(s_churn: float, num_steps: int) -> float:
-    return min(s_churn / num_steps, math.sqrt(2) - 1)
-
-
-def rows_of(values: Tensor, x: Tensor) -> Tensor:
-    """One value per row, (B,) or scalar, in a shape that multiplies x (B, ...)."""
-    return values if values.ndim == 0 else values.view(-1, *[1] * (x.ndim - 1))
+DPM_V3_GRID = 250  # intervals of dpm-v3's grid of levels, those of DDO's authors
 
 
 def euler(denoise: Denoiser, x: Tensor, sigmas: Tensor, churn: Churn | None = None) -> Tensor:
-    """First-order integration of dx/dsigma = (x - D) / sigma; one evaluation a step."""
+    """First-order integration of dx/dsigma = (x - D) / sigma."""
     for sigma, sigma_next in pairwise(sigmas):
         x, sigma = churn(x, sigma, len(sigmas) - 1) if churn else (x, sigma)
         level = rows_of(sigma, x)
@@ -144,12 +51,12 @@ def heun(denoise: Denoiser, x: Tensor, sigmas: Tensor, churn: Churn | None = Non
 
 
 def ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, churn: Churn | None = None, eta: float = 0.0) -> Tensor:
-    """DDIM (eta 0, arXiv 2010.02502) and DDPM (eta 1, arXiv 2006.11239); one evaluation each.
+    """DDIM (eta 0, arXiv 2010.02502) and DDPM (eta 1, arXiv 2006.11239).
 
     In the variance-exploding frame x_t / sqrt(alpha_bar_t) the mean of either is an Euler step to sigma_down, and
     sigma_down^2 + sigma_up^2 = sigma_next^2 with sigma_up = eta sigma_next sqrt(1 - sigma_next^2 / sigma^2). This is
-    the smaller of DDPM's variances; a network that has learnt its variance says where between it and the larger one
-    the noise of eta = 1 lies (arXiv 2102.09672, eq. 15).
+    the smaller of DDPM's variances; a network with learned variance says where between it and the larger one the noise
+    of eta = 1 lies (arXiv 2102.09672, eq. 15).
     """
     for sigma, sigma_next in pairwise(sigmas):
         up = eta * sigma_next * (1 - (sigma_next / sigma) ** 2).sqrt()
@@ -158,14 +65,14 @@ def ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, churn: Churn | None 
         x = x + (down - sigma) * slope
         if up > 0:
             assert churn is not None, "eta > 0 needs a source of noise"
-            share = churn.trace.variance
-            deviation = up if share is None or eta != 1 else _learned_deviation(share.to(x), sigma, sigma_next)
+            v = churn.trace.variance
+            deviation = up if v is None or eta != 1 else _learned_deviation(v.to(x), sigma, sigma_next)
             x = x + deviation * churn.eps(x)
     return x
 
 
-def _learned_deviation(share: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """Deviation of DDPM's noise whose log variance lies at `share` in [-1, 1] between its bounds, of share's shape.
+def _learned_deviation(v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    """Deviation of DDPM's noise whose log variance lies at v in [-1, 1] between its bounds, of v's shape.
 
     In the variance-exploding frame beta~ reads sigma_next^2 (sigma^2 - sigma_next^2) / sigma^2, and beta
     (1 + sigma_next^2) (sigma^2 - sigma_next^2) / (1 + sigma^2).
@@ -173,18 +80,17 @@ def _learned_deviation(share: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tens
     difference = sigma**2 - sigma_next**2
     smaller = (sigma_next**2 * difference / sigma**2).log()
     larger = ((1 + sigma_next**2) * difference / (1 + sigma**2)).log()
-    f = (share + 1) / 2
-    return ((f * larger + (1 - f) * smaller) / 2).exp()
+    share = (v + 1) / 2
+    return ((share * larger + (1 - share) * smaller) / 2).exp()
 
 
 def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor, churn: Churn | None = None) -> Tensor:
-    """DPM-Solver++(2M), data prediction, one evaluation a step (arXiv 2211.01095, algorithm 2).
+    """DPM-Solver++(2M), data prediction (arXiv 2211.01095, algorithm 2).
 
     With lambda = -log sigma and h = lambda_next - lambda, in the variance-exploding frame (alpha = 1):
     x <- (sigma_next / sigma) x + (1 - e^-h) ((1 + 1 / 2r) D - (1 / 2r) D_last),  r = h_last / h.
     """
-    last: Tensor | None = None
-    h_last = torch.zeros(())
+    last: tuple[Tensor, Tensor] | None = None  # D and h of the step before
     for sigma, sigma_next in pairwise(sigmas):
         denoised = denoise(x, sigma)
         if sigma_next == 0:
@@ -192,20 +98,111 @@ def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor, churn: Churn | None =
         h = sigma.log() - sigma_next.log()
         direction = denoised
         if last is not None:
+            denoised_last, h_last = last
             half_ratio = h / (2 * h_last)
-            direction = (1 + half_ratio) * denoised - half_ratio * last
-        x = sigma_next / sigma * x - torch.expm1(-h) * direction
-        last, h_last = denoised, h
+            direction = (1 + half_ratio) * denoised - half_ratio * denoised_last
+        x = sigma_next / sigma * x - (-h).expm1() * direction
+        last = denoised, h
     return x
 
 
-Sampler = Callable[[Denoiser, Tensor, Tensor, "Churn | None"], Tensor]
-SAMPLERS: dict[str, Sampler] = {
-    "euler": euler,
-    "heun": heun,
-    "dpmpp-2m": dpmpp_2m,
-    "dpm-v3": dpm_v3,
-    "ddim": partial(ancestral, eta=0.0),
-    "ddpm": partial(ancestral, eta=1.0),
+def dpm_v3(denoise: Denoiser, x: Tensor, sigmas: Tensor, churn: Churn | None = None) -> Tensor:
+    """DPM-Solver-v3 without its empirical model statistics (arXiv 2310.13268), as DDO's authors sample EDM2.
+
+    Predictor and corrector of second order, one evaluation a step; ends at the last level, which is above 0. A step is
+    an exponential integrator in lambda = -log sigma. With the statistics' neutral values l = 1, s = b = 0, in the
+    variance-exploding frame (alpha = 1), a step from node i to node j reads
+
+        x_j = e^-h (x_i + E_0 D_i + E_1 (D_o - D_i) / (lambda_o - lambda_i)),   h = lambda_j - lambda_i
+        E_n = int_0^h e^u u^n / n! du
+
+    with a further node o, and without the last term at first order. The predictor's o is the node before i; the
+    corrector's is j itself, whose D it does not evaluate anew.
+
+    sigmas: (n + 1,), from `schedules.snapped_sigmas`: the integrals are sums over its grid's nodes, as in the published
+    code, and a step between other levels takes as many nodes as the grid has on its length.
+    """
+    lambdas = [-math.log(sigma) for sigma in sigmas.tolist()]
+    n = len(lambdas) - 1
+    per_unit = DPM_V3_GRID / (lambdas[n] - lambdas[0])  # grid intervals per unit of lambda
+    denoised: list[Tensor] = []  # D_0, D_1, ...
+
+    def moved(x: Tensor, i: int, j: int, other: int | None) -> Tensor:
+        """x_i -> x_j."""
+        h = lambdas[j] - lambdas[i]
+        e_0, e_1 = _integrals(h, max(round(h * per_unit), 1))
+        increment = e_0 * denoised[i]
+        if other is not None:
+            increment = increment + e_1 / (lambdas[other] - lambdas[i]) * (denoised[other] - denoised[i])
+        return math.exp(-h) * (x + increment)
+
+    x_last, order = x, 1
+    for i in range(n):
+        denoised.append(denoise(x, sigmas[i]))
+        if order == 2:
+            x = moved(x_last, i - 1, i, other=i)
+        order = min(2, i + 1, n - i)  # the first step has no history, the last one is kept low for stability
+        x_last, x = x, moved(x, i, i + 1, other=i - 1 if order == 2 else None)
+    return x
+
+
+def _integrals(h: float, intervals: int) -> tuple[float, float]:
+    """E_0 and E_1 of a step of length h, by the trapezoidal rule.
+
+    Not in closed form: it differs from E_0 = e^h - 1 by some 1e-4 of it, and the published samples are made with these.
+    """
+    u = [h * k / intervals for k in range(intervals + 1)]
+    weights = [h / intervals * (0.5 if k in (0, intervals) else 1.0) for k in range(intervals + 1)]
+    e_0 = sum(w * math.exp(v) for w, v in zip(weights, u, strict=True))
+    e_1 = sum(w * math.exp(v) * v for w, v in zip(weights, u, strict=True))
+    return e_0, e_1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+Integrator = Callable[[Denoiser, "Tensor", "Tensor", "Churn | None"], "Tensor"]
+
+
+class Sampler(NamedTuple):
+    """A sampler, and what recipes, noise levels and guides have to know of it."""
+
+    name: str
+    integrate: Integrator
+    evaluations: int = 1  # network evaluations per step: a predictor and a corrector are 2, a step to level 0 has 1
+    steps: int = 18  # default number; EDM's for 32x32 images
+    # Default spacing of levels: steps are those that a discrete model was trained at, and vp for other models. snapped
+    # is the only spacing that its sampler has; it ends in sigma_min, the others end in 0.
+    spacing: Literal["karras", "steps", "snapped"] = "karras"
+    churns: bool = False  # reads s_churn, and takes part in boosting
+    generalised: bool = False  # a case of EDM's generalised sampler
+    ode: Integrator | None = None  # solver of the probability-flow ODE, where that is another than `integrate`
+
+    @property
+    def has_corrector(self) -> bool:
+        """Whether a step has evaluations of the stage "corrector"."""
+        return self.evaluations > 1
+
+
+SAMPLERS = {
+    sampler.name: sampler
+    for sampler in (
+        Sampler("heun", heun, evaluations=2, churns=True, generalised=True),
+        Sampler("euler", euler, churns=True, generalised=True),
+        Sampler("dpmpp-2m", dpmpp_2m),
+        Sampler("dpm-v3", dpm_v3, steps=25, spacing="snapped"),  # steps: DDO's for 512x512 images
+        Sampler("ddim", partial(ancestral, eta=0.0), spacing="steps", ode=euler),
+        Sampler("ddpm", partial(ancestral, eta=1.0), spacing="steps", ode=euler),  # has no ODE; euler is that of ddim
+    )
 }
-CHURNED = ("euler", "heun")  # the samplers that churn
+DEFAULT = "heun"
+
+
+def find(name: str | None) -> Sampler:
+    """The sampler that a recipe names."""
+    return SAMPLERS[name or DEFAULT]
+
+
+def names(which: Callable[[Sampler], bool]) -> str:
+    """Names of some samplers, for messages: "heun or euler"."""
+    return " or ".join(sampler.name for sampler in SAMPLERS.values() if which(sampler))

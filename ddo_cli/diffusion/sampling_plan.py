@@ -1,4 +1,4 @@
-"""Which noise levels a sampling run visits: the recipe's wishes, within what the network knows."""
+"""Noise levels of a sampling run: recipe settings clipped to the network's range."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from ddo_cli.diffusion.precond import Discrete, Preconditioner
 from ddo_cli.errors import UsageError
 from ddo_cli.recipe.schema import GENERALISED, SamplingRecipe
 
-STEPS = 18  # default of the samplers; EDM's for 32x32 images
-DPM_V3_STEPS = 25  # of dpm-v3; DDO's for 512x512 images
 RHO = 7.0
 
 
 class Bounds(Protocol):
-    """Default noise levels of a model."""
+    """Smallest and largest noise level."""
 
     @property
     def sigma_min(self) -> float: ...
@@ -31,9 +29,43 @@ class Bounds(Protocol):
 def sigmas(spec: SamplingRecipe, defaults: Bounds, known: Preconditioner) -> Tensor:
     """Decreasing noise levels, (steps + 1,), of `dtype_of(spec)`. Fewer where the network knows too few.
 
-    They end in 0, and those of dpm-v3 in the smallest; the network is evaluated at all but the last.
+    They end in 0, and those of spacing snapped in the smallest; the network is evaluated at all but the last.
+    defaults: of the model, where the recipe gives no range.
     """
-    return _sigmas(spec, defaults, known).to(dtype_of(spec))
+    low, high = bounds(spec, defaults, known)
+    sampler, spacing = samplers.find(spec.sampler), spacing_of(spec, known)
+    n, rho = steps_of(spec), spec.rho or RHO
+    if (choice := generalised_choice(spec)) is not None:
+        levels = generalised_sampler.levels(choice, n, low, high)
+    elif spacing == "snapped":
+        levels = schedules.snapped_sigmas(n, low, high, rho)
+    elif spacing == "steps":
+        levels = _trained_levels(spec, known, low, high)
+    elif spacing == "vp":
+        levels = schedules.vp_sigmas(n, low, high)[:-1]
+    else:
+        levels = schedules.karras_sigmas(n, low, high, rho, dtype_of(spec))[:-1]
+    levels = known.round_sigma(levels)
+    if not sampler.churns:  # steps between equal levels do nothing; but churned ones draw noise, and EDM's keep them
+        levels = levels.unique_consecutive()
+    if spacing != "snapped":
+        levels = torch.cat([levels, levels.new_zeros(1)])
+    elif len(levels) < 2:
+        raise UsageError(
+            f"sampling.sigma_min = {low:g} and sigma_max = {high:g} are one level to this network; set them apart"
+        )
+    return levels.to(dtype_of(spec))
+
+
+def _trained_levels(spec: SamplingRecipe, known: Preconditioner, low: float, high: float) -> Tensor:
+    """Levels that a discrete model was trained at, decreasing, float64."""
+    assert isinstance(known, Discrete), "see check"
+    # Cut before it is spaced, so that SDEdit has all its steps below the level that it starts from.
+    inside = known.sigmas[(known.sigmas >= low) & (known.sigmas <= high)].to(torch.float64)
+    visited = schedules.respaced_steps(len(inside), spec.respacing or str(steps_of(spec)))
+    if spec.respacing is None and steps_of(spec) == 1:
+        visited = [len(inside) - 1]  # the published rule takes the first, with nothing left to denoise
+    return inside[visited].flip(0)
 
 
 def dtype_of(spec: SamplingRecipe) -> torch.dtype:
@@ -41,97 +73,69 @@ def dtype_of(spec: SamplingRecipe) -> torch.dtype:
     return torch.float32 if spec.dtype == "float32" else torch.float64
 
 
-def _sigmas(spec: SamplingRecipe, defaults: Bounds, known: Preconditioner) -> Tensor:
-    low, high = bounds(spec, defaults, known)
-    n, rho = steps_of(spec), RHO if spec.rho is None else spec.rho
-    if sampler_of(spec) == "dpm-v3":
-        found = known.round_sigma(schedules.snapped_sigmas(n, low, high, rho)).unique_consecutive()
-        if len(found) < 2:
-            raise UsageError(
-                f"sampling.sigma_min = {low:g} and sigma_max = {high:g} are one level to this network; set them apart"
-            )
-        return found
-    if (choice := ablation_of(spec)) is not None:
-        found = torch.cat([generalised_sampler.levels(choice, n, low, high), torch.zeros(1, dtype=torch.float64)])
-    elif (spacing := spacing_of(spec, known)) == "steps":
-        assert isinstance(known, Discrete), "see check"
-        # Cut before it is spaced, so that SDEdit has all its steps below the level that it starts from.
-        inside = known.sigmas[(known.sigmas >= low) & (known.sigmas <= high)].to(torch.float64)
-        visited = schedules.respaced_steps(len(inside), spec.respacing or str(n))
-        if spec.respacing is None and n == 1:
-            visited = [len(inside) - 1]  # where the published rule has the first step, with nothing left to denoise
-        return torch.cat([inside[visited].flip(0), torch.zeros(1, dtype=torch.float64)])
-    elif spacing == "vp":
-        found = schedules.vp_sigmas(n, low, high)
-    else:
-        found = schedules.karras_sigmas(n, low, high, rho, dtype_of(spec))
-    found[:-1] = known.round_sigma(found[:-1])
-    # Steps between equal levels do nothing. EDM's samplers keep them: churned ones draw noise.
-    return found if sampler_of(spec) in samplers.CHURNED else found.unique_consecutive()
+def steps_of(spec: SamplingRecipe) -> int:
+    """The number of steps."""
+    return spec.steps or samplers.find(spec.sampler).steps
+
+
+def spacing_of(spec: SamplingRecipe, known: Preconditioner) -> str:
+    """The spacing of levels, unless EDM's generalised sampler is asked for."""
+    default = samplers.find(spec.sampler).spacing
+    if default == "snapped":
+        return default
+    if spec.spacing is None and default == "steps" and not isinstance(known, Discrete):
+        return "vp"
+    return spec.spacing or default
 
 
 def bounds(spec: SamplingRecipe, defaults: Bounds, known: Preconditioner) -> tuple[float, float]:
-    """Smallest and largest noise level of a run. Wishes beyond what the network knows are cut, as EDM does."""
-    if (choice := ablation_of(spec)) is not None:
+    """Smallest and largest noise level of a run. Levels beyond those that the network knows are cut, as EDM does."""
+    if (choice := generalised_choice(spec)) is not None:
         low, high = generalised_sampler.default_range(choice.discretization)
-    elif spacing_of(spec, known) == "steps":
-        low, high = known.sigma_min, known.sigma_max
     else:
-        low, high = defaults.sigma_min, defaults.sigma_max
+        source = known if spacing_of(spec, known) == "steps" else defaults
+        low, high = source.sigma_min, source.sigma_max
     low = low if spec.sigma_min is None else spec.sigma_min
     high = high if spec.sigma_max is None else spec.sigma_max
     return max(low, known.sigma_min), min(high, known.sigma_max)
 
 
-def ablation_of(spec: SamplingRecipe) -> generalised_sampler.Choice | None:
-    """The choices of EDM's generalised sampler; None where the plain one is asked for."""
+def generalised_choice(spec: SamplingRecipe) -> generalised_sampler.Choice | None:
+    """The choices of EDM's generalised sampler; None where the recipe has none of its keys."""
     given = {key: value for key in (*GENERALISED, "rho") if (value := getattr(spec, key)) is not None}
     if not given.keys() & set(GENERALISED):
         return None
-    return generalised_sampler.Choice(**given, heun=sampler_of(spec) == "heun")
+    return generalised_sampler.Choice(**given, heun=samplers.find(spec.sampler).has_corrector)
 
 
-def ablation_keys(spec: SamplingRecipe) -> str:
-    """The keys that chose it, for messages."""
+def generalised_keys(spec: SamplingRecipe) -> str:
+    """The keys that ask for it, for messages."""
     return ", ".join(f"sampling.{key} = {value}" for key in GENERALISED if (value := getattr(spec, key)) is not None)
-
-
-def sampler_of(spec: SamplingRecipe) -> str:
-    """The sampler's name."""
-    return spec.sampler or "heun"
-
-
-def steps_of(spec: SamplingRecipe) -> int:
-    """The number of steps."""
-    return spec.steps or (DPM_V3_STEPS if sampler_of(spec) == "dpm-v3" else STEPS)
-
-
-def spacing_of(spec: SamplingRecipe, known: Preconditioner) -> str:
-    """The plain samplers' spacing of levels."""
-    if spec.spacing is not None or sampler_of(spec) not in ("ddim", "ddpm"):
-        return spec.spacing or "karras"
-    return "steps" if isinstance(known, Discrete) else "vp"
 
 
 def check(spec: SamplingRecipe, defaults: Bounds, known: Preconditioner) -> None:
     """Raises UsageError for settings that do not go together, or that the network cannot follow."""
     low, high = bounds(spec, defaults, known)
-    sampler, spacing, choice = sampler_of(spec), spacing_of(spec, known), ablation_of(spec)
+    sampler, spacing, choice = samplers.find(spec.sampler), spacing_of(spec, known), generalised_choice(spec)
     if low >= high:
         raise UsageError(f"sampling.sigma_min = {low} must be below sampling.sigma_max = {high}")
-    if spec.s_churn and sampler not in samplers.CHURNED:
-        raise UsageError(f"sampling.s_churn = {spec.s_churn} needs sampler heun or euler; {sampler} has no churn")
-    if sampler == "dpm-v3" and spec.spacing not in (None, "karras"):
-        raise UsageError(f"sampling.spacing = {spec.spacing}: dpm-v3 has a spacing of its own; leave it out")
+    if spec.s_churn and not sampler.churns:
+        churned = samplers.names(lambda sampler: sampler.churns)
+        raise UsageError(f"sampling.s_churn = {spec.s_churn} needs sampler {churned}; {sampler.name} has no churn")
+    if spacing == "snapped" and spec.spacing not in (None, "karras"):
+        raise UsageError(f"sampling.spacing = {spec.spacing}: {sampler.name} has a spacing of its own; leave it out")
     if choice is not None:
         if spec.dtype == "float32":
-            raise UsageError(f"{ablation_keys(spec)}: EDM's generalised sampler is float64; leave sampling.dtype out")
-        if sampler not in samplers.CHURNED or spec.spacing is not None:
             raise UsageError(
-                f"{ablation_keys(spec)}: EDM's generalised sampler needs sampler heun or euler and no sampling.spacing"
+                f"{generalised_keys(spec)}: EDM's generalised sampler is float64; leave sampling.dtype out"
+            )
+        if not sampler.generalised or spec.spacing is not None:
+            raise UsageError(
+                f"{generalised_keys(spec)}: EDM's generalised sampler needs sampler "
+                f"{samplers.names(lambda sampler: sampler.generalised)} and no sampling.spacing"
             )
         spacing = choice.discretization
-    if spec.rho is not None and spacing not in ("karras", "edm"):
+    if spec.rho is not None and spacing not in ("karras", "snapped", "edm"):
         remedy = "sampling.spacing = karras" if choice is None else "sampling.discretization = edm"
         raise UsageError(f"sampling.rho = {spec.rho} curves Karras noise levels; set {remedy}")
     if spacing == "steps" and not isinstance(known, Discrete):
@@ -146,14 +150,14 @@ def check(spec: SamplingRecipe, defaults: Bounds, known: Preconditioner) -> None
     try:
         sigmas(spec, defaults, known)
     except ValueError as error:
-        wish = f"steps = {steps_of(spec)}" if spec.respacing is None else f"respacing = {spec.respacing}"
-        raise UsageError(f"sampling.{wish}: {error}; give fewer") from None
+        count = f"steps = {steps_of(spec)}" if spec.respacing is None else f"respacing = {spec.respacing}"
+        raise UsageError(f"sampling.{count}: {error}; give fewer") from None
 
 
 def check_interval(what: str, interval: Interval, spec: SamplingRecipe, visited: Tensor) -> None:
     """Raises UsageError if the interval of a guidance holds none of the levels at which the network is evaluated."""
-    if spec.s_churn or ablation_of(spec) is not None:
-        return  # churn and its steps evaluate it elsewhere too
+    if spec.s_churn or generalised_choice(spec) is not None:
+        return  # churn and second evaluations within a step visit other levels too
     if not bool(interval.holds(visited).any()):
         raise UsageError(
             f"{what} from {interval.low:g} to {interval.high:g} holds none of the sampler's noise levels, "

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ddo_cli.diffusion import vp_sde
-
-GRID = 250  # intervals of dpm-v3's grid of levels, those of DDO's authors
+from ddo_cli.diffusion.samplers import DPM_V3_GRID as GRID
 
 
 def karras_sigmas(

@@ -25,7 +25,7 @@ from torch import Tensor
 from ddo_cli import console, dist
 from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.diffusion.guidance import GradientGuide
-from ddo_cli.diffusion.samplers import Trace, rows_of
+from ddo_cli.diffusion.trace import Trace, rows_of
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
 

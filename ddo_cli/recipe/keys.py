@@ -28,9 +28,8 @@ def described(schema: type[Section] = Recipe, prefix: str = "") -> Iterator[Key]
             yield from described(field.annotation, f"{prefix}{name}.")
         else:
             default = field.get_default(call_default_factory=True)
-            yield Key(
-                f"{prefix}{name}", _spelled(field.annotation), default, meanings.get(name, "").replace("None", "null")
-            )
+            meaning = meanings.get(name) or field.description or ""
+            yield Key(f"{prefix}{name}", _spelled(field.annotation), default, meaning.replace("None", "null"))
 
 
 def _comments(schema: type) -> Iterator[tuple[str, str]]:

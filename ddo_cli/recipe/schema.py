@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from ddo_cli.diffusion.samplers import SAMPLERS
 from ddo_cli.errors import RecipeError
 from ddo_cli.recipe.training import (
     ClassifierRecipe,
@@ -60,14 +61,20 @@ def _respacing(value: Any) -> Any:
 _RESPACING = Field(pattern=r"^(ddim\d{1,5}|\d{1,5}(,\d{1,5})*)$")
 CHURN = ("s_churn", "s_min", "s_max", "s_noise")  # keys that only EDM's samplers read
 GENERALISED = ("discretization", "schedule", "scaling", "step_ratio")  # ditto; one of them asks for the generalised one
-EDM_SAMPLERS = (None, "heun", "euler")
+
+
+def _sampler(value: Any) -> Any:
+    if value is not None and value not in list(SAMPLERS):
+        message = f"no sampler has this name{nearest(str(value), SAMPLERS)}; known: {', '.join(SAMPLERS)}"
+        raise PydanticCustomError("sampler", "{message}", {"message": message})
+    return value
 
 
 class SamplingRecipe(Section):
     """How samples are drawn. None: the model's default. A key that the model does not read is an error."""
 
     batch: int = Field(256, ge=1)  # images per network pass; another batch changes rounding only
-    sampler: Literal["euler", "heun", "dpmpp-2m", "dpm-v3", "ddim", "ddpm"] | None = None
+    sampler: Annotated[str | None, BeforeValidator(_sampler)] = Field(None, description=", ".join(SAMPLERS))
     steps: int | None = Field(None, ge=1, le=10_000)
     # balanced: seed modulo classes; random: as EDM's scripts draw; position: place in the list of seeds modulo classes.
     labels: Literal["balanced", "random", "position"] | None = None
@@ -118,9 +125,12 @@ class SamplingRecipe(Section):
             own, given = self.model_dump(), {key: value for key, value in given.items() if value is not None}
             if "steps" in given or "respacing" in given:  # both count steps
                 own |= {"steps": None, "respacing": None}
-            if given.get("sampler") not in EDM_SAMPLERS:
-                own |= dict.fromkeys((*CHURN, *GENERALISED))
-            if given.get("sampler") == "dpm-v3":
+            sampler = SAMPLERS.get(given.get("sampler", ""))
+            if sampler and not sampler.churns:
+                own |= dict.fromkeys(CHURN)
+            if sampler and not sampler.generalised:
+                own |= dict.fromkeys(GENERALISED)
+            if sampler and sampler.spacing == "snapped":
                 own |= dict.fromkeys(("spacing", "respacing"))
             if given.get("cfg_scale") == 1:
                 own |= dict.fromkeys(("cfg_sigma_min", "cfg_sigma_max"))

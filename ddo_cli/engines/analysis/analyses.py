@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddo_cli import console, dist
 from ddo_cli.diffusion.guidance import Guide, Potential, potential_at
-from ddo_cli.diffusion.samplers import Denoiser, Trace
+from ddo_cli.diffusion.trace import Denoiser, Trace
 from ddo_cli.engines.analysis.subject import Finding, Settings, Subject
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.errors import NumericsError

@@ -13,9 +13,8 @@ from torch import Tensor
 from ddo_cli import console, dist
 from ddo_cli.diffusion import samplers
 from ddo_cli.diffusion.guidance import Guide
-from ddo_cli.diffusion.samplers import Trace
+from ddo_cli.diffusion.trace import Trace
 from ddo_cli.engines.analysis.subject import Finding, Settings, Subject
-from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.report import pictures
 from ddo_cli.rng import RowRng
 
@@ -23,12 +22,6 @@ from ddo_cli.rng import RowRng
 REGENERATED = 8  # held-out images in the picture of mean regenerations
 ROUND_TRIPS = 32  # held-out images that are encoded and decoded again
 ROUND_TRIP_STEPS = 32  # at least; on the embedded digits Heun then errs by 0.3 of 255 grey levels, Euler by 12
-
-
-def solver(spec: SamplingRecipe) -> samplers.Sampler:
-    """The sampler's own solver of the probability-flow ODE; Euler's for ddim, which it is, and ddpm, which has none."""
-    name = spec.sampler or "heun"
-    return samplers.SAMPLERS["euler" if name in ("ddim", "ddpm") else name]
 
 
 def round_trip(subject: Subject, guides: Sequence[Guide], x0: Tensor, label: Tensor) -> Tensor:
@@ -54,6 +47,8 @@ def mean_regeneration(
     number: that of the item, which the noise depends on, and on nothing else.
     """
     spec = subject.spec.merged(sigma_max=settings.noise_level)
+    sampler = samplers.find(spec.sampler)
+    solve = sampler.ode or sampler.integrate
     levels = subject.base.sigmas(spec).to(subject.device)
     total = torch.zeros(x0.shape, dtype=torch.float64)
     for start in range(0, settings.regenerations, spec.batch):
@@ -61,7 +56,7 @@ def mean_regeneration(
         rng = RowRng.for_rows("regeneration", subject.recipe.seed, number, rows=rows)
         eps = rng.randn(x0.shape, dtype=torch.float64).to(subject.device)
         denoise = subject.base.steered(label.expand(len(rows)), spec, guides, Trace())
-        x = solver(spec)(denoise, x0.to(torch.float64) + levels[0] * eps, levels, None)
+        x = solve(denoise, x0.to(torch.float64) + levels[0] * eps, levels, None)
         total += subject.base.decode(x).to("cpu", torch.float64).sum(0)
     return total / settings.regenerations
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddo_cli.data.items import ItemSet
-from ddo_cli.diffusion import vp_sde
+from ddo_cli.diffusion import samplers, vp_sde
 from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.diffusion.guidance import GradientGuide, Guide
 from ddo_cli.engines.model_space import encoded
@@ -55,7 +55,7 @@ class Subject(NamedTuple):
 
         A solver with correctors weighs them as chosen where the sampler has them too, and otherwise like predictors.
         """
-        second = self.guide.weight_2nd if self.spec.sampler in (None, "heun") else self.guide.weight
+        second = self.guide.weight_2nd if samplers.find(self.spec.sampler).has_corrector else self.guide.weight
         return {"model": (), "guided": (self.guide._replace(boost=None, weight_2nd=second),)}
 
     def bounds(self) -> tuple[float, float]:

@@ -10,6 +10,7 @@ import torch
 
 from ddo_cli import console
 from ddo_cli.data.samples import Format
+from ddo_cli.diffusion import samplers
 from ddo_cli.engines.sampling import guides, sample
 from ddo_cli.engines.sampling.guides import Others
 from ddo_cli.errors import UsageError
@@ -58,7 +59,7 @@ def run(
 
 def _check_effect(settings: GuidanceRecipe, given: dict[str, Any], sampler: str | None) -> None:
     """Raises UsageError for options that the others leave without effect."""
-    if given.get("dg_weight_2nd") and sampler not in (None, "heun"):
+    if given.get("dg_weight_2nd") and not samplers.find(sampler).has_corrector:
         raise UsageError(f"--dg-weight-2nd is of heun's correctors, and sampler {sampler} has none; leave it out")
     for key in ("boost_churn_period", "boost_weight_period", "boost_churn"):
         if given.get(key) is not None and not settings.boost:

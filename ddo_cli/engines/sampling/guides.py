@@ -11,9 +11,9 @@ from torch import nn
 
 from ddo_cli import checkpoint, console, dist
 from ddo_cli.diffusion import vp_sde
+from ddo_cli.diffusion.churn import Boost
 from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, Guide, Interval, Network
-from ddo_cli.diffusion.samplers import Boost
 from ddo_cli.errors import CheckpointError, RunError, UsageError
 from ddo_cli.files import read_json
 from ddo_cli.likelihood import NO_LABEL

@@ -1,0 +1,37 @@
+"""What samplers and guides share: the denoiser that they call, and the state of one run.
+
+Torch is imported for its types only; see `samplers`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Denoiser(Protocol):
+    """D(x; sigma) of one batch, its labels and network already bound.
+
+    sigma: scalar, or (B,) where samples differ. stage: "predictor" for the first evaluation of a step, "corrector" for
+    a further one; guides may weigh the two differently.
+    """
+
+    def __call__(self, x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor: ...
+
+
+@dataclass
+class Trace:
+    """State shared by sampler and guides while a batch is drawn, and the evaluations spent so far."""
+
+    nfe: int = 0
+    disc_nfe: int = 0
+    variance: Tensor | None = None  # learned variance v in [-1, 1] of the last evaluation (arXiv 2102.09672, eq. 15)
+    log_ratio: Tensor | None = None  # (B,), of the last predictor evaluation; +inf outside the guide's window
+
+
+def rows_of(values: Tensor, x: Tensor) -> Tensor:
+    """One value per row, (B,) or scalar, in a shape that multiplies x (B, ...)."""
+    return values if values.ndim == 0 else values.view(-1, *[1] * (x.ndim - 1))
