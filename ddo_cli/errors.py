@@ -46,6 +46,10 @@ class RunError(DdoError):
 
 
 class NumericsError(DdoError):
-    """A loss that is not finite or that diverges."""
+    """A loss that is not finite or that diverges. step: of training, where it was met in one."""
 
     kind = "numerics"
+
+    def __init__(self, message: str, step: int | None = None):
+        super().__init__(message)
+        self.step = step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +59,20 @@ class RowRng:
     def _draw(self, draw: Callable[..., Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         size = (self.rows_per_seed, *shape)
         return torch.cat([draw(size, generator=g, dtype=dtype) for g in self.generators])[self.rows]
+
+
+class StepRng(NamedTuple):
+    """Generators of one forward pass of training, by purpose: `rng("ddo").randn()` has one number for each row.
+
+    key: (seed, ...) of the run or round. rows: global row numbers in the batch of step `step`.
+    """
+
+    key: tuple[int | str, ...]
+    step: int
+    rows: range
+
+    def __call__(self, purpose: str) -> RowRng:
+        return RowRng.for_rows(purpose, *self.key, self.step, rows=self.rows)
 
 
 def permutation(n: int, *key: int | str) -> Tensor:

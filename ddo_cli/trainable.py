@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+
+
+class Loss(NamedTuple):
+    """Mean loss over the rows of one forward pass, and the means of what is logged beside it."""
+
+    loss: Tensor
+    log: dict[str, Tensor]
 
 
 def is_vector(name: str, parameter: nn.Parameter) -> bool:

@@ -140,3 +140,22 @@ def make_discriminator(path: Path, ckpt: str, seed: int = 0, scale: float = 0.1,
     }
     checkpoint.save(path, network.state_dict(), header)
     return str(path)
+
+
+class Positions:
+    """A stream of training rows that are their own positions."""
+
+    def rows(self, start: int, stop: int) -> tuple[torch.Tensor]:
+        return (torch.arange(start, stop),)
+
+
+def fit_events(model, objective, path: Path, settings, steps: int, until: int | None = None, evaluate_at=()):
+    """All events of a `loop.fit` with its state and log in `path`. objective: (wrapped, positions, rng) -> Loss."""
+    from ddo_cli.training import loop
+    from ddo_cli.training.meter import Meter
+
+    plan = loop.Plan(
+        title="x", steps=steps, settings=settings, key=(0,), state_file=path / "state", owner="",
+        last_good=lambda: "none", evaluate_at=frozenset(evaluate_at), until=until,
+    )  # fmt: skip
+    return list(loop.fit(model, objective, Positions(), plan, Meter(path / "log", {}, settings.batch, CPU)))

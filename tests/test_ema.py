@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, make_checkpoint, tiny_recipe
+from conftest import CPU, fit_events, make_checkpoint, tiny_recipe
 from torch.testing import assert_close
 
 from ddo_cli import checkpoint
@@ -18,8 +18,8 @@ from ddo_cli.errors import CheckpointError, RecipeError, UsageError
 from ddo_cli.models import registry
 from ddo_cli.recipe.load import load
 from ddo_cli.recipe.schema import TrainRecipe
-from ddo_cli.trainable import Trainable
-from ddo_cli.training import loop, profiles
+from ddo_cli.trainable import Loss, Trainable
+from ddo_cli.training import profiles
 from ddo_cli.training.ema import Averages, snapshot_name
 from ddo_cli.training.profiles import Profile
 
@@ -142,19 +142,15 @@ class Net(Trainable):
 def fit(path, *pauses, steps=7, **recipe):
     settings = TrainRecipe(**({"lr": 0.1, "batch": 2, "log_every": 3, "save_every": 100} | recipe))
 
-    def loss(model, rows):
-        return loop.Loss(model(torch.full((2, 3), 1.0 + rows.step)).square().mean(), {})
+    def loss(model, positions, rng):
+        return Loss(model(torch.full((2, 3), 1.0 + rng.step)).square().mean(), {})
 
     for until in (*pauses, None):
         torch.manual_seed(0)
-        net, kept = Net(), {}
-        plan = loop.Plan(
-            title="", steps=steps, recipe=settings, loss=loss, state_file=path / "state", log_file=path / "log",
-            log_tags={}, last_good=lambda: "none", until=until, evaluate_at=frozenset([steps]),
-            evaluate=lambda step, ema: "",
-            keep=lambda step, width, ema, kept=kept: kept.update({width: {k: v.clone() for k, v in ema.items()}}),
-        )  # fmt: skip
-        first = loop.fit(net, plan, CPU)
+        net = Net()
+        *_, last = fit_events(net, loss, path, settings, steps, until, evaluate_at=[steps])
+    kept = {width: {k: v.clone() for k, v in tensors.items()} for width, tensors in last.averages.further()}
+    first = last.averages.whole()
     return net, first, kept
 
 

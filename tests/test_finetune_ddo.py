@@ -15,6 +15,7 @@ from conftest import CPU, KINDS, make_checkpoint, tiny_recipe, torchrun
 from ddo_cli import checkpoint, files, rundir
 from ddo_cli.engines.ddo import finetune
 from ddo_cli.errors import CheckpointError, NumericsError, RunError, UsageError
+from ddo_cli.objectives import ddo_step as objective
 from ddo_cli.objectives.ddo import ddo_loss
 
 
@@ -247,7 +248,7 @@ def test_non_finite_loss_stops_the_run(finished, tmp_path, monkeypatch):
         found = ddo_loss(*args, **kwargs)
         return found._replace(loss=found.loss * torch.nan)
 
-    monkeypatch.setattr(finetune, "ddo_loss", broken)
+    monkeypatch.setattr(objective, "ddo_loss", broken)
     with pytest.raises(NumericsError, match=r"gradient of step 0 is not finite .* last good checkpoint is"):
         finetune.run(tiny_recipe(ckpt, kind), tmp_path / "run", device=CPU)
 

@@ -25,6 +25,7 @@ from ddo_cli.engines.sampling import sample
 from ddo_cli.errors import DataError, RecipeError, UsageError
 from ddo_cli.models import registry
 from ddo_cli.recipe.load import load
+from ddo_cli.training import state
 
 DATA = "embedded:digits32"
 SHORT = ("finetune.rounds=1", "finetune.eval_every=24", "metric.num_images=8", "metric.repeats=1")
@@ -239,7 +240,7 @@ def test_resume_on_latents(tmp_path, monkeypatch):
     source = encoded(ckpt, tmp_path / "set")
     options = [f"data.source={source}", "data.num=null"]
     whole = finetuned(tmp_path, "whole", ckpt, *options)
-    save, count = finetune.loop.checkpoint.save, 0
+    save, count = state.checkpoint.save, 0
 
     def killed(*arguments, **keywords):
         nonlocal count
@@ -248,7 +249,7 @@ def test_resume_on_latents(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         save(*arguments, **keywords)
 
-    monkeypatch.setattr(finetune.loop.checkpoint, "save", killed)
+    monkeypatch.setattr(state.checkpoint, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         finetuned(tmp_path, "killed", ckpt, *options)
     count = 100

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import yaml
-from conftest import CPU, make_checkpoint, tiny_recipe
+from conftest import CPU, fit_events, make_checkpoint, tiny_recipe
 from torch.testing import assert_close
 
 from ddo_cli import checkpoint
@@ -17,8 +17,8 @@ from ddo_cli.errors import NumericsError, RecipeError, RunError
 from ddo_cli.models import registry
 from ddo_cli.recipe.load import load, to_yaml
 from ddo_cli.recipe.schema import Recipe, TrainRecipe
-from ddo_cli.trainable import Trainable
-from ddo_cli.training import loop, optim
+from ddo_cli.trainable import Loss, Trainable
+from ddo_cli.training import optim
 from ddo_cli.training.lr import learning_rate
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,17 +70,13 @@ def fit(path, *pauses, steps=6, factor=lambda step: 1.0, net=None, **recipe):
     settings = TrainRecipe(**({"lr": 0.1, "batch": 2, "log_every": 1, "save_every": 100} | recipe))
     path.mkdir(exist_ok=True)
 
-    def loss(model, rows):
-        x = torch.linspace(-1, 1, 6).reshape(2, 3) + rows.step
-        return loop.Loss(model(x).square().mean() * factor(rows.step), {})
+    def loss(model, positions, rng):
+        x = torch.linspace(-1, 1, 6).reshape(2, 3) + rng.step
+        return Loss(model(x).square().mean() * factor(rng.step), {})
 
     for until in (*pauses, None):
         trained = Net() if net is None else net
-        plan = loop.Plan(
-            title="x", steps=steps, recipe=settings, loss=loss, state_file=path / "state", log_file=path / "log",
-            log_tags={}, last_good=lambda: "none", until=until,
-        )  # fmt: skip
-        loop.fit(trained, plan, CPU)
+        fit_events(trained, loss, path, settings, steps, until)
     return trained, [json.loads(line) for line in (path / "log").read_text().splitlines()]
 
 

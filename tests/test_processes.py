@@ -7,20 +7,21 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CPU, make_checkpoint, torchrun
+from conftest import CPU, fit_events, make_checkpoint, torchrun
 
-from ddo_cli import checkpoint, cli, dist
+from ddo_cli import checkpoint, cli, dist, sharding
 from ddo_cli import precision as precision_module
 from ddo_cli.errors import RunError
 from ddo_cli.models import registry
 from ddo_cli.precision import set_training_precision
 from ddo_cli.recipe.schema import TrainRecipe
 from ddo_cli.rng import RowRng
+from ddo_cli.trainable import Loss
 from ddo_cli.training import loop
+from ddo_cli.training.state import read_state
 
 SETTINGS = {
     "lr": 1e-3, "batch": 4, "micro_batch": 1, "log_every": 1, "save_every": 100, "ema_half_life": 0.0,
@@ -32,17 +33,14 @@ def fit(model, directory: Path, steps: int = 2, until: int | None = None, **reci
     """Trains on fixed images."""
     items = torch.randint(0, 256, (4, *model.shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
-    def loss(wrapped, rows):
-        x = model.encode(items[rows.start : rows.stop])
-        draw = model.draw(len(x), RowRng.for_rows("x", rows.step, rows=range(rows.start, rows.stop)))
-        return loop.Loss(-wrapped(x, torch.zeros(len(x), dtype=torch.long), draw).mean() / 1000, {})
+    def loss(wrapped, positions, rng):
+        x = model.encode(items[positions % 4])
+        draw = model.draw(len(x), RowRng.for_rows("x", rng.step, rows=rng.rows))
+        return Loss(-wrapped(x, torch.zeros(len(x), dtype=torch.long), draw).mean() / 1000, {})
 
     directory.mkdir(parents=True, exist_ok=True)
-    plan = loop.Plan(
-        title="x", steps=steps, recipe=TrainRecipe(**SETTINGS, **recipe), loss=loss, state_file=directory / "state",
-        log_file=directory / "log", log_tags={}, last_good=lambda: "none", until=until,
-    )  # fmt: skip
-    return loop.fit(model, plan, CPU)
+    *_, last = fit_events(model, loss, directory, TrainRecipe(**SETTINGS, **recipe), steps, until)
+    return last.averages.whole()
 
 
 def with_scalars(ckpt: str):
@@ -156,7 +154,7 @@ def test_states_that_differ_are_refused(tmp_path, monkeypatch, states, message):
     checkpoint.save(file, {"x": torch.ones(1)}, {"kind": "train-state", "step": states[1][0], "owner": states[1][1]})
     monkeypatch.setattr(dist, "gathered", lambda value: [states[0], value])
     with pytest.raises(RunError, match=message):
-        loop._read_state(file, "me")
+        read_state(file, "me")
 
 
 def test_the_optimizer_of_a_fit_is_gone_after_it(tmp_path, monkeypatch):
@@ -178,27 +176,22 @@ def test_the_optimizer_of_a_fit_is_gone_after_it(tmp_path, monkeypatch):
 def test_a_gpu_s_reserve_is_given_back_around_scoring(monkeypatch):
     done = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    for device, expected in (("cuda", ["emptied", "scored", "emptied"]), ("cpu", ["scored"])):
+        done.clear()
+        for event in loop._evaluated(loop.Evaluate(1, None), torch.device(device)):
+            done.append("scored")
+            assert event.step == 1
+        assert done == expected
 
-    plan = SimpleNamespace(keep=None, evaluate=lambda step, ema: done.append("scored") or "")
-    averages = SimpleNamespace(first={})
-    loop._evaluate(plan, 1, averages, torch.device("cuda"))
-    assert done == ["emptied", "scored", "emptied"]
-    loop._evaluate(plan, 1, averages, CPU)
-    assert done[3:] == ["scored"]
 
-
-def test_averages_are_gathered_for_who_wants_them(tmp_path, monkeypatch):
+def test_averages_are_gathered_for_who_asks(tmp_path, monkeypatch):
     model = registry.load_model(make_checkpoint(tmp_path / "x.safetensors"), CPU).model
-    wanted = loop._fit(model, plan := _nothing(tmp_path), CPU)
-    assert wanted.keys() == model.state_dict().keys()
-    assert loop._fit(model, plan._replace(wants_averages=False), CPU) == {}
-
-
-def _nothing(path: Path) -> loop.Plan:
-    return loop.Plan(
-        title="x", steps=0, recipe=TrainRecipe(batch=1), loss=lambda *_: None, state_file=path / "state",
-        log_file=path / "log", log_tags={}, last_good=lambda: "none",
-    )  # fmt: skip
+    gathered = []
+    monkeypatch.setattr(sharding, "full", lambda tensors: gathered.append(1) or tensors)
+    *_, last = fit_events(model, lambda *_: None, tmp_path, TrainRecipe(batch=1), steps=0)
+    assert gathered == []
+    assert last.averages.whole().keys() == model.state_dict().keys()
+    assert gathered == [1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,17 +7,19 @@ import os
 import pytest
 import torch
 import yaml
-from conftest import CPU, make_checkpoint, tiny_recipe, torchrun
+from conftest import CPU, fit_events, make_checkpoint, tiny_recipe, torchrun
 
 from ddo_cli import checkpoint, files
 from ddo_cli.commands.options import coefficient
 from ddo_cli.engines.ddo import finetune, sweep
 from ddo_cli.engines.ddo.sweep import Costs, Rung, Setting, plan_of, rungs_of, survivors
+from ddo_cli.engines.ddo.trial import Trial
 from ddo_cli.errors import NumericsError, RecipeError, RunError, UsageError
+from ddo_cli.objectives import ddo_step as objective
 from ddo_cli.objectives.ddo import ddo_loss
 from ddo_cli.recipe.load import load, to_yaml
 from ddo_cli.recipe.schema import Recipe, TrainRecipe
-from ddo_cli.training import loop
+from ddo_cli.trainable import Loss, Trainable
 
 GRID = ("finetune.alpha=[1, 2]", "finetune.beta=[0.05, 0.1, 0.2]")
 # Six nodes: rungs at steps 2 and 3 of 6, candidates at 3 and 6.
@@ -142,23 +144,32 @@ def test_flags():
 def test_a_pause_changes_nothing(tmp_path):
     """Weights, averages and log of 7 steps, with a pause inside a logging interval; schedules are of all 7."""
 
+    class Line(Trainable):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 1)
+
+        def forward(self, x):
+            return self.linear(x)
+
+    def loss(model, positions, rng):
+        return Loss(model(torch.full((2, 3), 1.0 + rng.step)).square().mean(), {})
+
     def fit(name: str, *pauses: int | None):
-        recipe = TrainRecipe(lr=0.1, lr_schedule="cosine", batch=2, log_every=3, save_every=100, ema_half_life=4)
-
-        def loss(model, rows):
-            x = torch.full((2, 3), 1.0 + rows.step)
-            return loop.Loss(model(x).square().mean(), {})
-
+        settings = TrainRecipe(lr=0.1, lr_schedule="cosine", batch=2, log_every=3, save_every=100, ema_half_life=4)
+        path = tmp_path / name
+        path.mkdir(exist_ok=True)
         for until in pauses:
             torch.manual_seed(0)
-            model = torch.nn.Linear(3, 1)
-            plan = loop.Plan(
-                title="", steps=7, recipe=recipe, loss=loss, state_file=tmp_path / f"{name}.state",
-                log_file=tmp_path / f"{name}.log", log_tags={}, last_good=lambda: "", until=until,
-            )  # fmt: skip
-            ema = loop.fit(model, plan, CPU)
-        lines = [json.loads(line) for line in (tmp_path / f"{name}.log").read_text().splitlines()]
-        return model.weight.detach(), ema["weight"], [(line["step"], line["lr"], line["loss"]) for line in lines]
+            model = Line()
+            *_, last = fit_events(model, loss, path, settings, 7, until)
+        ema = last.averages.whole()
+        lines = [json.loads(line) for line in (path / "log").read_text().splitlines()]
+        return (
+            model.linear.weight.detach(),
+            ema["linear.weight"],
+            [(line["step"], line["lr"], line["loss"]) for line in lines],
+        )
 
     whole, paused, short = fit("whole", None), fit("paused", 2, 5, None), fit("short", 5)
     assert torch.equal(paused[0], whole[0])
@@ -301,7 +312,7 @@ def diverging(monkeypatch, *settings, step: int = 0):
             return found._replace(loss=found.loss * torch.nan)
         return found
 
-    monkeypatch.setattr(finetune, "ddo_loss", broken)
+    monkeypatch.setattr(objective, "ddo_loss", broken)
 
 
 def test_a_diverging_node_leaves_the_sweep(finished, tmp_path, monkeypatch, capsys):
@@ -332,17 +343,18 @@ def test_a_late_divergence_does_not_reopen_an_earlier_rung(finished, tmp_path, m
     whole = finetune.run(recipe, tmp_path / "whole", device=CPU)["rounds"][0]
     assert sorted(node["stopped_at"] for node in whole["nodes"]) == [2, 2, 2, 3, 3, 6]
     assert [node["outcome"] for node in whole["nodes"]].count("diverged") == 1
-    node_class = finetune.Node
-    finish = node_class.finish
+    train = Trial.train
 
-    def killed(node):
-        raise KilledError
+    def killed(trial, until):
+        if until == trial.steps:
+            raise KilledError
+        train(trial, until)
 
     diverging(monkeypatch, (first["alpha"], first["beta"]), step=2)
-    monkeypatch.setattr(node_class, "finish", killed)
+    monkeypatch.setattr(Trial, "train", killed)
     with pytest.raises(KilledError):
         finetune.run(recipe, tmp_path / "cut", device=CPU)
-    monkeypatch.setattr(node_class, "finish", finish)
+    monkeypatch.setattr(Trial, "train", train)
     assert finetune.run(recipe, tmp_path / "cut", device=CPU)["rounds"][0]["nodes"] == whole["nodes"]
 
 

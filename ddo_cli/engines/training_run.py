@@ -1,11 +1,80 @@
-"""What a training run that has diverged can be taken up from."""
+"""The frame of every command that trains: its directory, its plan, its end."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddo_cli import dist, rundir
+from ddo_cli.precision import set_training_precision
+from ddo_cli.recipe.schema import Recipe, TrainRecipe
+from ddo_cli.training.loop import Plan
+from ddo_cli.training.meter import Meter
+from ddo_cli.training.state import drop_state, state_directory
+
+
+@contextlib.contextmanager
+def claimed(
+    command: str, recipe: Recipe, settings: TrainRecipe, out: Path, identity: dict[str, Any]
+) -> Iterator[tuple[rundir.RunDir, dict[str, Any]]]:
+    """The run's directory, locked, and its state; training's precision is set. Raises RunError as `RunDir.claim`."""
+    set_training_precision(settings.precision)
+    with rundir.locked(out) as run_dir:
+        yield run_dir, run_dir.claim(command, recipe, **identity)
+
+
+def num_steps(images: int, batch: int) -> int:
+    """Steps that take in at least so many images."""
+    return -(-images // batch)
+
+
+def state_file(run_dir: rundir.RunDir) -> Path:
+    """What resuming needs."""
+    return run_dir.path / "train-state.safetensors"
+
+
+def plan_of(
+    run_dir: rundir.RunDir,
+    recipe: Recipe,
+    title: str,
+    steps: int,
+    settings: TrainRecipe,
+    evaluate_at: Iterable[int] = (),
+) -> Plan:
+    """The plan of a run that trains one network. After a loss that is not finite, its newest file is named: a
+    checkpoint, or the saved state, which holds weights, too.
+    """
+    state = state_file(run_dir)
+
+    def last_good() -> Path | str:
+        return newest(state, state_directory(state), *run_dir.path.glob("checkpoints/*.safetensors"))
+
+    return Plan(title, steps, settings, (recipe.seed,), state, recipe.name, last_good, frozenset(evaluate_at))
+
+
+def meter_of(run_dir: rundir.RunDir, settings: TrainRecipe, device: torch.device) -> Meter:
+    """The meter of a run that trains one network."""
+    return Meter(run_dir.log_file, {}, settings.batch, device)
+
+
+def finish(run_dir: rundir.RunDir, **figures: Any) -> dict[str, Any]:
+    """Marks the run as finished and drops what resuming needed; returns the state."""
+    state = run_dir.advance(finished=True, **figures)
+    if dist.is_main():
+        drop_state(state_file(run_dir))
+    return state
+
+
+def result(run_dir: rundir.RunDir, state: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """The object that the command prints with `--json`: the run's paths and these figures."""
+    return {"out": str(run_dir.path), "final": str(run_dir.final), **{key: state[key] for key in keys}}
 
 
 def newest(*places: Path) -> Path | str:
-    """The latest written of the files or directories that exist, or "none yet". A saved state holds weights, too."""
+    """The latest written of the files or directories that exist, or "none yet"."""
     there = [place for place in places if place.exists()]
     return max(there, key=lambda place: place.stat().st_mtime, default="none yet")

@@ -10,6 +10,14 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
+class DdoSettings(NamedTuple):
+    """Coefficients of the loss."""
+
+    alpha: float  # weight of the fake term
+    beta: float  # scale of the log-ratio
+    divide_by_alpha: bool = False  # loss / max(alpha, 1), so that a sweep of alpha does not sweep the learning rate
+
+
 class DdoLoss(NamedTuple):
     """The loss and what is worth plotting. All are scalars; everything but `loss` is detached."""
 

@@ -37,6 +37,7 @@ class TrainRecipe(Section):
     """What `pretrain` and `finetune` share."""
 
     prefix: ClassVar[str] = ""  # of the keys, as messages name them
+    dropout: ClassVar[bool] = True  # whether layers of dropout are on
 
     lr: float = Field(1e-4, gt=0)
     warmup: int = Field(0, ge=0)  # images of linear warm-up
@@ -128,6 +129,7 @@ class FinetuneRecipe(TrainRecipe):
     """Direct Discriminative Optimization (arXiv 2503.01103)."""
 
     prefix: ClassVar[str] = "finetune."
+    dropout: ClassVar[bool] = False  # with it, r is not 0 for equal weights
 
     rounds: int = Field(4, ge=1)
     alpha: Coefficient = 4.0  # weight of the fake term; a list is swept in each round, all pairs with beta's

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
+from ddo_cli import sharding
 from ddo_cli.recipe.schema import TrainRecipe
 from ddo_cli.training.profiles import power_decay
 
@@ -43,8 +46,8 @@ class Averages:
     averaged: those entries are the model's own tensors, not copies.
     """
 
-    def __init__(self, model: nn.Module, recipe: TrainRecipe, ramp: float | None = None):
-        self.recipe, self.ramp = recipe, ramp
+    def __init__(self, model: nn.Module, recipe: TrainRecipe):
+        self.recipe = recipe
         self.widths = recipe.ema_widths
         self.trained = _trained(model)
         state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
@@ -53,22 +56,22 @@ class Averages:
             for _ in range(max(len(self.widths), 1))
         ]
 
-    @property
-    def first(self) -> dict[str, Tensor]:
-        """The set that is scored, promoted and returned."""
-        return self.sets[0]
+    def whole(self) -> dict[str, Tensor]:
+        """The first set, which is scored and promoted, gathered where it is sharded; every process has to ask."""
+        return sharding.full(self.sets[0])
 
-    @property
-    def further(self) -> list[tuple[float, dict[str, Tensor]]]:
-        """The others with their widths."""
-        return list(zip(self.widths[1:], self.sets[1:], strict=True))
+    def further(self) -> Iterator[tuple[float, dict[str, Tensor]]]:
+        """The widths and tensors of the others, likewise."""
+        for width, tensors in zip(self.widths[1:], self.sets[1:], strict=True):
+            yield width, sharding.full(tensors)
 
     def update(self, model: nn.Module, n_images: int) -> None:
         """Takes a step's weights in. n_images: trained on so far, that step among them."""
-        batch = self.recipe.batch
+        batch, recipe = self.recipe.batch, self.recipe
+        ramp = getattr(recipe, "ema_ramp", None)  # a key of pretraining only
         decays = [power_decay(batch, width, n_images) for width in self.widths]
         for average, decay in zip(
-            self.sets, decays or [ema_decay(batch, self.recipe.ema_half_life, n_images, self.ramp)], strict=True
+            self.sets, decays or [ema_decay(batch, recipe.ema_half_life, n_images, ramp)], strict=True
         ):
             update_ema(average, model, decay)
 

@@ -13,70 +13,78 @@ from ddo_cli import console, dist, sharding
 from ddo_cli.data.items import ItemSet
 from ddo_cli.data.pairs import Shuffled
 from ddo_cli.errors import UsageError
-from ddo_cli.likelihood import LikelihoodModel, map_draw
+from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import registry
+from ddo_cli.objectives.ddo import DdoSettings
+from ddo_cli.objectives.ddo_step import ddo_step
 from ddo_cli.precision import training_precision
 from ddo_cli.recipe.schema import FinetuneRecipe, Recipe
-from ddo_cli.rng import RowRng
+from ddo_cli.rng import StepRng
 from ddo_cli.training import loop
 
-# Chosen by us: a row's gradient weight is sigmoid(-beta r), so an error of 0.1 in beta r changes it by 2.5 % where
-# training starts. Beyond it, the reference's rounding competes with what a step changes, and it is the same for a given
-# image in every epoch, so it does not average out.
+# Largest error of beta r. Our choice; the paper gives none. A row's gradient weight is sigmoid(-beta r), so 0.1 changes
+# it by 2.5 % where training starts. Beyond it, the reference's rounding competes with what a step changes; it is the
+# same for a given image in every epoch, so it does not average out.
 LARGEST_ERROR = 0.1
 
 
 def load(file: str | Path, settings: FinetuneRecipe, device: torch.device) -> registry.Loaded:
     """The reference, frozen, as training uses it."""
-    found = registry.load_model(file, device, settings.draw)
-    model = found.model
+    loaded = registry.load_model(file, device, settings.draw)
+    model = loaded.model
     model.before_step()  # as the model's first step does, so that r starts at exactly 0
     if settings.reference_precision == "bf16":
         keep_bf16(model)
     if settings.sharding == "fsdp":
         sharding.shard(model, model.units(), methods=("predict", "log_lik"))
     model.requires_grad_(False)
-    return found
+    return loaded
 
 
 def keep_bf16(model: LikelihoodModel) -> None:
-    """Keeps the trainable weights in bf16. They are computed with in float32 (or what autocast makes of it), block by
-    block, so that the error is their rounding alone: under autocast to bf16 most layers then give the same bits.
+    """Stores the trainable weights in bf16, upcast block by block: the only error is their rounding.
+
+    Under autocast to bf16 most layers then give the same bits.
     """
     for module, parameters in list(_blocks(model, set(model.units()))):
-        kept = [(owner, name) for owner, name, one in parameters if one.requires_grad and one.is_floating_point()]
+        kept = [
+            (owner, name) for owner, name, weight in parameters if weight.requires_grad and weight.is_floating_point()
+        ]
         for owner, name in kept:
             parameter = getattr(owner, name)
             parameter.data = parameter.data.to(torch.bfloat16)
         if kept:
-            _Widened(module, kept)
+            _Upcast(module, kept)
 
 
 Place = tuple[nn.Module, str, nn.Parameter]
 
 
 def _blocks(module: nn.Module, units: set[nn.Module]) -> Iterator[tuple[nn.Module, list[Place]]]:
-    """Modules with the weights to widen while they compute: units and what holds none with all their weights, the
-    others with their own.
+    """Modules with the weights to upcast while they compute: units, and modules that contain none, with all their
+    weights; the others with their own.
     """
     inside = list(module.modules())
     if module in units or not units.intersection(inside):
-        yield module, [(owner, name, one) for owner in inside for name, one in owner.named_parameters(recurse=False)]
+        yield (
+            module,
+            [(owner, name, weight) for owner in inside for name, weight in owner.named_parameters(recurse=False)],
+        )
         return
-    yield module, [(module, name, one) for name, one in module.named_parameters(recurse=False)]
+    yield module, [(module, name, weight) for name, weight in module.named_parameters(recurse=False)]
     for child in module.children():
         yield from _blocks(child, units)
 
 
-class _Widened:
+class _Upcast:
     """Hooks that put float32 copies in the place of weights while a module computes."""
 
     def __init__(self, module: nn.Module, places: Sequence[tuple[nn.Module, str]]):
         self.places, self.kept = places, list[nn.Parameter | None]()
-        module.register_forward_pre_hook(self.widen)
+        module.register_forward_pre_hook(self.upcast)
         module.register_forward_hook(self.restore, always_call=True)
 
-    def widen(self, module: nn.Module, args: Any) -> None:
+    def upcast(self, module: nn.Module, args: Any) -> None:
         self.kept = [owner._parameters[name] for owner, name in self.places]
         for (owner, name), parameter in zip(self.places, self.kept, strict=True):
             owner._parameters[name] = parameter.to(torch.float32)  # type: ignore[assignment, union-attr]
@@ -88,24 +96,21 @@ class _Widened:
 
 
 def precision_error(recipe: Recipe, file: str | Path, real: ItemSet, number: int, device: torch.device) -> float:
-    """What keeping the reference in bf16 does to the log-ratio: its standard deviation around 0, in nats.
+    """What keeping the reference in bf16 does to the log-ratio: its root mean square around 0, in nats.
 
-    Of round `number`'s first batch of real images, where the model still is the reference, so that r should be 0.
+    On round `number`'s first batch of real images, where the model still is the reference, so that r should be 0.
     """
     settings, seed = recipe.finetune, recipe.seed
     exact = registry.load_model(file, device, settings.draw).model
     exact.before_step()
     rounded = load(file, settings.model_copy(update={"sharding": "ddp"}), device).model
     start, stop = loop.local_rows(settings.batch, settings.micro_batch)[0]
-    items, label = Shuffled(real.items, real.labels, "real", seed, number, hflip=recipe.data.hflip).rows(start, stop)
-    rows = range(start, stop)
-    x = exact.encode(items.to(device), RowRng.for_rows("encode", seed, number, 0, rows=rows))
-    draw = exact.draw(len(items), RowRng.for_rows("ddo", seed, number, 0, rows=rows))
-    draw = map_draw(lambda tensor: tensor.to(device), draw)
+    rows = Shuffled(real.items, real.labels, "real", seed, number, hflip=recipe.data.hflip).rows(start, stop)
+    rng = StepRng((seed, number), 0, range(start, stop))
+    coefficients = DdoSettings(1.0, 1.0)  # they do not change r
     with torch.no_grad(), training_precision(settings.precision, device):
-        prediction, other = (model.predict(x, label.to(device), draw) for model in (exact, rounded))
-        r = exact.log_ratio(prediction, other, x, draw)  # (n,)
-    squares = [square for part in dist.gathered(r.double().square().tolist()) for square in part]
+        step = ddo_step(exact, exact, rows, rows, rng, ref=rounded, settings=coefficients)
+    squares = dist.gathered(float(step.log["r_square"]))
     return float(sum(squares) / len(squares)) ** 0.5
 
 

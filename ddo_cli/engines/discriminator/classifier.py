@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,9 @@ from ddo_cli.errors import DataError
 from ddo_cli.metrics.discrimination import BATCH, LEVELS, noisy
 from ddo_cli.models import registry
 from ddo_cli.models.discriminators import registry as discriminators
-from ddo_cli.precision import set_training_precision
 from ddo_cli.recipe.schema import ClassifierRecipe, Recipe
-from ddo_cli.rng import RowRng, seed_from
-from ddo_cli.trainable import Trainable
+from ddo_cli.rng import RowRng, StepRng, seed_from
+from ddo_cli.trainable import Loss, Trainable
 from ddo_cli.training import loop
 
 
@@ -53,60 +53,46 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     torch.manual_seed(seed_from("init", recipe.seed))  # weights are the only thing drawn from the global generator
     network = discriminators.build("classifier", config).to(device)
     loop.local_rows(settings.batch, settings.micro_batch)
-    steps = -(-settings.images // settings.batch)
+    steps = training_run.num_steps(settings.images, settings.batch)
     identity = {"data_sha256": digest(real), "model_sha256": loaded.checkpoint.sha256}
     rundir.RunDir(out).check("train-classifier", recipe, **identity)
     if dry_run:
         parameters = sum(p.numel() for p in network.parameters())
         return {"out": str(out), "dry_run": True, "parameters": parameters, "steps": steps, "data": real.name}
-    set_training_precision(settings.precision)
-    with rundir.locked(out) as run_dir:
-        state = run_dir.claim("train-classifier", recipe, **identity)
-        if run_dir.is_finished(state):
-            return _result(run_dir, state)
-        rows = split(len(real.items), settings.held_out, "classifier", recipe.seed)
-        law = _law(settings, base)
-        stream = Shuffled(real.items, real.labels, "classifier", recipe.seed, only=rows.train, hflip=recipe.data.hflip)
+    with training_run.claimed("train-classifier", recipe, settings, out, identity) as (run_dir, state):
+        if not run_dir.is_finished(state):
+            rows = split(len(real.items), settings.held_out, "classifier", recipe.seed)
+            hflip = recipe.data.hflip
+            stream = Shuffled(real.items, real.labels, "classifier", recipe.seed, only=rows.train, hflip=hflip)
+            plan = training_run.plan_of(run_dir, recipe, "classifier", steps, settings)
+            meter = training_run.meter_of(run_dir, settings, device)
+            ema = loop.train(network, partial(_cross_entropy, base, _law(settings, base)), stream, plan, meter)
+            network.load_state_dict(ema)
+            held_out = encoded(base, real.items, rows.held_out, "classifier", recipe.seed, device=device)
+            labels = torch.from_numpy(real.labels[rows.held_out])
+            levels = _accuracies(network.eval(), base, settings, held_out, labels, device)
+            if dist.is_main():
+                link = {"command": "train-classifier", "recipe": recipe.model_dump(mode="json")}
+                process = discriminators.PROCESS
+                header = {"kind": "classifier", "config": config, "process": process, "provenance": [link]}
+                checkpoint.save(run_dir.final, network.state_dict(), {**header, "levels": levels})
+            accuracy = sum(level["accuracy"] for level in levels) / len(levels)
+            state = training_run.finish(run_dir, heldout_accuracy=accuracy, levels=levels)
+        return training_run.result(run_dir, state, "heldout_accuracy", "levels")
 
-        def loss(wrapped: nn.Module, part: loop.Rows) -> loop.Loss:
-            first = part.step * settings.batch
-            items, label = stream.rows(first + part.start, first + part.stop)
-            rng = RowRng.for_rows("classifier", recipe.seed, part.step, rows=range(part.start, part.stop))
-            t = law.times(rng.rand(dtype=torch.float64).to(device)).t
-            eps = rng.randn(base.state_shape).to(device)
-            states = noisy(base.encode(items.to(device), rng), t, eps)
-            logits = wrapped(states, t)  # (B, classes)
-            label = label.to(device)
-            right = (logits.detach().argmax(1) == label).to(torch.float32).mean()
-            return loop.Loss(F.cross_entropy(logits, label), {"accuracy": right})
 
-        state_file = out / "train-state.safetensors"
-        plan = loop.Plan(
-            title="classifier",
-            steps=steps,
-            recipe=settings,
-            loss=loss,
-            state_file=state_file,
-            log_file=run_dir.log_file,
-            log_tags={},
-            last_good=lambda: training_run.newest(state_file),
-            dropout=True,
-            owner=recipe.name,
-        )
-        network.load_state_dict(loop.fit(network, plan, device))
-        held_out = encoded(base, real.items, rows.held_out, "classifier", recipe.seed, device=device)
-        levels = _accuracies(
-            network.eval(), base, settings, held_out, torch.from_numpy(real.labels[rows.held_out]), device
-        )
-        if dist.is_main():
-            link = {"command": "train-classifier", "recipe": recipe.model_dump(mode="json")}
-            header = {"kind": "classifier", "config": config, "process": discriminators.PROCESS, "provenance": [link]}
-            checkpoint.save(run_dir.final, network.state_dict(), {**header, "levels": levels})
-        accuracy = sum(level["accuracy"] for level in levels) / len(levels)
-        state = run_dir.advance(finished=True, heldout_accuracy=accuracy, levels=levels)
-        if dist.is_main():
-            plan.state_file.unlink(missing_ok=True)
-        return _result(run_dir, state)
+def _cross_entropy(
+    base: DiffusionModel, law: vp_sde.TimeLaw, wrapped: nn.Module, items: Tensor, label: Tensor, rng: StepRng
+) -> Loss:
+    """Cross-entropy of images noised to times drawn from `law`."""
+    device = next(wrapped.parameters()).device
+    row_rng = rng("classifier")
+    t = law.times(row_rng.rand(dtype=torch.float64).to(device)).t
+    eps = row_rng.randn(base.state_shape).to(device)
+    x = noisy(base.encode(items.to(device), row_rng), t, eps)
+    logits, label = wrapped(x, t), label.to(device)  # (B, classes)
+    right = (logits.detach().argmax(1) == label).to(torch.float32).mean()
+    return Loss(F.cross_entropy(logits, label), {"accuracy": right})
 
 
 def _law(settings: ClassifierRecipe, base: DiffusionModel) -> vp_sde.TimeLaw:
@@ -124,7 +110,7 @@ def _accuracies(
     device: torch.device,
 ) -> list[dict[str, float]]:
     """Accuracy on held-out images in strata of equal probability under the training density of t."""
-    law, found = _law(settings, base), []
+    law, levels = _law(settings, base), []
     for level in range(LEVELS):
         right, sigmas = 0, []
         for start in range(0, len(x0), BATCH):
@@ -135,10 +121,5 @@ def _accuracies(
             right += int((network(states, t.to(device)).argmax(1).cpu() == label[start : start + BATCH]).sum())
             sigmas.append(vp_sde.sigma_of(t))
         sigma = torch.cat(sigmas)
-        found.append({"sigma_min": float(sigma.min()), "sigma_max": float(sigma.max()), "accuracy": right / len(x0)})
-    return found
-
-
-def _result(run_dir: rundir.RunDir, state: dict[str, Any]) -> dict[str, Any]:
-    paths = {"out": str(run_dir.path), "final": str(run_dir.final)}
-    return {**paths, "heldout_accuracy": state["heldout_accuracy"], "levels": state["levels"]}
+        levels.append({"sigma_min": float(sigma.min()), "sigma_max": float(sigma.max()), "accuracy": right / len(x0)})
+    return levels

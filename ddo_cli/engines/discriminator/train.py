@@ -7,6 +7,7 @@ model's score lacks. The model itself is not trained.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 from pathlib import Path
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from ddo_cli import checkpoint, console, dist, rundir
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet, check_fits, digest
-from ddo_cli.data.pairs import Pairs, Shuffled, split
+from ddo_cli.data.pairs import Examples, Pairs, Shuffled, split
 from ddo_cli.data.samples import manifest_of
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.diffusion.denoiser import DiffusionModel
+from ddo_cli.engines import training_run
 from ddo_cli.engines.discriminator import data as disc_data
 from ddo_cli.engines.discriminator import report as disc_report
 from ddo_cli.engines.model_space import encoded
@@ -33,21 +35,20 @@ from ddo_cli.metrics.discrimination import HeldOut, noisy
 from ddo_cli.models import registry
 from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.objectives.discriminator import discriminator_loss
-from ddo_cli.precision import set_training_precision
 from ddo_cli.recipe.schema import Recipe, SamplingRecipe
-from ddo_cli.rng import RowRng, seed_from
-from ddo_cli.trainable import Trainable
+from ddo_cli.rng import StepRng, seed_from
+from ddo_cli.trainable import Loss, Trainable
 from ddo_cli.training import loop
 
-# Share of what has been learnt, log 2 - BCE, that the second half of the images may have brought where the held-out
-# loss counts as settled. Half of them, because the end of a learning rate's decay is always flat. Chosen by us.
+# The held-out loss counts as settled where the second half of the images gained at most this share of the total,
+# log 2 - BCE. Half, because the end of a learning rate's decay is always flat. Our choice; the paper gives none.
 STILL_FALLING = 0.2
 
 
 def run(
     recipe: Recipe, out: Path, *, device: torch.device, force: bool = False, dry_run: bool = False
 ) -> dict[str, Any]:
-    """Trains recipe.discriminator against recipe.model.ckpt and returns what layout promises of `train-disc --json`.
+    """Trains recipe.discriminator against recipe.model.ckpt and returns the object that `train-disc --json` prints.
 
     The same call on an unfinished run continues it; on a finished one it returns the stored result.
     force: takes a generated set that another model, or an unknown one, has drawn.
@@ -83,17 +84,16 @@ def run(
     rundir.RunDir(out).check("train-disc", recipe, **identity)
     if dry_run:
         return _dry_run(recipe, out, network, real)
-    set_training_precision(settings.precision)
-    with rundir.locked(out) as run_dir:
-        state = run_dir.claim("train-disc", recipe, **identity)
-        if run_dir.is_finished(state):
-            return _result(run_dir, state)
-        fake = given or disc_data.draw(recipe, spec, run_dir, label_use, real, device)
-        header = _header(recipe, loaded, config, spec, real, fake)
-        training = _Training(recipe, run_dir, base, network, real, fake, header, device)
-        if not state.get("finished") or len(training.evaluations) < state["evaluations"]:
-            training.run()  # else only a file written at the end was lost
-        return _result(run_dir, _finish(training, scoring))
+    with training_run.claimed("train-disc", recipe, settings, out, identity) as (run_dir, state):
+        if not run_dir.is_finished(state):
+            fake = given or disc_data.draw(recipe, spec, run_dir, label_use, real, device)
+            header = _header(recipe, loaded, config, spec, real, fake)
+            training = _Training(recipe, run_dir, base, network, real, fake, header, device)
+            if not state.get("finished") or len(training.evaluations) < state["evaluations"]:
+                training.run()  # else only a file written at the end was lost
+            state = _finish(training, scoring)
+        keys = ("heldout_bce", "heldout_accuracy", "calibration_error", "settled", "best_images", "selected_by")
+        return {**training_run.result(run_dir, state, *keys), "best": str(run_dir.path / "best.safetensors")}
 
 
 def default_out(recipe: Recipe, ckpt: str | None) -> Path:
@@ -104,9 +104,9 @@ def default_out(recipe: Recipe, ckpt: str | None) -> Path:
 
 def table_of(out: Path) -> tuple[list[str], list[tuple[str, ...]]]:
     """The final checkpoint's held-out figures by noise level, for people."""
-    found = read_json(out / "state.json")
+    state = read_json(out / "state.json")
     evaluations = read_json(out / "metrics.json")["evaluations"]
-    return disc_report.table(evaluations[str(found["best_images"] // found["batch"])]["levels"])
+    return disc_report.table(evaluations[str(state["best_images"] // state["batch"])]["levels"])
 
 
 def recipe_sampling(recipe: Recipe) -> dict[str, Any]:
@@ -150,47 +150,37 @@ class _Training:
         known = read_json(self.file)["evaluations"] if self.file.is_file() else {}
         # Without its checkpoint an evaluation is done again.
         self.evaluations: dict[str, dict[str, Any]] = dist.from_main(
-            {step: found for step, found in known.items() if self.candidate(int(step)).is_file()}
+            {step: figures for step, figures in known.items() if self.candidate(int(step)).is_file()}
         )
 
     def run(self) -> None:
         """Trains until the held-out loss has settled, or the images are used up."""
         settings = self.settings
-        steps = -(-settings.images // settings.batch)
+        steps = training_run.num_steps(settings.images, settings.batch)
         every = max(settings.eval_every // settings.batch, 1)
-        state_file = self.run_dir.path / "train-state.safetensors"
-        plan = loop.Plan(
-            title="discriminator",
-            steps=steps,
-            recipe=settings,
-            loss=self.loss,
-            state_file=state_file,
-            log_file=self.run_dir.log_file,
-            log_tags={},
-            last_good=lambda: max((self.run_dir.path / "checkpoints").glob("step-*"), default="none yet"),
-            evaluate_at=frozenset([*range(every, steps - every // 2, every), steps]),
-            evaluate=self.evaluate,
-            settled=self.settled,
-            dropout=True,
-            owner=self.recipe.name,
-        )
-        loop.fit(self.network, plan, self.device)
+        evaluate_at = [*range(every, steps - every // 2, every), steps]
+        plan = training_run.plan_of(self.run_dir, self.recipe, "discriminator", steps, settings, evaluate_at)
+        plan = plan._replace(last_good=lambda: max(self.candidates(), default="none yet"))
+        meter = training_run.meter_of(self.run_dir, settings, self.device)
+        with contextlib.closing(loop.fit(self.network, self.loss, self.pairs, plan, meter)) as events:
+            for event in events:
+                if isinstance(event, loop.Evaluate):
+                    event.note = self.evaluate(event.step, event.averages.whole())
+                    if self.settled():
+                        break
 
-    def loss(self, wrapped: nn.Module, rows: loop.Rows) -> loop.Loss:
+    def loss(self, wrapped: nn.Module, real: Examples, fake: Examples, rng: StepRng) -> Loss:
         """Cross-entropy of real and generated rows, each with a time and noise of its own."""
-        base = rows.step * self.settings.batch
-        real, fake = self.pairs.rows(base + rows.start, base + rows.stop)
-        n = len(real.items)
-        rng = RowRng.for_rows("disc", self.recipe.seed, rows.step, rows=range(rows.start, rows.stop))
-        u = rng.rand((2,), dtype=torch.float64).T.flatten()  # (2n,), real rows first
-        eps = rng.randn((2, *self.base.state_shape)).transpose(0, 1).flatten(0, 1)  # (2n, ...)
+        n, row_rng = len(real.items), rng("disc")
+        u = row_rng.rand((2,), dtype=torch.float64).T.flatten()  # (2n,), real rows first
+        eps = row_rng.randn((2, *self.base.state_shape)).transpose(0, 1).flatten(0, 1)  # (2n, ...)
         t, weight = self.law.times(u.to(self.device))
-        x0 = torch.cat([self.base.encode(side.items.to(self.device), rng) for side in (real, fake)])
+        x0 = torch.cat([self.base.encode(side.items.to(self.device), row_rng) for side in (real, fake)])
         label = torch.cat([real.label, fake.label]).to(self.device)
         logit = wrapped(noisy(x0, t, eps.to(self.device)), t, label)  # (2n,)
         weights = (None, None) if weight is None else weight.to(torch.float32).split(n)
-        found = discriminator_loss(logit[:n], logit[n:], *weights)._asdict()
-        return loop.Loss(found.pop("loss"), found)
+        figures = discriminator_loss(logit[:n], logit[n:], *weights)._asdict()
+        return Loss(figures.pop("loss"), figures)
 
     def evaluate(self, step: int, ema: dict[str, Tensor]) -> str:
         """Keeps the checkpoint of a step and its held-out figures."""
@@ -198,16 +188,19 @@ class _Training:
             live = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
             self.network.load_state_dict(ema)
             self.network.eval()
-            found = self.held_out.evaluate(self.network)
+            figures = self.held_out.evaluate(self.network)
             self.network.load_state_dict(live)
+            self.evaluations[str(step)] = figures
             if dist.is_main():
-                figures = {key: found[key] for key in ("bce", "accuracy", "calibration_error")}
-                checkpoint.save(self.candidate(step), ema, {**self.header, "step": step, "heldout": figures})
-            self.evaluations[str(step)] = found
-            if dist.is_main():
+                held_out = {key: figures[key] for key in ("bce", "accuracy", "calibration_error")}
+                checkpoint.save(self.candidate(step), ema, {**self.header, "step": step, "heldout": held_out})
                 write_json(self.file, {"evaluations": self.evaluations})
-        found = self.evaluations[str(step)]
-        return f"held-out {found['bce']:.4f}, accuracy {found['accuracy']:.3f}"
+        figures = self.evaluations[str(step)]
+        return f"held-out {figures['bce']:.4f}, accuracy {figures['accuracy']:.3f}"
+
+    def candidates(self) -> list[Path]:
+        """The checkpoints on disk."""
+        return list((self.run_dir.path / "checkpoints").glob("step-*"))
 
     def candidate(self, step: int) -> Path:
         """The file of a step's averaged weights, which `guide-sample --disc` takes as well."""
@@ -215,21 +208,20 @@ class _Training:
 
     def settled(self) -> bool:
         """Whether `patience` evaluations in a row brought no better held-out loss."""
-        bce = [found["bce"] for _, found in by_step(self.evaluations)]
+        bce = [figures["bce"] for _, figures in by_step(self.evaluations)]
         return bool(bce) and bce.index(min(bce)) < len(bce) - self.settings.patience
 
     def has_settled(self) -> bool:
-        """Also true where the second half of the images brought little of what has been learnt."""
-        figures = by_step(self.evaluations)
-        last = figures[-1][0]
-        early = [found["bce"] for step, found in figures if step <= last / 2]
-        best = min(found["bce"] for _, found in figures)
+        """... or the second half of the images gained at most STILL_FALLING of the total."""
+        history = [(step, figures["bce"]) for step, figures in by_step(self.evaluations)]
+        early = [bce for step, bce in history if step <= history[-1][0] / 2]
+        best = min(bce for _, bce in history)
         return self.settled() or bool(early and min(early) - best <= STILL_FALLING * (math.log(2) - best))
 
 
 def by_step(evaluations: dict[str, dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
     """(step, figures) in the order of training."""
-    return sorted((int(step), found) for step, found in evaluations.items())
+    return sorted((int(step), figures) for step, figures in evaluations.items())
 
 
 def _finish(training: _Training, scoring: Scoring | None) -> dict[str, Any]:
@@ -247,14 +239,14 @@ def _finish(training: _Training, scoring: Scoring | None) -> dict[str, Any]:
         )
     if blind:
         console.warn(
-            "on held-out images the discriminator is no better than a coin: there is nothing here for guidance to "
-            "mend, or it needs more training (--images, --lr)"
+            "held-out accuracy is at chance: guidance has nothing to correct, or the discriminator needs more training "
+            "(--images, --lr)"
         )
     if dist.is_main():
         for name, step in (("best", best), ("final", chosen)):
             with replacing(run_dir.path / f"{name}.safetensors") as temporary:
                 shutil.copyfile(training.candidate(step), temporary)
-    found = {
+    figures = {
         "heldout_bce": evaluations[chosen]["bce"],
         "heldout_accuracy": evaluations[chosen]["accuracy"],
         "calibration_error": evaluations[chosen]["calibration_error"],
@@ -266,28 +258,25 @@ def _finish(training: _Training, scoring: Scoring | None) -> dict[str, Any]:
         "scores": {str(step): value for step, value in scores.items()},
     }
     if dist.is_main():
-        disc_report.write(run_dir, recipe, evaluations, chosen, found)
-    state = run_dir.advance(finished=True, **found)
-    if dist.is_main():
-        (run_dir.path / "train-state.safetensors").unlink(missing_ok=True)
-    return state
+        disc_report.write(run_dir, recipe, evaluations, chosen, figures)
+    return training_run.finish(run_dir, **figures)
 
 
 def _scores(training: _Training, scoring: Scoring) -> dict[int, float]:
     """The recipe's metric of samples guided by each checkpoint, by step; each is kept on disk."""
     file = training.run_dir.path / "guided-scores.json"
-    found: dict[str, float] = dist.from_main(read_json(file) if file.is_file() else {})
+    scores: dict[str, float] = dist.from_main(read_json(file) if file.is_file() else {})
     for step, _ in by_step(training.evaluations):
-        if str(step) in found:
+        if str(step) in scores:
             continue
         training.network.load_state_dict(checkpoint.load(training.candidate(step)).tensors)
         network = training.network.eval().requires_grad_(False)
         guide = guides.discriminator_guide(network, training.recipe.guidance, len(training.base.state_shape))
-        found[str(step)] = scoring.run(training.base, 0, [guide])[scoring.key]
-        console.info(f"guided by step {step}: {scoring.key} {found[str(step)]:.4g}")
+        scores[str(step)] = scoring.run(training.base, 0, [guide])[scoring.key]
+        console.info(f"guided by step {step}: {scoring.key} {scores[str(step)]:.4g}")
         if dist.is_main():
-            write_json(file, found)
-    return {int(step): value for step, value in found.items()}
+            write_json(file, scores)
+    return {int(step): value for step, value in scores.items()}
 
 
 def _header(
@@ -313,12 +302,6 @@ def _header(
         "guidance": recipe.guidance.model_dump(mode="json"),
         "provenance": [*loaded.checkpoint.header.get("provenance", []), link],
     }
-
-
-def _result(run_dir: rundir.RunDir, state: dict[str, Any]) -> dict[str, Any]:
-    keys = ("heldout_bce", "heldout_accuracy", "calibration_error", "settled", "best_images", "selected_by")
-    paths = {"out": str(run_dir.path), "final": str(run_dir.final), "best": str(run_dir.path / "best.safetensors")}
-    return {**paths, **{key: state[key] for key in keys}}
 
 
 def _dry_run(recipe: Recipe, out: Path, network: Trainable, real: ItemSet) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,16 @@ from ddo_cli.engines import training_run
 from ddo_cli.errors import DataError, UsageError
 from ddo_cli.metrics.extractors.digit_net import DigitNet
 from ddo_cli.recipe.schema import TrainRecipe
-from ddo_cli.rng import permutation, seed_from
+from ddo_cli.rng import StepRng, permutation, seed_from
+from ddo_cli.trainable import Loss
 from ddo_cli.training import loop
+from ddo_cli.training.loop import Plan
 
 SIZE = 32
+# Our choice: about 800 steps reach an accuracy of 0.98 on digits, in half a minute on a CPU.
+SETTINGS = TrainRecipe(
+    lr=2e-3, warmup=10_000, lr_schedule="cosine", batch=128, ema_half_life=0.0, log_every=50, save_every=200
+)
 
 
 def run(
@@ -65,82 +70,44 @@ def run(
     torch.manual_seed(seed_from("init", seed))
     num_classes = int(train.label.max()) + 1
     network = DigitNet(num_classes=num_classes).to(device)
-    # Chosen by us: about 800 steps reach an accuracy of 0.98 on digits, in half a minute on a CPU.
-    settings = TrainRecipe(
-        lr=2e-3, warmup=10_000, lr_schedule="cosine", batch=128, ema_half_life=0.0, log_every=50, save_every=200
-    )
-    stream = Shuffled(train.items.numpy(), train.label.numpy(), "extractor", seed)
-
-    def loss(wrapped: nn.Module, rows: loop.Rows) -> loop.Loss:
-        base = rows.step * settings.batch
-        items, label = stream.rows(base + rows.start, base + rows.stop)
-        x = items.to(device) / 127.5 - 1
-        return loop.Loss(F.cross_entropy(wrapped(x), label.to(device)), {})
-
-    steps = -(-images // settings.batch)
+    steps = training_run.num_steps(images, SETTINGS.batch)
     if dry_run:
         return {"out": str(out), "dry_run": True, "num_images": len(train.items), "steps": steps}
     with rundir.locked(out.with_name(f".{out.name}.training")) as work:
-        accuracy = _train(network, loss, len(train.items), test, out, link, work.path, steps, settings, device)
+        stream = Shuffled(train.items.numpy(), train.label.numpy(), "extractor", seed)
+        state, owner = training_run.state_file(work), json.dumps(link, sort_keys=True)
+        plan = Plan("extractor", steps, SETTINGS, (seed,), state, owner, lambda: training_run.newest(state))
+        ema = loop.train(network, _cross_entropy, stream, plan, training_run.meter_of(work, SETTINGS, device))
+        network.load_state_dict(ema)
+        accuracy = _accuracy(network.eval(), test, device)
+        if dist.is_main():
+            config = {"name": "digit-net", "options": {"num_classes": network.classifier.out_features}}
+            figures = {"accuracy": accuracy, "num_images": len(train.items)}
+            checkpoint.save(out, ema, {"kind": "extractor", "config": config, "provenance": [link], **figures})
+    console.info(f"{out}: accuracy {accuracy:.4f} on {len(test.items)} held-out images")
     if dist.is_main():
         shutil.rmtree(work.path)
     return {"out": str(out), "heldout_accuracy": accuracy, "num_images": len(train.items)}
 
 
-def _train(
-    network: DigitNet,
-    loss: Callable[[nn.Module, loop.Rows], loop.Loss],
-    num_images: int,
-    test: Examples,
-    out: Path,
-    link: dict[str, Any],
-    work: Path,
-    steps: int,
-    settings: TrainRecipe,
-    device: torch.device,
-) -> float:
-    """Trains, writes the checkpoint, and returns the accuracy on `test`."""
-    state_file = work / "train-state.safetensors"
-    plan = loop.Plan(
-        title="extractor",
-        steps=steps,
-        recipe=settings,
-        loss=loss,
-        state_file=state_file,
-        log_file=work / "log.jsonl",
-        log_tags={},
-        last_good=lambda: training_run.newest(state_file),
-        owner=json.dumps(link, sort_keys=True),
-    )
-    ema = loop.fit(network, plan, device)
-    network.load_state_dict(ema)
-    accuracy = _accuracy(network.eval(), test, device)
-    if dist.is_main():
-        header = {
-            "kind": "extractor",
-            "config": {"name": "digit-net", "options": {"num_classes": network.classifier.out_features}},
-            "provenance": [link],
-            "accuracy": accuracy,
-            "num_images": num_images,
-        }
-        checkpoint.save(out, ema, header)
-    console.info(f"{out}: accuracy {accuracy:.4f} on {len(test.items)} held-out images")
-    return accuracy
+def _cross_entropy(wrapped: nn.Module, items: Tensor, label: Tensor, rng: StepRng) -> Loss:
+    device = next(wrapped.parameters()).device
+    return Loss(F.cross_entropy(wrapped(items.to(device) / 127.5 - 1), label.to(device)), {})
 
 
 def _examples(sources: str) -> Examples:
     """All images of the sources as 32 x 32 RGB, in the way that the extractor sees them later, and their labels."""
     items, labels = [], []
     for source in sources.split(","):
-        found = open_images(source)
-        if found.items.ndim != 4:
+        opened = open_images(source)
+        if opened.items.ndim != 4:
             raise DataError(f"{source} holds points; an extractor is trained on images")
-        check_images(found, "an extractor is trained on images")
-        if (found.labels < 0).any():
+        check_images(opened, "an extractor is trained on images")
+        if (opened.labels < 0).any():
             raise DataError(f"{source} has images without a label; an extractor is trained as a classifier")
-        for start in range(0, len(found.items), 4096):
-            items.append(_square(torch.from_numpy(found.items[start : start + 4096].copy())))
-        labels.append(found.labels)
+        for start in range(0, len(opened.items), 4096):
+            items.append(_square(torch.from_numpy(opened.items[start : start + 4096].copy())))
+        labels.append(opened.labels)
     return Examples(torch.cat(items), torch.from_numpy(np.concatenate(labels)))
 
 

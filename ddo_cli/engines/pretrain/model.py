@@ -11,24 +11,24 @@ from torch import Tensor, nn
 
 from ddo_cli import checkpoint, console, dist, rundir, sharding
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import check_fits, digest
+from ddo_cli.data.items import ItemSet, check_fits, digest
 from ddo_cli.data.pairs import Shuffled
 from ddo_cli.engines import estimate, training_run
 from ddo_cli.engines.pretrain import tokenizer as pretrain_tokenizer
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.files import write_json
-from ddo_cli.likelihood import map_draw
+from ddo_cli.likelihood import LikelihoodModel, map_draw
 from ddo_cli.models import registry
 from ddo_cli.models.var import vqvae
-from ddo_cli.precision import set_training_precision
 from ddo_cli.recipe.schema import PretrainRecipe, Recipe
-from ddo_cli.rng import RowRng, seed_from
+from ddo_cli.rng import StepRng, seed_from
+from ddo_cli.trainable import Loss
 from ddo_cli.training import loop
 from ddo_cli.training.ema import snapshot_name
 
 
 def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = False) -> dict[str, Any]:
-    """Trains recipe.model on recipe.data and returns what layout promises of `pretrain --json`.
+    """Trains recipe.model on recipe.data and returns the object that `pretrain --json` prints.
 
     The same call on an unfinished run continues it; on a finished one it returns the stored result.
     """
@@ -40,7 +40,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     config = registry.config_of(
         recipe.model.name, real.shape, real.num_classes, recipe.model.options, recipe.model.draw
     )
-    steps = -(-settings.images // settings.batch)
+    steps = training_run.num_steps(settings.images, settings.batch)
     torch.manual_seed(seed_from("init", recipe.seed))  # weights are the only thing drawn from the global generator
     model = registry.build(config).to(device)
     check_fits(real, model, recipe.data.hflip)
@@ -58,57 +58,56 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             "estimate": expected,
         }  # fmt: skip
     model.start_training()
-    set_training_precision(settings.precision)
-    with rundir.locked(out) as run_dir:
-        state = run_dir.claim("pretrain", recipe, **identity)
-        if run_dir.is_finished(state):
-            return _result(run_dir, state)
-        console.info(f"pretrain {config['name']}: {parameters:,} parameters, {steps} steps of {settings.batch} images")
-        stream = Shuffled(real.items, real.labels, "pretrain", recipe.seed, hflip=recipe.data.hflip)
+    with training_run.claimed("pretrain", recipe, settings, out, identity) as (run_dir, state):
+        if not run_dir.is_finished(state):
+            console.info(
+                f"pretrain {config['name']}: {parameters:,} parameters, {steps} steps of {settings.batch} images"
+            )
+            ema, header = _train(model, config, recipe, real, run_dir, device)
+            if sharding.is_sharded(model):
+                model = registry.build(config).to(device)
+            score = _finish(model, ema, header, run_dir, scoring)
+            state = training_run.finish(run_dir, metric=scoring.key, score=score)
+        return training_run.result(run_dir, state, "metric", "score")
 
-        def loss(wrapped: nn.Module, rows: loop.Rows) -> loop.Loss:
-            """Negative log-likelihood (or bound) per dimension."""
-            base = rows.step * settings.batch
-            items, label = stream.rows(base + rows.start, base + rows.stop)
-            rng = RowRng.for_rows("pretrain", recipe.seed, rows.step, rows=range(rows.start, rows.stop))
-            draw = map_draw(lambda tensor: tensor.to(device), model.draw(len(items), rng))
-            x = model.encode(items.to(device), rng)
-            log_lik = wrapped(x, label.to(device), draw)
-            return loop.Loss(-log_lik.mean() / math.prod(model.state_shape), {})
 
-        header = {
-            "kind": "model",
-            "config": config,
-            "sampling": recipe.sampling.model_dump(mode="json", exclude_none=True),
-            "provenance": [{"command": "pretrain", "recipe": recipe.model_dump(mode="json"), "steps": steps}],
-        }
-        snapshots = _Snapshots(settings, steps, out / "checkpoints", header)
-        state_file = out / "train-state.safetensors"
-        plan = loop.Plan(
-            title="pretraining",
-            steps=steps,
-            recipe=settings,
-            loss=loss,
-            state_file=state_file,
-            log_file=run_dir.log_file,
-            log_tags={},
-            last_good=lambda: training_run.newest(state_file, loop.state_directory(state_file), *snapshots.files()),
-            ema_ramp=settings.ema_ramp,
-            evaluate_at=snapshots.due,
-            evaluate=lambda step, ema: snapshots.keep(step, None, ema),
-            keep=snapshots.keep,
-            dropout=True,
-            owner=recipe.name,
-        )
-        ema = loop.fit(model, plan, device)
-        header = snapshots.header_at(steps, None)
-        if sharding.is_sharded(model):
-            model = registry.build(config).to(device)
-        score = _finish(model, ema, header, run_dir, scoring)
-        state = run_dir.advance(finished=True, metric=scoring.key, score=score)
-        if dist.is_main():
-            loop.drop_state(state_file)
-        return _result(run_dir, state)
+def _train(
+    model: LikelihoodModel,
+    config: dict[str, Any],
+    recipe: Recipe,
+    real: ItemSet,
+    run_dir: rundir.RunDir,
+    device: torch.device,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Trains to the end; returns the averaged weights and the header of their file."""
+    settings = recipe.pretrain
+    steps = training_run.num_steps(settings.images, settings.batch)
+    header = {
+        "kind": "model",
+        "config": config,
+        "sampling": recipe.sampling.model_dump(mode="json", exclude_none=True),
+        "provenance": [{"command": "pretrain", "recipe": recipe.model_dump(mode="json"), "steps": steps}],
+    }
+    snapshots = _Snapshots(settings, steps, run_dir.path / "checkpoints", header)
+
+    def negative_log_lik(wrapped: nn.Module, items: Tensor, label: Tensor, rng: StepRng) -> Loss:
+        """Negative log-likelihood (or bound) per dimension."""
+        row_rng = rng("pretrain")
+        draw = map_draw(lambda tensor: tensor.to(device), model.draw(len(items), row_rng))
+        x = model.encode(items.to(device), row_rng)
+        log_lik = wrapped(x, label.to(device), draw)
+        return Loss(-log_lik.mean() / math.prod(model.state_shape), {})
+
+    stream = Shuffled(real.items, real.labels, "pretrain", recipe.seed, hflip=recipe.data.hflip)
+    plan = training_run.plan_of(run_dir, recipe, "pretraining", steps, settings, snapshots.due)
+    meter = training_run.meter_of(run_dir, settings, device)
+    for event in loop.fit(model, negative_log_lik, stream, plan, meter):
+        if isinstance(event, loop.Evaluate):
+            for width, tensors in event.averages.further():
+                snapshots.keep(event.step, width, tensors)
+            snapshots.keep(event.step, None, event.averages.whole())
+    assert isinstance(event, loop.Finished), "the last event"
+    return event.averages.whole(), snapshots.header_at(steps, None)
 
 
 class _Snapshots:
@@ -120,15 +119,10 @@ class _Snapshots:
         is_asked_for = every is not None or len(settings.ema_widths) > 1
         self.due = frozenset([*range(every or steps, steps, every or steps), *([steps] * is_asked_for)])
 
-    def keep(self, step: int, width: float | None, ema: dict[str, Tensor]) -> str:
+    def keep(self, step: int, width: float | None, ema: dict[str, Tensor]) -> None:
         """Writes a snapshot. width: None for the first average."""
         if dist.is_main():
             checkpoint.save(self.path / snapshot_name(step, width), ema, self.header_at(step, width))
-        return ""
-
-    def files(self) -> list[Path]:
-        """Those that are on disk."""
-        return sorted(self.path.glob("*.safetensors"))
 
     def header_at(self, step: int, width: float | None) -> dict[str, Any]:
         """The header with the average that the weights are, where it is a power function."""
@@ -149,8 +143,3 @@ def _finish(
         write_json(run_dir.path / "metrics.json", figures)
         checkpoint.save(run_dir.final, ema, header)
     return sum(figure[scoring.key] for figure in figures) / len(figures)
-
-
-def _result(run_dir: rundir.RunDir, state: dict[str, Any]) -> dict[str, Any]:
-    paths = {"out": str(run_dir.path), "final": str(run_dir.final)}
-    return {**paths, "metric": state["metric"], "score": state["score"]}

@@ -1,4 +1,4 @@
-"""`ddo pretrain` of a `vqvae`: the tokenizer that a VAR stands on, trained to give images back."""
+"""`ddo pretrain` of a `vqvae`: the tokenizer of a VAR, trained to reconstruct images."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from ddo_cli.models import registry
 from ddo_cli.models.var import vqvae
 from ddo_cli.models.var.vqvae import Vqvae
 from ddo_cli.models.var.vqvae_layers import full_precision
-from ddo_cli.precision import set_training_precision
 from ddo_cli.recipe.schema import Recipe
 from ddo_cli.report import pictures
-from ddo_cli.rng import permutation, seed_from
+from ddo_cli.rng import StepRng, permutation, seed_from
+from ddo_cli.trainable import Loss
 from ddo_cli.training import loop
 
 GRID_ITEMS = 32
-# Every so many steps of a run's first half, codes that nothing in some images is near are moved to where they are of
-# use. Both chosen by us; the published tokenizer comes without its training.
+# In the first half of a run, codes that no token of some images uses are reset every so many steps. Both figures are
+# our choice; the published tokenizer comes without its training.
 REVIVE_EVERY, REVIVE_IMAGES = 25, 32
 
 
 def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = False) -> dict[str, Any]:
-    """Trains the tokenizer that recipe.model describes on recipe.data; returns what `pretrain` does, and its image
-    error: the mean squared one in units of pixels in [-1, 1].
+    """Trains the tokenizer recipe.model on recipe.data; returns what `pretrain` does, and `image_error`: the mean
+    squared error of reconstructed pixels in [-1, 1].
 
-    Its score is the recipe's distance of images that went through it, what no VAR on top can be much better than.
+    Its score is the recipe's distance of reconstructed images, which no VAR on top can be much better than.
     """
     settings = recipe.pretrain
     real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
@@ -49,7 +49,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     options = recipe.model.options
     config = registry.config_of(vqvae.NAME, real.shape, 0, options, {})
     loop.local_rows(settings.batch, settings.micro_batch)
-    steps = -(-settings.images // settings.batch)
+    steps = training_run.num_steps(settings.images, settings.batch)
     torch.manual_seed(seed_from("init", recipe.seed))  # weights are the only thing drawn from the global generator
     model = cast(Vqvae, registry.build(config)).to(device)
     scoring = Scoring(recipe, real, recipe.sampling, device)
@@ -62,53 +62,42 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             "images": steps * settings.batch, "steps": steps, "batch": settings.batch, "data": real.name,
             "estimate": {"not_estimated": "a tokenizer of any size is small beside the model on top of it"},
         }  # fmt: skip
-    set_training_precision(settings.precision)
-    with rundir.locked(out) as run_dir:
-        state = run_dir.claim("pretrain", recipe, **identity)
-        if run_dir.is_finished(state):
-            return _result(run_dir, state)
-        console.info(f"pretrain {vqvae.NAME}: {parameters:,} parameters, {steps} steps of {settings.batch} images")
-        stream = Shuffled(real.items, real.labels, "pretrain", recipe.seed, hflip=recipe.data.hflip)
-        first_rows = loop.local_rows(settings.batch, settings.micro_batch)[0]
+    with training_run.claimed("pretrain", recipe, settings, out, identity) as (run_dir, state):
+        if not run_dir.is_finished(state):
+            console.info(f"pretrain {vqvae.NAME}: {parameters:,} parameters, {steps} steps of {settings.batch} images")
+            ema = _train(model, recipe, real, run_dir, device)
+            model.load_state_dict(ema)
+            model.eval()
+            figures = _finish(model, ema, recipe, real, scoring, steps, run_dir)
+            scores = {"metric": scoring.key, "score": figures[scoring.key], "image_error": figures["image_error"]}
+            state = training_run.finish(run_dir, **scores)
+        return training_run.result(run_dir, state, "metric", "score", "image_error")
 
-        def loss(wrapped: nn.Module, rows: loop.Rows) -> loop.Loss:
-            """Mean squared error of pixels, and the quantisation loss."""
-            base = rows.step * settings.batch
-            items, _ = stream.rows(base + rows.start, base + rows.stop)
-            images = vqvae.scaled(items.to(device))
-            if rows.step % REVIVE_EVERY == 0 and 2 * rows.step < steps and (rows.start, rows.stop) == first_rows:
-                # The same images for every process: a function of weights and step, as all of a step must be.
-                some, _ = stream.rows(base, base + min(settings.batch, REVIVE_IMAGES))
-                _revive(model, vqvae.scaled(some.to(device)), ("revive", recipe.seed, rows.step))
-            found = wrapped(images)
-            error = F.mse_loss(found.images, images)
-            codes = len(found.tokens.unique())
-            log = {"image_error": error, "quantisation": found.loss, "codes_used": error.new_tensor(float(codes))}
-            return loop.Loss(error + found.loss, log)
 
-        state_file = out / "train-state.safetensors"
-        plan = loop.Plan(
-            title="pretraining",
-            steps=steps,
-            recipe=settings,
-            loss=loss,
-            state_file=state_file,
-            log_file=run_dir.log_file,
-            log_tags={},
-            last_good=lambda: training_run.newest(state_file),
-            ema_ramp=settings.ema_ramp,
-            owner=recipe.name,
-        )
-        ema = loop.fit(model, plan, device)
-        model.load_state_dict(ema)
-        model.eval()
-        figures = _finish(model, ema, recipe, real, scoring, steps, run_dir)
-        state = run_dir.advance(
-            finished=True, metric=scoring.key, score=figures[scoring.key], image_error=figures["image_error"]
-        )
-        if dist.is_main():
-            state_file.unlink(missing_ok=True)
-        return _result(run_dir, state)
+def _train(
+    model: Vqvae, recipe: Recipe, real: ItemSet, run_dir: rundir.RunDir, device: torch.device
+) -> dict[str, Tensor]:
+    """Trains to the end; returns the averaged weights."""
+    settings = recipe.pretrain
+    steps = training_run.num_steps(settings.images, settings.batch)
+    stream = Shuffled(real.items, real.labels, "pretrain", recipe.seed, hflip=recipe.data.hflip)
+    first_row = loop.local_rows(settings.batch, settings.micro_batch)[0][0]
+
+    def reconstruction(wrapped: nn.Module, items: Tensor, label: Tensor, rng: StepRng) -> Loss:
+        """Mean squared error of pixels, and the quantisation loss."""
+        images = vqvae.scaled(items.to(device))
+        if rng.step % REVIVE_EVERY == 0 and 2 * rng.step < steps and rng.rows.start == first_row:
+            # The same images for every process: a function of weights and step, as all of a step must be.
+            first = rng.step * settings.batch
+            some, _ = stream.rows(first, first + min(settings.batch, REVIVE_IMAGES))
+            _revive(model, vqvae.scaled(some.to(device)), ("revive", recipe.seed, rng.step))
+        out = wrapped(images)
+        error = F.mse_loss(out.images, images)
+        codes = error.new_tensor(float(len(out.tokens.unique())))
+        return Loss(error + out.loss, {"image_error": error, "quantisation": out.loss, "codes_used": codes})
+
+    plan = training_run.plan_of(run_dir, recipe, "pretraining", steps, settings)
+    return loop.train(model, reconstruction, stream, plan, training_run.meter_of(run_dir, settings, device))
 
 
 def _revive(model: Vqvae, images: Tensor, key: tuple[str | int, ...]) -> None:
@@ -151,8 +140,3 @@ def _finish(
         config = vqvae.config_of(tuple(real.shape), model.options)
         checkpoint.save(run_dir.final, ema, {"kind": vqvae.KIND, "config": config, "provenance": provenance})
     return figures
-
-
-def _result(run_dir: rundir.RunDir, state: dict[str, Any]) -> dict[str, Any]:
-    paths = {"out": str(run_dir.path), "final": str(run_dir.final)}
-    return {**paths, **{key: state[key] for key in ("metric", "score", "image_error")}}

@@ -1,4 +1,4 @@
-"""A node's memory: what it holds while a score is taken."""
+"""A trial's memory: what it holds while a score is taken."""
 
 import weakref
 from types import SimpleNamespace
@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from ddo_cli.engines.ddo.node import Node
+from ddo_cli.engines.ddo.trial import Trial
+from ddo_cli.training.loop import Evaluate
 
 
 def test_averages_are_gone_while_they_are_scored(tmp_path):
@@ -22,13 +23,14 @@ def test_averages_are_gone_while_they_are_scored(tmp_path):
         found.append((given[-1]() is None, float(model.weight.detach().sum())))
         return {"fd": 1.0}
 
-    node = Node.__new__(Node)
-    scoring = SimpleNamespace(key="fd", run=score)
-    recipe = SimpleNamespace(finetune=SimpleNamespace(ema_widths=[]))
-    node.shared = SimpleNamespace(scratch=scratch, scoring=scoring, header={"provenance": [{}]}, recipe=recipe)
-    node.path, node.file, node.tags = tmp_path, tmp_path / "metrics.json", {}
-    node.candidates, node.rungs, node.diverged, node.reached = {}, {}, {}, 0
+    trial = Trial.__new__(Trial)
+    trial.scoring = SimpleNamespace(key="fd", run=score)
+    trial.settings = SimpleNamespace(ema_widths=[])
+    trial.networks = SimpleNamespace(scratch=scratch, header={"provenance": [{}]})
+    trial.path, trial.file, trial.tags = tmp_path, tmp_path / "metrics.json", {}
+    trial.candidates, trial.rungs, trial.diverged, trial.reached = {}, {}, {}, 0
     (tmp_path / "checkpoints").mkdir()
-    assert node._keep_and_score(4, whole()) == "fd 1 at step 4"
+    averages = SimpleNamespace(whole=whole, further=lambda: iter(()))
+    assert trial._evaluate(Evaluate(4, averages), is_last=True) == "fd 1 at step 4"
     assert (tmp_path / "checkpoints" / "step-000004.safetensors").is_file()
     assert found == [(True, 12.0)]

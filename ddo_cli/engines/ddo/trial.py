@@ -1,0 +1,240 @@
+"""One setting of alpha and beta inside a round of DDO: its training and its candidates; the halving of many."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ddo_cli import checkpoint, console, dist
+from ddo_cli.engines.ddo.round import Networks, Round
+from ddo_cli.engines.ddo.sweep import Setting, survivors
+from ddo_cli.errors import NumericsError
+from ddo_cli.files import read_json, write_json
+from ddo_cli.models import registry
+from ddo_cli.objectives.ddo import DdoSettings, r_std
+from ddo_cli.objectives.ddo_step import ddo_step
+from ddo_cli.training import loop
+from ddo_cli.training.ema import snapshot_name
+from ddo_cli.training.meter import Meter
+from ddo_cli.training.state import drop_state
+
+TRAIN_STATE = "train-state.safetensors"
+
+
+class Trial:
+    """One setting. Its scores are kept in `metrics.json` of its directory, so a killed run does nothing twice."""
+
+    def __init__(self, of_round: Round, networks: Networks, setting: Setting):
+        self.round, self.networks, self.setting = of_round, networks, setting
+        self.settings, self.scoring = of_round.recipe.finetune, of_round.scoring
+        self.title, self.path = of_round.title, of_round.path
+        self.tags: dict[str, Any] = {}  # of log, checkpoints and saved state
+        if of_round.plan.is_sweep:
+            self.title, self.path = f"{self.title} {setting.title}", self.path / "nodes" / setting.directory
+            self.tags = setting._asdict()
+        self.file = self.path / "metrics.json"
+        known = dist.from_main(read_json(self.file) if self.file.is_file() else {})
+        self.candidates: dict[str, dict[str, float]] = known.get("candidates", {})  # step -> figures, first seed range
+        self.rungs: dict[str, dict[str, float]] = known.get("rungs", {})  # step -> figures on fewer images
+        self.diverged: dict[str, Any] = known.get("diverged", {})  # at which step, and why
+        self.reached = max(map(int, self.rungs), default=0)  # the step that training has come to
+        self.is_scoring = False
+        self.steps, self.candidates_at = of_round.plan.steps, of_round.plan.candidates_at
+
+    def train(self, until: int) -> None:
+        """Trains on to a rung and scores the averaged weights there; on the way to the last rung, all candidates.
+
+        In a sweep a trial that diverges drops out; alone it raises NumericsError.
+        """
+        is_last = until == self.steps
+        if self.diverged or str(until) in (self.candidates if is_last else self.rungs):
+            return
+        try:
+            if is_last:
+                self._score_kept()
+            model = registry.load_model(self.round.ref_file, self.round.device, self.settings.draw).model
+            coefficients = DdoSettings(*self.setting, self.settings.divide_by_alpha)
+            objective = partial(ddo_step, model, ref=self.networks.ref, settings=coefficients)
+            events = loop.fit(model, objective, self.networks.pairs, self._plan(until), self._meter())
+            with contextlib.closing(events):
+                for event in events:
+                    match event:
+                        case loop.Stepped(step, figures):
+                            self._check(step, figures)
+                        case loop.Evaluate():
+                            event.note = self._evaluate(event, is_last)
+                        case loop.Finished(step, averages) if not is_last:
+                            self.rungs[str(step)] = self._measure(step, averages.whole(), self.round.plan.images)
+                            self._write()
+        except NumericsError as error:
+            # A score that fails does so in one process's samples: the others wait for their sum.
+            if not self.tags or (self.is_scoring and dist.world_size() > 1):
+                raise
+            self._drop_out(error)
+
+    def drop(self) -> None:
+        """Deletes training state and unscored candidates."""
+        if dist.is_main():
+            drop_state(self.path / TRAIN_STATE)
+            for step in self.candidates_at:
+                if str(step) not in self.candidates:
+                    for width in (None, *self.settings.ema_widths[1:]):
+                        self.candidate_file(step, width).unlink(missing_ok=True)
+
+    def candidate_file(self, step: int, width: float | None = None) -> Path:
+        """Averaged weights after a step. width: of a further average; None: those that are scored."""
+        return self.path / "checkpoints" / snapshot_name(step, width)
+
+    def record(self) -> dict[str, Any]:
+        """What a sweep's table tells of the trial, JSON-ready."""
+        outcome, stopped_at = "stopped", max(map(int, self.rungs), default=0)
+        if str(self.steps) in self.candidates:
+            outcome, stopped_at = "finished", self.steps
+        if self.diverged:
+            outcome, stopped_at = "diverged", self.diverged["step"]
+        return {
+            **self.setting._asdict(),
+            "rungs": self._by_step(self.rungs),
+            "candidates": self._by_step(self.candidates),
+            "stopped_at": stopped_at,
+            "outcome": outcome,
+            **({"reason": self.diverged["reason"]} if self.diverged else {}),
+        }
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Training
+
+    def _plan(self, until: int) -> loop.Plan:
+        number, ref_sha256 = self.round.number, self.networks.ref_sha256
+        return loop.Plan(
+            title=self.title,
+            steps=self.steps,
+            settings=self.settings,
+            key=(self.round.whole.seed, number),
+            state_file=self.path / TRAIN_STATE,
+            owner=" ".join([f"round {number} of {ref_sha256}", *([self.setting.title] if self.tags else [])]),
+            last_good=self._last_good,
+            evaluate_at=frozenset(self.candidates_at),
+            until=until,
+        )
+
+    def _meter(self) -> Meter:
+        tags = {"round": self.round.number, **self.tags}
+        return Meter(self.round.run_dir.log_file, tags, self.settings.batch, self.round.device, _figures)
+
+    def _check(self, step: int, figures: dict[str, float] | None) -> None:
+        self.reached = step
+        ratio = figures["denoising_ratio"] if figures else 0.0
+        if not ratio <= self.settings.max_denoising_ratio:  # NaN is refused too
+            raise NumericsError(
+                f"{self.title}: by step {step} the plain loss on real images has grown to {ratio:.3g} times the "
+                f"reference's (finetune.max_denoising_ratio = {self.settings.max_denoising_ratio}), the model "
+                f"diverges; the last good checkpoint is {self._last_good()}; lower finetune.lr = {self.settings.lr} or "
+                f"finetune.beta = {self.setting.beta} and choose another --out"
+            )
+
+    def _last_good(self) -> str | Path:
+        return max((self.path / "checkpoints").glob("step-*.safetensors"), default=self.round.ref_file)
+
+    def _drop_out(self, error: NumericsError) -> None:
+        what, _, _ = str(error).partition(";")  # the rest is how to mend a run of this setting alone
+        console.warn(f"{self.title} leaves the sweep: {what.removeprefix(f'{self.title}: ')}")
+        self.diverged = {"step": error.step or self.reached, "reason": what}
+        self._write()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Candidates
+
+    def _evaluate(self, event: loop.Evaluate, is_last: bool) -> str:
+        """Keeps a candidate, and scores it on the way to the last rung; returns what to show of it."""
+        step, key = event.step, self.scoring.key
+        if str(step) not in self.candidates:
+            for width, tensors in event.averages.further():
+                self._keep(step, tensors, width)
+            averages = event.averages.whole()
+            self._keep(step, averages)
+            if is_last:
+                self._score(step, averages)
+        return f"{key} {self.candidates[str(step)][key]:.4g} at step {step}" if is_last else ""
+
+    def _keep(self, step: int, averages: dict[str, Tensor], width: float | None = None) -> None:
+        if dist.is_main():
+            *older, link = self.networks.header["provenance"]
+            header = {**self.networks.header, "provenance": [*older, {**link, **self.tags}], "step": step}
+            for std in [width] if width is not None else self.settings.ema_widths[:1]:
+                # A round begins anew: its averages know nothing of the images before.
+                header["ema"] = {"std": std, "images": step * self.settings.batch}
+            checkpoint.save(self.candidate_file(step, width), averages, header)
+
+    def _score_kept(self) -> None:
+        """Scores the candidates that were kept unscored on the way to earlier rungs."""
+        for step in self.candidates_at:
+            if step <= max(map(int, self.rungs), default=0) and str(step) not in self.candidates:
+                self._score(step, checkpoint.load(self.candidate_file(step), kind="model").tensors)
+
+    def _score(self, step: int, averages: dict[str, Tensor]) -> None:
+        self.candidates[str(step)] = self._measure(step, averages)
+        self._write()
+
+    def _measure(self, step: int, averages: dict[str, Tensor], images: int | None = None) -> dict[str, float]:
+        """The figures of averaged weights. Empties `averages`.
+
+        Where weights are sharded it alone holds the whole averages: a score should not have them beside its own copy.
+        """
+        self.reached, self.is_scoring = max(self.reached, step), True
+        self.networks.scratch.load_state_dict(averages)
+        averages.clear()
+        figures = self.scoring.run(self.networks.scratch, 0, images=images)
+        self.is_scoring = False
+        return figures
+
+    def _write(self) -> None:
+        if dist.is_main():
+            known = {"rungs": self.rungs, "diverged": self.diverged}
+            write_json(self.file, {"candidates": self.candidates, **{key: v for key, v in known.items() if v}})
+
+    def _by_step(self, figures: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+        return [{"step": step, "score": figures[str(step)][self.scoring.key]} for step in sorted(map(int, figures))]
+
+
+def better_half(trials: Sequence[Trial], alive: Sequence[Trial], step: int, num: int) -> list[Trial]:
+    """The `num` of `alive` with the best scores at the rung of step `step`. Deletes the training state of the others.
+
+    A rung is decided by scores that all lie on disk, so a killed run decides alike.
+    """
+    key = trials[0].scoring.key
+    # Not those that have not diverged: a continued run decides again, and some have diverged since.
+    scored = [trial for trial in alive if str(step) in trial.rungs]
+    kept = survivors([trial.rungs[str(step)][key] for trial in scored], num)
+    alive = [scored[i] for i in kept]
+    titles = ", ".join(trial.setting.title for trial in alive)
+    title = trials[0].round.title
+    console.info(f"{title}: after step {step} {len(alive)} of {len(trials)} go on: {titles}")
+    for trial in trials:
+        if trial not in alive:
+            trial.drop()
+    return alive
+
+
+def candidates_of(trials: Sequence[Trial]) -> Iterator[tuple[Trial, int]]:
+    """Every scored candidate, as trial and step. Raises NumericsError if all diverged before their first one."""
+    if not any(trial.candidates for trial in trials):
+        settings = trials[0].settings
+        reason = next(trial.diverged["reason"] for trial in trials if trial.diverged)
+        raise NumericsError(
+            f"{trials[0].round.title}: every node that the sweep kept diverges before its first candidate ({reason}); "
+            f"lower finetune.lr = {settings.lr}, finetune.eval_every or beta, and choose another --out"
+        )
+    for trial in trials:
+        yield from ((trial, step) for step in sorted(map(int, trial.candidates)))
+
+
+def _figures(means: dict[str, float]) -> dict[str, float]:
+    """A line of the log, of the means over its rows."""
+    spread = r_std(means["r_real"], means["r_fake"], means.pop("r_square"))
+    return {**means, "r_std": spread, "denoising_ratio": (means["ref_loss"] - means["r_real"]) / means["ref_loss"]}

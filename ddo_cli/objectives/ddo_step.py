@@ -1,0 +1,55 @@
+"""One training step of Direct Discriminative Optimization (arXiv 2503.01103): from items to the loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ddo_cli.likelihood import LikelihoodModel, map_draw, repeat_draw
+from ddo_cli.objectives.ddo import DdoSettings, ddo_loss
+from ddo_cli.rng import StepRng
+from ddo_cli.trainable import Loss
+
+Rows = tuple[Tensor, Tensor]  # items as they lie on disk and their labels (-1: none), both (n, ...)
+
+
+def ddo_step(
+    model: LikelihoodModel,
+    wrapped: nn.Module,
+    real: Rows,
+    fake: Rows,
+    rng: StepRng,
+    *,
+    ref: LikelihoodModel,
+    settings: DdoSettings,
+) -> Loss:
+    """The DDO loss of n real and n fake rows, and what is logged beside it.
+
+    model: p_theta, being trained; wrapped: its DDP or FSDP wrapper, or itself. ref: p_ref, frozen, from which the fake
+    rows were sampled. The implicit discriminator is d(x) = sigmoid(beta r(x)), r = log p_theta(x) - log p_ref(x).
+    """
+    n, device = len(real[1]), next(model.parameters()).device
+    encode_rng = rng("encode")
+    x = torch.cat([model.encode(items.to(device), encode_rng) for items, _ in (real, fake)])  # (2n, ...)
+    label = torch.cat([real[1], fake[1]]).to(device)  # (2n,)
+
+    # One draw of (sigma, eps) for real and fake rows, for model and reference (section 3.2): r is a small difference
+    # of two large bounds, which independent noise would drown.
+    half = map_draw(lambda tensor: tensor.to(device), model.draw(n, rng("ddo")))
+    draw = repeat_draw(half, 2)
+
+    with torch.no_grad():
+        ref_prediction = ref.predict(x, label, draw)
+    r = wrapped(x, label, draw, ref_prediction)  # log p_theta(x) - log p_ref(x), (2n,)
+
+    # L = -E_data[log sigmoid(beta r)] - alpha E_ref[log(1 - sigmoid(beta r))]  (eq. 12)
+    # Rows whose label was dropped, for classifier-free guidance, have alpha = 0: the fakes are conditional samples.
+    ddo = ddo_loss(
+        r[:n], r[n:], settings.alpha, settings.beta,
+        fake_weight=1 - half.drop.to(r.dtype), divide_by_alpha=settings.divide_by_alpha,
+    )  # fmt: skip
+
+    # For the guard against divergence: log p_theta on data is log p_ref plus r, so it needs no further pass.
+    ref_loss = -ref.log_lik(ref_prediction[:n], x[:n], half).mean()
+    log = {**ddo._asdict(), "ref_loss": ref_loss}
+    return Loss(log.pop("loss"), log)

@@ -1,0 +1,114 @@
+"""What resuming needs, on disk: weights, moments of the optimizer, averages, sums of the log, and the step."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ddo_cli import checkpoint, dist, sharding
+from ddo_cli.errors import RunError
+from ddo_cli.training.ema import Averages
+from ddo_cli.training.meter import Meter
+from ddo_cli.training.optim import LossScale
+
+
+class State:
+    """The state of one `fit`: one file, or with sharded weights a directory beside it (`sharding`)."""
+
+    def __init__(
+        self,
+        file: Path,
+        owner: str,
+        sharded: str,
+        model: nn.Module,
+        optimizer: torch.optim.Adam,
+        scale: LossScale,
+        averages: Averages,
+        meter: Meter,
+    ):
+        """owner: identifies the run; a state of another is refused. sharded: "ddp" or "fsdp"."""
+        self.file, self.owner, self.is_sharded = file, owner, sharded == "fsdp"
+        self.model, self.optimizer, self.scale = model, optimizer, scale
+        self.averages, self.meter = averages, meter
+
+    def save(self, step: int) -> None:
+        """Writes the state after a step; every process has to call it."""
+        sums = {f"meter.{name}": tensor for name, tensor in self.meter.state().items()}
+        header = {"kind": "train-state", "step": step, "metered_steps": self.meter.steps, "owner": self.owner}
+        header |= {"loss_scale": self.scale.state()}
+        if self.is_sharded:
+            sharding.save(state_directory(self.file), step, self._tensors(), sums, header)
+        elif dist.is_main():
+            checkpoint.save(self.file, {**self._tensors(), **sums}, header)
+        dist.barrier()
+
+    def restore(self) -> int:
+        """Takes over the saved state; returns its step, 0 where there is none. Raises RunError for another run's."""
+        dist.barrier()
+        if self.is_sharded:
+            place = sharding.newest(state_directory(self.file))
+            file = place and place / sharding.REST
+        else:
+            place, file = None, self.file if dist.from_main(self.file.is_file()) else None
+        if file is None:
+            return 0
+        saved = read_state(file, self.owner)
+        tensors = self._tensors()
+        if place is not None:
+            sharding.load(place, tensors)
+        else:
+            with torch.no_grad():
+                for name, tensor in tensors.items():
+                    tensor.copy_(saved.tensors[name])
+        self.scale.restore(saved.header.get("loss_scale", {}))
+        sums = {name.removeprefix("meter."): t for name, t in saved.tensors.items() if name.startswith("meter.")}
+        self.meter.restore(sums, saved.header["metered_steps"])
+        return int(saved.header["step"])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The tensors that a step changes, themselves and not copies: "model.<name>", "ema.<name>",
+        "adam.<number>.<key>". Also before the first step, since `optim.build` makes Adam's moments.
+        """
+        moments = self.optimizer.state_dict()["state"]
+        return {
+            **{f"model.{name}": tensor for name, tensor in self.model.state_dict().items()},
+            **self.averages.tensors(),
+            **{f"adam.{number}.{key}": tensor for number, group in moments.items() for key, tensor in group.items()},
+        }
+
+
+def state_directory(state_file: Path) -> Path:
+    """Where the state lies that takes the place of `state_file` when weights are sharded."""
+    return state_file.with_suffix("")
+
+
+def drop_state(state_file: Path) -> None:
+    """Removes what resuming needs, in either form."""
+    state_file.unlink(missing_ok=True)
+    shutil.rmtree(state_directory(state_file), ignore_errors=True)
+
+
+def read_state(file: Path, owner: str) -> checkpoint.Checkpoint:
+    """What the main process found, as every process reads it. Raises RunError, on all of them alike.
+
+    Without a shared directory the others would find nothing there, or the state of another step; they would begin at
+    that step, and wait in sums that the main process does not take part in.
+    """
+    is_there = dist.is_main() or file.is_file()
+    saved = checkpoint.load(file, kind="train-state") if is_there else None
+    states = dist.gathered(saved and (saved.header["step"], saved.header["owner"]))
+    step, its_owner = states[0] or (None, None)
+    if its_owner != owner:
+        raise RunError(f"{file} belongs to another run; remove it or choose another --out")
+    for rank, state in enumerate(states):
+        if state != states[0]:
+            other = f"of step {state[0]}" if state else "missing"
+            raise RunError(
+                f"{file} is of step {step} for the main process and {other} for process {rank}; --out must be a "
+                "directory that all processes share"
+            )
+    assert saved is not None, "as for the main process"
+    return saved
