@@ -1,14 +1,14 @@
-"""What earlier passes have left of the same images: found by content, whatever files hold them and in what order.
+"""Reuses features of images seen before, found by content hash, whatever files hold them and in whatever order.
 
 Two levels. A set's identity (path, names, sizes and times of its files) leads to the digests of its images, so that a
-set seen before need not be decoded; the digest of the content and the extractor's protocol lead to what its metrics
-accumulate. Files with another identity but the same images are decoded once, and pass through no network either.
-Its functions are called by the main process alone.
+set seen before is not decoded again; the digest of the content and the extractor's protocol lead to the state of its
+metrics' accumulators. Files of another identity with the same images are decoded once, and pass through no network.
+Only the main process calls these functions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -17,16 +17,21 @@ from torch import Tensor
 
 from ddo_cli.data.inspection import Inspection
 from ddo_cli.engines.fid import feature_cache
+from ddo_cli.engines.fid.feature_cache import Part
 from ddo_cli.metrics.accumulators import ROWS, Accumulator, ChunkedMoments, State, features_of
 from ddo_cli.metrics.extractors.base import Extractor
 
 REPLAYED = 256  # rows of stored features that accumulators take at a time, as of a pass by default
 
 
-class HasIdentity(Protocol):
-    """What can be looked up: images (N, C, H, W) with their labels (N,), such as `data.stream.ImageStream`."""
+class Source(Protocol):
+    """Images (N, C, H, W) that a pass can take: `data.stream.ImageStream`, or a model that draws them.
 
-    labels: np.ndarray
+    identity: of the files, for the first level; None for images that are drawn.
+    """
+
+    name: str
+    labels: np.ndarray  # (N,)
     num_classes: int
     identity: str | None
 
@@ -35,6 +40,13 @@ class HasIdentity(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def num_lossy(self) -> int: ...
+
+    def share(self, batch: int) -> np.ndarray: ...
+
+    def default_workers(self, device: torch.device, batch: int) -> int: ...
 
     def batches(
         self, batch: int, rows: np.ndarray | None = None, workers: int = 0, pin: bool = False
@@ -45,32 +57,23 @@ class HasIdentity(Protocol):
 # Identity -> digests of the images
 
 
-def inspection(source: HasIdentity) -> Inspection | None:
-    """What a pass over these very files has found out about the images; None if there was none."""
-    key = _set_key(source)
-    found = Inspection(source.labels, source.num_classes)
-    state = feature_cache.load(key, "sets")
-    if state is None:
-        return None
-    try:
-        found.restore(state)
-    except ValueError:
-        feature_cache.damaged(key, "sets")
-        return None
-    return found
+def inspection(source: Source) -> Inspection | None:
+    """Figures of the images that an earlier pass over the same files has stored; None if there are none."""
+    key, images = _set_key(source), Inspection(source.labels, source.num_classes)
+    return images if _restored(feature_cache.load(key, "sets"), images.restore, key, "sets") else None
 
 
-def keep_inspection(source: HasIdentity, found: Inspection) -> None:
-    """Remembers the digests of the images in these files: 16 bytes of each."""
-    feature_cache.store(_set_key(source), found.state(), "sets")
+def keep_inspection(source: Source, inspection: Inspection) -> None:
+    """Stores the digests of the images in these files: 16 bytes of each."""
+    feature_cache.store(_set_key(source), inspection.state(), "sets")
 
 
-def forget_inspection(source: HasIdentity) -> None:
-    """The files hold other images by now, though their sizes and times are the same."""
+def forget_inspection(source: Source) -> None:
+    """For files that now hold other images, though their sizes and times are the same."""
     feature_cache.forget(_set_key(source), "sets")
 
 
-def may_be_known(source: HasIdentity) -> bool:
+def may_be_known(source: Source) -> bool:
     """Whether decoding all images may find a set seen before: the first one is in a set of as many of this shape.
 
     Spares new sets a second decoding, which would cost a GPU as much time as the network does. Raises DataError.
@@ -85,11 +88,11 @@ def may_be_known(source: HasIdentity) -> bool:
     return any(state is not None and (state["digests"] == first.digests).all(1).any() for state in states)
 
 
-def _group(source: HasIdentity) -> str:
+def _group(source: Source) -> str:
     return "x".join(map(str, (source.num, *source.shape)))
 
 
-def _set_key(source: HasIdentity) -> str:
+def _set_key(source: Source) -> str:
     assert source.identity is not None, "asked by the caller"
     return f"{_group(source)}/{feature_cache.key_of(source.identity, {}, [])}"
 
@@ -98,83 +101,84 @@ def _set_key(source: HasIdentity) -> str:
 # Digest and protocol -> what metrics accumulate
 
 
-def restore(found: Inspection, extractor: Extractor, accumulators: Sequence[Accumulator]) -> list[bool]:
-    """Whether each accumulator now holds what the images would have given it.
+def restore(images: Inspection, extractor: Extractor, accumulators: Sequence[Accumulator]) -> list[bool]:
+    """Fills accumulators with what a pass over the images would give them; whether each one is.
 
     Where the features of each image are stored, every accumulator of them can be served, whatever its metric.
     """
     if not extractor.is_fixed:
         return [False] * len(accumulators)
-    done = [_restore(found, extractor, one) for one in accumulators]
-    for needs in {one.needs for one, is_done in zip(accumulators, done, strict=True) if not is_done}:
-        features = _features(found, extractor, needs)
+    done = []
+    for accumulator in accumulators:
+        key = _key(images, extractor, accumulator.kept, accumulator.kind)
+        state = _rows(key, images) if accumulator.kept == "rows" else feature_cache.load(key)
+        done.append(_restored(state, accumulator.restore, key))
+    for needs in {accumulator.needs for accumulator, is_done in zip(accumulators, done, strict=True) if not is_done}:
+        features = _features(images, extractor, needs)
         if features is None:
             continue
-        for i, one in enumerate(accumulators):
-            if not done[i] and one.needs == needs:
+        for i, accumulator in enumerate(accumulators):
+            if not done[i] and accumulator.needs == needs:
                 for start in range(0, len(features), REPLAYED):
                     part = torch.from_numpy(features[start : start + REPLAYED]).to(extractor.device)
-                    one.update(np.arange(start, start + len(part)), {needs: part})
+                    accumulator.update(np.arange(start, start + len(part)), {needs: part})
                 done[i] = True
     return done
 
 
-def store(found: Inspection, extractor: Extractor, accumulators: Sequence[Accumulator]) -> None:
-    """Keeps what the accumulators hold, after a pass over all images."""
+def store(images: Inspection, extractor: Extractor, accumulators: Sequence[Accumulator]) -> None:
+    """Keeps the state of the accumulators, after a pass over all images."""
     if not extractor.is_fixed:
         return
-    # An FID alone is asked for more often than its error, which needs the moments of parts.
-    parts = [one for one in accumulators if isinstance(one, ChunkedMoments) and one.kept != "set"]
-    for one in (*accumulators, *(chunked.whole() for chunked in parts)):
-        state = one.state()
-        if one.kept == "rows":
-            order = _order(found)
+    # Moments of all images, too, where those of parts were asked for: an FID is asked for more often than its error.
+    chunked = [each for each in accumulators if isinstance(each, ChunkedMoments) and each.kept != "set"]
+    for accumulator in (*accumulators, *(moments.whole() for moments in chunked)):
+        state = accumulator.state()
+        if accumulator.kept == "rows":
+            order = _order(images)
             state = {name: array[order] for name, array in state.items()}
-        feature_cache.store(_key(found, extractor, one.kept, one.kind), state)
+        feature_cache.store(_key(images, extractor, accumulator.kept, accumulator.kind), state)
 
 
-def _restore(found: Inspection, extractor: Extractor, one: Accumulator) -> bool:
-    key = _key(found, extractor, one.kept, one.kind)
-    state = _loaded(found, key, one.kept)
-    if state is None:
-        return False
-    try:
-        one.restore(state)
-    except ValueError:
-        feature_cache.damaged(key)
-        return False
-    return True
-
-
-def _features(found: Inspection, extractor: Extractor, needs: str) -> np.ndarray | None:
+def _features(images: Inspection, extractor: Extractor, needs: str) -> np.ndarray | None:
     """Stored features (N, F) float32 of one output of the extractor, in the order of the images."""
-    state = _loaded(found, _key(found, extractor, "rows", features_of(needs)), "rows")
-    features = None if state is None else state.get(ROWS)
+    features = (_rows(_key(images, extractor, "rows", features_of(needs)), images) or {}).get(ROWS)
     if features is None or features.dtype != np.float32 or features.ndim != 2 or not np.isfinite(features).all():
         return None
     return features
 
 
-def _loaded(found: Inspection, key: str, kept: str) -> State | None:
+def _restored(state: State | None, restore: Callable[[State], None], key: str, part: Part = "features") -> bool:
+    """Whether there is a stored state and `restore` takes it."""
+    try:
+        if state is not None:
+            restore(state)
+    except ValueError:
+        feature_cache.damaged(key, part)
+        return False
+    return state is not None
+
+
+def _rows(key: str, images: Inspection) -> State | None:
+    """An entry of rows, put into the order of the images."""
     state = feature_cache.load(key)
-    if state is None or kept != "rows":
-        return state
-    if any(len(array) != found.num for array in state.values()):
+    if state is None:
+        return None
+    if any(len(array) != images.num for array in state.values()):
         feature_cache.damaged(key)
         return None
-    place = np.empty(found.num, dtype=np.int64)
-    place[_order(found)] = np.arange(found.num)
+    place = np.argsort(_order(images))  # of each image in the entry
     return {name: array[place] for name, array in state.items()}
 
 
-def _order(found: Inspection) -> np.ndarray:
+def _order(images: Inspection) -> np.ndarray:
     """Rows by the digests of their images: entries of rows lie in this order, so that any order of a set finds them.
 
     Copies may change places; their features are the same.
     """
-    return np.lexsort((found.digests[:, 1], found.digests[:, 0]))
+    return np.lexsort((images.digests[:, 1], images.digests[:, 0]))
 
 
-def _key(found: Inspection, extractor: Extractor, kept: str, kind: str) -> str:
-    images = found.order() if kept == "order" else found.digest()
-    return feature_cache.key_of(images, extractor.protocol(), [kind])
+def _key(images: Inspection, extractor: Extractor, kept: str, kind: str) -> str:
+    content = images.order() if kept == "order" else images.digest()
+    return feature_cache.key_of(content, extractor.protocol(), [kind])

@@ -1,4 +1,4 @@
-"""What a network made of an image set, kept on disk, so that no set passes through the same network twice.
+"""Features and accumulator states on disk, so that no image set passes through the same network twice.
 
 An entry's name is a hash of the images and of the extractor's protocol, so it is never read for others. The entries
 used longest ago make room for new ones; the directory may be emptied at any time.
@@ -23,20 +23,21 @@ import numpy as np
 from ddo_cli import console
 from ddo_cli.files import cache_directory, replacing
 
-VERSION = 2  # of the entries: raised when the same protocol comes to give other numbers
-MAX_ENTRY = 1 << 30  # bytes: the features of 131,072 images of 2048 features; chosen by us
-MAX_TOTAL = 20 << 30  # bytes of all entries of a part: moments of 600 sets of 2048 features; chosen by us
-MARGIN = 1 << 30  # bytes of the disk that stay free; chosen by us
+VERSION = 2  # of the entries: raised when a change of code changes the numbers of an unchanged protocol
+# Our choice of limits, in bytes:
+MAX_ENTRY = 1 << 30  # of one entry: the features of 131,072 images of 2048 features
+MAX_TOTAL = 20 << 30  # of all entries of a part: moments of 600 sets of 2048 features
+MARGIN = 1 << 30  # of the disk, left free
 _DAMAGE = (OSError, ValueError, EOFError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
-Part = Literal["features", "sets"]  # of the directory: what networks made of images, and the images' own digests
+Part = Literal["features", "sets"]  # of the directory: features and states; digests of images
 
 
 def key_of(identity: str, protocol: dict[str, Any], outputs: Sequence[str]) -> str:
     """Hex key of what is computed from these images by this protocol.
 
-    identity: of the images, such as their `data.inspection.Inspection.digest`; protocol: all that decides the numbers
-    (network, hash of its weights, resize rule, precision), as JSON can hold it; outputs: what is stored, in any order.
+    identity: of the images, such as their `data.inspection.Inspection.digest`; protocol: all that determines the
+    numbers (network, hash of its weights, resize rule, precision), as JSON; outputs: what is stored, in any order.
     """
     content = [VERSION, identity, protocol, sorted(outputs)]
     return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
@@ -49,10 +50,10 @@ def load(key: str, part: Part = "features") -> dict[str, np.ndarray] | None:
         return None
     try:
         with np.load(path, allow_pickle=False) as content:
-            found = {name: content[name] for name in content.files}
-        with contextlib.suppress(OSError):  # a cache that is only read
-            os.utime(path)  # used now: others make room first
-        return found
+            arrays = {name: content[name] for name in content.files}
+        with contextlib.suppress(OSError):  # a read-only cache
+            os.utime(path)  # the entries used longest ago are removed first
+        return arrays
     except _DAMAGE:
         damaged(key, part)
         return None
@@ -110,13 +111,13 @@ def _path(key: str, part: Part) -> Path | None:
 
 def _make_room(directory: Path, size: int) -> None:
     """Removes the entries used longest ago, down to MAX_TOTAL. Raises OSError where the disk itself is too full."""
-    found = []
+    entries = []
     for path in directory.glob("*.npz"):
-        with contextlib.suppress(FileNotFoundError):  # another process makes room, too
+        with contextlib.suppress(FileNotFoundError):  # another process may remove entries, too
             stat = path.stat()
-            found.append((stat.st_mtime_ns, stat.st_size, path))
-    total = size + sum(held for _, held, _ in found)
-    for _, held, path in sorted(found):
+            entries.append((stat.st_mtime_ns, stat.st_size, path))
+    total = size + sum(held for _, held, _ in entries)
+    for _, held, path in sorted(entries):
         if total <= MAX_TOTAL:
             break
         path.unlink(missing_ok=True)

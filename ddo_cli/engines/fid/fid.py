@@ -1,7 +1,7 @@
 """`ddo fid`: distances and scores of an image set, or of a model's samples, in one pass over the images.
 
-Each number is the one that the metric's own tool prints for the same files: torch-fidelity's FID, IS, KID, precision
-and recall, EDM's FID, ADM's sFID. What could make it another one is refused, or said in `warnings`.
+Each number equals the one that the metric's own tool prints for the same files: torch-fidelity's FID, IS, KID,
+precision and recall, EDM's FID, ADM's sFID. What would change a number is refused, or reported in `warnings`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ddo_cli import console, dist
+from ddo_cli import console
 from ddo_cli.data.inspection import balance
 from ddo_cli.engines.fid import inputs as fid_inputs
 from ddo_cli.engines.fid import one_pass
-from ddo_cli.engines.fid import pictures as fid_pictures
 from ddo_cli.engines.fid import report as fid_report
 from ddo_cli.engines.fid import scores as fid_scores
-from ddo_cli.engines.fid.inputs import PUBLISHED_NUM, Opened, Side
-from ddo_cli.engines.fid.one_pass import Passed, Source, Wanted
+from ddo_cli.engines.fid.cache import Source
+from ddo_cli.engines.fid.inputs import PUBLISHED_NUM, Reference, Side
+from ddo_cli.engines.fid.one_pass import Wanted, on_main
 from ddo_cli.engines.fid.scores import MANIFOLD
 from ddo_cli.errors import DdoError, UsageError
 from ddo_cli.metrics.extractors.base import Extractor, Precision
@@ -34,42 +34,34 @@ from ddo_cli.metrics.manifold import K_DENSITY
 from ddo_cli.recipe.schema import nearest as nearest_name
 
 DEFAULT_REFERENCE = "embedded:digits32"
-MAIN = "fid"  # network of the metrics without one of their own
+MAIN = "fid"  # the network shared by all metrics but those of OWN_NETWORK
 OWN_NETWORK = ("fd_dinov2", "fd_clip")  # metrics with an extractor of their own
 METRICS = ("fid", "sfid", "is", "kid", *MANIFOLD, *OWN_NETWORK)
 CHUNKS = 10  # of the jackknife
-KID_SUBSET = 1000  # images of a subset
+KID_SUBSET = 1000  # images per subset
 
 
 class Options(NamedTuple):
-    """What is measured, and how.
+    """What is measured, and how."""
 
-    metrics: of METRICS; weights: a file of the main extractor (of the sole one, where one is asked for), or files by
-    `metrics.weights.Network`; extractor, precision, download: as `select_extractor` takes them; num: images to use;
-    repeat: ranges of seeds scored apart; workers: processes that decode, None as suits the images; uncertainty:
-    standard error and limit of the FID; per_class: an FID of each class; adm: ADM's protocol of the IS; nearest:
-    pictures of so many images closest to the reference's; nll: further sets of the histogram of likelihoods, () for
-    the scored set alone, None for none; pictures: directory of both; cache: what passes over the same images have left
-    is used, and kept for others; sampling: of a model's images.
-    """
-
-    metrics: tuple[str, ...] = ("fid",)
+    metrics: tuple[str, ...] = ("fid",)  # of METRICS
+    # A file of the main extractor (of the only one, where there is one), or files by `metrics.weights.Network`.
     weights: str | Mapping[str, str] | None = None
-    extractor: str | None = None
+    extractor: str | None = None  # this one, `precision` and `download` as for `select_extractor`
     precision: Precision = "float32"
     download: bool = False
-    num: int | None = None
-    repeat: int = 1
+    num: int | None = None  # images to use, or to draw
+    repeat: int = 1  # ranges of seeds, each scored by itself
     batch: int = 256
-    workers: int | None = None
-    uncertainty: bool = False
-    per_class: bool = False
-    adm: bool = False
-    nearest: int = 0
-    nll: tuple[str, ...] | None = None
-    cache: bool = True
+    workers: int | None = None  # processes that decode; None: chosen for the source
+    uncertainty: bool = False  # standard error of the FID and its limit for infinitely many images
+    per_class: bool = False  # an FID of each class
+    adm: bool = False  # ADM's protocol of the Inception Score
+    nearest: int = 0  # how many generated images, those closest to the reference's, are drawn
+    nll: tuple[str, ...] | None = None  # further sets in the histogram of likelihoods; None: no histogram
+    cache: bool = True  # reuse what earlier passes over the same images have computed, and keep what this one does
     pictures: Path = Path("fid-pictures")
-    sampling: dict[str, Any] | None = None
+    sampling: dict[str, Any] | None = None  # for images that a model draws
 
 
 def run(
@@ -82,72 +74,106 @@ def run(
     log: Path | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """The figures by metric, with what they are of and what speaks against comparing them.
+    """The scores by metric, what they were computed from, and what speaks against comparing them.
 
     source: images that `open_stream` reads, a run directory or a weight file; ref: images or statistics, see
-    `metrics.references`; None: the embedded digits. benchmark: whose published figures stand beside; log: a CSV file
-    that gets a row. Images are shared out over the processes that torchrun started.
-    Raises DataError, CheckpointError or UsageError for what cannot be used, before the first network pass where it can.
-    What cannot be drawn or written after it costs no figure: `not_written` says what, and why.
+    `metrics.references`; None: the embedded digits. benchmark: whose published figures are shown beside the scores;
+    log: a CSV file that gets a row. Images are shared out over the processes that torchrun started.
+    Raises DataError, CheckpointError or UsageError for bad inputs, before the first network pass where that is
+    possible. What cannot be drawn or written afterwards is listed in `not_written`, and the scores are returned.
     """
     options = options or Options()
     _check(options)
-    # All is opened before the first network pass, so that a mistake costs no wait.
+    # Everything is opened before the first network pass, so that a mistake costs no wait.
     compared = [fid_inputs.comparable(other) for other in options.nll or ()]
     extractors = _extractors(options, device)
-    name = ref or DEFAULT_REFERENCE
     sources = fid_inputs.open_sources(source, options.num, options.repeat, options.sampling or {}, device)
     wanted = [_wanted(options, extractor) for extractor in extractors]
-    opened = fid_inputs.open_reference(name, wanted) if any(_needs_reference(one) for one in wanted) else None
+    reference = None
+    if any(of_one.moments or of_one.features or of_one.classes for of_one in wanted):
+        reference = fid_inputs.open_reference(ref or DEFAULT_REFERENCE, wanted)
     fid_report.check(log, benchmark, options.pictures if options.nearest or options.nll is not None else None)
-    _check_numbers(options, sources, opened)
-    warnings = _warnings(source, sources, opened, extractors)
+    _check_numbers(options, sources[0], reference)
+    warnings = _warnings(source, sources[0], reference, extractors)
     for warning in warnings:
         console.warn(warning)
-    main = extractors[0]
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "source": source,
         "num_images": sources[0].num,
-        "extractor": main.name,
-        "extractor_sha256": main.sha256,
-        "reference": name if opened is not None else None,
+        "extractor": extractors[0].name,
+        "extractor_sha256": extractors[0].sha256,
+        "reference": None if reference is None else reference.name,
     }
     if dry_run:
-        return {**found, "dry_run": True, "metrics": list(options.metrics), "warnings": warnings}
-    sides = _sides(opened, wanted, options, device)
-    wanted = [_with_gaussian(one, side, options) for one, side in zip(wanted, sides, strict=True)]
-    started, repeats, kept = time.monotonic(), list[dict[str, Any]](), 0
-    for number, one in enumerate(sources, 1):
+        return {**result, "dry_run": True, "metrics": list(options.metrics), "warnings": warnings}
+
+    accumulate = partial(one_pass.run, batch=options.batch, workers=options.workers, device=device, cache=options.cache)
+    sides = [Side({}) for _ in wanted]
+    if reference is not None:
+        sides = fid_inputs.sides(reference, wanted, options.batch, accumulate)
+    if options.nll is not None:
+        spatial = sides[0].moments["spatial"]
+        wanted[0] = wanted[0]._replace(gaussian=FeatureGaussian(spatial.mean, spatial.cov))
+
+    started, repeats, num_cached = time.monotonic(), list[dict[str, Any]](), 0
+    for number, images in enumerate(sources, 1):
         title = source if options.repeat == 1 else f"{source} {number}/{options.repeat}"
-        last = one_pass.run(one, wanted, options.batch, options.workers, device, title, cache=options.cache)
-        kept += one.num if last.is_kept else 0
-        warnings += _inspected(source, last)
-        taken = last.taken if dist.is_main() else []
-        figures = partial(fid_scores.of_set, taken, sides[: len(taken)], options.metrics, options.uncertainty)
-        repeats.append(dist.from_main(one_pass.together(figures)))
-    passed = sum(one.num for one in sources) - kept
-    found |= fid_report.summary(repeats)
-    found |= {
-        "images_per_second": round(passed / max(time.monotonic() - started, 1e-9), 1) if passed else None,
-        "images_from_cache": kept,
-        "content_digest": last.inspection.digest(),
+        passed = accumulate(images, wanted, title)
+        num_cached += images.num if passed.is_cached else 0
+        for warning in passed.inspection.warnings(source):
+            console.warn(warning)
+            warnings.append(warning)
+        repeats.append(on_main(partial(fid_scores.of_set, passed.taken, sides, options.metrics, options.uncertainty)))
+    num_computed = sum(images.num for images in sources) - num_cached
+    seconds = max(time.monotonic() - started, 1e-9)
+    result |= fid_report.summary(repeats)
+    result |= {
+        "images_per_second": round(num_computed / seconds, 1) if num_computed else None,
+        "images_from_cache": num_cached,
+        "content_digest": passed.inspection.digest(),
     }
+
     failed = list[str]()
     with _noting(failed, f"--pictures {options.pictures}"):
-        found |= _pictures(sources[-1], last, sides[0], wanted[0], compared, options, device)
-    found |= {"warnings": warnings, "comparable": not warnings and _is_published(extractors)}
-    found |= {"protocol": {extractor.key: extractor.protocol() for extractor in extractors}}
+        if options.nearest:
+            path = options.pictures / "nearest.png"
+            draw = partial(fid_report.draw_nearest, images, passed.taken[0], reference, sides[0], options.nearest, path)
+            result["nearest"] = on_main(draw)
+        if options.nll is not None:
+            path = options.pictures / "likelihoods.png"
+            only_nll = Wanted(extractors[0], gaussian=wanted[0].gaussian)
+            taken = {images.name: passed.taken[0]}
+            taken |= {other.name: accumulate(other, [only_nll], other.name).taken[0] for other in compared}
+            on_main(partial(fid_report.draw_likelihoods, taken, path))
+            result["likelihoods"] = str(path)
+    is_published = all(extractor.is_published for extractor in extractors)
+    result |= {
+        "warnings": warnings,
+        "comparable": not warnings and is_published,
+        "protocol": {extractor.key: extractor.protocol() for extractor in extractors},
+    }
     if benchmark is not None:
-        found |= fid_report.published(benchmark, found)
-    found["markdown"] = fid_report.markdown(found)
+        result |= fid_report.published(benchmark, result)
+    result["markdown"] = fid_report.markdown(result)
     if log is not None:
         with _noting(failed, f"--csv {log}"):
-            one_pass.together(lambda: fid_report.append(log, found) if dist.is_main() else None)
-    return {**found, **({"not_written": failed} if failed else {})}
+            on_main(partial(fid_report.append, log, result))
+    return {**result, **({"not_written": failed} if failed else {})}
+
+
+@contextlib.contextmanager
+def _noting(failed: list[str], option: str) -> Iterator[None]:
+    """Adds an error's message to `failed` instead of raising it: a full disk must not lose a pass of hours."""
+    try:
+        yield
+    except DdoError as error:
+        failed.append(str(error))
+    except OSError as error:
+        failed.append(f"{option} could not be written ({error.strerror or error})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Before the pass
+# What the options ask for
 
 
 def _check(options: Options) -> None:
@@ -174,74 +200,46 @@ def _check(options: Options) -> None:
         raise UsageError("--nearest and --nll use features of the main extractor; add one of its metrics, e.g. fid")
 
 
-def _check_numbers(options: Options, sources: Sequence[Source], opened: Opened | None) -> None:
-    """Raises UsageError for sets too small for a metric: after the pass, one process would fail and others wait."""
-    needed = {"kid": KID_SUBSET, "is": SPLITS} | dict.fromkeys(MANIFOLD, K_DENSITY + 1)
-    sets = [(sources[0].name, sources[0].num)]
-    if opened is not None and opened.stream is not None:
-        sets.append((opened.name, opened.stream.num))
-    for metric in options.metrics:
-        for name, num in sets[: 1 if metric == "is" else None]:
-            if num < needed.get(metric, 2):
-                raise UsageError(
-                    f"{name}: {num} images are too few for the metric '{metric}', which needs {needed[metric]}"
-                )
-    if options.nearest and opened is not None and opened.stream is None:
-        raise UsageError(
-            f"--nearest needs the images of the reference, and {opened.name} holds statistics; give images"
-        )
-    if options.per_class and opened is not None and opened.stream is not None:
-        one, classes = sources[0], opened.stream.num_classes
-        if one.num_classes != classes or (one.labels < 0).any():
-            raise UsageError(
-                f"--per-class needs a label of each image, of the {classes} classes of {opened.name}; {one.name} has "
-                f"labels of {one.num_classes} classes for {int((one.labels >= 0).sum())} of {one.num} images"
-            )
-    if options.uncertainty and sources[0].num < 2 * CHUNKS:
-        raise UsageError(f"{sources[0].name}: {sources[0].num} images are too few for --uncertainty; give {2 * CHUNKS}")
-
-
 def _extractors(options: Options, device: torch.device) -> list[Extractor]:
     """The main extractor, where a metric needs it, then one for each metric that has its own."""
-    found = []
-    own = [metric for metric in options.metrics if metric in OWN_NETWORK]
-    rest = [metric for metric in options.metrics if metric not in OWN_NETWORK]
-    networks = [*([MAIN] if rest else []), *own]
+    with_own = [metric for metric in options.metrics if metric in OWN_NETWORK]
+    of_main = [metric for metric in options.metrics if metric not in OWN_NETWORK]
+    networks = [*([MAIN] if of_main else []), *with_own]
     files = _weight_files(options, networks)
     given = {**files, **({MAIN: options.extractor} if options.extractor else {})}
     if options.download and set(networks) <= given.keys():
         option = f"--extractor {options.extractor}" if options.extractor else "--weights"
         raise UsageError(f"--download has no effect beside {option}, which needs no download; leave one of them out")
-    if rest:
-        kind: Literal["fid", "fd_embedded"] = "fd_embedded" if options.extractor else "fid"
-        weights = files.get(MAIN)
-        found.append(select_extractor(kind, weights, options.extractor, device, options.precision, options.download))
-        asked = [*rest, *(["--nll"] if options.nll is not None else [])]
-        for metric, output in (("sfid", "spatial"), ("is", "logits"), ("--nll", "spatial")):
-            if metric in asked and output not in found[0].outputs:
-                name = metric if metric == "--nll" else f"the metric '{metric}'"
-                raise UsageError(
-                    f"{name} is of Inception-v3, and the extractor is {found[0].name}; give Inception's "
-                    "weights with --weights, or leave the metric out"
-                )
-    for metric in own:
-        weights = files.get(metric)
-        found.append(select_extractor(metric, weights, None, device, options.precision, options.download))  # type: ignore[arg-type]
-    return found
+    extractors = []
+    for network in networks:
+        extractor = options.extractor if network == MAIN else None
+        metric: Any = "fd_embedded" if extractor else network
+        weights = files.get(network)
+        extractors.append(select_extractor(metric, weights, extractor, device, options.precision, options.download))
+    needs = {"sfid": ("the metric 'sfid'", "spatial"), "is": ("the metric 'is'", "logits")}
+    needed = [needs[metric] for metric in needs if metric in of_main]
+    if options.nll is not None:
+        needed.append(("--nll", "spatial"))
+    for what, output in needed:
+        if output not in extractors[0].outputs:
+            raise UsageError(
+                f"{what} is of Inception-v3, and the extractor is {extractors[0].name}; give Inception's "
+                "weights with --weights, or leave the metric out"
+            )
+    return extractors
 
 
 def _weight_files(options: Options, networks: Sequence[str]) -> Mapping[str, str]:
-    """The weight files by network, of those that the metrics need. Raises UsageError for a file without effect."""
+    """Weight files by network. Raises UsageError for a file that no metric needs."""
     if options.weights is None:
         return {}
     if isinstance(options.weights, str):
         return {networks[0] if len(networks) == 1 else MAIN: options.weights}
-    for network in options.weights:
+    for network, file in options.weights.items():
         if network not in networks:
             raise UsageError(
-                f"--weights {network}={options.weights[network]} has no effect: the metrics "
-                f"{','.join(options.metrics)} need the networks {', '.join(networks)}; add a metric of {network}, or "
-                "leave the file out"
+                f"--weights {network}={file} has no effect: the metrics {','.join(options.metrics)} need the networks "
+                f"{', '.join(networks)}; add a metric of {network}, or leave the file out"
             )
     return options.weights
 
@@ -251,11 +249,10 @@ def _wanted(options: Options, extractor: Extractor) -> Wanted:
         return Wanted(extractor, ("pool",))
     metrics = set(options.metrics)
     spatial = "sfid" in metrics or options.nll is not None
-    kinds = (("pool",) if "fid" in metrics else ()) + (("spatial",) if spatial else ())
     score: Literal["adm", "torch-fidelity"] = "adm" if options.adm else "torch-fidelity"
     return Wanted(
         extractor,
-        moments=kinds,
+        moments=(("pool",) if "fid" in metrics else ()) + (("spatial",) if spatial else ()),
         chunks=CHUNKS if options.uncertainty else 1,
         score=score if "is" in metrics else None,
         features=bool(metrics & {"kid", *MANIFOLD}) or options.nearest > 0,
@@ -263,49 +260,61 @@ def _wanted(options: Options, extractor: Extractor) -> Wanted:
     )
 
 
-def _needs_reference(wanted: Wanted) -> bool:
-    return bool(wanted.moments) or wanted.features or wanted.classes
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks of the images
 
 
-def _sides(opened: Opened | None, wanted: Sequence[Wanted], options: Options, device: torch.device) -> list[Side]:
-    if opened is None:
-        return [Side(None, None, None, None, None) for _ in wanted]
-    # Of the reference neither a score nor parts are needed.
-    asked = [one._replace(chunks=1, score=None) for one in wanted]
-    return fid_inputs.sides(opened, asked, options.batch, options.workers, device, options.cache)
+def _check_numbers(options: Options, images: Source, reference: Reference | None) -> None:
+    """Raises UsageError for sets too small for a metric: after the pass, one process would fail and others wait."""
+    stream = reference.stream if reference is not None else None
+    needed = {"kid": KID_SUBSET, "is": SPLITS} | dict.fromkeys(MANIFOLD, K_DENSITY + 1)
+    sets = [(images.name, images.num)]
+    if reference is not None and stream is not None:
+        sets.append((reference.name, stream.num))
+    for metric in options.metrics:
+        for name, num in sets[: 1 if metric == "is" else None]:
+            if num < needed.get(metric, 2):
+                raise UsageError(
+                    f"{name}: {num} images are too few for the metric '{metric}', which needs {needed[metric]}"
+                )
+    if options.nearest and reference is not None and stream is None:
+        raise UsageError(
+            f"--nearest needs the images of the reference, and {reference.name} holds statistics; give images"
+        )
+    if options.per_class and reference is not None and stream is not None:
+        num_labels = int((images.labels >= 0).sum())
+        if images.num_classes != stream.num_classes or num_labels < images.num:
+            raise UsageError(
+                f"--per-class needs a label of each image, of the {stream.num_classes} classes of {reference.name}; "
+                f"{images.name} has labels of {images.num_classes} classes for {num_labels} of {images.num} images"
+            )
+    if options.uncertainty and images.num < 2 * CHUNKS:
+        raise UsageError(f"{images.name}: {images.num} images are too few for --uncertainty; give {2 * CHUNKS}")
 
 
-def _with_gaussian(wanted: Wanted, side: Side, options: Options) -> Wanted:
-    if options.nll is None or side.spatial is None:
-        return wanted
-    return wanted._replace(gaussian=FeatureGaussian(side.spatial.mean, side.spatial.cov))
-
-
-def _warnings(
-    source: str, sources: Sequence[Source], opened: Opened | None, extractors: Sequence[Extractor]
-) -> list[str]:
-    """What speaks against comparing the figures with others, as far as it shows before the pass."""
-    one, main = sources[0], extractors[0]
-    found = list(few(source, one.num, main))
-    if unbalanced := balance(one.labels, one.num_classes):
-        found.append(f"{source}: {unbalanced}")
-    if one.num_lossy:
-        found.append(f"{source}: {one.num_lossy} images are JPEGs or lossy WebPs; compression moves every score")
+def _warnings(source: str, images: Source, reference: Reference | None, extractors: Sequence[Extractor]) -> list[str]:
+    """What speaks against comparing the scores with others, as far as it shows before the pass."""
+    main = extractors[0]
+    warnings = few(source, images.num, main)
+    if unbalanced := balance(images.labels, images.num_classes):
+        warnings.append(f"{source}: {unbalanced}")
+    if images.num_lossy:
+        warnings.append(f"{source}: {images.num_lossy} images are JPEGs or lossy WebPs; compression moves every score")
     for extractor in extractors:
         if extractor.precision != "float32":
-            found.append(f"precision {extractor.precision}: the figures are not comparable with those of float32")
+            warnings.append(f"precision {extractor.precision}: the figures are not comparable with those of float32")
         if extractor.key == "fid" and not extractor.is_published:
-            found.append(
+            warnings.append(
                 "the Inception weights are not the published file: the figures compare only with those of these weights"
             )
-    if opened is not None and opened.stream is not None:
-        found += few(opened.name, opened.stream.num, main)
-        if opened.stream.shape != one.shape:
-            found.append(
-                f"{source} holds images of shape {one.shape}, {opened.name} of {opened.stream.shape}: both are resized "
-                f"({main.resize}), and the difference in resolution is part of the distance"
+    if reference is not None and reference.stream is not None:
+        warnings += few(reference.name, reference.stream.num, main)
+        if reference.stream.shape != images.shape:
+            warnings.append(
+                f"{source} holds images of shape {images.shape}, {reference.name} of {reference.stream.shape}: both "
+                f"are resized ({main.resize}), and the difference in resolution is part of the distance"
             )
-    return found
+    return warnings
 
 
 def few(name: str, num: int, extractor: Extractor) -> list[str]:
@@ -321,54 +330,3 @@ def few(name: str, num: int, extractor: Extractor) -> list[str]:
             "only with FIDs of as many images"
         ]
     return []
-
-
-def _inspected(source: str, passed: Passed) -> list[str]:
-    """What the pass itself has shown."""
-    found = passed.inspection.warnings(source)
-    for warning in found:
-        console.warn(warning)
-    return found
-
-
-def _is_published(extractors: Sequence[Extractor]) -> bool:
-    return all(extractor.is_published for extractor in extractors)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# After the pass
-
-
-@contextlib.contextmanager
-def _noting(failed: list[str], option: str) -> Iterator[None]:
-    """Adds an error's message to `failed` in its place: a pass of hours must not be lost to a full disk at its end."""
-    try:
-        yield
-    except DdoError as error:
-        failed.append(str(error))
-    except OSError as error:
-        failed.append(f"{option} could not be written ({error.strerror or error})")
-
-
-def _pictures(
-    source: Source,
-    passed: Passed,
-    side: Side,
-    wanted: Wanted,
-    compared: Sequence[Source],
-    options: Options,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Draws what was asked for and returns where it is. Collective."""
-    found: dict[str, Any] = {}
-    if options.nearest:
-        path = options.pictures / "nearest.png"
-        draw = partial(fid_pictures.memorised, source, passed, side, options.nearest, path)
-        found["nearest"] = dist.from_main(one_pass.together(lambda: draw() if dist.is_main() else None))
-    if options.nll is not None:
-        path = options.pictures / "likelihoods.png"
-        asked = (options.batch, options.workers, device)
-        values = fid_pictures.likelihoods(source, passed, compared, wanted, asked, options.cache)
-        one_pass.together(lambda: fid_pictures.histograms(values, path) if dist.is_main() else None)
-        found["likelihoods"] = str(path)
-    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +14,11 @@ from torch import Tensor
 from ddo_cli import dist
 from ddo_cli.data.samples import MAX_SEED
 from ddo_cli.data.stream import ImageStream, open_stream
-from ddo_cli.engines.fid import one_pass
-from ddo_cli.engines.fid.one_pass import Source, Wanted
+from ddo_cli.engines.fid.cache import Source
+from ddo_cli.engines.fid.one_pass import Passed, Wanted
 from ddo_cli.errors import DataError, UsageError
 from ddo_cli.likelihood import LikelihoodModel, check_labels, generate, labels_of, num_batches
 from ddo_cli.metrics import references
-from ddo_cli.metrics.extractors.base import Extractor
 from ddo_cli.metrics.references import ReferenceFile
 from ddo_cli.metrics.stats import Moments, Statistics
 from ddo_cli.metrics.uncertainty import merged
@@ -38,29 +37,20 @@ class Drawn:
     """Images that a model draws for the seeds first .. first + num - 1, never on disk."""
 
     num_lossy = 0
-    identity: str | None = None  # its images are known once they are drawn
+    identity: str | None = None  # its images are known only once they are drawn
 
     def __init__(self, name: str, model: LikelihoodModel, spec: SamplingRecipe, first: int, num: int, device: Any):
         self.name, self.model, self.spec, self.device = name, model, spec, device
         self.seeds = range(first, first + num)
+        self.num, self.shape = num, model.shape
         self.num_classes = model.num_classes if spec.labels != "random" else 0
         counted = range(num) if spec.labels == "position" else self.seeds
         self.labels = labels_of(counted, self.num_classes).numpy()
 
-    @property
-    def num(self) -> int:
-        """Images of the set."""
-        return len(self.seeds)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(C, H, W)."""
-        return self.model.shape
-
     def share(self, batch: int) -> np.ndarray:
         """Rows of this process: whole batches of the sampler, so that images do not depend on the process count."""
-        own = dist.shard(range(num_batches(self.num, self.spec.batch)))
-        return np.concatenate([np.zeros(0, np.int64), *(self._rows(number) for number in own)])
+        numbers = dist.shard(range(num_batches(self.num, self.spec.batch)))
+        return np.concatenate([np.zeros(0, np.int64), *(self._rows(number) for number in numbers)])
 
     def default_workers(self, device: torch.device, batch: int) -> int:
         """Nothing is decoded."""
@@ -72,13 +62,14 @@ class Drawn:
         """As the sampler draws them. rows: of `share`, or a few, whose batches are drawn anew."""
         rows = np.arange(self.num) if rows is None else rows
         numbers = sorted(set((rows // self.spec.batch).tolist()))
-        wanted = np.zeros(self.num, dtype=bool)
-        wanted[rows] = True
-        made = generate(self.model, self.seeds, self.spec, batch=self.spec.batch, only=numbers, device=self.device)
-        for found in made:
-            own = self._rows(found.number)
-            kept = wanted[own]
-            yield own[kept], found.items[torch.from_numpy(kept)]
+        is_wanted = np.zeros(self.num, dtype=bool)
+        is_wanted[rows] = True
+        for drawn in generate(
+            self.model, self.seeds, self.spec, batch=self.spec.batch, only=numbers, device=self.device
+        ):
+            drawn_rows = self._rows(drawn.number)
+            kept = is_wanted[drawn_rows]
+            yield drawn_rows[kept], drawn.items[torch.from_numpy(kept)]
 
     def _rows(self, number: int) -> np.ndarray:
         first = number * self.spec.batch
@@ -125,7 +116,7 @@ def _drawn(name: str, num: int, repeat: int, sampling: dict[str, Any], device: t
     loaded = registry.load_model(name, device)
     spec = SamplingRecipe(**loaded.checkpoint.header.get("sampling", {})).merged(**sampling)
     loaded.model.check_sampling(spec)
-    loaded.model.encoder_id()  # loads an autoencoder that is no part of the weights, before anything is drawn
+    loaded.model.encoder_id()  # loads a separate autoencoder now, not after the first batch is drawn
     check_labels(spec, loaded.model.num_classes, num)
     if len(loaded.model.shape) != 3:
         raise UsageError(f"{name} draws points, not images; a Frechet distance needs images")
@@ -145,71 +136,63 @@ def comparable(source: str, num: int | None = None) -> ImageStream:
 # What it is compared with
 
 
-class Side(NamedTuple):
-    """The reference as one extractor sees it; what was not asked for is None. stream: its images, where it has them."""
-
-    pool: Statistics | None
-    spatial: Statistics | None
-    features: Tensor | None
-    classes: list[Moments] | None
-    stream: ImageStream | None
-
-
-class Opened(NamedTuple):
-    """A reference before any network pass."""
+class Reference(NamedTuple):
+    """A reference before any network pass: a file of statistics, or a stream of images."""
 
     name: str
     file: ReferenceFile | None
     stream: ImageStream | None
 
 
-def open_reference(name: str, wanted: Sequence[Wanted]) -> Opened:
-    """The reference, once it is sure to serve every extractor. Raises DataError or CheckpointError."""
+class Side(NamedTuple):
+    """The reference's statistics for one extractor, by kind of features, and what else its metrics need."""
+
+    moments: dict[str, Statistics]
+    features: Tensor | None = None
+    classes: list[Moments] | None = None
+
+
+def open_reference(name: str, wanted: Sequence[Wanted]) -> Reference:
+    """The reference, checked to serve every extractor. Raises DataError or CheckpointError."""
+    needs_classes = any(of_one.classes for of_one in wanted)
     if not references.is_reference(name):
         stream = comparable(name)
-        if any(one.classes for one in wanted) and not stream.num_classes:
+        if needs_classes and not stream.num_classes:
             raise DataError(f"{name} has no labels; a distance per class needs a reference with them")
-        return Opened(name, None, stream)
+        return Reference(name, None, stream)
     file = references.read_reference(name)
-    for one in wanted:
-        for kind in one.moments:
-            file.statistics(one.extractor, kind)
-        if one.classes:
+    for of_one in wanted:
+        for kind in of_one.moments:
+            file.statistics(of_one.extractor, kind)
+        if of_one.classes:
             raise DataError(f"{name} holds statistics; a distance per class needs images with labels")
-        if one.features and file.images is None:
-            file.features(one.extractor)
-    return Opened(name, file, None)
+        if of_one.features and file.images is None:
+            file.features(of_one.extractor)
+    return Reference(name, file, None)
 
 
-def sides(
-    opened: Opened, wanted: Sequence[Wanted], batch: int, workers: int | None, device: torch.device, cache: bool = True
-) -> list[Side]:
-    """The reference's side of every extractor. cache: as `fid_pass.run` takes it."""
-    if opened.file is not None:
-        return [_of_file(opened.file, one, batch) for one in wanted]
-    stream = opened.stream
-    assert stream is not None, "images or a file"
-    passed = one_pass.run(stream, wanted, batch, workers, device, f"reference {opened.name}", cache=cache)
-    return [_of_pass(stream, taken) for taken in passed.taken]
-
-
-def _of_pass(stream: ImageStream, taken: one_pass.Taken) -> Side:
-    kinds = {kind: merged(chunks.result()).statistics() for kind, chunks in taken.moments.items()}
-    features = taken.features.result() if taken.features is not None else None
-    classes = taken.classes.result() if taken.classes is not None else None
-    return Side(kinds.get("pool"), kinds.get("spatial"), features, classes, stream)
+def sides(reference: Reference, wanted: Sequence[Wanted], batch: int, accumulate: Callable[..., Passed]) -> list[Side]:
+    """The reference's side of every extractor. accumulate: `one_pass.run`, of a source, what is wanted and a title."""
+    if reference.file is not None:
+        return [_of_file(reference.file, of_one, batch) for of_one in wanted]
+    # No score is taken of the reference, and no error, which needs the moments of parts.
+    wanted = [of_one._replace(chunks=1, score=None) for of_one in wanted]
+    return [
+        Side(
+            {kind: merged(chunks.result()).statistics() for kind, chunks in taken.moments.items()},
+            None if taken.features is None else taken.features.result(),
+            None if taken.classes is None else taken.classes.result(),
+        )
+        for taken in accumulate(reference.stream, wanted, f"reference {reference.name}").taken
+    ]
 
 
 def _of_file(file: ReferenceFile, wanted: Wanted, batch: int) -> Side:
-    kinds = {kind: file.statistics(wanted.extractor, kind) for kind in wanted.moments}
-    features = None
-    if wanted.features:
-        stored = "pool" in file.shapes
-        features = file.features(wanted.extractor) if stored else _features_of(file, wanted.extractor, batch)
-    return Side(kinds.get("pool"), kinds.get("spatial"), features, None, None)
-
-
-def _features_of(file: ReferenceFile, extractor: Extractor, batch: int) -> Tensor:
-    """Features of the images inside a reference, (N, F): ADM's hold 10,000 for precision and recall."""
-    assert file.images is not None, "see open_reference"
-    return torch.cat([extractor(images) for images in file.images.batches(batch)])
+    moments = {kind: file.statistics(wanted.extractor, kind) for kind in wanted.moments}
+    if not wanted.features:
+        return Side(moments)
+    if "pool" in file.shapes:
+        return Side(moments, file.features(wanted.extractor))
+    # ADM's references hold 10,000 images for precision and recall.
+    assert file.images is not None, "checked by open_reference"
+    return Side(moments, torch.cat([wanted.extractor(images) for images in file.images.batches(batch)]))

@@ -1,17 +1,17 @@
-"""One pass over images: everything that the metrics of `ddo fid` need of them, accumulated as they go by."""
+"""One pass over images: everything that the metrics of `ddo fid` need of them, accumulated batch by batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 
 from ddo_cli import console, dist
 from ddo_cli.data.inspection import Inspection
 from ddo_cli.engines.fid import cache as fid_cache
+from ddo_cli.engines.fid.cache import Source
 from ddo_cli.errors import DdoError
 from ddo_cli.files import cache_directory
 from ddo_cli.metrics.accumulators import Accumulator, ChunkedMoments, FeatureStore
@@ -23,20 +23,7 @@ from ddo_cli.metrics.per_class import ClassMoments
 from ddo_cli.metrics.references import SPATIAL_FEATURES
 
 T = TypeVar("T")
-LOGITS = 1008  # classes of the Inception that scores rest on
-
-
-class Source(fid_cache.HasIdentity, Protocol):
-    """Images that a pass can take: `data.stream.ImageStream`, or a model that draws them, which has no identity."""
-
-    name: str
-
-    @property
-    def num_lossy(self) -> int: ...
-
-    def share(self, batch: int) -> np.ndarray: ...
-
-    def default_workers(self, device: torch.device, batch: int) -> int: ...
+LOGITS = 1008  # classes of the Inception that the Inception Score uses
 
 
 class Wanted(NamedTuple):
@@ -71,82 +58,75 @@ class Taken:
             ClassMoments(source.labels, source.num_classes, sizes["pool"], "pool", device) if wanted.classes else None
         )
         self.nll = NegativeLogLikelihoods(num, wanted.gaussian) if wanted.gaussian is not None else None
-
-    @property
-    def accumulators(self) -> list[Accumulator]:
-        """All that are there."""
-        others = (self.score, self.features, self.classes, self.nll)
-        return [*self.moments.values(), *(one for one in others if one is not None)]
+        every = (*self.moments.values(), self.score, self.features, self.classes, self.nll)
+        self.accumulators: list[Accumulator] = [each for each in every if each is not None]
 
 
 class Passed(NamedTuple):
-    """What a pass gave: by extractor, in the order asked for; and of the images themselves.
+    """The result of a pass: accumulators by extractor, in the order asked for, and figures of the images themselves.
 
-    is_kept: an earlier pass had left it all, and no image went through a network.
+    is_cached: everything came from the cache, and no image went through a network.
     """
 
     taken: list[Taken]
     inspection: Inspection
-    is_kept: bool = False
+    is_cached: bool = False
 
 
 def run(
     source: Source,
     wanted: Sequence[Wanted],
+    title: str,
+    *,
     batch: int,
     workers: int | None,
     device: torch.device,
-    title: str,
     cache: bool = True,
 ) -> Passed:
     """Passes all images through every extractor once; collective. workers: that decode; None: as suits the source.
 
-    cache: what an earlier pass over the same images has left is taken from there, and what this one finds is kept.
+    cache: reuse what earlier passes over the same images have computed, and keep what this one computes.
     """
-    taken = [Taken(one, source) for one in wanted]
-    looked_up = partial(_pass, source, batch=batch, workers=workers, device=device)
-    keeps = dist.from_main(cache and source.identity is not None and cache_directory() is not None)
-    known = _known(source, partial(looked_up, [], title=f"digests of {title}")) if keeps else None
-    due = [(one.extractor, one.accumulators) for one in taken]
+    taken = [Taken(of_one, source) for of_one in wanted]
+    decode = partial(_pass, source, batch=batch, workers=workers, device=device)
+    uses_cache = dist.from_main(cache and source.identity is not None and cache_directory() is not None)
+    known = _known(source, partial(decode, [], title=f"digests of {title}")) if uses_cache else None
+    missing = [(of_one.extractor, of_one.accumulators) for of_one in taken]
     if known is not None:
-        done = dist.from_main([fid_cache.restore(known, *one) for one in due] if dist.is_main() else [])
-        due = [
-            (extractor, [one for one, is_done in zip(accumulators, flags, strict=True) if not is_done])
-            for (extractor, accumulators), flags in zip(due, done, strict=True)
+        restored = on_main(lambda: [fid_cache.restore(known, *of_one) for of_one in missing])
+        missing = [
+            (extractor, [accumulator for accumulator, is_done in zip(accumulators, flags, strict=True) if not is_done])
+            for (extractor, accumulators), flags in zip(missing, restored, strict=True)
         ]
-    is_kept = known is not None and not any(accumulators for _, accumulators in due)
-    inspection = known if known is not None and is_kept else looked_up(due, title=title)
+    is_cached = known is not None and not any(accumulators for _, accumulators in missing)
+    inspection = known if known is not None and is_cached else decode(missing, title=title)
     if known is not None and inspection.order() != known.order():
-        # Other images under the same names, sizes and times: what was restored is of the old ones.
-        if dist.is_main():
-            fid_cache.forget_inspection(source)
-        dist.barrier()
-        return run(source, wanted, batch, workers, device, title, cache)
-    for one in taken:
-        for accumulator in one.accumulators:
+        # Other images under the same names, sizes and times: what was restored belongs to the old ones.
+        on_main(lambda: fid_cache.forget_inspection(source))
+        return run(source, wanted, title, batch=batch, workers=workers, device=device, cache=cache)
+    for of_one in taken:
+        for accumulator in of_one.accumulators:
             accumulator.all_reduce()
-    if keeps and dist.is_main():
+    if uses_cache and dist.is_main():
         if known is None:
             fid_cache.keep_inspection(source, inspection)
-        for extractor, accumulators in due:
+        for extractor, accumulators in missing:
             fid_cache.store(inspection, extractor, accumulators)
-    return Passed(taken, inspection, is_kept)
+    return Passed(taken, inspection, is_cached)
 
 
-def _known(source: Source, look: Callable[[], Inspection]) -> Inspection | None:
+def _known(source: Source, decode: Callable[[], Inspection]) -> Inspection | None:
     """The images' digests, by the files' identity or by decoding them; None if they are new. Collective.
 
-    look: decodes all images and passes them through no network. Only for sets that may have been seen before.
+    decode: decodes all images and passes them through no network. Only for sets that may have been seen before.
     """
-    found = dist.from_main(fid_cache.inspection(source) if dist.is_main() else None)
-    if found is not None:
-        return found
-    if not dist.from_main(together(lambda: dist.is_main() and fid_cache.may_be_known(source))):
-        return None
-    found = look()
+    inspection = on_main(lambda: fid_cache.inspection(source))
+    if inspection is not None or not on_main(lambda: fid_cache.may_be_known(source)):
+        return inspection
+    inspection = decode()
     if dist.is_main():
-        fid_cache.keep_inspection(source, found)
-    return found
+        fid_cache.keep_inspection(source, inspection)
+    return inspection
 
 
 def _pass(
@@ -159,19 +139,18 @@ def _pass(
 ) -> Inspection:
     """Decodes all images and feeds the accumulators of each extractor; collective. Returns the images' own figures."""
     inspection = Inspection(source.labels, source.num_classes)
-    own = source.share(batch)
+    rows_here = source.share(batch)
     count = source.default_workers(device, batch) if workers is None else workers
 
     def take() -> None:
-        with console.progress(title, len(own), "images") as bar:
-            for rows, images in source.batches(batch, own, count, pin=device.type == "cuda"):
+        with console.progress(title, len(rows_here), "images") as bar:
+            for rows, images in source.batches(batch, rows_here, count, pin=device.type == "cuda"):
                 inspection.update(rows, images)
                 for extractor, accumulators in due:
-                    if not accumulators:
-                        continue
-                    found = extractor.extract(images, tuple({one.needs: None for one in accumulators}))
+                    outputs = tuple({accumulator.needs: None for accumulator in accumulators})
+                    features = extractor.extract(images, outputs) if outputs else {}
                     for accumulator in accumulators:
-                        accumulator.update(rows, found)
+                        accumulator.update(rows, features)
                 bar.advance(len(rows))
 
     together(take)
@@ -182,16 +161,20 @@ def _pass(
 def together(act: Callable[[], T]) -> T:
     """What `act` returns here, once no process has failed in it. Collective.
 
-    Raises on every process the DdoError or OSError of the first one that did: left alone, the others would wait for it
-    in the next collective call, which breaks down with a traceback when it ends, and the main process would not report
-    the reason.
+    Raises on every process the DdoError or OSError of the first one that did: otherwise the others would wait for it in
+    the next collective call, end with a traceback, and the main process would not report the reason.
     """
     failure: DdoError | OSError | None = None
     try:
-        found = act()
+        result = act()
     except (DdoError, OSError) as error:
         failure = error
     for other in dist.gathered(failure):
         if other is not None:
             raise other
-    return found
+    return result
+
+
+def on_main(act: Callable[[], Any]) -> Any:
+    """What `act` returns on the main process, on every process; its errors, too. Collective."""
+    return dist.from_main(together(lambda: act() if dist.is_main() else None))

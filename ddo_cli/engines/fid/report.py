@@ -1,4 +1,4 @@
-"""How the figures of `ddo fid` leave it: tables, published figures beside them, a CSV row and a Markdown row."""
+"""The output of `ddo fid`: tables with published scores beside them, a CSV row, a Markdown row, and pictures."""
 
 from __future__ import annotations
 
@@ -10,72 +10,66 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 
+from ddo_cli.engines.fid.cache import Source
+from ddo_cli.engines.fid.inputs import Reference, Side
+from ddo_cli.engines.fid.one_pass import Taken
 from ddo_cli.errors import UsageError
 from ddo_cli.files import write_text
 from ddo_cli.metrics import published as tables
+from ddo_cli.metrics.nearest import nearest as nearest_rows
 from ddo_cli.recipe.schema import nearest
+from ddo_cli.report import pictures
 
 HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage")
 NAMES = {"fid": "FID", "sfid": "sFID", "is": "IS", "kid": "KID", "fd_dinov2": "FD-DINOv2", "fd_clip": "FD-CLIP"}
 DESCRIBED = ("source", "reference", "num_images", "extractor", "extractor_sha256", "comparable", "content_digest")
-NOT_FIGURES = {
-    *DESCRIBED,
-    "images_per_second",
-    "repeats",
-    "warnings",
-    "protocol",
-    "markdown",
-    "published",
-    "pictures",
-    "not_written",
-}
+DETAILS = ("_std", "_std_error", "_min", "_infinity")  # suffixes of keys shown in the row of their score
+NEIGHBOURS = 3  # nearest images of the reference that are shown
 
 
 def summary(repeats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The figures of one set; of several their means, with the least as <key>_min, as EDM reports it, and each."""
+    """The scores of one set; of several their means, minima as <key>_min (EDM reports these), and all of them."""
     if len(repeats) == 1:
         return dict(repeats[0])
-    found: dict[str, Any] = {}
+    scores: dict[str, Any] = {}
     for key, value in repeats[0].items():
-        values = [one[key] for one in repeats]
+        values = [repeat[key] for repeat in repeats]
         if isinstance(value, float) and None not in values:
-            found |= {key: sum(values) / len(values), f"{key}_min": min(values)}
+            scores |= {key: sum(values) / len(values), f"{key}_min": min(values)}
         if key.endswith("_per_class"):
             columns = zip(*values, strict=True)
-            found[key] = [None if None in column else sum(column) / len(column) for column in columns]
-    return {**found, "repeats": list(repeats)}
+            scores[key] = [None if None in column else sum(column) / len(column) for column in columns]
+    return {**scores, "repeats": list(repeats)}
 
 
-def figures(found: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers among the results, in their order."""
-    return {key: value for key, value in found.items() if key not in NOT_FIGURES and isinstance(value, float)}
+def _scores(result: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in result.items() if key != "images_per_second" and isinstance(value, float)}
 
 
-def table(found: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+def table(result: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
     """Metric, value with its spread, and what was published for the same benchmark."""
-    numbers = figures(found)
+    scores = _scores(result)
     beside: dict[str, list[str]] = {}
-    for figure in found.get("published", {}).get("figures", []):
+    for figure in result.get("published", {}).get("figures", []):
         evaluations = f", {figure['nfe']} evaluations" if figure["nfe"] else ""
         text = f"{figure['method']} {figure['value']:g} (arXiv {figure['arxiv']}{evaluations})"
         beside.setdefault(figure["metric"], []).append(text)
     rows = list[tuple[str, ...]]()
-    for key, value in numbers.items():
-        if key.endswith(("_std", "_std_error", "_min", "_infinity")) and key.rpartition("_")[0] in numbers:
+    for key, value in scores.items():
+        if any(key.endswith(end) and key.removesuffix(end) in scores for end in DETAILS):
             continue
-        if key.endswith("_std_error"):
-            continue
-        spread = next((numbers[key + end] for end in ("_std_error", "_std") if key + end in numbers), None)
+        spread = next((scores[key + end] for end in ("_std_error", "_std") if key + end in scores), None)
         text = f"{value:.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
-        if (least := numbers.get(f"{key}_min")) is not None:
+        if (least := scores.get(f"{key}_min")) is not None:
             text += f" (least {least:.4g})"
-        if (limit := numbers.get(f"{key}_infinity")) is not None:
+        if (limit := scores.get(f"{key}_infinity")) is not None:
             text += f", {limit:.4g} for infinitely many images"
         direction = "higher" if key.split("_")[0] in HIGHER_IS_BETTER else "lower"
         rows.append((NAMES.get(key, key), text, direction, "\n".join(beside.get(key, []))))
-    for key, values in found.items():
+    for key, values in result.items():
         if key.endswith("_per_class"):
             name = NAMES.get(key.removesuffix("_per_class"), key.removesuffix("_per_class"))
             known = [(number, value) for number, value in enumerate(values) if value is not None]
@@ -83,18 +77,18 @@ def table(found: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
     return ["metric", "value", "better", "published"], rows
 
 
-def published(benchmark: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """The published figures of the metrics at hand."""
+def published(benchmark: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """The published scores in the metrics that were computed."""
     entry = tables.TABLE[benchmark]  # type: ignore[index]
-    kept = [figure._asdict() for figure in entry.figures if figure.metric in found]
+    kept = [figure._asdict() for figure in entry.figures if figure.metric in result]
     return {"published": {"benchmark": benchmark, "protocol": entry.protocol, "figures": kept}}
 
 
-def markdown(found: Mapping[str, Any]) -> str:
+def markdown(result: Mapping[str, Any]) -> str:
     """A header and a row of a Markdown table."""
-    numbers = {key: value for key, value in figures(found).items() if not key.endswith(("_std", "_std_error"))}
-    names = ["samples", "images", *(NAMES.get(key, key) for key in numbers)]
-    values = [str(found["source"]), str(found["num_images"]), *(f"{value:.4g}" for value in numbers.values())]
+    scores = {key: value for key, value in _scores(result).items() if not key.endswith(("_std", "_std_error"))}
+    names = ["samples", "images", *(NAMES.get(key, key) for key in scores)]
+    values = [str(result["source"]), str(result["num_images"]), *(f"{value:.4g}" for value in scores.values())]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (names, ["---"] * len(names), values))
 
 
@@ -102,8 +96,8 @@ def markdown(found: Mapping[str, Any]) -> str:
 # The CSV file
 
 
-def check(log: Path | None, benchmark: str | None, pictures: Path | None = None) -> None:
-    """Raises UsageError for an unknown benchmark, a CSV file that cannot get a row, a directory not to write in."""
+def check(log: Path | None, benchmark: str | None, directory: Path | None = None) -> None:
+    """Raises UsageError for an unknown benchmark, a file that cannot get a CSV row, a directory not writable."""
     if benchmark is not None and benchmark not in tables.NAMES:
         raise UsageError(
             f"--benchmark {benchmark} is not known{nearest(benchmark, tables.NAMES)}; known: {', '.join(tables.NAMES)}"
@@ -114,12 +108,12 @@ def check(log: Path | None, benchmark: str | None, pictures: Path | None = None)
         raise UsageError(f"--csv {log} cannot be written; give a CSV file in a directory that exists")
     if log is not None:
         _probe(log.parent, f"--csv {log}")
-    if pictures is not None:
-        _probe(next(place for place in (pictures, *pictures.parents) if place.exists()), f"--pictures {pictures}")
+    if directory is not None:
+        _probe(next(place for place in (directory, *directory.parents) if place.exists()), f"--pictures {directory}")
 
 
 def _probe(directory: Path, option: str) -> None:
-    """Raises UsageError where no file can be made and filled. What it writes has no name, and is gone at once."""
+    """Raises UsageError where no file can be created and filled, tried with a nameless temporary one."""
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(bytes(4096))
@@ -127,10 +121,10 @@ def _probe(directory: Path, option: str) -> None:
         raise UsageError(f"{option} cannot be written ({error.strerror}); choose another place") from None
 
 
-def append(log: Path, found: Mapping[str, Any]) -> None:
-    """Adds a row, and columns where an earlier row lacks them. Written whole under another name and renamed."""
-    numbers = figures(found)
-    row = {key: str(found.get(key)) for key in DESCRIBED} | {key: repr(value) for key, value in numbers.items()}
+def append(log: Path, result: Mapping[str, Any]) -> None:
+    """Adds a row, and columns where earlier rows lack them. Written whole under another name and renamed."""
+    row = {key: str(result.get(key)) for key in DESCRIBED}
+    row |= {key: repr(value) for key, value in _scores(result).items()}
     place = log.with_name(f".{log.name}.lock")
     with FileLock(place):
         columns, rows = _header(log) if log.is_file() else ([], [])
@@ -140,7 +134,7 @@ def append(log: Path, found: Mapping[str, Any]) -> None:
         writer.writeheader()
         writer.writerows([*rows, row])
         write_text(log, text.getvalue())
-        with contextlib.suppress(OSError):  # Windows lets nobody remove it; elsewhere those who wait make a new one
+        with contextlib.suppress(OSError):  # Windows cannot remove it; elsewhere a waiting process creates a new one
             place.unlink()
 
 
@@ -154,3 +148,46 @@ def _header(log: Path) -> tuple[list[str], list[dict[str, str]]]:
     if columns[:2] != list(DESCRIBED[:2]) or any(None in row for row in rows):
         raise UsageError(f"--csv {log} is no CSV file of `ddo fid`; choose another file")
     return columns, rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def draw_nearest(
+    source: Source, taken: Taken, reference: Reference | None, side: Side, count: int, path: Path
+) -> dict[str, Any]:
+    """Draws the `count` images that are closest to one of the reference, with their nearest there; a row for each rank.
+
+    Returns distances, positions and the picture's path. Raises UsageError where the reference has no images.
+    """
+    if reference is None or reference.stream is None or side.features is None or taken.features is None:
+        raise UsageError("--nearest needs the reference's images, not statistics; give images as --ref")
+    fake = taken.features.result()
+    neighbours = nearest_rows(fake, side.features.to(fake), NEIGHBOURS)
+    order = neighbours.distances[:, 0].argsort()[:count]
+    rows = {"generated": _images(source, order.numpy())}
+    for rank in range(NEIGHBOURS):
+        rows[f"nearest {rank + 1}"] = _images(reference.stream, neighbours.rows[order, rank].cpu().numpy())
+    pictures.image_rows(rows, path)
+    return {
+        "rows": order.tolist(),
+        "nearest_rows": neighbours.rows[order, 0].tolist(),
+        "distances": neighbours.distances[order, 0].tolist(),
+        "median_distance": float(neighbours.distances[:, 0].median()),
+        "picture": str(path),
+    }
+
+
+def _images(source: Source, rows: np.ndarray) -> np.ndarray:
+    """uint8 (n, C, H, W) in the order of `rows`, which may repeat."""
+    images: dict[int, np.ndarray] = {}
+    for numbers, batch in source.batches(64, np.unique(rows)):
+        images |= dict(zip(numbers.tolist(), batch.numpy(), strict=True))
+    return np.stack([images[row] for row in rows.tolist()])
+
+
+def draw_likelihoods(sets: Mapping[str, Taken], path: Path) -> None:
+    """Histograms of each image's negative log-likelihood, nats of sFID's features, by set (DG, Fig. 9)."""
+    nats = {name: taken.nll.result() for name, taken in sets.items() if taken.nll is not None}
+    pictures.histograms(nats, path, "nats per image under the data's Gaussian (sFID features)")

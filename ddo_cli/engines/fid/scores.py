@@ -1,4 +1,4 @@
-"""The figures of `ddo fid`: what one pass has accumulated, against the reference's side. No image is touched."""
+"""Scores from accumulated features and reference statistics."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ddo_cli.engines.fid.inputs import Side
 from ddo_cli.engines.fid.one_pass import Taken
@@ -20,46 +21,47 @@ MANIFOLD = ("precision", "recall", "density", "coverage")
 def of_set(
     taken: Sequence[Taken], sides: Sequence[Side], metrics: Sequence[str], with_error: bool = False
 ) -> dict[str, Any]:
-    """All figures of one set, by the extractors in their order. with_error: standard error and limit of the FID."""
-    found: dict[str, Any] = {}
-    for one, side in zip(taken, sides, strict=True):
-        found |= _of_extractor(one, side, metrics, with_error)
-    return found
+    """All scores of one set, by the extractors in their order. with_error: standard error and limit of the FID."""
+    scores: dict[str, Any] = {}
+    for of_set, side in zip(taken, sides, strict=True):
+        key = of_set.extractor.key
+        # Another network's scores get its name, so that they are never taken for Inception's.
+        end = "" if key == "fid" else f"_{key.removeprefix('fd_')}"
+        if "pool" in of_set.moments:
+            reference = frechet.reference(side.moments["pool"].mean, side.moments["pool"].cov)
+            chunks = of_set.moments["pool"].result()
+            if with_error and len(chunks) > 1:
+                fid = uncertainty(reference, chunks)
+                scores |= {key: fid.value, f"{key}_std_error": fid.std_error, f"{key}_infinity": fid.infinity}
+            else:
+                whole = merged(chunks)
+                scores[key] = frechet.distance_to(reference, whole.mean, whole.cov)
+        if "sfid" in metrics and "spatial" in of_set.moments:
+            fake, real = merged(of_set.moments["spatial"].result()), side.moments["spatial"]
+            scores[f"sfid{end}"] = frechet.frechet_distance(fake.mean, fake.cov, real.mean, real.cov)
+        if of_set.score is not None:
+            score = of_set.score.result()
+            scores |= {f"is{end}": score.mean, f"is{end}_std": score.std}
+        if of_set.features is not None and side.features is not None:
+            scores |= _of_features(of_set.features.result(), side.features, metrics, end)
+        if of_set.classes is not None and side.classes is not None:
+            scores[f"{key}_per_class"] = [
+                frechet.frechet_distance(fake.mean, fake.cov, real.mean, real.cov) if min(fake.n, real.n) > 1 else None
+                for fake, real in zip(of_set.classes.result(), side.classes, strict=False)
+            ]
+        if of_set.nll is not None:
+            nats = of_set.nll.result()
+            scores |= {"nll_spatial_mean": float(nats.mean()), "nll_spatial_median": float(np.quantile(nats, 0.5))}
+    return scores
 
 
-def _of_extractor(one: Taken, side: Side, metrics: Sequence[str], with_error: bool) -> dict[str, Any]:
-    key, found = one.extractor.key, dict[str, Any]()
-    # Another network's figures get its name, so that they are never taken for Inception's.
-    end = "" if key == "fid" else f"_{key.removeprefix('fd_')}"
-    if "pool" in one.moments and side.pool is not None:
-        reference = frechet.reference(side.pool.mean, side.pool.cov)
-        chunks = one.moments["pool"].result()
-        if with_error and len(chunks) > 1:
-            sure = uncertainty(reference, chunks)
-            found |= {key: sure.value, f"{key}_std_error": sure.std_error, f"{key}_infinity": sure.infinity}
-        else:
-            whole = merged(chunks)
-            found[key] = frechet.distance_to(reference, whole.mean, whole.cov)
-    if "sfid" in metrics and "spatial" in one.moments and side.spatial is not None:
-        spatial = merged(one.moments["spatial"].result())
-        found[f"sfid{end}"] = frechet.frechet_distance(spatial.mean, spatial.cov, side.spatial.mean, side.spatial.cov)
-    if one.score is not None:
-        score = one.score.result()
-        found |= {f"is{end}": score.mean, f"is{end}_std": score.std}
-    if one.features is not None and side.features is not None:
-        fake, real = one.features.result(), side.features.to(one.features.result())
-        if "kid" in metrics:
-            kid = kernel_distance(fake, real)
-            found |= {f"kid{end}": kid.mean, f"kid{end}_std": kid.std}
-        if chosen := [metric for metric in MANIFOLD if metric in metrics]:
-            values = manifold(fake, real)._asdict()
-            found |= {f"{metric}{end}": values[metric] for metric in chosen}
-    if one.classes is not None and side.classes is not None:
-        found[f"{key}_per_class"] = [
-            frechet.frechet_distance(fake.mean, fake.cov, real.mean, real.cov) if min(fake.n, real.n) > 1 else None
-            for fake, real in zip(one.classes.result(), side.classes, strict=False)
-        ]
-    if one.nll is not None:
-        nats = one.nll.result()
-        found |= {"nll_spatial_mean": float(nats.mean()), "nll_spatial_median": float(np.quantile(nats, 0.5))}
-    return found
+def _of_features(fake: Tensor, real: Tensor, metrics: Sequence[str], end: str) -> dict[str, float]:
+    """Scores that compare single images."""
+    real, scores = real.to(fake), dict[str, float]()
+    if "kid" in metrics:
+        kid = kernel_distance(fake, real)
+        scores |= {f"kid{end}": kid.mean, f"kid{end}_std": kid.std}
+    if chosen := [metric for metric in MANIFOLD if metric in metrics]:
+        values = manifold(fake, real)._asdict()
+        scores |= {f"{metric}{end}": values[metric] for metric in chosen}
+    return scores

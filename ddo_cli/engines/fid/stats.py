@@ -1,4 +1,4 @@
-"""`ddo stats`: the statistics of an image set as a reference for `ddo fid`, under the name of what made them."""
+"""`ddo stats`: feature statistics of an image set, as a reference for `ddo fid`; the file names their extractor."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(
     device: torch.device,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Writes mean and covariance of the features of `data` to `out`, and says what they are of.
+    """Writes mean and covariance of the features of `data` to `out`, and returns what they describe.
 
     metric, weights, extractor: as `select_extractor` takes them; features: whether the pool features of each image are
     kept too (4 N F bytes), for KID, precision and recall; num: use so many images. Images are shared out over the
@@ -50,7 +50,7 @@ def run(
         raise DataError(f"{data} holds one image; a covariance needs at least two, and thousands to mean something")
     protocol = chosen.protocol()
     described = {"name": data, "num_images": stream.num, "num_classes": stream.num_classes, "shape": list(stream.shape)}
-    found = {
+    result = {
         "out": str(out),
         "metric": chosen.key,
         "num_images": stream.num,
@@ -59,9 +59,9 @@ def run(
         "extractor_sha256": chosen.sha256,
     }
     if out.exists():
-        return {**found, "data_digest": _unchanged(out, stream, batch, chosen, {**described, "features": features})}
+        return {**result, "data_digest": _unchanged(out, stream, batch, chosen, {**described, "features": features})}
     if dry_run:
-        return found
+        return result
     if stream.num <= chosen.num_features:
         console.warn(
             f"{data}: {stream.num} images for {chosen.num_features} features leave the covariance rank-deficient, and "
@@ -69,9 +69,11 @@ def run(
         )
     kinds = tuple(kind for kind in KINDS if kind in chosen.outputs)
     wanted = Wanted(chosen, moments=kinds, features=features)
-    # `out` is what is kept.
-    passed = one_pass.run(stream, [wanted], batch, None, device, f"features of {data}", cache=False)
-    (taken,), inspection = passed.taken, passed.inspection
+    title = f"features of {data}"
+    # Without the cache: `out` itself keeps the features.
+    (taken,), inspection, _ = one_pass.run(
+        stream, [wanted], title, batch=batch, workers=None, device=device, cache=False
+    )
     for warning in inspection.warnings(data):
         console.warn(warning)
     described["digest"] = inspection.digest()
@@ -79,20 +81,19 @@ def run(
         moments = {kind: merged(chunks.result()).statistics() for kind, chunks in taken.moments.items()}
         stored = {} if taken.features is None else {"pool": taken.features.result()}
         references.save_reference(out, moments, stored, metric=chosen.key, protocol=protocol, data=described)
-    return {**found, "data_digest": described["digest"]}
+    return {**result, "data_digest": described["digest"]}
 
 
 def _unchanged(out: Path, stream: ImageStream, batch: int, extractor: Extractor, described: dict[str, Any]) -> str:
-    """The digest of the images, if `out` is of them and of this extractor. Raises UsageError."""
+    """The digest of the images, if `out` is of the same ones and of this extractor. Raises UsageError otherwise."""
     try:
         held = references.read_reference(out)
         held.statistics(extractor)
     except (DataError, CheckpointError) as error:
         raise UsageError(f"--out {out} exists and is of something else ({error}); choose another name") from None
     theirs = {**(held.data or {}), "features": "pool" in held.shapes}
-    same = ("num_images", "num_classes", "shape", "features")  # the name may differ: a folder, or a zip of it
-    ours = {key: described[key] for key in same}
-    lines = differing_keys(ours, {key: theirs.get(key) for key in same})
+    ours = {key: value for key, value in described.items() if key != "name"}  # which differs for a folder and its zip
+    lines = differing_keys(ours, {key: theirs.get(key) for key in ours})
     if not lines:
         workers = stream.default_workers(extractor.device, batch)
         digest: str = dist.from_main(stream.digest(batch, workers) if dist.is_main() else "")
