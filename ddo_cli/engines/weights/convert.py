@@ -1,4 +1,4 @@
-"""`ddo convert`: published weight files of other programs -> ours, without running the code inside them."""
+"""`ddo convert`: published weight files of other programs to ours, without running the code inside them."""
 
 from __future__ import annotations
 
@@ -30,18 +30,21 @@ _IMAGENET = {"sampler": "heun", "steps": 256, "s_churn": 40.0, "s_min": 0.05, "s
 _EDM2 = {"sampler": "heun", "steps": 32, "dtype": "float32"}  # arXiv 2312.02696, as its program draws
 _ADM = {"sampler": "ddpm", "steps": 250, "clip_denoised": True}  # arXiv 2105.05233
 _SCHEDULES = {"linear": "ddpm", "cosine": "iddpm"}
-_HALF = "its authors run it in float16; here it runs in float32, unless a precision is asked for"
+_FLOAT16 = "its authors run it in float16; here it runs in float32, unless a precision is asked for"
 FORMATS, FORMAT_NAMES = (".pkl", ".pt", ".pth"), ".pkl, .pt or .pth"
 _ORDERS = ("legacy", "new")
 
 
-class Found(NamedTuple):
-    """What a foreign file holds, under our names. notes: what else to tell the user about it."""
+class Content(NamedTuple):
+    """The content of a foreign file, under our names."""
 
     family: str
-    header: dict[str, Any]
+    config: dict[str, Any]
     tensors: dict[str, Tensor]
-    notes: dict[str, Any] = {}  # noqa: RUF012
+    sampling: dict[str, Any] = {}  # noqa: RUF012
+    notes: dict[str, Any] = {}  # noqa: RUF012 (what else to tell the user)
+    kind: str = "model"
+    extra: dict[str, Any] = {}  # noqa: RUF012 (further entries of the header)
 
 
 def run(
@@ -55,13 +58,13 @@ def run(
     verify: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Writes `out` and returns what layout promises of `convert --json`.
+    """Writes `out` and returns the object that `convert --json` prints.
 
     source: a .pkl of EDM or EDM2 (the averaged weights); a .pt or .pth of an ADM diffusion model, an ADM classifier
     or a published discriminator; a .pth of VAR or its tokenizer; or a folder of diffusers with a UNet2DModel and its
     scheduler. model, trunk: the model that a discriminator guides, and the converted classifier under it.
-    settings: KEY=VALUE texts, what the file of an ADM diffusion model or of VAR does not tell; see `told`.
-    vae: the tokenizer of a VAR. verify: reads the written file again and compares every tensor.
+    settings: KEY=VALUE texts for what the file of an ADM diffusion model or of VAR does not contain; see `parse_settings`.
+    vae: the tokenizer of a VAR. verify: read the written file again and compare every tensor.
     Raises CheckpointError if the file cannot be used, UsageError where an option does not fit it.
     """
     if not source.exists():
@@ -72,12 +75,12 @@ def run(
         raise UsageError(f"--vae {vae} is no file; give the .pth of the tokenizer, e.g. vae_ch160v4096z32.pth")
     if out.suffix in FORMATS:
         raise UsageError(f"--out {out} would be taken for a file of another format; name it {out.stem}.safetensors")
-    given = told(settings)
+    given = parse_settings(settings)
     digest = diffusers_files.digest(source) if source.is_dir() else sha256(source)
     link = {"command": "convert", "source": source.resolve().name, "source_sha256": digest}
-    found = _read(source, model, trunk, given, vae)
-    kind, config = found.header["kind"], found.header["config"]
-    if odd := [name for name, tensor in found.tensors.items() if not bool(tensor.isfinite().all())]:
+    content = _read(source, model, trunk, given, vae)
+    kind, config = content.kind, content.config
+    if odd := [name for name, tensor in content.tensors.items() if not bool(tensor.isfinite().all())]:
         raise CheckpointError(
             f"{source}: {len(odd)} tensors have numbers that are not finite, {odd[0]} is the first; "
             "the file is damaged or its training has diverged: download it again"
@@ -89,48 +92,57 @@ def run(
         raise UsageError(f"--vae is for VAR's transformers, and {source} holds a {config['name']}; leave it out")
     if vae is not None:
         link |= {"vae": vae.resolve().name, "vae_sha256": sha256(vae)}
+    sampling = {"sampling": content.sampling} if content.sampling else {}
     result = {
         "out": str(out),
-        "family": found.family,
+        "family": content.family,
         "kind": kind,
         "network": config["name"],
         "shape": config["shape"],
         **({"num_classes": config["num_classes"]} if "num_classes" in config else {}),
-        "num_tensors": len(found.tensors),
+        "num_tensors": len(content.tensors),
         "num_parameters": _num_parameters(kind, config),
         **{key: config["options"][key] for key in ("precond", "learned_variance") if key in config["options"]},
-        **found.notes,
-        **({"sampling": found.header["sampling"]} if "sampling" in found.header else {}),
+        **content.notes,
+        **sampling,
         "source": link["source"],
         "source_sha256": link["source_sha256"],
     }
     if dry_run:
         return {**result, "dry_run": True}
-    checkpoint.save(out, found.tensors, {**found.header, "provenance": [link]})
+    header = {"kind": kind, "config": config, **sampling, **content.extra, "provenance": [link]}
+    checkpoint.save(out, content.tensors, header)
     if verify:
-        _verify(out, found.tensors)
+        written = checkpoint.load(out).tensors
+        if written.keys() != content.tensors.keys():
+            raise CheckpointError(f"{out} holds other tensors than were converted; remove it and convert again")
+        for name, tensor in content.tensors.items():
+            if not torch.equal(written[name], tensor):
+                raise CheckpointError(
+                    f"{out}: tensor {name} differs from what was converted; remove it and convert again"
+                )
         result["verified"] = True
     return result
 
 
-def told(settings: Sequence[str]) -> dict[str, Any]:
-    """What the user tells of an ADM diffusion model, as `adm_files.unet` takes it, or of a VAR.
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """The KEY=VALUE texts as arguments of `adm_files.unet`, or of the functions of `var_files`.
 
     qkv: legacy or new; schedule: linear or cosine; size: side of the images; num_heads: in place of 64 channels each.
     patch_nums: sides of a VAR's token maps.
     Raises UsageError for anything else.
     """
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for text in settings:
         key, _, value = text.partition("=")
         if key == "qkv" and value in _ORDERS:
-            found["order"] = value
+            arguments["order"] = value
         elif key == "schedule" and value in _SCHEDULES:
-            found["precond"] = _SCHEDULES[value]
+            arguments["precond"] = _SCHEDULES[value]
         elif key in ("size", "num_heads") and value.isdecimal() and 0 < int(value) < 2**16:
-            found[key] = int(value)
+            arguments[key] = int(value)
         elif key == "patch_nums" and (sides := _sides(value)):
-            found[key] = sides
+            arguments[key] = sides
         else:
             keys = ("qkv", "schedule", "size", "num_heads", "patch_nums")
             raise UsageError(
@@ -138,25 +150,24 @@ def told(settings: Sequence[str]) -> dict[str, Any]:
                 "schedule=linear or schedule=cosine, size=<side in pixels>, num_heads=<number>, of a VAR the "
                 "growing sides of its token maps, patch_nums=1,2,3,..."
             )
-    return found
+    return arguments
 
 
 def _sides(text: str) -> tuple[int, ...]:
-    """ "1,2,4" -> (1, 2, 4); nothing for a text that is no list of growing sides, the first one 1."""
+    """ "1,2,4" -> (1, 2, 4); empty for anything but increasing sides that start with 1."""
     if not re.fullmatch(r"1(,\d{1,3}){1,31}", text):
         return ()
     sides = tuple(map(int, text.split(",")))
     return sides if list(sides) == sorted(set(sides)) else ()
 
 
-def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, Any], vae: Path | None) -> Found:
-    """The file's content, whatever its family."""
+def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, Any], vae: Path | None) -> Content:
+    """The file's content, of any family."""
     if given and source.suffix not in (".pt", ".pth"):
         raise UsageError(f"{source} tells its configuration itself; KEY=VALUE is for an ADM .pt or a VAR .pth")
     if source.is_dir():
         folder = diffusers_files.read(source)
-        header = {"kind": "model", "config": folder.config, "sampling": folder.sampling}
-        return Found("diffusers", header, folder.tensors, folder.notes)
+        return Content("diffusers", folder.config, folder.tensors, folder.sampling, folder.notes)
     if source.suffix not in FORMATS:
         raise UsageError(
             f"{source} is no file of published weights; give a {FORMAT_NAMES} file, or a folder of diffusers"
@@ -177,18 +188,18 @@ def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, A
     return _discriminator_guidance(source, model, trunk)
 
 
-def _edm(source: Path, pickled: foreign.Pickled) -> Found:
+def _edm(source: Path, pickled: foreign.Pickled) -> Content:
     """A network of EDM's pickles, with its published way of sampling."""
     file = foreign.read_edm(source, pickled)
     side, is_adm = file.config["shape"][-1], file.config["name"] == "adm-unet"
     sampling = _IMAGENET if is_adm else {"sampler": "heun", "steps": 18 if side <= SMALL else 40}
     notes: dict[str, Any] = {"classes_found": " around ".join(file.classes), "stored_tensors": len(file.stored)}
     if file.half:
-        notes["note"] = _HALF
-    return Found("edm", {"kind": "model", "config": file.config, "sampling": sampling}, file.tensors, notes)
+        notes["note"] = _FLOAT16
+    return Content("edm", file.config, file.tensors, sampling, notes)
 
 
-def _edm2(source: Path, pickled: foreign.Pickled) -> Found:
+def _edm2(source: Path, pickled: foreign.Pickled) -> Content:
     """A network of EDM2's pickles, with its published way of sampling and, by the file's name, which average it is."""
     file = edm2_files.read(source, pickled)
     ema = edm2_files.ema_of(source.name)
@@ -197,13 +208,12 @@ def _edm2(source: Path, pickled: foreign.Pickled) -> Found:
         "stored_tensors": len(file.stored),
         "stored_dtype": file.dtype,
         **({"ema": ema} if ema else {}),
-        **({"note": _HALF} if file.half else {}),
+        **({"note": _FLOAT16} if file.half else {}),
     }
-    header = {"kind": "model", "config": file.config, "sampling": _EDM2, **({"ema": ema} if ema else {})}
-    return Found("edm2", header, file.tensors, notes)
+    return Content("edm2", file.config, file.tensors, _EDM2, notes, extra={"ema": ema} if ema else {})
 
 
-def _adm(source: Path, stored: dict[str, Tensor], given: dict[str, Any]) -> Found:
+def _adm(source: Path, stored: dict[str, Tensor], given: dict[str, Any]) -> Content:
     """An ADM diffusion model, with the published way of sampling."""
     file = adm_files.unet(stored, source, **given)
     notes = {
@@ -211,37 +221,36 @@ def _adm(source: Path, stored: dict[str, Tensor], given: dict[str, Any]) -> Foun
         "qkv": file.described.order,
         "stored_tensors": len(stored),
     }
-    return Found("adm", {"kind": "model", "config": file.config, "sampling": _ADM}, file.tensors, notes)
+    return Content("adm", file.config, file.tensors, _ADM, notes)
 
 
-def _var(source: Path, stored: dict[str, Tensor], given: dict[str, Any], vae: Path | None) -> Found:
+def _var(source: Path, stored: dict[str, Tensor], given: dict[str, Any], vae: Path | None) -> Content:
     """A transformer with its tokenizer, or a tokenizer by itself."""
     if given.keys() - {"patch_nums"}:
         raise UsageError(f"{source} is of VAR, of which only patch_nums can be told; leave the other KEY=VALUE out")
     if var_files.is_vae(stored):
         file = var_files.vae_file(stored, source, **given)
-        return Found("var", {"kind": vqvae.KIND, "config": file.config}, file.tensors, file.notes)
+        return Content("var", file.config, file.tensors, notes=file.notes, kind=vqvae.KIND)
     file = var_files.var(stored, source, vae, **given)
-    header = {"kind": "model", "config": file.config, "sampling": var_files.SAMPLING}
-    return Found("var", header, file.tensors, file.notes)
+    return Content("var", file.config, file.tensors, var_files.SAMPLING, file.notes)
 
 
-def _discriminator_guidance(source: Path, model: str | None, trunk: str | None) -> Found:
-    """An ADM classifier, or a discriminator with what `guide-sample` needs to know of it."""
+def _discriminator_guidance(source: Path, model: str | None, trunk: str | None) -> Content:
+    """An ADM classifier, or a discriminator with the settings that `guide-sample` reads."""
     header = {} if model is None else checkpoint.read_header(model, kind="model")
     num_classes = header["config"]["num_classes"] if header else 0
     file = dg_files.read(source, trunk=trunk, num_classes=num_classes)
-    shared = {"kind": file.kind, "config": file.config, "process": discriminators.PROCESS}
+    extra: dict[str, Any] = {"process": discriminators.PROCESS}
     if file.kind == "classifier":
-        return Found("adm", shared, file.tensors)
+        return Content("adm", file.config, file.tensors, kind=file.kind, extra=extra)
     if model is None:
         raise UsageError(f"{source} is a discriminator; say with --model which converted model it guides")
     trained_on = {"model": model, "model_sha256": sha256(checkpoint.resolve(model)), "sampling": None}
-    # The published runs: weight 2, or with labels weight 1 and boosting.
+    # As in the published runs: weight 2; with labels weight 1 and boosting.
     conditional = bool(file.config["num_classes"])
     guidance = GuidanceRecipe(dg_weight=1.0 if conditional else 2.0, boost=conditional)
-    extra = {"trained_on": trained_on, "guidance": guidance.model_dump(mode="json")}
-    return Found("dg", {**shared, **extra}, file.tensors)
+    extra |= {"trained_on": trained_on, "guidance": guidance.model_dump(mode="json")}
+    return Content("dg", file.config, file.tensors, kind=file.kind, extra=extra)
 
 
 def _num_parameters(kind: str, config: dict[str, Any]) -> int:
@@ -251,12 +260,3 @@ def _num_parameters(kind: str, config: dict[str, Any]) -> int:
     else:  # built for real, since a discriminator reads its trunk from a file
         network = discriminators.build(kind, config)
     return sum(parameter.numel() for parameter in network.parameters())
-
-
-def _verify(out: Path, tensors: dict[str, Tensor]) -> None:
-    written = checkpoint.load(out).tensors
-    if written.keys() != tensors.keys():
-        raise CheckpointError(f"{out} holds other tensors than were converted; remove it and convert again")
-    for name, tensor in tensors.items():
-        if not torch.equal(written[name], tensor):
-            raise CheckpointError(f"{out}: tensor {name} differs from what was converted; remove it and convert again")

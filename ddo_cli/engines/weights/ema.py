@@ -1,4 +1,4 @@
-"""`ddo ema`: averaged weights of any width, made after training from snapshots of a few (EDM2, arXiv 2312.02696)."""
+"""`ddo ema`: averaged weights of any width, reconstructed after training from snapshots (EDM2, arXiv 2312.02696)."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ddo_cli.report.pictures import Curve
 from ddo_cli.training import profiles
 from ddo_cli.training.profiles import Fit, Profile
 
-# Distance from the wanted profile, as a share of its norm, that is not warned of. Chosen by us: eight evenly spaced
-# snapshots of widths 0.05 and 0.10 come to 0.02 at 0.13, and to 0.10 at 0.03.
+# Distance from the wanted profile, relative to its norm, above which there is a warning. Our choice; the paper gives
+# none. Eight evenly spaced snapshots of widths 0.05 and 0.10 come to 0.02 at 0.13, and to 0.10 at 0.03.
 POOR = 0.05
-_OF_A_FILE = ("source", "source_sha256")  # provenance that names one published file, and so differs between snapshots
+_OF_A_FILE = ("source", "source_sha256")  # provenance of one published file, which differs between snapshots
 
 
 class Snapshot(NamedTuple):
-    """A weight file and what its average is of."""
+    """A weight file, and the width and end of its average."""
 
     file: Path
     profile: Profile
@@ -38,10 +38,10 @@ class Snapshot(NamedTuple):
 def run(
     sources: Sequence[Path], out: Path, *, std: float, at: int | None = None, dry_run: bool = False
 ) -> dict[str, Any]:
-    """Writes the average of relative standard deviation `std`, and a picture of its profile, and returns what they are.
+    """Writes the average of relative standard deviation `std` and a picture of its profile; returns their description.
 
-    sources: weight files whose header tells their average, or directories of them. at: images of training at which the
-    average ends; None: those of the last snapshot. Snapshots of later times are left out.
+    sources: weight files whose header names their average, or directories of them. at: images of training at which the
+    average ends; None: those of the last snapshot. Later snapshots are left out.
     Raises UsageError or CheckpointError where the snapshots do not make one run, or cannot give that average.
     """
     if not 0 < std < MAX_STD:
@@ -53,16 +53,16 @@ def run(
     picture = out.with_suffix(".png")
     if not out.exists():
         pictures.check_replaceable(picture)
-    found = _snapshots(sources)
-    last = max(snapshot.profile.images for snapshot in found)
+    snapshots = _snapshots(sources)
+    last = snapshots[-1].profile.images
     target = Profile(std, last if at is None else at)
     if not 0 < target.images <= last:
         raise UsageError(
             f"--at {at} is not within training: the last snapshot is of {last:,} images; give at most that"
         )
-    used = [snapshot for snapshot in found if snapshot.profile.images <= target.images]
+    used = [snapshot for snapshot in snapshots if snapshot.profile.images <= target.images]
     if not used:
-        first = min(snapshot.profile.images for snapshot in found)
+        first = snapshots[0].profile.images
         raise UsageError(f"--at {at} lies before the first snapshot, of {first:,} images; give one from there on")
     fit = profiles.fit([snapshot.profile for snapshot in used], target)
     if fit.residual > POOR:
@@ -78,8 +78,8 @@ def run(
         "residual": fit.residual,
         "noise_gain": fit.gain,
         "snapshots": [
-            {"file": str(one.file), "std": one.profile.std, "images": int(one.profile.images), "weight": float(weight)}
-            for one, weight in zip(used, fit.weights, strict=True)
+            {"file": str(file), "std": profile.std, "images": int(profile.images), "weight": float(weight)}
+            for (file, profile, _), weight in zip(used, fit.weights, strict=True)
         ],
     }
     if dry_run:
@@ -96,22 +96,22 @@ def run(
 def _snapshots(sources: Sequence[Path]) -> list[Snapshot]:
     """The snapshots of one run, by time and width. Raises UsageError or CheckpointError."""
     files = [file for source in sources for file in _files_of(source)]
-    found = sorted((_snapshot(file) for file in files), key=lambda one: (one.profile.images, one.profile.std))
-    first = found[0]
-    for one in found[1:]:
-        for what, value, other in zip(("model", "run"), _origin(one), _origin(first), strict=True):
-            if value != other:
+    snapshots = sorted(map(_snapshot, files), key=lambda snapshot: (snapshot.profile.images, snapshot.profile.std))
+    first = snapshots[0]
+    for snapshot in snapshots[1:]:
+        for what, value, expected in zip(("model", "run"), _origin(snapshot), _origin(first), strict=True):
+            if value != expected:
                 raise UsageError(
-                    f"{one.file} is of another {what} than {first.file}; give the snapshots of one training, and of a "
-                    "finetuning those of one round"
+                    f"{snapshot.file} is of another {what} than {first.file}; give the snapshots of one training, and "
+                    "of a finetuning those of one round"
                 )
-    for one, other in itertools.pairwise(found):
-        if one.profile == other.profile:
+    for (file, profile, _), (next_file, next_profile, _) in itertools.pairwise(snapshots):
+        if profile == next_profile:
             raise UsageError(
-                f"{one.file} and {other.file} are the same average, {one.profile.std:.3f} at "
-                f"{int(one.profile.images):,} images; give one of them"
+                f"{file} and {next_file} are the same average, {profile.std:.3f} at {int(profile.images):,} images; "
+                "give one of them"
             )
-    return found
+    return snapshots
 
 
 def _files_of(source: Path) -> list[Path]:
@@ -128,9 +128,8 @@ def _files_of(source: Path) -> list[Path]:
 
 def _snapshot(file: Path) -> Snapshot:
     header = checkpoint.read_header(file, kind="model")
-    told = header.get("ema")
     try:
-        profile = Profile(float(told["std"]), int(told["images"]))  # type: ignore[index]
+        profile = Profile(float(header["ema"]["std"]), int(header["ema"]["images"]))
         profiles.gamma_of(profile.std)
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(
@@ -154,12 +153,13 @@ def _origin(snapshot: Snapshot) -> tuple[Any, Any]:
 def combined(snapshots: Sequence[Snapshot], weights: np.ndarray) -> dict[str, Tensor]:
     """Trained parameters as the weighted sum over the snapshots, in float32, then in the stored type.
 
-    The rest is that of the last snapshot. Files are read tensor by tensor, so memory holds the sums and little else.
+    Other tensors are the last snapshot's. Files are read tensor by tensor, so memory holds the sums and little else.
     """
     last = snapshots[-1]
     config = registry.check_config(last.header.get("config"), str(last.file))
     with torch.device("meta"):
-        trained = {name for name, one in registry.build(config).named_parameters() if one.requires_grad}
+        network = registry.build(config)
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     sums: dict[str, Tensor] = {}
     for number, (snapshot, weight) in enumerate(zip(snapshots, weights, strict=True), start=1):
         names = set()
@@ -177,32 +177,32 @@ def combined(snapshots: Sequence[Snapshot], weights: np.ndarray) -> dict[str, Te
 
 
 def _header(snapshots: Sequence[Snapshot], fit: Fit, target: Profile) -> dict[str, Any]:
-    """The last snapshot's header with the new average, and where it comes from."""
+    """The last snapshot's header with the new average and its provenance."""
     header = {key: value for key, value in snapshots[-1].header.items() if key != "step"}
     ema = {"std": target.std, "images": int(target.images)}
     origin = [
-        {**one.profile._asdict(), "sha256": sha256(one.file), "weight": float(weight)}
-        for one, weight in zip(snapshots, fit.weights, strict=True)
+        {**profile._asdict(), "sha256": sha256(file), "weight": float(weight)}
+        for (file, profile, _), weight in zip(snapshots, fit.weights, strict=True)
     ]
     link = {"command": "ema", **ema, "residual": fit.residual, "snapshots": origin}
     return {**header, "ema": ema, "provenance": [*header.get("provenance", []), link]}
 
 
 def _picture(path: Path, snapshots: Sequence[Snapshot], fit: Fit, target: Profile) -> None:
-    """The wanted profile against what the snapshots make, as densities over training."""
+    """The wanted profile and the fitted one, as densities over training."""
     times = np.linspace(0, target.images, 1001)[1:]
-    parts = [profiles.density(one.profile, times) * target.images for one in snapshots]
-    made = np.sum([weight * part for weight, part in zip(fit.weights, parts, strict=True)], axis=0)
+    parts = [profiles.density(snapshot.profile, times) * target.images for snapshot in snapshots]
+    fitted = np.sum([weight * part for weight, part in zip(fit.weights, parts, strict=True)], axis=0)
     wanted, images = profiles.density(target, times) * target.images, times.tolist()
     last = [
-        Curve(f"{one.profile.std:.3f}", images, part.tolist())
-        for one, part in zip(snapshots, parts, strict=True)
-        if one.profile.images == snapshots[-1].profile.images
+        Curve(f"{snapshot.profile.std:.3f}", images, part.tolist())
+        for snapshot, part in zip(snapshots, parts, strict=True)
+        if snapshot.profile.images == snapshots[-1].profile.images
     ]
     panels = {
         f"weight of training's images, {fit.residual:.2%} off": [
             Curve(f"wanted, {target.std:.3f}", images, wanted.tolist()),
-            Curve(f"of {len(snapshots)} snapshots", images, made.tolist()),
+            Curve(f"of {len(snapshots)} snapshots", images, fitted.tolist()),
         ],
         "last snapshots": last,
     }

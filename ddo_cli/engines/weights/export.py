@@ -1,9 +1,9 @@
-"""`ddo export`: a model of ours as the published file it was converted from, so that its authors' programs run it.
+"""`ddo export`: a model as the published file it was converted from, so that its authors' programs can load it.
 
 Or, without such a file, as a folder of diffusers, where that library has the architecture.
 
-A pickle is neither run nor written anew: its bytes are copied, and the raw numbers of each tensor replaced where they
-lie. What else it holds (code, augmentation, training options) stays as its authors wrote it.
+A pickle is neither run nor rewritten: its bytes are copied, and the raw numbers of each tensor replaced in place. The
+rest (code, augmentation, training options) stays as its authors wrote it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ddo_cli import checkpoint, console
-from ddo_cli.engines.weights.convert import FORMAT_NAMES, FORMATS, told
+from ddo_cli.engines.weights.convert import FORMAT_NAMES, FORMATS, parse_settings
 from ddo_cli.errors import CheckpointError, UsageError
 from ddo_cli.files import replacing, sha256
 from ddo_cli.models import pt_files, registry
@@ -30,21 +30,18 @@ from ddo_cli.models.edm2 import files as edm2_files
 from ddo_cli.models.var import files as var_files
 from ddo_cli.safe_pickle import Storage
 
-_INERT = ("dropout",)  # options of ours that change no tensor and no sample
+_INERT = ("dropout",)  # our options that change no tensor and no sample
 
 
 class Original(NamedTuple):
-    """The file to write like. config: of our model of it; theirs: an own name and tensor -> the file's.
-
-    stored: its tensors, in its order and types. write: puts new values for `stored` into a file. again: reads one.
-    """
+    """A published file, which the written one will be like."""
 
     family: str
-    config: dict[str, Any]
-    stored: dict[str, Tensor]
-    theirs: Callable[[str, Tensor], tuple[str, Tensor]]
-    write: Callable[[dict[str, Tensor], Path], None]
-    again: Callable[[Path], dict[str, Tensor]]
+    config: dict[str, Any]  # of our model of it
+    stored: dict[str, Tensor]  # its tensors, in its order and types
+    to_theirs: Callable[[str, Tensor], tuple[str, Tensor]]  # from our name and tensor to the file's
+    write: Callable[[dict[str, Tensor], Path], None]  # new values of `stored` into a file
+    read: Callable[[Path], dict[str, Tensor]]  # the tensors of such a file
 
 
 def run(
@@ -52,8 +49,8 @@ def run(
 ) -> dict[str, Any]:
     """Writes `out` and returns what `export --json` prints: out, family, num_tensors, verified, and more.
 
-    like: the .pkl, .pt or .pth; None: `out` becomes a folder of diffusers. settings: as `convert` was given them, for
-    a .pt that tells too little of itself.
+    like: the .pkl, .pt or .pth; None: `out` becomes a folder of diffusers. settings: those that `convert` was given,
+    for a .pt that does not contain its whole configuration.
     Constants of the file that are no tensors of our model stay as they are. Reads the written file again and compares
     every tensor bit for bit. Raises CheckpointError if the two are not of one architecture and preconditioning.
     """
@@ -70,7 +67,7 @@ def run(
     file = checkpoint.load(ckpt, kind="model")
     original = _original(like, settings)
     _check_config(registry.check_config(file.header.get("config"), ckpt), original.config, ckpt, like)
-    new = dict(original.theirs(key, tensor) for key, tensor in file.tensors.items())
+    new = dict(original.to_theirs(key, tensor) for key, tensor in file.tensors.items())
     _check_tensors(new, original.stored, ckpt, like)
     fitted = {key: tensor.to(original.stored[key].dtype) for key, tensor in new.items()}
     rounded = [key for key, tensor in fitted.items() if not torch.equal(tensor.to(new[key].dtype), new[key])]
@@ -88,16 +85,16 @@ def run(
     }
     if dry_run:
         return {**result, "verified": False, "dry_run": True}
-    # Copies of what stays, since `write` changes what `stored` views.
+    # The unchanged tensors are copied, since `write` changes the storage that `stored` shares.
     expected = {key: fitted[key] if key in fitted else tensor.clone() for key, tensor in original.stored.items()}
     with replacing(out) as temporary:
         original.write(expected, temporary)
-        _verify(original.again(temporary), expected, out)
+        _verify(original.read(temporary), expected, out)
     return {**result, "verified": True}
 
 
 def _folder(ckpt: str, out: Path, settings: Sequence[str], dry_run: bool) -> dict[str, Any]:
-    """A folder of diffusers."""
+    """Writes a folder of diffusers."""
     if settings or out.suffix in (".pkl", ".pt", ".pth", ".safetensors"):
         what = settings[0] if settings else f"--out {out}"
         raise UsageError(
@@ -108,8 +105,8 @@ def _folder(ckpt: str, out: Path, settings: Sequence[str], dry_run: bool) -> dic
 
 
 def _original(like: Path, settings: Sequence[str]) -> Original:
-    """The file to write like, whatever its family."""
-    given = told(settings)
+    """The file to write like, of any family."""
+    given = parse_settings(settings)
     if like.suffix == ".pkl":
         if given:
             raise UsageError(
@@ -149,7 +146,7 @@ def _edm(like: Path) -> Original:
 
     return Original(
         "edm", file.config, file.stored, file.names.to_edm, write, lambda path: foreign.read_edm(path).stored
-    )  # fmt: skip
+    )
 
 
 def _adm(like: Path, stored: dict[str, Tensor], given: dict[str, Any]) -> Original:
@@ -174,17 +171,17 @@ def _adm(like: Path, stored: dict[str, Tensor], given: dict[str, Any]) -> Origin
 # Checks
 
 
-def _check_config(own: dict[str, Any], theirs: dict[str, Any], ckpt: str, like: Path) -> None:
-    """Raises CheckpointError unless both describe one network in one preconditioner."""
+def _check_config(ours: dict[str, Any], theirs: dict[str, Any], ckpt: str, like: Path) -> None:
+    """Raises CheckpointError unless both describe the same network in the same preconditioner."""
 
     def facts(config: dict[str, Any]) -> dict[str, Any]:
         options = {key: value for key, value in config["options"].items() if key not in _INERT}
         return {"name": config["name"], "shape": config["shape"], "num_classes": config["num_classes"], **options}
 
-    ours, wanted = facts(own), facts(theirs)
-    odd = [key for key in ours.keys() | wanted.keys() if ours.get(key) != wanted.get(key)]
+    actual, wanted = facts(ours), facts(theirs)
+    odd = [key for key in actual.keys() | wanted.keys() if actual.get(key) != wanted.get(key)]
     if odd:
-        listed = ", ".join(f"{key} {ours.get(key)} instead of {wanted.get(key)}" for key in sorted(odd))
+        listed = ", ".join(f"{key} {actual.get(key)} instead of {wanted.get(key)}" for key in sorted(odd))
         raise CheckpointError(
             f"{ckpt} is another model than {like}: {listed}; give with --like the file that it was converted from"
         )
@@ -198,22 +195,22 @@ def _check_tensors(new: Mapping[str, Tensor], stored: Mapping[str, Tensor], ckpt
 
 
 def _overlap(storages: Sequence[Storage]) -> bool:
-    """Whether storages of different numbers lie at one place of the file, as when one is stored once and read twice."""
+    """Whether storages with different numbers lie at the same offset: the file stores them once and reads them twice."""
     first: dict[int, Tensor] = {}
     return any(not _same(first.setdefault(offset, values), values) for values, offset in storages)
 
 
 def _verify(written: Mapping[str, Tensor], expected: Mapping[str, Tensor], out: Path) -> None:
-    """Raises CheckpointError unless a file that was read again holds what it should, in that order."""
+    """Raises CheckpointError unless the file that was read again holds the expected tensors, in that order."""
     if list(written) != list(expected) or not all(_same(written[key], tensor) for key, tensor in expected.items()):
         raise CheckpointError(f"{out}: what was written reads back different; it was removed, so try again")
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same type, shape and bits: NaN equals itself, and 0 is not -0."""
-    if one.dtype != other.dtype or one.shape != other.shape:
+    if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
+    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
 
 
 def _listed(keys: Sequence[str]) -> str:

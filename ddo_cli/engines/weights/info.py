@@ -1,4 +1,4 @@
-"""`ddo info`: what a checkpoint, sample set, encoded set or run directory holds."""
+"""`ddo info`: the content of a checkpoint, sample set, encoded set or run directory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ddo_cli.data.samples import MANIFEST
 from ddo_cli.errors import UsageError
 from ddo_cli.files import read_json, sha256
 
-DESCRIBING = (  # entries of a header that are shown as they are
+DESCRIBING = (  # entries of a header that are shown unchanged
     "config", "process", "trained_on", "guidance", "heldout", "sampling", "step", "owner", "metric", "protocol", "data",
 )  # fmt: skip
 
@@ -32,50 +32,48 @@ def run(path: str) -> dict[str, Any]:
             return {"holds": "analyses", "path": path, **_analyses(analyses)}
         raise UsageError(f"{path} is a directory with neither manifest.json nor state.json; ddo did not write it")
     file = checkpoint.load(path)
-    found: dict[str, Any] = {
+    description: dict[str, Any] = {
         "holds": f"checkpoint of kind '{file.header['kind']}'",
         "path": path,
         "sha256": file.sha256,
         "num_tensors": len(file.tensors),
         "num_parameters": sum(tensor.numel() for tensor in file.tensors.values()),
     }
-    found |= {key: file.header[key] for key in DESCRIBING if key in file.header}
+    description |= {key: file.header[key] for key in DESCRIBING if key in file.header}
     if "provenance" in file.header:
-        found["provenance"] = [_link(link) for link in file.header["provenance"]]
-    return found
+        description["provenance"] = [_link(link) for link in file.header["provenance"]]
+    return description
 
 
 def _run_directory(place: Path) -> dict[str, Any]:
     state = read_json(place / "state.json")
     files = sorted(str(file.relative_to(place)) for file in place.rglob("*.safetensors") if "shard-" not in file.name)
     weights = {name: sha256(place / name) for name in files if "train-state" not in name}
-    rounds = [{key: record[key] for key in ("round", "score", "promoted")} for record in state.get("rounds", [])]
-    found = {
+    of_finetuning = {
         "reference_sha256": state.get("reference_sha256"),
         "reference_score": state.get("reference", {}).get("score"),
-        "rounds": rounds,
+        "rounds": [{key: record[key] for key in ("round", "score", "promoted")} for record in state.get("rounds", [])],
     }
     return {
         "holds": f"run of {state.get('command', 'an unknown command')}",
         "path": str(place),
         "finished": bool(state.get("finished")),
-        **{key: value for key, value in found.items() if value},
+        **{key: value for key, value in of_finetuning.items() if value},
         **{key: state[key] for key in ("score", "heldout_bce", "heldout_accuracy", "settled") if key in state},
         "sha256": weights,
     }
 
 
 def _analyses(files: list[Path]) -> dict[str, Any]:
-    """The figures of `ddo analyze` that are numbers, by analysis."""
-    contents = [read_json(file) for file in files]
+    """The numbers among the results of `ddo analyze`, by analysis."""
     return {
         content["analysis"]: {key: value for key, value in content.items() if isinstance(value, (int, float))}
-        for content in contents
+        for content in map(read_json, files)
     }
 
 
 def _link(link: dict[str, Any]) -> dict[str, Any]:
-    """One step of a provenance chain, with its recipe's name instead of the whole recipe."""
+    """A step of the provenance, with its recipe's name and main settings instead of the whole recipe."""
     short = {key: value for key, value in link.items() if key != "recipe"}
     recipe = link.get("recipe", {})
     sections = {"finetune-ddo": "finetune", "pretrain": "pretrain", "train-disc": "discriminator"}
@@ -85,6 +83,6 @@ def _link(link: dict[str, Any]) -> dict[str, Any]:
 
 
 def _short(manifest: dict[str, Any]) -> dict[str, Any]:
-    """A manifest with the number of its shards in the place of their hashes, and without labels."""
+    """A manifest with the number of its shards instead of their hashes, and without labels."""
     short = {key: value for key, value in manifest.items() if key not in ("labels", "shards")}
     return {**short, "shards": len(manifest["shards"])} if "shards" in manifest else short
