@@ -63,7 +63,7 @@ def run(
     source: a .pkl of EDM or EDM2 (the averaged weights); a .pt or .pth of an ADM diffusion model, an ADM classifier
     or a published discriminator; a .pth of VAR or its tokenizer; or a folder of diffusers with a UNet2DModel and its
     scheduler. model, trunk: the model that a discriminator guides, and the converted classifier under it.
-    settings: KEY=VALUE texts for what the file of an ADM diffusion model or of VAR does not contain; see `parse_settings`.
+    settings: KEY=VALUE texts, see `parse_settings`, for what an ADM diffusion model's or VAR's file does not contain.
     vae: the tokenizer of a VAR. verify: read the written file again and compare every tensor.
     Raises CheckpointError if the file cannot be used, UsageError where an option does not fit it.
     """

@@ -195,7 +195,7 @@ def _check_tensors(new: Mapping[str, Tensor], stored: Mapping[str, Tensor], ckpt
 
 
 def _overlap(storages: Sequence[Storage]) -> bool:
-    """Whether storages with different numbers lie at the same offset: the file stores them once and reads them twice."""
+    """Whether storages with different numbers lie at the same offset: stored once and read twice."""
     first: dict[int, Tensor] = {}
     return any(not _same(first.setdefault(offset, values), values) for values, offset in storages)
 
