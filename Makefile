@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint format bench assets clean
+.PHONY: quickstart test lint format bench assets docs clean
 
 quickstart: $(VENV)/.installed  ## install, then four rounds of DDO on the embedded default
 	$(BIN)/ddo finetune-ddo --rounds 4 --alpha 4 --beta 0.05
@@ -22,6 +22,9 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev  ## ratios measured side by side
 	$(BIN)/python benchmarks/run.py
 
+docs: $(VENV)/.installed-docs  ## the pages of docs/ in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
 assets: $(VENV)/.installed-dev  ## rebuild ddo_cli/assets from the recipes
 	$(BIN)/python -m ddo_cli.assets.build
 
@@ -36,5 +39,9 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,129 @@
+"""What mkdocs calls while it builds: pages made from the code, and formulas as MathML.
+
+A page asks for generated text by a comment of its own, `<!-- generated: commands -->`; see GENERATED. Formulas are
+written in LaTeX between dollar signs and become MathML, which browsers draw without a script.
+"""
+
+import html
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import typer
+from typer.utils import get_params_from_function
+
+from ddo_cli.cli import app
+from ddo_cli.recipe.keys import described
+from ddo_cli.recipe.load import load, recipe_names
+
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+VALUES = {int: "N", float: "X", Path: "PATH"}  # how the value of an option is written; any other is TEXT
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Fills in what is generated."""
+    return re.sub(r"<!-- generated: ([\w-]+) -->", lambda match: "\n".join(GENERATED[match[1]]()), markdown)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Turns the formulas that arithmatex has marked into MathML."""
+    from latex2mathml.converter import convert  # the tests of these pages do without
+
+    def mathml(match: re.Match[str]) -> str:
+        formula = html.unescape(match["formula"])
+        display = "block" if match["tag"] == "div" else "inline"
+        return convert(formula, display=display)
+
+    marked = r'<(?P<tag>div|span) class="arithmatex">\\[\[(](?P<formula>.*?)\\[\])]</(?P=tag)>'
+    return re.sub(marked, mathml, content, flags=re.DOTALL)
+
+
+def commands() -> Iterator[str]:
+    """All commands: a line each, then one section with the arguments and options of each."""
+    yield from table(["command", ""], ([f"[`ddo {name}`](#{name})", c.help] for name, c in COMMANDS.items()))
+    for name, command in COMMANDS.items():
+        types = {key: value.annotation for key, value in get_params_from_function(command.callback).items()}
+        rows = [parameter_row(parameter, types[parameter.name]) for parameter in command.params]
+        required = [row[0].strip("`") for row in rows if row[2] == "required"]
+        yield f"\n## `ddo {name}` {{#{name}}}\n\n{command.help}\n"
+        yield f"```text\n{' '.join(['ddo', name, *required, '[OPTIONS]'])}\n```\n"
+        yield from table(["option", "", "default"], rows)
+
+
+def parameter_row(parameter: Any, annotation: Any) -> list[str]:
+    """Names with the kind of value, the help, and the default where it is a value."""
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if kind in VALUES]
+    value = VALUES[kinds[0]] if kinds else "TEXT"
+    if not parameter.opts[0].startswith("-"):
+        names = f"`{parameter.metavar or parameter.name.upper()}`"
+    elif parameter.is_flag:
+        names = ", ".join(f"`{option}`" for option in [*parameter.opts, *parameter.secondary_opts])
+    else:
+        names = ", ".join(f"`{option} {parameter.metavar or value}`" for option in parameter.opts)
+    if parameter.required:
+        default = "required"
+    elif isinstance(parameter.show_default, str):
+        default = f"`{parameter.show_default}`"
+    else:
+        default = "" if parameter.default in (None, False) else f"`{parameter.default}`"
+    return [names, cell(parameter.help or ""), default]
+
+
+def recipe_keys() -> Iterator[str]:
+    """One table per section of the schema."""
+    section = None
+    rows: list[list[str]] = []
+    for key in described():
+        name, _, last = key.name.rpartition(".")
+        if name != section:
+            yield from key_table(section, rows)
+            section, rows = name, []
+        default = "" if key.default is None else f"`{json.dumps(key.default)}`"
+        rows.append([f"`{last}`", cell(key.meaning), cell(key.type), default])
+    yield from key_table(section, rows)
+
+
+def key_table(section: str | None, rows: list[list[str]]) -> Iterator[str]:
+    if rows:
+        yield f"\n## `{section}` {{#{section}}}\n" if section else "\n## The run itself {#run}\n"
+        yield from table(["key", "", "type", "default"], rows)
+
+
+def recipe_table() -> Iterator[str]:
+    """All recipes: a line each, then head and content of each."""
+    files = recipe_names()
+    by_place: dict[bool, list[str]] = {True: [], False: []}
+    for name in sorted(files):
+        by_place[load(name).data.source.startswith("embedded:")].append(name)
+    for is_embedded, title in ((True, "On embedded data"), (False, "On data and checkpoints of your own")):
+        yield f"\n## {title}\n"
+        yield from table(["recipe", ""], ([f"[`{name}`](#{name})", head(name)[0]] for name in by_place[is_embedded]))
+        for name in by_place[is_embedded]:
+            yield f"\n### `{name}` {{#{name}}}\n\n```yaml\n{files[name].read_text(encoding='utf-8').rstrip()}\n```\n"
+
+
+def head(name: str) -> list[str]:
+    """The comment that a recipe opens with, line by line."""
+    lines = recipe_names()[name].read_text(encoding="utf-8").splitlines()
+    end = next(number for number, line in enumerate(lines) if not line.startswith("#"))
+    return [line.removeprefix("#").strip() for line in lines[:end]]
+
+
+def table(titles: list[str], rows: Any) -> Iterator[str]:
+    """A Markdown table."""
+    yield f"| {' | '.join(titles)} |"
+    yield "|" + " --- |" * len(titles)
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def cell(text: str) -> str:
+    """Text that Markdown keeps as it is, in a cell of a table."""
+    parts = re.split(r"(`[^`]*`)", text)  # code is left alone
+    escaped = [part if part.startswith("`") else re.sub(r"([<>\[\]*_])", r"\\\1", part) for part in parts]
+    return "".join(escaped).replace("|", "\\|")
+
+
+GENERATED = {"commands": commands, "recipe-keys": recipe_keys, "recipes": recipe_table}
