@@ -34,7 +34,8 @@ def on_page_content(content: str, **_: Any) -> str:
     def mathml(match: re.Match[str]) -> str:
         formula = html.unescape(match["formula"])
         display = "block" if match["tag"] == "div" else "inline"
-        return convert(formula, display=display)
+        # Without a space after it, "log p" reads as one word.
+        return convert(formula, display=display).replace("<mi>log</mi>", '<mi>log</mi><mspace width="0.17em"/>')
 
     marked = r'<(?P<tag>div|span) class="arithmatex">\\[\[(](?P<formula>.*?)\\[\])]</(?P=tag)>'
     return re.sub(marked, mathml, content, flags=re.DOTALL)
@@ -122,7 +123,7 @@ def table(titles: list[str], rows: Any) -> Iterator[str]:
 def cell(text: str) -> str:
     """Text that Markdown keeps as it is, in a cell of a table."""
     parts = re.split(r"(`[^`]*`)", text)  # code is left alone
-    escaped = [part if part.startswith("`") else re.sub(r"([<>\[\]*_])", r"\\\1", part) for part in parts]
+    escaped = [part if part.startswith("`") else re.sub(r"([\[\]*_])", r"\\\1", html.escape(part)) for part in parts]
     return "".join(escaped).replace("|", "\\|")
 
 
