@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from ddo_cli import __version__, console
-from ddo_cli.commands import averaging, encoding, evaluate, sample, train
+from ddo_cli.commands import evaluate, sample, train, weights
+from ddo_cli.commands.options import Command
 from ddo_cli.errors import DdoError
 
 # Newer Typer carries its own copy of click, older ones import it: either way this is what a bad option raises.
@@ -38,24 +39,27 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-# In the order of the help text.
-app.command()(sample.sample)
-app.command("finetune-ddo")(train.finetune_ddo)
-app.command("train-disc")(train.train_disc)
-app.command("guide-sample")(sample.guide_sample)
-app.command()(evaluate.fid)
-app.command()(evaluate.stats)
-app.command()(sample.edit)
-app.command()(evaluate.analyze)
-app.command()(train.pretrain)
-app.command()(encoding.encode)
-app.command("train-classifier")(train.train_classifier)
-app.command("train-extractor")(train.train_extractor)
-app.command()(averaging.ema)
-app.command()(evaluate.convert)
-app.command()(evaluate.export)
-app.command()(evaluate.info)
-app.command()(evaluate.recipes)
+COMMANDS = {  # in the order of the help text
+    "sample": sample.sample,
+    "finetune-ddo": train.finetune_ddo,
+    "train-disc": train.train_disc,
+    "guide-sample": sample.guide_sample,
+    "fid": evaluate.fid,
+    "stats": evaluate.stats,
+    "edit": sample.edit,
+    "analyze": evaluate.analyze,
+    "pretrain": train.pretrain,
+    "encode": weights.encode,
+    "train-classifier": train.train_classifier,
+    "train-extractor": train.train_extractor,
+    "ema": weights.ema,
+    "convert": weights.convert,
+    "export": weights.export,
+    "info": weights.info,
+    "recipes": weights.recipes,
+}
+for name, function in COMMANDS.items():
+    app.command(name, cls=Command.of(function), help=function.__doc__)(lambda: None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from conftest import CPU, make_checkpoint, make_discriminator
 from torch.distributed.run import get_args_parser
 from typer.main import get_command
@@ -91,8 +92,10 @@ def test_options_that_would_be_ignored(line, ddo, ckpt, tmp_path):
 def test_torchrun_takes_no_option_for_its_own(name):
     """Its parser refuses what follows the program's name, too, where that abbreviates several of its options."""
     launch = ["--standalone", "-m", "ddo_cli", name]
-    parser = get_args_parser()
-    for parameter in get_command(cli.app).commands[name].params:
+    parser, command = get_args_parser(), get_command(cli.app).commands[name]
+    parameters = command.get_params(typer.Context(command))
+    assert len(parameters) > 1
+    for parameter in parameters:
         for option in [text for text in (*parameter.opts, *parameter.secondary_opts) if text.startswith("-")]:
             for arguments in ([option], [option, "1"], [f"{option}=1"]):
                 assert parser.parse_args([*launch, *arguments]).training_script_args == [name, *arguments]

@@ -4,8 +4,11 @@ import re
 
 import pytest
 import torch
+import typer
 import yaml
+from typer.main import get_command
 
+from ddo_cli import cli
 from ddo_cli.engines.discriminator import train as train_disc
 from ddo_cli.engines.pretrain import model as pretrain
 from ddo_cli.errors import RecipeError
@@ -99,13 +102,29 @@ def test_saved_recipe_reads_back(tmp_path):
 def test_keys_are_described():
     found = {key.name: key for key in keys.described()}
     assert sorted(found) == sorted(all_keys())
-    assert found["pretrain.lr"] == ("pretrain.lr", "number", 1e-4, "")  # of the class that it inherits from
+    assert found["pretrain.lr"] == ("pretrain.lr", "number", 1e-4, "Learning rate.")  # of the class it inherits from
+    assert found["discriminator.lr"] == ("discriminator.lr", "number", 3e-4, "Learning rate.")  # with another default
     assert found["finetune.sharding"].type == "ddp | fsdp"
     assert found["data.num"].type == "integer | null"
-    assert found["data.num"].meaning.startswith("use this many items")  # behind the key
-    assert found["data.cache"].meaning.startswith("Whether decoded images are kept")  # above it
-    with_meaning = [key for key in found.values() if key.meaning]
-    assert len(with_meaning) > len(found) / 2
+    assert [name for name, key in found.items() if not key.meaning.endswith(".")] == []
+    table = keys.markdown()
+    for name, key in found.items():
+        assert f"| `{name.rpartition('.')[2]}` | " in table, name
+        assert key.meaning.replace("<", "&lt;") in table, name
+
+
+def test_options_of_keys_are_the_schema_s():
+    """Every option that stands for a key has its text in --help, and none is declared beside it."""
+    context = {name: typer.Context(command) for name, command in get_command(cli.app).commands.items()}
+    helps = {key.meaning for key in keys.described()}
+    seen = {
+        p.help for name, command in get_command(cli.app).commands.items() for p in command.get_params(context[name])
+    }
+    assert len(helps & seen) > 30
+    for name in ("finetune-ddo", "train-disc", "pretrain", "train-classifier"):
+        command = get_command(cli.app).commands[name]
+        other = {p.name for p in command.get_params(context[name]) if p.help not in helps}
+        assert other <= {"recipe", "overrides", "out", "device", "dry_run", "json_", "force", "help"}
 
 
 def test_differing_keys_name_both_values():

@@ -1,152 +1,321 @@
-"""Options that several commands share, and how their values are read."""
+"""How commands get their options, and how their results are printed.
 
-from __future__ import annotations
+A command is a function with Typer's annotations. `@options(seeds=seeds_of)` adds the options that `seeds_of` has for
+parameters; the command's argument `seeds` is what it returns. Such a reader is a function or a NamedTuple. Options that
+stand for recipe keys take name, type and help from the schema: `recipe_options`, `sampling_options`, ...
+"""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Optional, TypeVar
 
 import typer
+from rich.table import Table
+from typer.core import TyperCommand
+from typer.models import OptionInfo
 
-from ddo_cli.diffusion.samplers import SAMPLERS
-from ddo_cli.errors import RecipeError, UsageError
+from ddo_cli import console
+from ddo_cli.errors import DdoError, RecipeError, UsageError
 
 if TYPE_CHECKING:
     import torch
 
+    from ddo_cli.engines.sampling import guides
     from ddo_cli.recipe.schema import Recipe
 
 MAX_SEED = 2**32 - 1  # generators keep 32 bits
-NUM = 64  # images that are drawn unless told otherwise
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
-Device = Annotated[str | None, typer.Option(help="cuda or cpu. Default: cuda where there is one.")]
-ModelFile = Annotated[str | None, typer.Option(help="Python file that registers your own model.")]
-RecipeName = Annotated[str, typer.Option(help="A recipe by name (see `ddo recipes`) or a YAML file.")]
-Data = Annotated[
-    str | None,
-    typer.Option(help="Real images: a folder, zip, npz, embedded:<name>, or what `ddo encode` made of them."),
-]
-Out = Annotated[Path | None, typer.Option(help="Directory of the run. Default: runs/<recipe>.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Any recipe key, e.g. finetune.ema_half_life=500."),
-]
-Num = Annotated[
-    int | None,
-    typer.Option("--num-images", min=1, help="How many.", show_default=str(NUM)),
-]
-Seed = Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="First seed.", show_default="0")]
-Seeds = Annotated[str | None, typer.Option(help="Seeds such as 0-49999 or 3,7,10-20.")]
-Classes = Annotated[str | None, typer.Option(help="Only these classes, e.g. 3,5. Default: all, balanced.")]
-Labels = Annotated[
-    str | None,
-    typer.Option(
-        help="balanced (seed modulo classes), position (place in --seeds modulo classes), or random as EDM draws them."
-    ),
-]
-Sampler = Annotated[str | None, typer.Option(help=f"One of {', '.join(SAMPLERS)}.")]
-Steps = Annotated[int | None, typer.Option(help="Sampling steps.")]
-Churn = Annotated[float | None, typer.Option(help="EDM's stochasticity.")]
-CfgScale = Annotated[float | None, typer.Option(help="Classifier-free guidance, 1 = off.")]
-Batch = Annotated[int | None, typer.Option(help="Images per network pass.")]
-Form = Annotated[
-    str | None, typer.Option("--format", help="png, npz or shards. Default: png for images, npz for points.")
-]
-SamplingKeys = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Other sampling keys, e.g. sigma_max=20 top_k=5."),
-]
-GuideCkpt = Annotated[
-    str | None,
-    typer.Option(help="Guide by a second network: a worse version of the model, or an unconditional one."),
-]
-Guidance = Annotated[float, typer.Option(help="Scale of its guidance, 1 = off.")]
-GuidanceInterval = Annotated[
-    str | None, typer.Option(metavar="LOW,HIGH", help="Noise levels at which it acts. Default: all.")
-]
-Disc = Annotated[
-    str | None,
-    typer.Option(help="Discriminator of `ddo train-disc`. Default: the newest below runs/."),
-]
-GuidedCkpt = Annotated[
-    str | None, typer.Option(help="Model to guide. Default: the one that the discriminator was trained against.")
-]
-DgWeight = Annotated[
-    float | None,
-    typer.Option(help="Weight of the guidance in a step's predictor, 0 = off. Default: the recipe's."),
-]
-DgWeight2nd = Annotated[float | None, typer.Option("--dg-weight-2nd", help="Weight in its corrector (heun).")]
-TimeMin = Annotated[float | None, typer.Option(help="Guide only at VP times from here on, in [0, 1].")]
-TimeMax = Annotated[float | None, typer.Option(help="Guide only at VP times up to here, in [0, 1].")]
-Force = Annotated[bool, typer.Option("--force", help="Use a discriminator that was trained for another model.")]
+NUM_IMAGES = 64  # images that are drawn unless told otherwise
+F = TypeVar("F", bound=Callable[..., Any])
+
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Options -> values
-
-_SEEDS = "write seeds such as 0-49999 or 3,7,10-20"
-_TWO_LEVELS = "write two noise levels such as 0.3,2"
+# Commands
 
 
-def recipe_of(name: str, overrides: list[str] | None, given: dict[str, Any], own_model: bool = False) -> Recipe:
-    """The resolved recipe. own_model: the recipe's model section is used, so its options are checked as well."""
-    from ddo_cli.models import registry
-    from ddo_cli.recipe import load as recipes_
+class Result(NamedTuple):
+    """What a command prints: `figures` with --json, else the table, `shown` (None: the figures) and the text."""
 
-    if problems := recipes_.repeated(overrides or [], given):
-        raise RecipeError("\n".join(problems))
-
-    def check(recipe: Recipe) -> list[str]:
-        registry.load_file(recipe.model.file)
-        return registry.problems(recipe.model.name, recipe.model.options, recipe.model.draw)
-
-    return recipes_.load(name, overrides or [], given, check if own_model else None)
+    figures: Mapping[str, Any]
+    shown: Mapping[str, Any] | None = None
+    table: Table | None = None
+    text: str = ""
+    error: DdoError | None = None  # raised once the rest is printed
 
 
-def device_of(name: str | None) -> torch.device:
-    """The device of --device. Raises UsageError where there is no such device."""
+def options(**readers: Callable[..., Any]) -> Callable[[F], F]:
+    """Adds the options of each reader to a command, under a title of --help made of the argument's name.
+
+    A command with an argument `typed` gets the values of all options that were typed, by name.
+    """
+
+    def attach(command: F) -> F:
+        command.readers = readers  # type: ignore[attr-defined]
+        return command
+
+    return attach
+
+
+class Command(TyperCommand):
+    """A command whose options are made on demand: those of recipe keys need the schema, which is slow to import."""
+
+    function: Callable[..., Any]
+
+    @classmethod
+    def of(cls, function: Any) -> "type[Command]":
+        """The class of one command, as Typer takes it."""
+        return type("Command", (cls,), {"function": staticmethod(function)})
+
+    @cached_property
+    def whole(self) -> Any:
+        """The command with its options."""
+        app = typer.Typer(add_completion=False)
+        app.command(self.name)(_flat(self.function))
+        return typer.main.get_command(app)
+
+    def get_params(self, ctx: Any) -> Any:
+        return self.whole.get_params(ctx)
+
+    def invoke(self, ctx: Any) -> Any:
+        return self.whole.invoke(ctx)
+
+
+def _flat(command: Callable[..., Any]) -> Callable[..., None]:
+    """The command as a function of all its options, which prints the result."""
+    readers = getattr(command, "readers", {})
+    arguments = inspect.signature(command).parameters
+    own = [parameter for name, parameter in arguments.items() if name not in (*readers, "typed")]
+    read = {name: list(inspect.signature(reader).parameters.values()) for name, reader in readers.items()}
+    for name, parameters in read.items():
+        for option in (parameter.annotation.__metadata__[0] for parameter in parameters):
+            if isinstance(option, OptionInfo) and option.rich_help_panel is None:
+                option.rich_help_panel = name.replace("_", " ").capitalize()
+
+    def run(**values: Any) -> None:
+        console.use_json(values.pop("json_"))
+        made = {"typed": {name: value for name, value in values.items() if value is not None}}
+        for name, parameters in read.items():
+            made[name] = readers[name](**{parameter.name: values[parameter.name] for parameter in parameters})
+        values |= made
+        output = command(**{name: values[name] for name in arguments})
+        result = output if isinstance(output, Result) else Result(output)
+        lines = lines_of(result.figures if result.shown is None else result.shown)
+        console.result(result.figures, lines + result.text, result.table)
+        if result.error is not None:
+            raise result.error
+
+    json_ = inspect.Parameter("json_", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
+    everything = [*own, *(parameter for group in read.values() for parameter in group), json_]
+    everything.sort(key=lambda parameter: parameter.annotation.__metadata__[0].rich_help_panel == "Run")  # these last
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in everything]
+    )
+    return run
+
+
+def lines_of(figures: Mapping[str, Any], indent: str = "") -> str:
+    """One "key value" line per entry; nested values indented."""
+    lines = []
+    for key, value in figures.items():
+        if isinstance(value, Mapping) and value:
+            lines += [f"{indent}{key}", lines_of(value, indent + "  ")]
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            lines += [f"{indent}{key}", *(lines_of(entry, indent + "  ") for entry in value)]
+        else:
+            text = f"{value:.6g}" if isinstance(value, float) else str(value)
+            lines.append(f"{indent}{key:<{max(18 - len(indent), 1)}} {text}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Single options
+
+
+def choice(option: str, *known: str, help: str) -> Any:
+    """A Typer option whose value must be one of the known ones, else UsageError."""
+
+    def parse(text: str) -> str:
+        if text not in known:
+            raise UsageError(f"{option} {text} is not known; use one of {', '.join(known)}")
+        return text
+
+    return typer.Option(option, parser=parse, metavar="|".join(known), help=help)
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel="Run")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.", rich_help_panel="Run")
+]
+Device = Annotated[str | None, typer.Option(help="cuda or cpu. Default: cuda if there is one.", rich_help_panel="Run")]
+ModelFile = Annotated[
+    str | None, typer.Option(help="Python file that registers your own model.", rich_help_panel="Run")
+]
+Batch = Annotated[int, typer.Option(min=1, help="Images per network pass.", rich_help_panel="Run")]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=0, max=64, help="Processes that decode images. Default: depends on the machine.", rich_help_panel="Run"
+    ),
+]
+Images = Annotated[str, typer.Argument(help="Images: a folder, zip, npz, sample set, or embedded:<name>.")]
+NumImages = Annotated[int | None, typer.Option(min=2, help="Number of images, always the same ones. Default: all.")]
+Form = Annotated[
+    Any, choice("--format", "png", "npz", "shards", help="Format. Default: png for images, npz for points.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Use a discriminator that was trained for another model.")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options of recipe keys
+
+_NAMES = {"data.source": "data", "model.file": "model_file", "metric.num_images": "eval_num"}  # else the last part
+_FLAGS = {"discriminator.conditional": "--conditional/--unconditional"}
+_TYPES = {"integer": int, "number": float, "true | false": bool}  # by `Key.type`; all others are text
+_METAVARS = {"true | false": None, "number | list of number": "NUMBER[,...]"}
+_TITLES = {"data": "Data and model", "model": "Data and model", "metric": "Score", "sampling": "Sampling",
+           "guidance": "Discriminator guidance"}  # fmt: skip
+
+
+class _KeyOptions:
+    """A reader with an option for each of these keys; it returns read(values by key, **values of its own options).
+
+    A value is None if the option was not typed. default: what then holds, for --help.
+    """
+
+    def __init__(self, read: Callable[..., Any], keys: Iterable[str], default: str):
+        self.read, self.keys, self.default = read, {_NAMES.get(key, key.split(".")[-1]): key for key in keys}, default
+
+    @cached_property
+    def __signature__(self) -> inspect.Signature:
+        from ddo_cli.recipe.keys import described
+
+        known = {key.name: key for key in described()}
+        parameters = [self._parameter(name, known[key]) for name, key in self.keys.items()]
+        return inspect.Signature([*list(inspect.signature(self.read).parameters.values())[1:], *parameters])
+
+    def _parameter(self, name: str, key: Any) -> inspect.Parameter:
+        kind = key.type.removesuffix(" | null")
+        option = typer.Option(
+            *([_FLAGS[key.name]] if key.name in _FLAGS else []),
+            help=key.meaning,
+            metavar=_METAVARS.get(kind, kind.replace(" ", "") if "|" in kind else None),
+            show_default=self.default
+            if key.default is None
+            else self.default.replace("recipe", f"recipe, else {key.default}"),
+            rich_help_panel=_TITLES.get(key.name.partition(".")[0], "Training"),
+        )
+        annotation: Any = Annotated[Optional[_TYPES.get(kind, str)], option]  # noqa: UP045
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+    def __call__(self, **values: Any) -> Any:
+        return self.read({key: values.pop(name) for name, key in self.keys.items()}, **values)
+
+
+def recipe_options(*keys: str, check_model: bool = False) -> Callable[..., Any]:
+    """Reader of a Recipe, with options for some of its keys. check_model: the model section's options are checked."""
+
+    def read(
+        given: dict[str, Any],
+        recipe: Annotated[
+            str, typer.Option(help="A recipe by name (see `ddo recipes`) or a YAML file.")
+        ] = "quickstart",
+        overrides: Annotated[
+            list[str] | None,
+            typer.Argument(metavar="[KEY=VALUE]...", help="Any recipe key, e.g. finetune.ema_half_life=500."),
+        ] = None,
+    ) -> "Recipe":
+        from ddo_cli.models import registry
+        from ddo_cli.recipe import load
+
+        for key in given.keys() & {"finetune.alpha", "finetune.beta"}:
+            given[key] = coefficient(f"--{key.split('.')[-1]}", given[key])
+        if problems := load.repeated(overrides or [], given):
+            raise RecipeError("\n".join(problems))
+
+        def check(recipe: "Recipe") -> list[str]:
+            registry.load_file(recipe.model.file)
+            return registry.problems(recipe.model.name, recipe.model.options, recipe.model.draw)
+
+        return load.load(recipe, overrides or [], given, check if check_model else None)
+
+    return _KeyOptions(read, keys, "recipe")
+
+
+def sampling_options(*keys: str) -> Callable[..., Any]:
+    """Reader of values for SamplingRecipe: options for these keys, KEY=VALUE arguments for the others."""
+
+    def read(
+        given: dict[str, Any],
+        overrides: Annotated[
+            list[str] | None,
+            typer.Argument(metavar="[KEY=VALUE]...", help="Any sampling key, e.g. sigma_max=20 top_k=5."),
+        ] = None,
+    ) -> dict[str, Any]:
+        from ddo_cli.recipe.load import parse_sampling
+
+        return parse_sampling(overrides or [], _unqualified(given))
+
+    return _KeyOptions(read, [f"sampling.{key}" for key in keys], "model")
+
+
+def guidance_options(*keys: str) -> Callable[..., Any]:
+    """Reader of values for GuidanceRecipe, None where an option was not typed."""
+    return _KeyOptions(_unqualified, [f"guidance.{key}" for key in keys], "discriminator")
+
+
+def _unqualified(given: dict[str, Any]) -> dict[str, Any]:
+    return {key.partition(".")[2]: value for key, value in given.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Readers of other options
+
+
+def device_of(device: Device = None) -> "torch.device":
+    """The device of --device. Raises UsageError if there is no such device."""
     import torch
 
     from ddo_cli import dist
 
-    if name not in (None, "cpu", "cuda"):
-        raise UsageError(f"--device {name} is not known; use cuda or cpu")
-    if name == "cuda" and not torch.cuda.is_available():
+    if device not in (None, "cpu", "cuda"):
+        raise UsageError(f"--device {device} is not known; use cuda or cpu")
+    if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device here; leave the option out or use cpu")
-    return dist.init(name)
+    return dist.init(device)
 
 
-def choice(option: str, value: str | None, known: tuple[str, ...]) -> Any:
-    """The value, if it is one of the known ones or None. Raises UsageError."""
-    if value is not None and value not in known:
-        raise UsageError(f"{option} {value} is not known; use one of {', '.join(known)}")
-    return value
+def device_and_models(model_file: ModelFile = None, device: Device = None) -> "torch.device":
+    """The device of --device, once the Python file of --model-file has registered its models."""
+    from ddo_cli.models import registry
+
+    registry.load_file(model_file)
+    return device_of(device)
 
 
-def parsed(option: str, text: str | None, parse: Any, remedy: str) -> Any:
-    """What `parse` makes of an option's text; None without one. Raises UsageError with the remedy."""
-    try:
-        return None if text is None else parse(text)
-    except ValueError as error:
-        raise UsageError(f"{option} {text} cannot be read ({error}); {remedy}") from None
-
-
-def seeds_of(text: str | None, first: int | None, num: int | None) -> Any:
-    """The seeds of --seeds, or else --num-images from --seed on. Raises UsageError for both or too large ones."""
+def seeds_of(
+    seeds: Annotated[str | None, typer.Option(help="Seeds such as 0-49999 or 3,7,10-20.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="First seed.", show_default="0")] = None,
+    num_images: Annotated[
+        int | None, typer.Option(min=1, help="Number of images.", show_default=str(NUM_IMAGES))
+    ] = None,
+) -> Sequence[int]:
+    """The seeds of --seeds, or else --num-images of them from --seed on. Raises UsageError if both are given."""
     from ddo_cli.data.samples import parse_seeds
 
-    if text is not None:
-        for option, value in (("--seed", first), ("--num-images", num)):
+    if seeds is not None:
+        for option, value in (("--seed", seed), ("--num-images", num_images)):
             if value is not None:
-                raise UsageError(f"{option} {value} has no effect beside --seeds {text}; leave one of them out")
-        return parsed("--seeds", text, lambda text: parse_seeds(_ascending(text)), _SEEDS)
-    first, num = first or 0, num or NUM
-    if first + num - 1 > MAX_SEED:
+                raise UsageError(f"{option} {value} has no effect beside --seeds {seeds}; leave one of them out")
+        return parsed(
+            "--seeds", seeds, lambda text: parse_seeds(_ascending(text)), "write seeds such as 0-49999 or 3,7"
+        )
+    first, count = seed or 0, num_images or NUM_IMAGES
+    if first + count - 1 > MAX_SEED:
         raise UsageError(
-            f"--seed {first} and --num-images {num} go up to seed {first + num - 1}, and seeds end at {MAX_SEED}; "
+            f"--seed {first} and --num-images {count} go up to seed {first + count - 1}, and seeds end at {MAX_SEED}; "
             "lower one"
         )
-    return range(first, first + num)
+    return range(first, first + count)
 
 
 def _ascending(text: str) -> str:
@@ -158,9 +327,52 @@ def _ascending(text: str) -> str:
     return text
 
 
-def classes_of(text: str | None) -> Any:
+def classes_of(
+    classes: Annotated[
+        str | None, typer.Option(help="Only these classes, e.g. 3,5. Default: all.", rich_help_panel="Seeds")
+    ] = None,
+) -> list[int] | None:
     """The classes of --classes."""
-    return parsed("--classes", text, numbers, "write classes such as 3,5")
+    return parsed("--classes", classes, numbers, "write classes such as 3,5")
+
+
+class Pair(NamedTuple):
+    """A discriminator and the model that it guides."""
+
+    disc: Annotated[
+        str | None, typer.Option(help="Discriminator of `ddo train-disc`. Default: the newest below runs/.")
+    ] = None
+    ckpt: Annotated[
+        str | None, typer.Option(help="Model to guide. Default: the one that the discriminator was trained for.")
+    ] = None
+    force: Force = False
+
+
+def second_network(
+    guide_ckpt: Annotated[
+        str | None, typer.Option(help="Weaker version of the model, or an unconditional one, that guides it.")
+    ] = None,
+    autoguidance_scale: Annotated[float, typer.Option(help="Scale of this guidance, 1 = off.")] = 1.0,
+    guidance_interval: Annotated[
+        str | None, typer.Option(metavar="LOW,HIGH", help="Noise levels at which it acts. Default: all.")
+    ] = None,
+) -> "guides.Others":
+    """Guidance by a second network (autoguidance, arXiv 2406.02507)."""
+    from ddo_cli.engines.sampling import guides
+
+    return guides.Others(guide_ckpt, autoguidance_scale, interval=interval_of(guidance_interval))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts -> values
+
+
+def parsed(option: str, text: str | None, parse: Callable[[str], Any], remedy: str) -> Any:
+    """What `parse` makes of an option's text; None without one. Raises UsageError with the remedy."""
+    try:
+        return None if text is None else parse(text)
+    except ValueError as error:
+        raise UsageError(f"{option} {text} cannot be read ({error}); {remedy}") from None
 
 
 def numbers(text: str) -> list[int]:
@@ -175,8 +387,9 @@ def floats(text: str) -> list[float]:
 
 def interval_of(text: str | None) -> Any:
     """The two levels of --guidance-interval. Raises UsageError."""
-    if (values := parsed("--guidance-interval", text, floats, _TWO_LEVELS)) is not None and len(values) != 2:
-        raise UsageError(f"--guidance-interval {text} has {len(values)} numbers; {_TWO_LEVELS}")
+    remedy = "write two noise levels such as 0.3,2"
+    if (values := parsed("--guidance-interval", text, floats, remedy)) is not None and len(values) != 2:
+        raise UsageError(f"--guidance-interval {text} has {len(values)} numbers; {remedy}")
     return values and tuple(values)
 
 
@@ -184,17 +397,3 @@ def coefficient(option: str, text: str | None) -> float | list[float] | None:
     """The number, or those of a sweep, of --alpha and --beta. Raises UsageError."""
     values = parsed(option, text, floats, "write a number such as 4, or those of a sweep such as 1,2,4")
     return values[0] if values and len(values) == 1 else values
-
-
-def lines_of(found: Mapping[str, Any], indent: str = "") -> str:
-    """One "key value" line per entry; nested values indented."""
-    lines = []
-    for key, value in found.items():
-        if isinstance(value, Mapping) and value:
-            lines += [f"{indent}{key}", lines_of(value, indent + "  ")]
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            lines += [f"{indent}{key}", *(lines_of(entry, indent + "  ") for entry in value)]
-        else:
-            text = f"{value:.6g}" if isinstance(value, float) else str(value)
-            lines.append(f"{indent}{key:<{max(18 - len(indent), 1)}} {text}")
-    return "\n".join(lines)

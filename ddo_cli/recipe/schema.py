@@ -1,6 +1,6 @@
-"""Schema of every recipe key: what a recipe may hold, its defaults, and the messages about what it may not.
+"""Schema of all recipe keys: type, default, description, and the messages about values that do not fit.
 
-Torch-free, and knows no file; `recipe` reads files.
+Needs no torch and no file; `load` reads files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ddo_cli.recipe.training import (
     TrainRecipe,
 )
 
-__all__ = ["Precision", "TrainRecipe"]  # for those who need no more than a schema of training
+__all__ = ["Precision", "TrainRecipe"]  # also from here
 
 DEFAULT_RECIPE = "quickstart"
 
@@ -33,34 +33,43 @@ DEFAULT_RECIPE = "quickstart"
 class DataRecipe(Section):
     """The real data."""
 
-    source: str = "embedded:digits32"  # embedded:<name>, a folder, a zip or npz of images, or CIFAR-10's .tar.gz
-    num: int | None = Field(None, ge=1)  # use this many items (renderings of an embedded set); None: all
-    hflip: bool = False  # each real training image is mirrored (left to right) half of the time
-    # Whether decoded images are kept on disk for later runs. Changes no result, so a run may continue with another.
-    cache: bool = Field(True, exclude=True)
+    source: str = Field(
+        "embedded:digits32",
+        description="Real images: a folder, zip, npz, CIFAR-10's .tar.gz, embedded:<name>, or what `ddo encode` made.",
+    )
+    num: int | None = Field(None, ge=1, description="Use this many images. Default: all.")
+    hflip: bool = Field(False, description="Mirror each real training image left to right with probability 1/2.")
+    cache: bool = Field(
+        True,
+        exclude=True,  # changes no result, so a run may continue with another value
+        description="Keep decoded images on disk for later runs.",
+    )
 
 
 class ModelRecipe(Section):
-    """The network that `pretrain` trains, and the reference that `finetune-ddo` starts from."""
+    """The network that `pretrain` trains, and the checkpoint that the other commands start from."""
 
-    name: str = "patch-unet"  # a registered model
-    file: str | None = None  # Python file that registers the user's own model
-    options: dict[str, Any] = Field(default_factory=dict)  # constructor options, checked by the model
+    name: str = Field("patch-unet", description="A registered model.")
+    file: str | None = Field(None, description="Python file that registers your own model.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Constructor options of the model.")
     draw: dict[str, Any] = Field(
-        default_factory=dict
-    )  # randomness of pretraining (p_mean, p_std, label_dropout), ditto
-    ckpt: str = "embedded:digits32"  # reference of finetune-ddo: a weight file or embedded:<name>
+        default_factory=dict, description="Randomness of pretraining: p_mean, p_std, label_dropout, ..."
+    )
+    ckpt: str = Field(
+        "embedded:digits32", description="Model to improve or to guide: a weight file or embedded:<name>."
+    )
 
 
 def _respacing(value: Any) -> Any:
-    """250 and [10, 15, 20] as the texts they stand for: YAML reads respacing=250 as a number."""
+    """250 and [10, 15, 20] as text: YAML reads respacing=250 as a number."""
     parts = value if isinstance(value, list) else [value]
     return ",".join(map(str, parts)) if parts and all(type(part) is int for part in parts) else value
 
 
 _RESPACING = Field(pattern=r"^(ddim\d{1,5}|\d{1,5}(,\d{1,5})*)$")
-CHURN = ("s_churn", "s_min", "s_max", "s_noise")  # keys that only EDM's samplers read
-GENERALISED = ("discretization", "schedule", "scaling", "step_ratio")  # ditto; one of them asks for the generalised one
+# Keys that only EDM's samplers read; one of GENERALISED selects the generalised sampler.
+CHURN = ("s_churn", "s_min", "s_max", "s_noise")
+GENERALISED = ("discretization", "schedule", "scaling", "step_ratio")
 
 
 def _sampler(value: Any) -> Any:
@@ -71,41 +80,74 @@ def _sampler(value: Any) -> Any:
 
 
 class SamplingRecipe(Section):
-    """How samples are drawn. None: the model's default. A key that the model does not read is an error."""
+    """How samples are drawn. Default of a key: the model's own. A key that the model does not read is an error."""
 
-    batch: int = Field(256, ge=1)  # images per network pass; another batch changes rounding only
-    sampler: Annotated[str | None, BeforeValidator(_sampler)] = Field(None, description=", ".join(SAMPLERS))
-    steps: int | None = Field(None, ge=1, le=10_000)
-    # balanced: seed modulo classes; random: as EDM's scripts draw; position: place in the list of seeds modulo classes.
-    labels: Literal["balanced", "random", "position"] | None = None
-    precision: Literal["float32", "tf32", "bf16", "fp16"] | None = None  # of network passes; None: float32
-    dtype: Literal["float64", "float32"] | None = None  # of state and noise levels; None: float64, EDM2's is float32
-    # Of noise levels: karras (EDM's), vp (evenly in the time of the VP-SDE), or steps (the training steps of a model
-    # that knows discrete ones). None: steps or else vp for ddim and ddpm, karras for the others.
-    spacing: Literal["karras", "vp", "steps"] | None = None
-    # Of spacing steps: 250, ddim25 or 10,15,20.
-    respacing: Annotated[Annotated[str, _RESPACING] | None, BeforeValidator(_respacing)] = None
-    sigma_min: float | None = Field(None, gt=0)
-    sigma_max: float | None = Field(None, gt=0)
-    rho: float | None = Field(None, gt=0)  # curvature of Karras spacing
-    s_churn: float | None = Field(None, ge=0)  # EDM's stochasticity (heun and euler)
-    s_min: float | None = Field(None, ge=0)
-    s_max: float | None = Field(None, gt=0)
-    s_noise: float | None = Field(None, gt=0)
-    # EDM's generalised sampler (heun or euler), with which its ablations and baselines were drawn; one of these asks
-    # for it. Defaults then: edm, linear, none, 1.
-    discretization: Literal["vp", "ve", "iddpm", "edm"] | None = None
-    schedule: Literal["vp", "ve", "linear"] | None = None
-    scaling: Literal["vp", "none"] | None = None
-    step_ratio: float | None = Field(None, gt=0, le=1)  # where in a step Heun's second evaluation lies, 1 = at its end
-    clip_denoised: bool | None = None  # keep the denoised image in [-1, 1] at each step, as ADM does
-    cfg_scale: float | None = Field(None, ge=0)  # classifier-free guidance, 1 = off
-    cfg_sigma_min: float | None = Field(None, ge=0)  # guided at noise levels above this one only,
-    cfg_sigma_max: float | None = Field(None, gt=0)  # and up to this one (arXiv 2404.07724)
-    temperature: float | None = Field(None, gt=0)  # autoregressive models
-    top_k: int | None = Field(None, ge=1)
-    top_p: float | None = Field(None, gt=0, le=1)
-    smooth: bool | None = None  # VAR: codes mixed by their probability, for pictures and not for scores
+    batch: int = Field(256, ge=1, description="Images per network pass; changes only the rounding of results.")
+    sampler: Annotated[str | None, BeforeValidator(_sampler)] = Field(
+        None, description=f"Sampler: {', '.join(SAMPLERS)}."
+    )
+    steps: int | None = Field(None, ge=1, le=10_000, description="Sampling steps.")
+    labels: Literal["balanced", "random", "position"] | None = Field(
+        None,
+        description="Class labels: balanced (seed modulo classes), position (place in the list of seeds modulo "
+        "classes), or random as EDM's scripts draw them.",
+    )
+    precision: Precision | None = Field(None, description="Precision of network passes. Default: float32.")
+    dtype: Literal["float64", "float32"] | None = Field(
+        None, description="Type of state and noise levels. Default: float64; EDM2 uses float32."
+    )
+    spacing: Literal["karras", "vp", "steps"] | None = Field(
+        None,
+        description="Noise levels: karras (EDM), vp (evenly in the time of the VP-SDE), or steps (training steps of a "
+        "model with discrete ones). Default: steps, or else vp, for ddim and ddpm; karras for the others.",
+    )
+    respacing: Annotated[Annotated[str, _RESPACING] | None, BeforeValidator(_respacing)] = Field(
+        None, description="Of spacing steps: 250, ddim25 or 10,15,20."
+    )
+    sigma_min: float | None = Field(None, gt=0, description="Smallest noise level.")
+    sigma_max: float | None = Field(None, gt=0, description="Largest noise level.")
+    rho: float | None = Field(None, gt=0, description="Exponent of the Karras spacing.")
+    s_churn: float | None = Field(None, ge=0, description="EDM's stochasticity S_churn (heun and euler).")
+    s_min: float | None = Field(None, ge=0, description="Smallest noise level with churn.")
+    s_max: float | None = Field(None, gt=0, description="Largest noise level with churn.")
+    s_noise: float | None = Field(None, gt=0, description="Standard deviation of the churn's noise.")
+    discretization: Literal["vp", "ve", "iddpm", "edm"] | None = Field(
+        None,
+        description="EDM's generalised sampler (heun or euler), used for its ablations and baselines: time steps. It "
+        "is chosen by setting this key, schedule, scaling or step_ratio. Default then: edm.",
+    )
+    schedule: Literal["vp", "ve", "linear"] | None = Field(
+        None, description="Of the generalised sampler: noise schedule. Default then: linear."
+    )
+    scaling: Literal["vp", "none"] | None = Field(
+        None, description="Of the generalised sampler: signal scaling. Default then: none."
+    )
+    step_ratio: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Of the generalised sampler: place of Heun's second evaluation within a step. Default then: 1.",
+    )
+    clip_denoised: bool | None = Field(
+        None, description="Clip the denoised image to [-1, 1] in each step, as ADM does."
+    )
+    cfg_scale: float | None = Field(None, ge=0, description="Scale of classifier-free guidance, 1 = off.")
+    cfg_sigma_min: float | None = Field(
+        None, ge=0, description="Classifier-free guidance only at noise levels above this (arXiv 2404.07724)."
+    )
+    cfg_sigma_max: float | None = Field(None, gt=0, description="Classifier-free guidance only up to this noise level.")
+    temperature: float | None = Field(None, gt=0, description="Autoregressive models: softmax temperature.")
+    top_k: int | None = Field(None, ge=1, description="Autoregressive models: sample from the k most likely values.")
+    top_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Autoregressive models: sample from the most likely values of total probability p.",
+    )
+    smooth: bool | None = Field(
+        None,
+        description="VAR: mix codes with Gumbel-softmax weights, not sample them; for pictures, not for scores.",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> SamplingRecipe:
@@ -116,30 +158,30 @@ class SamplingRecipe(Section):
         return self
 
     def merged(self, **given: Any) -> SamplingRecipe:
-        """This recipe with the given values that are not None in place of its own. Raises RecipeError.
+        """This recipe with its values replaced by the given ones that are not None. Raises RecipeError.
 
-        Own values that only another way of sampling reads go when a sampler or a count is given: a file's published
-        settings must not forbid the sampler that is asked for.
+        A given sampler or number of steps also drops the stored values that do not go with it: the published settings
+        of a file must not forbid another sampler.
         """
         try:
-            own, given = self.model_dump(), {key: value for key, value in given.items() if value is not None}
+            stored, given = self.model_dump(), {key: value for key, value in given.items() if value is not None}
             if "steps" in given or "respacing" in given:  # both count steps
-                own |= {"steps": None, "respacing": None}
+                stored |= {"steps": None, "respacing": None}
             sampler = SAMPLERS.get(given.get("sampler", ""))
             if sampler and not sampler.churns:
-                own |= dict.fromkeys(CHURN)
+                stored |= dict.fromkeys(CHURN)
             if sampler and not sampler.generalised:
-                own |= dict.fromkeys(GENERALISED)
+                stored |= dict.fromkeys(GENERALISED)
             if sampler and sampler.spacing == "snapped":
-                own |= dict.fromkeys(("spacing", "respacing"))
+                stored |= dict.fromkeys(("spacing", "respacing"))
             if given.get("cfg_scale") == 1:
-                own |= dict.fromkeys(("cfg_sigma_min", "cfg_sigma_max"))
-            return SamplingRecipe(**(own | given))
+                stored |= dict.fromkeys(("cfg_sigma_min", "cfg_sigma_max"))
+            return SamplingRecipe(**(stored | given))
         except ValidationError as error:
             raise RecipeError("\n".join(messages(error, "sampling", {}))) from None
 
 
-# Those that `metrics.published` holds figures of.
+# Benchmarks with published results in `metrics.published`.
 Benchmark = Literal[
     "cifar10-uncond", "cifar10-cond", "ffhq64", "afhqv2-64", "imagenet64", "imagenet256", "imagenet512"
 ]  # fmt: skip
@@ -155,29 +197,41 @@ def _benchmark(value: Any) -> Any:
 
 
 class MetricRecipe(Section):
-    """What scores a model: lower is better for each of them."""
+    """How a model is scored. Lower is better for every metric."""
 
-    name: Literal["fd_embedded", "fid", "fd_dinov2", "fd_clip", "js"] = "fd_embedded"
-    ref: str | None = None  # reference images or statistics; None: the training data
-    num_images: int = Field(4096, ge=2, le=250_000)  # images per score
-    repeats: int = Field(3, ge=1, le=4)  # sampling-seed ranges averaged for promoted models; candidates use the first
-    weights: str | None = None  # Inception weights of `fid`
-    benchmark: Annotated[Benchmark | None, BeforeValidator(_benchmark)] = None  # whose published figures are shown
-    extractor: str | None = None  # of fd_embedded: one of `ddo train-extractor` instead of the embedded one
+    name: Literal["fd_embedded", "fid", "fd_dinov2", "fd_clip", "js"] = Field("fd_embedded", description="Metric.")
+    ref: str | None = Field(None, description="Reference images or statistics. Default: the training data.")
+    num_images: int = Field(4096, ge=2, le=250_000, description="Images per score.")
+    repeats: int = Field(
+        3, ge=1, le=4, description="Scores of promoted models are means over this many ranges of seeds."
+    )
+    weights: str | None = Field(None, description="Inception weights of the FID.")
+    benchmark: Annotated[Benchmark | None, BeforeValidator(_benchmark)] = Field(
+        None, description="Benchmark whose published results are shown beside the score."
+    )
+    extractor: str | None = Field(
+        None, description="Of fd_embedded: an extractor of `ddo train-extractor`. Default: the embedded one."
+    )
 
 
 class GuidanceRecipe(Section):
     """How a discriminator guides sampling (arXiv 2211.17091)."""
 
-    dg_weight: float = Field(1.0, ge=0)  # of a step's predictor; 0 = off, 1 aims at the data, more goes beyond
-    dg_weight_2nd: float = Field(0.0, ge=0)  # of its corrector (heun)
-    time_min: float = Field(0.01, ge=0, le=1)  # guided only at VP times in [time_min, time_max]
-    time_max: float = Field(1.0, ge=0, le=1)
-    decay: Literal["constant", "linear", "cosine"] = "constant"  # weight over time, chosen by us
-    boost: bool = False  # churn and doubled weight for samples whose log-ratio is negative
-    boost_churn_period: int = Field(5, ge=1)  # steps
-    boost_weight_period: int = Field(2, ge=1)  # steps
-    boost_churn: float = Field(4.0, ge=0)  # S_churn of boosted samples
+    dg_weight: float = Field(
+        1.0, ge=0, description="Guidance weight in a step's predictor: 0 = off, 1 = aims at the data."
+    )
+    dg_weight_2nd: float = Field(0.0, ge=0, description="Guidance weight in the step's corrector (heun).")
+    time_min: float = Field(0.01, ge=0, le=1, description="Guide only at VP times from here on, in [0, 1].")
+    time_max: float = Field(1.0, ge=0, le=1, description="Guide only at VP times up to here, in [0, 1].")
+    decay: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Weight over time; linear and cosine fall with t (our choice; the paper gives none)."
+    )
+    boost: bool = Field(
+        False, description="Push samples whose log-ratio is negative further: with churn and a doubled weight."
+    )
+    boost_churn_period: int = Field(5, ge=1, description="Steps between churns of boosted samples.")
+    boost_weight_period: int = Field(2, ge=1, description="Steps between doubled weights of boosted samples.")
+    boost_churn: float = Field(4.0, ge=0, description="S_churn of boosted samples.")
 
     @model_validator(mode="after")
     def _ordered(self) -> GuidanceRecipe:
@@ -188,11 +242,11 @@ class GuidanceRecipe(Section):
         return self
 
     def merged(self, **given: Any) -> GuidanceRecipe:
-        """This recipe with the given values that are not None in place of its own. Raises RecipeError."""
+        """This recipe with its values replaced by the given ones that are not None. Raises RecipeError."""
         try:
             values = self.model_dump() | {k: v for k, v in given.items() if v is not None}
             if given.get("dg_weight") == 0 and not given.get("boost"):
-                values["boost"] = False  # stored with the discriminator, and nothing to boost
+                values["boost"] = False  # the stored boost has no guidance to act on
             return GuidanceRecipe(**values)
         except ValidationError as error:
             raise RecipeError("\n".join(messages(error, "command line", {}))) from None
@@ -201,8 +255,12 @@ class GuidanceRecipe(Section):
 class Recipe(Section):
     """A whole recipe file."""
 
-    name: str = Field(DEFAULT_RECIPE, pattern=r"^[.]*[A-Za-z0-9_-][A-Za-z0-9._-]*$")  # a directory below runs/
-    seed: int = Field(0, ge=0)
+    name: str = Field(
+        DEFAULT_RECIPE,
+        pattern=r"^[.]*[A-Za-z0-9_-][A-Za-z0-9._-]*$",  # a directory below runs/
+        description="Name of the recipe; runs are written to runs/<name>.",
+    )
+    seed: int = Field(0, ge=0, description="Seed of all random numbers.")
     data: DataRecipe = DataRecipe()
     model: ModelRecipe = ModelRecipe()
     sampling: SamplingRecipe = SamplingRecipe()
@@ -214,7 +272,7 @@ class Recipe(Section):
     classifier: ClassifierRecipe = ClassifierRecipe()
 
     def of_round(self, number: int) -> Recipe:
-        """The recipe as round `number` of a finetuning runs it."""
+        """The recipe of round `number` of a finetuning."""
         return self.model_copy(update={"finetune": self.finetune.of_round(number)})
 
 
@@ -235,25 +293,25 @@ def all_keys(schema: type[BaseModel] | None = None, prefix: str = "") -> list[st
 
 
 def nearest_key(key: str) -> str:
-    """ " (did you mean '...'?)" for a misspelt or unqualified key; empty where nothing is near."""
+    """ " (did you mean '...'?)" for a misspelt key or one without its section; empty if nothing is near."""
     if override := re.match(r"finetune\.from_round\.\d+\.", key):
         return nearest(key[override.end() :], FinetuneRecipe.model_fields)
     known = all_keys()
     same_end = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     section = key.rpartition(".")[0]
     inside = [name for name in known if name.rpartition(".")[0] == section]
-    found = same_end or difflib.get_close_matches(key, inside, 1) or difflib.get_close_matches(key, known, 1)
-    return f" (did you mean {' or '.join(repr(name) for name in found)}?)" if found else ""
+    near = same_end or difflib.get_close_matches(key, inside, 1) or difflib.get_close_matches(key, known, 1)
+    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
 
 
 def nearest(word: str, known: Any) -> str:
-    """ " (did you mean '...'?)" for a misspelt word; empty where nothing is near."""
-    found = difflib.get_close_matches(word, list(known), 1, cutoff=0.5)
-    return f" (did you mean '{found[0]}'?)" if found else ""
+    """ " (did you mean '...'?)" for a misspelt word; empty if nothing is near."""
+    near = difflib.get_close_matches(word, list(known), 1, cutoff=0.5)
+    return f" (did you mean '{near[0]}'?)" if near else ""
 
 
 def messages(error: ValidationError, path: str, places: dict[str, str]) -> Iterator[str]:
-    """One line per problem: place, key, value and remedy. places: of single keys, where they are not from `path`."""
+    """One line per problem: place, key, value and remedy. places: where a key was given, if not in `path`."""
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         place = places.get(key, path)

@@ -1,4 +1,4 @@
-"""Recipe keys of everything that is trained, and the section that all groups of keys are made of."""
+"""Recipe keys of the training sections, and `Section`, the base of all sections."""
 
 from __future__ import annotations
 
@@ -23,53 +23,69 @@ T = TypeVar("T", bound="TrainRecipe")
 
 
 class Section(BaseModel):
-    """A group of keys; a key that nothing reads is an error, and values are never converted in silence."""
+    """A group of keys. An unknown key is an error, and values are never converted silently."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
 def _problem(key: Iterable[str | int], value: Any, text: str, kind: str = "refused") -> InitErrorDetails:
-    """What is wrong with one key inside a section; `schema.messages` puts place, key and value before the text."""
+    """A problem with one key of a section; `schema.messages` puts place, key and value before the text."""
     return InitErrorDetails(type=PydanticCustomError(kind, "{text}", {"text": text}), loc=tuple(key), input=value)
 
 
 class TrainRecipe(Section):
-    """What `pretrain` and `finetune` share."""
+    """Optimisation: the keys that all training sections share."""
 
     prefix: ClassVar[str] = ""  # of the keys, as messages name them
     dropout: ClassVar[bool] = True  # whether layers of dropout are on
 
-    lr: float = Field(1e-4, gt=0)
-    warmup: int = Field(0, ge=0)  # images of linear warm-up
-    # After the warm-up: cosine ends at 0; inverse-sqrt falls from `decay_images` on as 1 / sqrt(images) (EDM2);
-    # linear falls to `lr_final`, after having stayed at the top for `lr_hold` (VAR).
-    lr_schedule: Literal["constant", "cosine", "inverse-sqrt", "linear"] = "constant"
-    decay_images: int | None = Field(None, ge=1)  # of inverse-sqrt
-    lr_hold: float = Field(0.05, ge=0, lt=1)  # of linear: share of the images after the warm-up
-    lr_final: float = Field(0.1, ge=0, le=1)  # of linear: share of lr
-    batch: int = Field(64, ge=1)  # real images per optimizer step, over all processes
-    micro_batch: int | None = Field(None, ge=1)  # real images per forward pass of one process; None: its whole share
-    ema_half_life: float = Field(500.0, ge=0)  # images; 0: no averaging
-    # Power-function averages in place of the half-life: their relative standard deviations (EDM2's sigma_rel). The
-    # first one is scored and promoted; the others lie beside the candidates, for `ddo ema`.
-    ema_widths: list[Annotated[float, Field(gt=0, lt=MAX_STD)]] = Field(default_factory=list)
-    optimizer: Literal["adam", "adamw"] = "adam"
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_eps: float = Field(1e-8, gt=0)
-    # adam: added to the gradient of every weight. adamw: each step takes lr * weight_decay off the weight itself, but
-    # not off vectors and what else the model exempts.
-    weight_decay: float = Field(0.0, ge=0)
-    grad_clip: float | None = Field(None, gt=0)  # largest gradient norm
-    precision: Precision = "float32"  # of the network passes; log-ratios are float32 always. fp16: loss is scaled
-    activation_checkpointing: bool = False  # less memory for one more forward pass of each block
-    sharding: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights, averages and optimizer are spread over the processes
-    log_every: int = Field(10, ge=1)  # steps
-    save_every: int = Field(20, ge=1)  # steps between saves of what resuming needs
+    lr: float = Field(1e-4, gt=0, description="Learning rate.")
+    warmup: int = Field(0, ge=0, description="Images over which the learning rate rises linearly from 0.")
+    lr_schedule: Literal["constant", "cosine", "inverse-sqrt", "linear"] = Field(
+        "constant",
+        description="Learning rate after the warm-up: cosine falls to 0; inverse-sqrt falls as 1 / sqrt(images) from "
+        "decay_images on (EDM2); linear stays at lr for lr_hold, then falls to lr_final (VAR).",
+    )
+    decay_images: int | None = Field(None, ge=1, description="Of inverse-sqrt: images after which the rate falls.")
+    lr_hold: float = Field(0.05, ge=0, lt=1, description="Of linear: share of the images after the warm-up.")
+    lr_final: float = Field(0.1, ge=0, le=1, description="Of linear: last learning rate, as a share of lr.")
+    batch: int = Field(64, ge=1, description="Real images per optimizer step, over all processes.")
+    micro_batch: int | None = Field(
+        None, ge=1, description="Real images per forward pass of one process. Default: its share of the batch."
+    )
+    ema_half_life: float = Field(500.0, ge=0, description="Half-life of the averaged weights in images; 0: none.")
+    ema_widths: list[Annotated[float, Field(gt=0, lt=MAX_STD)]] = Field(
+        default_factory=list,
+        description="Power-function averages in place of the half-life: their relative standard deviations (EDM2's "
+        "sigma_rel). The first is scored and promoted; the others are saved beside it for `ddo ema`.",
+    )
+    optimizer: Literal["adam", "adamw"] = Field("adam", description="Optimizer.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of Adam's first moment.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of Adam's second moment.")
+    adam_eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        description="adam: L2 penalty, added to the gradient of every weight. adamw: decoupled, lr * weight_decay off "
+        "the weight in each step, except for vectors and weights that the model exempts.",
+    )
+    grad_clip: float | None = Field(None, gt=0, description="Largest gradient norm. Default: no clipping.")
+    precision: Precision = Field(
+        "float32",
+        description="Precision of training passes; log-ratios are always float32, and fp16 scales the loss.",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Recompute each block in the backward pass: less memory for one more forward pass."
+    )
+    sharding: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="fsdp: weights, averages and optimizer state are sharded over the processes."
+    )
+    log_every: int = Field(10, ge=1, description="Steps between log lines.")
+    save_every: int = Field(20, ge=1, description="Steps between saves of the state that resuming needs.")
 
     @field_validator("ema_widths")
     @classmethod
-    def _told_apart(cls, widths: list[float]) -> list[float]:
+    def _distinct(cls, widths: list[float]) -> list[float]:
         if len({f"{width:.3f}" for width in widths}) < len(widths):  # their files are named with three digits
             raise PydanticCustomError("widths", "the widths must differ in their first three digits")
         return widths
@@ -89,21 +105,25 @@ class PretrainRecipe(TrainRecipe):
 
     prefix: ClassVar[str] = "pretrain."
 
-    images: int = Field(96_000, ge=1)
-    ema_ramp: float | None = Field(0.05, gt=0)  # half-life at most this share of the images seen (EDM)
-    snapshot_every: int | None = Field(None, ge=1)  # images between averaged weights kept for `ddo ema`; None: the end
+    images: int = Field(96_000, ge=1, description="Images to train on, counting repeats.")
+    ema_ramp: float | None = Field(
+        0.05, gt=0, description="The half-life is at most this share of the images seen so far (EDM)."
+    )
+    snapshot_every: int | None = Field(
+        None, ge=1, description="Images between snapshots of averaged weights for `ddo ema`. Default: at the end only."
+    )
 
 
 _POSITIVE = TypeAdapter(Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)])
 
 
 def _coefficient(value: Any) -> float | tuple[float, ...]:
-    """A positive number, or several different ones; a list of one is that number."""
+    """A positive number, or several different ones for a sweep; a list of one is that number."""
     try:
         if not isinstance(value, (list, tuple)):
             return _POSITIVE.validate_python(value)
-        values = tuple(_POSITIVE.validate_python(one) for one in value)
-    except ValidationError as error:  # a plain message: that of a union would name the key's alternatives
+        values = tuple(map(_POSITIVE.validate_python, value))
+    except ValidationError as error:  # a plain message: pydantic's for a union names the key's alternatives
         message = error.errors()[0]["msg"]
         raise PydanticCustomError("coefficient", "{message}", {"message": message}) from None
     if not values or len(set(values)) < len(values):
@@ -114,12 +134,12 @@ def _coefficient(value: Any) -> float | tuple[float, ...]:
 Coefficient = Annotated[float | tuple[float, ...], BeforeValidator(_coefficient)]
 
 
-# What a run has once for all its rounds.
+# Keys that are the same in all rounds of a run.
 _OF_THE_RUN = ("rounds", "from_round", "precision", "sharding", "fake_as", "keep_candidates")
 
 
 def _numbers(value: Any) -> Any:
-    """The keys "17" of JSON and of the command line as the numbers they stand for."""
+    """Round numbers as integers: JSON and the command line give them as text, such as "17"."""
     if not isinstance(value, dict):
         return value
     return {int(key) if isinstance(key, str) and key.isdecimal() else key: inner for key, inner in value.items()}
@@ -131,43 +151,60 @@ class FinetuneRecipe(TrainRecipe):
     prefix: ClassVar[str] = "finetune."
     dropout: ClassVar[bool] = False  # with it, r is not 0 for equal weights
 
-    rounds: int = Field(4, ge=1)
-    alpha: Coefficient = 4.0  # weight of the fake term; a list is swept in each round, all pairs with beta's
-    beta: Coefficient = 0.05  # scale of the log-ratio; goes about as 1 / dimension; ditto
-    divide_by_alpha: bool = False  # loss / max(alpha, 1), as VAR's trainer does
-    images_per_round: int = Field(7680, ge=1)
-    num_fake: int = Field(4096, ge=1, le=100_000_000)  # samples of the reference per round
-    fake_as: Literal["images", "latents"] | None = None  # what is kept of them; None: as the model does (README)
-    reference_precision: Literal["float32", "bf16"] = "float32"  # of its weights; bf16 moves the log-ratio: measured
-    draw: dict[str, Any] = Field(default_factory=dict)  # training randomness in place of the reference's (p_std, ...)
-    eval_every: int = Field(3840, ge=1)  # images between candidates of a round
-    keep_candidates: Literal["all", "best"] = "all"  # on disk, once a round is over
-    max_denoising_ratio: float = Field(2.0, gt=1)  # stop when the plain loss on real images exceeds this x reference's
-    sweep_rungs: int = Field(3, ge=1)  # of a sweep: 3 halve the nodes at 1/4 and 1/2 of a round, 1 keeps them all
-    sweep_images: int | None = Field(None, ge=2)  # per score at a rung; None: half of metric.num_images
-    # Keys of this section with their values from a round on, later ones on top: {17: {draw: {p_std: 3.0}, lr: 2e-5}}.
+    rounds: int = Field(4, ge=1, description="Rounds of self-play.")
+    alpha: Coefficient = Field(4.0, description="Weight of the fake term. Several values, such as 1,2,4, are swept.")
+    beta: Coefficient = Field(
+        0.05,
+        description="Scale of the log-ratio, about 1 / dimension. Several values are swept, in pairs with alpha's.",
+    )
+    divide_by_alpha: bool = Field(False, description="Divide the loss by max(alpha, 1), as VAR's trainer does.")
+    images_per_round: int = Field(7680, ge=1, description="Real images per round.")
+    num_fake: int = Field(4096, ge=1, le=100_000_000, description="Samples drawn from the reference per round.")
+    fake_as: Literal["images", "latents"] | None = Field(
+        None, description="Form in which these samples are stored. Default: the model's choice."
+    )
+    reference_precision: Literal["float32", "bf16"] = Field(
+        "float32",
+        description="Storage of the reference's weights. bf16 saves memory and changes the log-ratio a little.",
+    )
+    draw: dict[str, Any] = Field(
+        default_factory=dict, description="Training noise in place of the reference's, e.g. {p_std: 1.0}."
+    )
+    eval_every: int = Field(3840, ge=1, description="Images between candidates of a round.")
+    keep_candidates: Literal["all", "best"] = Field("all", description="Candidates kept on disk after a round.")
+    max_denoising_ratio: float = Field(
+        2.0, gt=1, description="Stop when the model's plain loss on real images exceeds the reference's by this factor."
+    )
+    sweep_rungs: int = Field(
+        3, ge=1, description="Of a sweep: 3 drops half of the settings at 1/4 and at 1/2 of a round, 1 drops none."
+    )
+    sweep_images: int | None = Field(
+        None, ge=2, description="Of a sweep: images per score before the end. Default: half of metric.num_images."
+    )
     from_round: Annotated[dict[Annotated[int, Field(ge=2)], dict[str, Any]], BeforeValidator(_numbers)] = Field(
-        default_factory=dict
+        default_factory=dict,
+        description="Other values of this section from a round on, e.g. {17: {draw: {p_std: 3.0}, lr: 2e-5}}; of two "
+        "rounds the later one wins.",
     )
 
     def of_round(self, number: int) -> FinetuneRecipe:
-        """What round `number` runs with. draw is replaced key by key."""
+        """The settings of round `number`. draw is replaced key by key."""
         given = self._given(number)
         return FinetuneRecipe.model_validate(self.model_dump(exclude={"from_round"}) | given) if given else self
 
     def _given(self, number: int) -> dict[str, Any]:
-        """The values in force in a round that are not this section's own."""
-        found: dict[str, Any] = {}
+        """The values of from_round that are in force in a round."""
+        given: dict[str, Any] = {}
         for _, values in sorted(item for item in self.from_round.items() if item[0] <= number):
             draw = values.get("draw", {})
             if isinstance(draw, dict):
-                draw = {**self.draw, **found.get("draw", {}), **draw}
-            found |= values | ({"draw": draw} if "draw" in values else {})
-        return found
+                draw = {**self.draw, **given.get("draw", {}), **draw}
+            given |= values | ({"draw": draw} if "draw" in values else {})
+        return given
 
     @model_validator(mode="after")
     def _rounds_can_run(self) -> FinetuneRecipe:
-        """Every round's values make a section of their own. Problems are told at the override that brings them in."""
+        """Every round's settings are valid. A problem is reported at the first round that has it."""
         problems = list(self._problems_of_rounds())
         if problems:
             raise ValidationError.from_exception_data("FinetuneRecipe", problems)
@@ -183,10 +220,11 @@ class FinetuneRecipe(TrainRecipe):
             try:
                 FinetuneRecipe.model_validate(self.model_dump(exclude={"from_round"}) | given)
             except ValidationError as error:
-                for one in error.errors():
-                    if (one["loc"], one["msg"]) not in known:
-                        known.add((one["loc"], one["msg"]))
-                        yield _problem(["from_round", number, *one["loc"]], one["input"], one["msg"], one["type"])
+                for problem in error.errors():
+                    place, text = problem["loc"], problem["msg"]
+                    if (place, text) not in known:
+                        known.add((place, text))
+                        yield _problem(["from_round", number, *place], problem["input"], text, problem["type"])
 
 
 class DiscriminatorRecipe(TrainRecipe):
@@ -194,19 +232,31 @@ class DiscriminatorRecipe(TrainRecipe):
 
     prefix: ClassVar[str] = "discriminator."
 
-    name: str = "time-encoder"  # a registered discriminator
-    options: dict[str, Any] = Field(default_factory=dict)  # its constructor options
-    conditional: bool = True  # sees the label, where the model has classes
-    fake: str | None = None  # generated images; None: drawn from model.ckpt and kept in the run
-    num_fake: int = Field(50_000, ge=1, le=100_000_000)  # images to draw
-    held_out: int = Field(1024, ge=16)  # real images, and as many generated ones, that are not trained on
-    time: Literal["importance", "uniform", "model"] = "importance"  # density of t; model: of the model's own sigma
-    t_min: float = Field(1e-5, gt=0, lt=1)  # smallest t of importance and uniform
-    weighting: Literal["none", "likelihood"] = "none"  # likelihood: every density of t has the objective of importance
-    images: int = Field(500_000, ge=1)  # real images at most, repeats counted, with as many generated ones
-    eval_every: int = Field(25_000, ge=1)  # images between checkpoints, each with its held-out loss
-    patience: int = Field(4, ge=1)  # stop after so many checkpoints in a row without a better held-out loss
-    select: Literal["bce", "fid"] = "bce"  # final checkpoint: best held-out loss, or best metric of guided samples
+    name: str = Field("time-encoder", description="A registered discriminator.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Its constructor options.")
+    conditional: bool = Field(True, description="The discriminator sees the label, if the model has classes.")
+    fake: str | None = Field(
+        None, description="Generated images, as `ddo sample` drew them. Default: drawn from model.ckpt and kept."
+    )
+    num_fake: int = Field(50_000, ge=1, le=100_000_000, description="Images to generate.")
+    held_out: int = Field(
+        1024, ge=16, description="Real images, and as many generated ones, that are held out to measure the loss."
+    )
+    time: Literal["importance", "uniform", "model"] = Field(
+        "importance", description="Density of the VP time t; model: the one that the model's own noise levels have."
+    )
+    t_min: float = Field(1e-5, gt=0, lt=1, description="Smallest t of importance and uniform.")
+    weighting: Literal["none", "likelihood"] = Field(
+        "none", description="likelihood: rows are weighted so that every density of t optimises importance's objective."
+    )
+    images: int = Field(
+        500_000, ge=1, description="Real images to train on at most, counting repeats; as many generated ones."
+    )
+    eval_every: int = Field(25_000, ge=1, description="Images between checkpoints, each with its held-out loss.")
+    patience: int = Field(4, ge=1, description="Stop after this many checkpoints in a row without a better loss.")
+    select: Literal["bce", "fid"] = Field(
+        "bce", description="Final checkpoint: lowest held-out loss (bce), or best metric of guided samples (fid)."
+    )
     lr: float = Field(3e-4, gt=0)
     weight_decay: float = Field(1e-7, ge=0)
     ema_half_life: float = Field(0.0, ge=0)
@@ -217,12 +267,14 @@ class ClassifierRecipe(TrainRecipe):
 
     prefix: ClassVar[str] = "classifier."
 
-    name: str = "time-encoder-classifier"  # a registered classifier
-    options: dict[str, Any] = Field(default_factory=dict)  # its constructor options
-    held_out: int = Field(1024, ge=16)  # images for the accuracy
-    time: Literal["importance", "uniform", "model"] = "uniform"  # density of t; rows are not weighted
-    t_min: float = Field(1e-5, gt=0, lt=1)
-    images: int = Field(500_000, ge=1)
+    name: str = Field("time-encoder-classifier", description="A registered classifier.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Its constructor options.")
+    held_out: int = Field(1024, ge=16, description="Images held out to measure the accuracy.")
+    time: Literal["importance", "uniform", "model"] = Field(
+        "uniform", description="Density of the VP time t; rows are not weighted."
+    )
+    t_min: float = Field(1e-5, gt=0, lt=1, description="Smallest t of importance and uniform.")
+    images: int = Field(500_000, ge=1, description="Images to train on, counting repeats.")
     lr: float = Field(3e-4, gt=0)
     weight_decay: float = Field(1e-7, ge=0)
     ema_half_life: float = Field(0.0, ge=0)

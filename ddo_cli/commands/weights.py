@@ -1,0 +1,154 @@
+"""Commands about weight files and recipes: `convert`, `export`, `ema`, `info`, `recipes`; `encode` for data."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ddo_cli import console
+from ddo_cli.commands.options import (
+    DryRun,
+    Images,
+    ModelFile,
+    NumImages,
+    Result,
+    Workers,
+    choice,
+    device_and_models,
+    options,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+FileSettings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings that the file does not hold. ADM .pt: qkv=legacy|new, schedule=linear|cosine, size=, "
+        "num_heads=. VAR .pth: patch_nums=1,2,3,...",
+        show_default=False,
+    ),
+]
+
+
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="EDM or EDM2 .pkl; ADM diffusion model, ADM classifier or DG .pt; VAR .pth; diffusers folder."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    settings: FileSettings = None,
+    model: Annotated[str | None, typer.Option(help="Of a discriminator: the converted model that it guides.")] = None,
+    trunk: Annotated[
+        str | None, typer.Option(help="Of a discriminator: the converted classifier that it stands on.")
+    ] = None,
+    vae: Annotated[Path | None, typer.Option(help="Of a VAR: the published file of its tokenizer.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read the file again and compare every tensor.")] = False,
+    dry_run: DryRun = False,
+) -> dict[str, Any]:
+    """Convert published weights to safetensors, without running the code inside them."""
+    from ddo_cli.engines.weights import convert
+
+    return convert.run(
+        source, out, model=model, trunk=trunk, vae=vae, settings=settings or (), verify=verify, dry_run=dry_run
+    )
+
+
+def export(
+    ckpt: Annotated[str, typer.Argument(help="A converted or finetuned model.")],
+    out: Annotated[Path, typer.Option(help="The file to write like ORIGINAL; without one, a folder for diffusers.")],
+    like: Annotated[
+        Path | None, typer.Option(help="ORIGINAL: the published .pkl, .pt or .pth that the model comes from.")
+    ] = None,
+    settings: FileSettings = None,
+    dry_run: DryRun = False,
+) -> dict[str, Any]:
+    """Write a model as the published file it was converted from, or without --like as a folder of diffusers."""
+    from ddo_cli.engines.weights import export
+
+    return export.run(ckpt, out, like=like, settings=settings or (), dry_run=dry_run)
+
+
+def ema(
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="FILES...", help="Snapshots of one run, or the directory that holds them.")
+    ],
+    std: Annotated[float, typer.Option(help="Relative standard deviation of the average, EDM2's sigma_rel.")],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    at: Annotated[
+        int | None, typer.Option(min=1, help="Images of training at which it ends. Default: the last snapshot's.")
+    ] = None,
+    model_file: ModelFile = None,
+    dry_run: DryRun = False,
+) -> Result:
+    """Make averaged weights of any width from a run's snapshots, without training again."""
+    from ddo_cli.engines.weights import ema
+    from ddo_cli.models import registry
+
+    registry.load_file(model_file)
+    figures = ema.run(sources, out, std=std, at=at, dry_run=dry_run)
+    rows = [
+        (str(row["file"]), f"{row['std']:.3f}", f"{row['images']:,}", f"{row['weight']:+.5f}")
+        for row in figures["snapshots"]
+    ]
+    shown = {key: value for key, value in figures.items() if key != "snapshots"}
+    return Result(figures, shown, console.table("Snapshots", ["file", "std", "images", "weight"], rows))
+
+
+@options(device=device_and_models)
+def encode(
+    device: "torch.device",
+    data: Images,
+    ckpt: Annotated[str, typer.Option(help="A model of latents or tokens, whose encoder is used.")],
+    out: Annotated[Path, typer.Option(help="Directory of the set, for data.source.")],
+    num_images: NumImages = None,
+    shard: Annotated[int, typer.Option(min=1, help="Images per file.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="Images per network pass.")] = 64,
+    dtype: Annotated[
+        Any, choice("--dtype", "float32", "float16", help="Type of latents. Default: as the encoder makes them.")
+    ] = None,
+    workers: Workers = None,
+    dry_run: DryRun = False,
+) -> dict[str, Any]:
+    """Encode an image set once, into the latents or tokens that a model is trained on."""
+    from ddo_cli.engines import encode
+
+    return encode.run(
+        data, ckpt, out, num=num_images, shard=shard, batch=batch, dtype=dtype, workers=workers, device=device,
+        dry_run=dry_run,
+    )  # fmt: skip
+
+
+def info(
+    path: Annotated[
+        str, typer.Argument(help="A weight file, sample or encoded set, run directory, or embedded:<name>.")
+    ],
+) -> dict[str, Any]:
+    """What a checkpoint, sample set, encoded set or run holds: model, provenance, hashes."""
+    from ddo_cli.engines.weights import info
+
+    return info.run(path)
+
+
+def recipes(
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Every key of a recipe instead: default, type, meaning.")
+    ] = False,
+) -> Result:
+    """The recipes that come with the program."""
+    from ddo_cli.recipe.keys import described
+    from ddo_cli.recipe.load import recipe_names
+
+    if not keys:
+        headers = {name: path.read_text(encoding="utf-8").splitlines() for name, path in recipe_names().items()}
+        return Result({
+            name: next((line.lstrip("# ") for line in lines if line.startswith("#")), "")
+            for name, lines in headers.items()
+        })  # fmt: skip
+    known = {key.name: key for key in described()}
+    lines = [f"{key.name:<36} {json.dumps(key.default):<14} {key.type}; {key.meaning}" for key in known.values()]
+    return Result({name: key._asdict() for name, key in known.items()}, {}, text="\n".join(lines))
