@@ -31,7 +31,7 @@ TESTS = Path(__file__).resolve().parent.parent / "tests"
 
 
 class Cost(NamedTuple):
-    """Seconds of the clock, and of all cores of this process and of its children that have ended."""
+    """Wall-clock seconds, and CPU seconds of this process and its finished children."""
 
     wall: float
     cpu: float
@@ -39,7 +39,7 @@ class Cost(NamedTuple):
 
 def _now() -> Cost:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return Cost(time.perf_counter(), sum(one.ru_utime + one.ru_stime for one in used))
+    return Cost(time.perf_counter(), sum(usage.ru_utime + usage.ru_stime for usage in used))
 
 
 def _cost(function: Callable[[], Any]) -> Cost:
@@ -50,12 +50,12 @@ def _cost(function: Callable[[], Any]) -> Cost:
 
 
 def _alternating(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[Cost]]:
-    """The costs of each, measured in turn: a neighbour on the machine slows all alike."""
-    found: dict[str, list[Cost]] = {name: [] for name in functions}
+    """The costs of each, measured in turn, so that a busy machine slows all alike."""
+    costs: dict[str, list[Cost]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            found[name].append(_cost(function))
-    return found
+            costs[name].append(_cost(function))
+    return costs
 
 
 def _ratios(costs: dict[str, list[Cost]], slow: str, fast: str) -> str:
@@ -94,12 +94,9 @@ def _timed(module: Any, names: tuple[str, ...], into: list[Cost]) -> Iterator[No
 
     def timing(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **options: Any) -> Any:
-            start = _now()
-            try:
-                return function(*args, **options)
-            finally:
-                end = _now()
-                into.append(Cost(end.wall - start.wall, end.cpu - start.cpu))
+            results: list[Any] = []
+            into.append(_cost(lambda: results.append(function(*args, **options))))
+            return results[0]
 
         return run
 
@@ -125,20 +122,20 @@ def end_to_end() -> None:
         def ours() -> None:
             options = fid.Options(metrics=("fid", "is"), weights=str(weights))
             with _timed(frechet, ("reference", "distance_to"), distances["ours"]):
-                found = fid.run(scored, ref, options, device=torch.device("cpu"))
-            figures["ours"] = found["fid"], found["is"]
+                scores = fid.run(scored, ref, options, device=torch.device("cpu"))
+            figures["ours"] = scores["fid"], scores["is"]
 
         def theirs() -> None:
             with _timed(torch_fidelity.metrics, ("fid_statistics_to_metric",), distances["theirs"]):
-                found = torch_fidelity.calculate_metrics(
+                scores = torch_fidelity.calculate_metrics(
                     input1=scored, input2=ref, fid=True, isc=True, cuda=False, batch_size=64, cache=False,
                     feature_extractor_weights_path=str(weights), verbose=False,
                 )  # fmt: skip
-            figures["theirs"] = found["frechet_inception_distance"], found["inception_score_mean"]
+            figures["theirs"] = scores["frechet_inception_distance"], scores["inception_score_mean"]
 
         costs = _alternating({"theirs": theirs, "ours": ours}, REPEATS)
         per_image = {name: _without(costs[name], distances[name]) for name in costs}
-    speed = {name: NUM_PASSED / statistics.median(one.wall for one in costs[name]) for name in costs}
+    speed = {name: NUM_PASSED / statistics.median(cost.wall for cost in costs[name]) for name in costs}
     print(
         f"ddo fid (FID and IS, {NUM_PASSED} PNGs of 32 x 32) against torch-fidelity, {torch.get_num_threads()} threads:"
     )
@@ -154,13 +151,13 @@ NUM_PASSED = NUM + REF_NUM
 
 
 def _without(costs: list[Cost], parts: list[Cost]) -> list[Cost]:
-    """The costs less those of their parts, of which each has as many."""
+    """The costs less those of their parts, which are in the same order and equally many for each."""
     each = len(parts) // len(costs)
-    found = []
+    rest = []
     for number, whole in enumerate(costs):
-        own = parts[number * each : (number + 1) * each]
-        found.append(Cost(whole.wall - sum(one.wall for one in own), whole.cpu - sum(one.cpu for one in own)))
-    return found
+        timed = parts[number * each : (number + 1) * each]
+        rest.append(Cost(whole.wall - sum(part.wall for part in timed), whole.cpu - sum(part.cpu for part in timed)))
+    return rest
 
 
 def network() -> None:
@@ -214,12 +211,12 @@ def distance() -> None:
     print(f"Frechet distance of {FEATURES} features against scipy's sqrtm, {torch.get_num_threads()} threads:")
     print(f"  with the reference's factor kept {_ratios(costs, 'theirs', 'kept')}")
     print(f"  without it {_ratios(costs, 'theirs', 'whole')}")
-    seconds = ", ".join(f"{name} {statistics.median(one.wall for one in costs[name]):.1f} s" for name in costs)
+    seconds = ", ".join(f"{name} {statistics.median(cost.wall for cost in costs[name]):.1f} s" for name in costs)
     print(f"  {seconds}; the values differ by {abs(values['ours'] / values['theirs'] - 1):.1e} relative")
 
 
 def run() -> None:
-    """All of them, the quickest first."""
+    """All benchmarks of this file, the quickest first."""
     distance()
     end_to_end()
     network()

@@ -33,11 +33,11 @@ def alternating(first: Callable[[], None], second: Callable[[], None], repeats: 
     """Median seconds of each, measured in turn after one warm-up."""
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(repeats + 1):
-        for function, found in zip((first, second), times, strict=True):
+        for function, seconds in zip((first, second), times, strict=True):
             start = time.perf_counter()
             function()
             if number:
-                found.append(time.perf_counter() - start)
+                seconds.append(time.perf_counter() - start)
     return statistics.median(times[0]), statistics.median(times[1])
 
 
@@ -76,7 +76,7 @@ def ddo_step_against_plain_step() -> None:
 
 
 def sampling_against_one_by_one() -> None:
-    """The default path, against the plainest correct one: the same sampler on one image at a time."""
+    """Sampling in batches against the same sampler on one image at a time."""
     recipe = load("quickstart")
     model, file = registry.load_model(recipe.model.ckpt, torch.device("cpu"))
     spec = SamplingRecipe(**file.header["sampling"])
@@ -122,11 +122,11 @@ def discriminator_step_against_its_network() -> None:
         discriminator_loss(logit[:BATCH], logit[BATCH:]).loss.backward()
 
     def step() -> None:
-        found = stream.rows(0, 2 * BATCH)
+        batch = stream.rows(0, 2 * BATCH)
         rng = RowRng.for_rows("bench", 0, rows=range(2 * BATCH))
         times = vp_sde.importance_sampled_time(rng.rand(dtype=torch.float64))
-        x = noisy(model.encode(found.items), times, rng.randn(model.shape))
-        logit = network(x, times, found.label)
+        x = noisy(model.encode(batch.items), times, rng.randn(model.shape))
+        logit = network(x, times, batch.label)
         optimizer.zero_grad()
         discriminator_loss(logit[:BATCH], logit[BATCH:]).loss.backward()
         optimizer.step()

@@ -41,8 +41,8 @@ class RowRng:
         """
         first = rows.start // BLOCK
         blocks = range(first, (rows.stop - 1) // BLOCK + 1)
-        own = slice(rows.start - first * BLOCK, rows.stop - first * BLOCK)
-        return cls([seed_from(*key, block) for block in blocks], BLOCK, own)
+        within = slice(rows.start - first * BLOCK, rows.stop - first * BLOCK)
+        return cls([seed_from(*key, block) for block in blocks], BLOCK, within)
 
     def randn(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal numbers, (B, *shape)."""

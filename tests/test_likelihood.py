@@ -104,7 +104,7 @@ def test_gradient_of_the_ratio_against_finite_differences(pair):
 
 def denoise_in_float64(self, x, sigma, label):
     rows = sigma.view(-1, *[1] * (x.ndim - 1))
-    c_skip, c_out, c_in, _ = precond.edm(rows, self.options.sigma_data)
+    c_skip, c_out, c_in, _ = precond.Edm(self.options.sigma_data).coefficients(rows)
     return c_skip * x + c_out * self.net(c_in * x, sigma.log() / 4, label)
 
 
@@ -151,7 +151,7 @@ def test_the_ratio_keeps_what_a_plain_difference_loses():
 
 def test_edm_weight_makes_the_loss_that_of_f():
     sigma, sd = torch.tensor([0.1, 1.0, 30.0]), 0.5
-    c = precond.edm(sigma, sd)
+    c = precond.Edm(sd).coefficients(sigma)
     assert_close(precond.Edm(sd).weight(sigma) * c.c_out**2, torch.ones(3))
     x0_variance = c.c_in**2 * (sd**2 + sigma**2)
     assert_close(x0_variance, torch.ones(3))  # unit input variance

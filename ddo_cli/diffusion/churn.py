@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -27,31 +28,26 @@ class Boost(NamedTuple):
     factor: float = 2.0
 
 
+@dataclass
 class Churn:
     """The source of a sampler's noise: raises the noise level by a factor 1 + gamma before a step.
 
     With `boost`, samples whose last log-ratio in `trace` is negative get another gamma, so that the noise level becomes
-    a vector (B,).
+    a vector (B,). round_sigma: to the nearest noise levels that the network knows.
     """
 
-    def __init__(
-        self,
-        s_churn: float,
-        s_min: float,
-        s_max: float,
-        s_noise: float,
-        rng: RowRng,
-        boost: Boost | None = None,
-        trace: Trace | None = None,
-        round_sigma: Callable[[Tensor], Tensor] = lambda sigma: sigma,
-    ):
-        """round_sigma: to the nearest noise levels that the network knows."""
-        self.round_sigma = round_sigma
-        self.s_churn, self.s_min, self.s_max, self.s_noise, self.rng = s_churn, s_min, s_max, s_noise, rng
-        self.boost, self.trace, self.step = boost, trace or Trace(), 0
+    s_churn: float
+    s_min: float
+    s_max: float
+    s_noise: float
+    rng: RowRng
+    boost: Boost | None = None
+    trace: Trace = field(default_factory=Trace)
+    round_sigma: Callable[[Tensor], Tensor] = lambda sigma: sigma
+    step: int = 0
 
     def __call__(self, x: Tensor, sigma: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
-        """(x_hat, sigma_hat), sigma_hat scalar or (B,). Nothing is drawn where no step can churn."""
+        """(x_hat, sigma_hat), sigma_hat scalar or (B,). Draws nothing if s_churn is 0 and nothing is boosted."""
         if self.s_churn == 0 and self.boost is None:
             return x, sigma
         inside = bool(self.s_min <= sigma <= self.s_max)

@@ -11,8 +11,8 @@ from torch import Tensor
 class GaussianMixture:
     """sum_k w_k N(mu_k, Sigma_k) in d dimensions; float64 throughout.
 
-    Adding noise of deviation sigma turns Sigma_k into Sigma_k + sigma^2 I and leaves the eigenvectors alone, so each
-    covariance is factored once.
+    Noise of deviation sigma turns Sigma_k into Sigma_k + sigma^2 I, with the same eigenvectors, so each covariance is
+    factored once.
     """
 
     def __init__(self, means: Tensor, covs: Tensor, weights: Tensor | None = None):
@@ -79,7 +79,7 @@ class GaussianMixture:
 def toy2d() -> GaussianMixture:
     """The embedded two-dimensional data: a pinwheel of nine strokes, mean 0, deviation 0.5.
 
-    Chosen by us: three arms of three strokes each, of unequal weights, thinner than the gaps between them, so that a
+    Our choice: three arms of three strokes each, of unequal weights, thinner than the gaps between them, so that a
     small network blurs the strokes and bridges the gaps.
     """
     arm, ring = torch.arange(3.0).repeat_interleave(3).double(), torch.arange(3.0).repeat(3).double()  # (9,) each
@@ -100,7 +100,7 @@ def toy2d() -> GaussianMixture:
 def toy2d_wrong() -> GaussianMixture:
     """Another mixture, for a model of `toy2d` that is wrong: a ring of eight round blobs around a ninth.
 
-    Chosen by us: it covers toy2d's support, so that the log-ratio is moderate where data lie, and shares no shape.
+    Our choice: it covers toy2d's support, so that the log-ratio is moderate where data lie, but has none of its shapes.
     """
     angle = 2 * math.pi / 8 * torch.arange(8.0).double()
     ring = 0.75 * torch.stack([angle.cos(), angle.sin()], dim=1)  # (8, 2)

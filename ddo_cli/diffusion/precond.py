@@ -1,7 +1,7 @@
 """Preconditioning: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (arXiv 2206.00364, table 1).
 
-All in EDM's frame, where a noisy image is x0 + sigma noise: a network of the variance-preserving kind sees x scaled to
-unit variance, and its noise estimate eps gives D = x - sigma eps.
+All in EDM's frame, where a noisy image is x0 + sigma noise: a variance-preserving network sees x scaled to unit
+variance, and its noise estimate eps gives D = x - sigma eps.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Preconditioner(ABC):
         """The four factors at noise levels of any shape, float32."""
 
     def weight(self, sigma: Tensor) -> Tensor:
-        """1 / c_out^2: with it the squared error of D is that of F, which all of them were trained on."""
+        """1 / c_out^2, which makes of the squared error of D that of F: the loss of all published networks."""
         return 1 / self.coefficients(sigma).c_out.square()
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
@@ -47,29 +47,20 @@ class Preconditioner(ABC):
         return sigma
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# EDM
-
-
-def edm(sigma: Tensor, sigma_data: float) -> Coefficients:
-    """EDM's coefficients: network input and target have unit variance at every sigma."""
-    total = sigma**2 + sigma_data**2
-    return Coefficients(
-        c_skip=sigma_data**2 / total,
-        c_out=sigma * sigma_data / total.sqrt(),
-        c_in=1 / total.sqrt(),
-        c_noise=sigma.log() / 4,
-    )
-
-
 class Edm(Preconditioner):
-    """EDM's own; knows every noise level."""
+    """EDM's, which knows every noise level: input and target of the network have unit variance at each."""
 
     def __init__(self, sigma_data: float = 0.5):
         self.sigma_data = sigma_data
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
-        return edm(sigma, self.sigma_data)
+        total = sigma**2 + self.sigma_data**2
+        return Coefficients(
+            c_skip=self.sigma_data**2 / total,
+            c_out=sigma * self.sigma_data / total.sqrt(),
+            c_in=1 / total.sqrt(),
+            c_noise=sigma.log() / 4,
+        )
 
     def weight(self, sigma: Tensor) -> Tensor:
         """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2."""
@@ -81,21 +72,19 @@ class Edm(Preconditioner):
 
 
 class Vp(Preconditioner):
-    """Variance preserving: F estimates the noise at the time t(sigma) of the linear VP-SDE, told as 999 t."""
+    """Variance preserving: F estimates the noise, and c_noise is 999 t(sigma), the time of the linear VP-SDE."""
 
-    last_step = 999  # of the thousand that the networks count
+    last_step = 999  # of M = 1000
     t_min = 1e-5
 
     def __init__(self) -> None:
         # In float32, as the published networks store them: the smallest level suffers a cancellation there.
-        t = torch.tensor([self.t_min, 1.0])
-        half_slope = (vp_sde.BETA_1 - vp_sde.BETA_0) / 2
-        self.sigma_min, self.sigma_max = ((half_slope * t**2 + vp_sde.BETA_0 * t).exp() - 1).sqrt().tolist()
+        self.schedule = vp_sde.VpSchedule()
+        self.sigma_min, self.sigma_max = self.schedule.sigma(torch.tensor([self.t_min, 1.0])).tolist()
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
-        slope, start = vp_sde.BETA_1 - vp_sde.BETA_0, vp_sde.BETA_0
-        t = ((start**2 + 2 * slope * (1 + sigma**2).log()).sqrt() - start) / slope
-        return Coefficients(torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), self.last_step * t)
+        c_noise = self.last_step * self.schedule.time(sigma)
+        return Coefficients(torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), c_noise)
 
 
 class Ve(Preconditioner):
@@ -104,8 +93,7 @@ class Ve(Preconditioner):
     sigma_min, sigma_max = 0.02, 100.0
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
-        one = torch.ones_like(sigma)
-        return Coefficients(one, sigma, one, (sigma / 2).log())
+        return Coefficients(torch.ones_like(sigma), sigma, torch.ones_like(sigma), (sigma / 2).log())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,7 +103,7 @@ Prediction = Literal["eps", "v", "x0"]
 
 
 class Discrete(Preconditioner):
-    """DDPM and its kin: F knows the noise levels of M steps and is told the step's number (arXiv 2006.11239).
+    """DDPM's kind: F was trained at the noise levels of M steps; c_noise is the step's number (arXiv 2006.11239).
 
     sigmas: (M,) increasing, sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t). prediction: what F estimates: the noise,
     v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (arXiv 2202.00512), or the clean image.

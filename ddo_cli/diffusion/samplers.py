@@ -1,11 +1,10 @@
-"""Samplers: functions of a denoiser, a state and decreasing noise levels, and their table. Adding one touches this file
-only.
+"""Samplers: functions of a denoiser, a state and decreasing noise levels. Adding one touches this file only.
 
 State and noise levels are float64, as in EDM's reference sampler, so that the number of steps is limited by the
 network's accuracy and not by the integrator's rounding; or float32, as in EDM2's. The denoiser casts for its network.
 
-Torch is imported for its types only: recipes and `--help` read the table, and must be quick. A sampler that needs a
-function of torch imports it inside.
+Torch is imported for its types only, because recipes and `--help` read the table and must start quickly. A sampler
+that needs a function of torch imports it in its body.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decreasing noise levels for samplers to walk down."""
+"""Spacings of noise levels, decreasing."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def vp_sigmas(n: int, sigma_min: float, sigma_max: float) -> Tensor:
 def respaced_steps(num_steps: int, respacing: str) -> list[int]:
     """Increasing numbers of the training steps 0..num_steps - 1 that a sampler visits (arXiv 2102.09672, section 4).
 
-    respacing: "250", or "10,15,20": so many evenly strided steps in each of as many equal sections; or "ddim25": every
-    (num_steps / 25)th from 0 on, which never includes the last.
+    respacing: "250": evenly spaced, with both ends; "10,15,20": the same in each of three equal sections; "ddim25":
+    every (num_steps / 25)th from 0 on, which never includes the last.
     Raises ValueError if there are too few steps, or no whole stride.
     """
     if respacing.startswith("ddim"):
@@ -70,7 +70,7 @@ def respaced_steps(num_steps: int, respacing: str) -> list[int]:
         if not 1 <= count <= length:
             raise ValueError(f"a section of {length} steps cannot give {count}")
         step = (length - 1) / max(count - 1, 1)
-        # Added up and rounded to even, so that the numbers are those of the published samplers.
+        # A running sum, rounded half to even: the step numbers of the published samplers.
         steps += [first + round(position) for position in accumulate([step] * (count - 1), initial=0.0)]
         first += length
     return steps

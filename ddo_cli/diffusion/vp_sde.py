@@ -1,4 +1,4 @@
-"""The linear VP-SDE in which discriminators live, and its relation to the noise levels sigma of a denoiser.
+"""The linear VP-SDE on which discriminators are trained, and its relation to the noise levels sigma of a denoiser.
 
     dx = -beta(t) x / 2 dt + sqrt(beta(t)) dw,   beta(t) = BETA_0 + (BETA_1 - BETA_0) t,   t in [0, 1]
     B(t) = int_0^t beta,   x_t = m(t) x_0 + s(t) z,   m = exp(-B / 2),   s = sqrt(1 - exp(-B))
@@ -7,7 +7,8 @@ Dividing by m turns x_t into x_0 + sigma z with sigma = s / m = sqrt(e^B - 1), s
 its time tau(sigma), and a noisy state x of the denoiser is m x = x / sqrt(1 + sigma^2) for the discriminator.
 Score-based SDEs: arXiv 2011.13456, appendix C; importance-sampled times: arXiv 2101.09258, appendix D.
 
-All functions take and return float64 tensors of any shape: near t = 0 the differences below lose float32's digits.
+All functions compute in float64, for tensors of any shape: near t = 0 the differences below lose float32's digits.
+`VpSchedule` has the formulas of published diffusion code, in the type of its argument.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 BETA_0, BETA_1 = 0.1, 20.0
-T_MIN = 1e-5  # times below are not trained on
+T_MIN = 1e-5  # smallest time that is trained on
 COSINE_S = 0.008  # offset of the cosine schedule (arXiv 2102.09672, eq. 17)
 _COSINE_F0 = math.cos(COSINE_S / (1 + COSINE_S) * math.pi / 2) ** 2
 
@@ -77,11 +78,41 @@ def likelihood_weight_integral(t: Tensor) -> Tensor:
 def importance_sampled_time(u: Tensor, t_min: float = T_MIN) -> Tensor:
     """t of density lambda(t) / Z on [t_min, 1], for u uniform in [0, 1).
 
-    A plain mean over such times is the lambda-weighted mean over uniform ones divided by Z, so lambda appears nowhere.
+    A plain mean over such times is the lambda-weighted mean over uniform times divided by Z, so no weight is needed.
     """
     low, high = likelihood_weight_integral(torch.tensor([t_min, 1.0], dtype=torch.float64))
     integral = low + (high - low) * u.to(torch.float64)
     return _time_of_integrated_beta(torch.nn.functional.softplus(integral, threshold=50))  # B = ln(1 + e^A)
+
+
+class VpSchedule(NamedTuple):
+    """sigma(t) = sqrt(e^B - 1) with B(t) = slope t^2 / 2 + start t (arXiv 2206.00364, table 1: beta_d and beta_min).
+
+    Not the stable forms above: published networks and levels were made with these, in their rounding.
+    """
+
+    slope: float = BETA_1 - BETA_0
+    start: float = BETA_0
+
+    @classmethod
+    def between(cls, low: float, high: float, t_low: float) -> VpSchedule:
+        """With sigma(t_low) = low and sigma(1) = high."""
+        at_low, at_high = math.log(low**2 + 1), math.log(high**2 + 1)
+        slope = 2 * (at_low / t_low - at_high) / (t_low - 1)
+        return cls(slope, at_high - slope / 2)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Noise level."""
+        return ((self.slope / 2 * t**2 + self.start * t).exp() - 1).sqrt()
+
+    def rate(self, t: Tensor) -> Tensor:
+        """dsigma/dt."""
+        sigma = self.sigma(t)
+        return (self.start + self.slope * t) / 2 * (sigma + 1 / sigma)
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """The inverse of `sigma`."""
+        return ((self.start**2 + 2 * self.slope * (sigma**2 + 1).log()).sqrt() - self.start) / self.slope
 
 
 class TimeLaw(NamedTuple):
@@ -89,7 +120,7 @@ class TimeLaw(NamedTuple):
 
     name: "importance": lambda / Z, see `importance_sampled_time`; "uniform" on [t_min, 1]; "model": the times of
     sigma = exp(p_mean + p_std n), n standard normal.
-    weighted: rows carry the weight that makes the objective the importance-sampled one, with more variance.
+    weighted: rows carry weights that make the expected loss that of "importance", with more variance.
     """
 
     name: Literal["importance", "uniform", "model"]
