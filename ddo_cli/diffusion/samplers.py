@@ -168,14 +168,14 @@ class Sampler(NamedTuple):
 
     name: str
     integrate: Integrator
-    evaluations: int = 1  # network evaluations per step: a predictor and a corrector are 2, a step to level 0 has 1
+    evaluations: int = 1  # network evaluations per step; 2: a predictor and a corrector, but one in a step to level 0
     steps: int = 18  # default number; EDM's for 32x32 images
-    # Default spacing of levels: steps are those that a discrete model was trained at, and vp for other models. snapped
-    # is the only spacing that its sampler has; it ends in sigma_min, the others end in 0.
+    # Spacing of levels where the recipe gives none. steps: those that a discrete model was trained at, vp for other
+    # models. snapped: the sampler takes no other spacing; its levels end in sigma_min, all others in 0.
     spacing: Literal["karras", "steps", "snapped"] = "karras"
     churns: bool = False  # reads s_churn, and takes part in boosting
-    generalised: bool = False  # a case of EDM's generalised sampler
-    ode: Integrator | None = None  # solver of the probability-flow ODE, where that is another than `integrate`
+    generalised: bool = False  # a special case of EDM's generalised sampler
+    ode: Integrator | None = None  # solver of its probability-flow ODE; None: `integrate`
 
     @property
     def has_corrector(self) -> bool:
