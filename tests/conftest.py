@@ -117,8 +117,10 @@ def make_discriminator(path: Path, ckpt: str, seed: int = 0, scale: float = 0.1,
     from ddo_cli.models.discriminators import registry as discriminators
 
     model, file = registry.load_model(ckpt, CPU)
-    name, options = ("time-encoder", TINY_ENCODER) if len(model.shape) == 3 else ("time-mlp", {"width": 16, "depth": 2})
-    config = discriminators.config_of("discriminator", name, model.shape, model.num_classes, options)
+    name, options = (
+        ("time-encoder", TINY_ENCODER) if len(model.codec.shape) == 3 else ("time-mlp", {"width": 16, "depth": 2})
+    )
+    config = discriminators.config_of("discriminator", name, model.codec.shape, model.num_classes, options)
     torch.manual_seed(seed)
     network = discriminators.build("discriminator", config)
     for parameter in network.parameters():  # the head starts at zero, which would be no guidance

@@ -130,7 +130,8 @@ def test_the_gain_is_what_its_definition_says():
         x = x0 + sigma[:, None] * rng.randn((2,), dtype=torch.float64)
         label = torch.full((40,), NO_LABEL)
         plain, guided = (
-            (x0 - s.base.steered(label, SPEC, guides, Trace())(x, sigma)).square().sum(1) for guides in ((), (s.guide,))
+            (x0 - model.steered(label, SPEC, Trace())(x, sigma)).square().sum(1)
+            for model in (s.base, s.base.guided_by([s.guide]))
         )
         expected = sigma**-3 * (plain - guided) * sigma * (high - low)
         assert_close(found.by_item(1.7)[:, k], expected, rtol=1e-6, atol=1e-9)  # guides see float32
@@ -184,8 +185,9 @@ def test_harmful_noise_levels_are_named(capsys):
 def test_a_recorder_changes_nothing_and_keeps_every_predictor_s_state():
     s, label = subject(), torch.full((6,), NO_LABEL)
     recorder = Recorder(s.guide.potential)
-    plain = s.base.sample(label, RowRng(range(6)), SPEC, [s.guide])
-    heard = s.base.sample(label, RowRng(range(6)), SPEC, [s.guide, recorder])
+    guided = s.base.guided_by([s.guide])
+    plain = guided.sample(label, RowRng(range(6)), SPEC)
+    heard = guided.guided_by([recorder]).sample(label, RowRng(range(6)), SPEC)
     assert torch.equal(plain.x, heard.x)
     assert plain[1:] == heard[1:]
     levels = s.base.sigmas(SPEC)[:-1]
@@ -393,7 +395,7 @@ def test_densities_of_points(toy_disc, tmp_path, monkeypatch):
     spec = SamplingRecipe(**file.header["sampling"])
     scorer = scoring.DensityScorer(scoring.toy2d())
     for name, guides in (("model", []), ("guided", [GradientGuide(network, 2.0)])):
-        expected = scorer.score(model, spec, guides)
+        expected = scorer.score(model.guided_by(guides), spec)
         assert {key: held[name][key] for key in expected} == pytest.approx(expected)
         assert found["density"][f"forward_kl_{name}"] == held[name]["forward_kl"]
     assert held["model"]["js"] != held["guided"]["js"]

@@ -118,7 +118,7 @@ def test_users_own_model(tmp_path):
         "import torch\n"
         "from ddo_cli.models.registry import register\n"
         "from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions\n"
-        "from ddo_cli.models.codec import PixelCodec\n"
+        "from ddo_cli.codec import PixelCodec\n"
         "class Net(torch.nn.Module):\n"
         "    def __init__(self, channels, width):\n"
         "        super().__init__()\n"
@@ -131,14 +131,14 @@ def test_users_own_model(tmp_path):
         "@register('my-net', Options, DiffusionDrawOptions)\n"
         "def build(shape, num_classes, options, draw_options):\n"
         "    net = Net(shape[0], options.width)\n"
-        "    return DiffusionModel(net, PixelCodec(), shape, num_classes, options, draw_options)\n"
+        "    return DiffusionModel(net, PixelCodec(shape), num_classes, options, draw_options)\n"
     )
     with pytest.raises(RecipeError, match="my-net"):
         registry.find("my-net")
     registry.load_file(str(tmp_path / "mine.py"))
     config = registry.config_of("my-net", (3, 8, 8), 0, {"width": 6}, {})
     assert config["options"]["width"] == 6
-    assert registry.build(config).shape == (3, 8, 8)
+    assert registry.build(config).codec.shape == (3, 8, 8)
     registry._catalog.entries.pop("my-net")
 
 

@@ -195,7 +195,7 @@ def test_a_user_s_model_from_file_to_samples(tmp_path):
         "import torch\n"
         "from ddo_cli.models.registry import register\n"
         "from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions\n"
-        "from ddo_cli.models.codec import PointCodec\n"
+        "from ddo_cli.codec import Codec\n"
         "class Net(torch.nn.Module):\n"
         "    def __init__(self):\n"
         "        super().__init__()\n"
@@ -204,7 +204,7 @@ def test_a_user_s_model_from_file_to_samples(tmp_path):
         "        return self.layer(x)\n"
         "@register('mine', DiffusionOptions, DiffusionDrawOptions)\n"
         "def build(shape, num_classes, options, draw):\n"
-        "    return DiffusionModel(Net(), PointCodec(), shape, num_classes, options, draw)\n"
+        "    return DiffusionModel(Net(), Codec(shape), num_classes, options, draw)\n"
     )
     settings = ["model={name: mine}", "pretrain.images=512", "pretrain.batch=64"]
     done = ddo("pretrain", "--recipe", "toy2d", "--model-file", "mine.py", "--json", *settings, cwd=tmp_path)

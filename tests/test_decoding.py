@@ -8,7 +8,8 @@ from conftest import CPU
 from var_models import TINY_VAE, build
 
 from ddo_cli import precision as module
-from ddo_cli.likelihood import Sampled, generate
+from ddo_cli.generation import generate
+from ddo_cli.likelihood import Sampled
 from ddo_cli.models.edm2 import vae_codec
 from ddo_cli.models.var import vqvae
 from ddo_cli.precision import decoding, inference_precision
@@ -37,7 +38,7 @@ def in_force() -> tuple[str, str, bool]:
 def test_sets_are_decoded_in_tf32_unless_they_are_drawn_in_float32(precision, drawing, decoded):
     found = {}
 
-    def sample(label, rng, spec, guides):
+    def sample(label, rng, spec):
         found["drawing"] = in_force()
         return Sampled(torch.zeros(len(label), 1), 1)
 
@@ -45,7 +46,8 @@ def test_sets_are_decoded_in_tf32_unless_they_are_drawn_in_float32(precision, dr
         found["decoded"] = in_force()
         return x
 
-    model = SimpleNamespace(num_classes=0, check_guides=lambda spec, guides: None, sample=sample, decode=decode)
+    codec = SimpleNamespace(decode=decode)
+    model = SimpleNamespace(num_classes=0, check_sampling=lambda spec: None, sample=sample, codec=codec)
     before = in_force()
     list(generate(model, range(2), SamplingRecipe(precision=precision), batch=2))
     assert found == {"drawing": drawing, "decoded": decoded}
@@ -77,13 +79,13 @@ def test_images_are_decoded_so_and_codes_are_not(monkeypatch):
     for name, part in parts.items():
         part.register_forward_pre_hook(lambda *_, name=name: found.setdefault(name, set()).add(in_force()))
     with inference_precision("tf32", CPU):
-        model.decode(model.encode(torch.zeros(1, 3, 4, 4, dtype=torch.uint8)))
+        model.codec.decode(model.codec.encode(torch.zeros(1, 3, 4, 4, dtype=torch.uint8)))
     assert found == {"decoder": {TF32}, "encoder": {EXACT}, "codes": {EXACT}}
 
 
 def test_latents_of_the_autoencoder_are_exact(monkeypatch):
     monkeypatch.setattr(vae_codec, "decoding", lambda device: module.inference_precision(*_as_gpu(device)))
-    codec, found = vae_codec.StabilityCodec(), {}
+    codec, found = vae_codec.StabilityCodec((3, 8, 8)), {}
 
     def encode(images):
         found["encoded"] = in_force()

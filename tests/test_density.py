@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from ddo_cli.codec import Codec
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.diffusion.mixture import GaussianMixture, toy2d
 from ddo_cli.errors import UsageError
@@ -19,7 +20,7 @@ SPEC = SamplingRecipe()
 class Known:
     """A model whose density is that of a mixture, as far as the scorer can see."""
 
-    shape, num_classes = (2,), 0
+    codec, num_classes = Codec((2,)), 0
 
     def __init__(self, mixture, scale=1.0):
         self.mixture, self.scale = mixture, scale
@@ -30,7 +31,7 @@ class Known:
     def parameters(self):
         return iter(())
 
-    def log_density(self, x, label, spec, guides=()):
+    def log_density(self, x, label, spec):
         assert (label == -1).all()
         return self.mixture.log_prob(x) + math.log(self.scale)
 
@@ -39,7 +40,7 @@ class Exact(DiffusionModel):
     """A diffusion model whose denoiser is the closed form of its data."""
 
     def __init__(self, mixture, dim):
-        super().__init__(nn.Identity(), None, (dim,), 0, DiffusionOptions(), DiffusionDrawOptions())
+        super().__init__(nn.Identity(), Codec((dim,)), 0, DiffusionOptions(), DiffusionDrawOptions())
         self.mixture = mixture
 
     def denoise(self, x, sigma, label):

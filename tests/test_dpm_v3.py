@@ -10,6 +10,7 @@ from test_samplers import Recording, analytic, gaussian, stream
 from torch import nn
 from torch.testing import assert_close
 
+from ddo_cli.codec import Codec
 from ddo_cli.diffusion import precond, samplers
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide
@@ -143,7 +144,7 @@ class Stepped(DiffusionModel):
 
     def __init__(self, known=None):
         known = known or precond.Discrete(precond.linear_sigmas())
-        super().__init__(nn.Identity(), None, (1,), 0, DiffusionOptions(), DiffusionDrawOptions(), known)
+        super().__init__(nn.Identity(), Codec((1,)), 0, DiffusionOptions(), DiffusionDrawOptions(), known)
         self.levels = []
 
     def denoise(self, x, sigma, label):
@@ -204,7 +205,7 @@ def test_guides_steer_every_evaluation(ckpt):
 
     spec = SamplingRecipe(sampler="dpm-v3", steps=4, cfg_scale=2.0)
     guides = [AutoGuide(bad, 1.5), GradientGuide(potential, 1.0, time_min=0.0)]
-    found = model.sample(torch.tensor([1, 2]), RowRng([0, 1]), spec, guides)
+    found = model.guided_by(guides).sample(torch.tensor([1, 2]), RowRng([0, 1]), spec)
     plain = model.sample(torch.tensor([1, 2]), RowRng([0, 1]), spec)
     assert (found.nfe, found.disc_nfe, plain.nfe) == (12, 4, 8)
     assert (found.x - plain.x).abs().max() > 0.1

@@ -97,7 +97,7 @@ def test_sampling_is_editing_nothing_from_the_highest_level(place):
     model, _ = registry.load_model(place / "m.safetensors", CPU)
     label, spec = torch.arange(4), SamplingRecipe(steps=3)
     plain = model.sample(label, RowRng(range(4)), spec)
-    edited = model.sample(label, RowRng(range(4)), spec, x0=torch.zeros(4, *model.shape))
+    edited = model.sample(label, RowRng(range(4)), spec, x0=torch.zeros(4, *model.codec.shape))
     assert torch.equal(plain.x, edited.x)
 
 
@@ -188,7 +188,7 @@ def test_a_guide_of_weight_0_changes_nothing(place):
     base = guides.diffusion_model(chosen.model)
     guide = guides.discriminator_guide(chosen.discriminator.network, chosen.settings)
     x0, spec = torch.rand(4, 3, 32, 32), SamplingRecipe(steps=3, sigma_max=2.0)
-    plain, weightless = (base.sample(torch.arange(4), RowRng(range(4)), spec, g, x0) for g in ([], [guide]))
+    plain, weightless = (base.guided_by(g).sample(torch.arange(4), RowRng(range(4)), spec, x0) for g in ([], [guide]))
     assert torch.equal(plain.x, weightless.x)
     assert weightless.disc_nfe == 0
 

@@ -173,7 +173,7 @@ def test_latents_are_converted_with_their_image_side(official, tmp_path):  # noq
     rebuilt, header = converted(path)
     assert header["config"]["shape"] == [3, 64, 64]
     assert header["config"]["options"]["codec"] == "sd-vae"
-    assert rebuilt.state_shape == (4, 8, 8)
+    assert rebuilt.codec.state_shape == (4, 8, 8)
     assert header["ema"] == {"std": 0.135, "images": 2**31}
 
 

@@ -122,7 +122,7 @@ def test_counts_of_the_published_networks(name):
     assert len(model.state_dict()) == 202 + is_conditional
     assert len(list(model.parameters())) == 198 + is_conditional
     assert sum(b.numel() for b in model.buffers()) == 2 * entry.width + 256
-    assert model.state_shape == ((4, 64, 64) if "img512" in name else (3, 64, 64))
+    assert model.codec.state_shape == ((4, 64, 64) if "img512" in name else (3, 64, 64))
     assert [type(unit) for unit in model.units()] == [Block] * 36  # 15 down, 21 up
 
 
@@ -283,9 +283,9 @@ def test_impossible_networks_are_named(shape, options, problem):
 
 def test_latents_are_a_quarter_of_a_hundredth():
     model = registry.build(registry.config_of("edm2-unet", (3, 64, 64), 2, {**TINY, "codec": "sd-vae"}, {}))
-    assert model.state_shape == (4, 8, 8)
-    assert model.latent_shapes == ((8, 8, 8), (4, 8, 8))
-    assert model.fake_as == "latents"
+    assert model.codec.state_shape == (4, 8, 8)
+    assert model.codec.latent_shapes == ((8, 8, 8), (4, 8, 8))
+    assert model.codec.fake_as == "latents"
     draw = model.draw(2, RowRng([0, 1]))
     assert model.predict(torch.zeros(2, 4, 8, 8), torch.tensor([0, 1]), draw).shape == (2, 4, 8, 8)
 

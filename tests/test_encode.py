@@ -43,7 +43,7 @@ def test_the_set_holds_what_the_model_makes_of_every_image(ckpt, tmp_path):
     assert opened.items.shape == (40, 24, 16, 16)
     assert opened.num_classes == images.num_classes
     np.testing.assert_array_equal(opened.labels, images.labels)
-    expected = model.latents(torch.from_numpy(images.items)).numpy()
+    expected = model.codec.latents(torch.from_numpy(images.items)).numpy()
     np.testing.assert_array_equal(opened.items[np.arange(40)], expected)
     shards = [load_file(tmp_path / "set" / f"latents-{n:06d}.safetensors") for n in range(3)]
     np.testing.assert_array_equal(torch.cat([shard["latents"] for shard in shards]).numpy(), expected)
@@ -63,7 +63,7 @@ def test_tokens(tmp_path):
     assert found["encoder"].startswith("vqvae:")
     model, images = registry.load_model(ckpt, CPU).model, torch.from_numpy(open_images(DATA, 40).items)
     tokens = torch.from_numpy(open_images(str(tmp_path / "set")).items[:])
-    assert torch.equal(model.encode(tokens), model.encode(images))
+    assert torch.equal(model.codec.encode(tokens), model.codec.encode(images))
     with pytest.raises(UsageError, match="tokens"):
         encoded(ckpt, tmp_path / "half", dtype="float16")
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from ddo_cli.codec import Codec
 from ddo_cli.diffusion import samplers, vp_sde
 from ddo_cli.diffusion.churn import Boost, Churn
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
@@ -185,7 +186,7 @@ class Exact(DiffusionModel):
     """The model of a mixture, with its closed form for a denoiser."""
 
     def __init__(self, mixture):
-        super().__init__(nn.Identity(), None, (2,), 0, DiffusionOptions(), DiffusionDrawOptions())
+        super().__init__(nn.Identity(), Codec((2,)), 0, DiffusionOptions(), DiffusionDrawOptions())
         self.mixture = mixture
 
     def denoise(self, x, sigma, label):
@@ -197,7 +198,7 @@ def test_the_optimal_discriminator_turns_one_density_into_the_other():
     guide = GradientGuide(log_density_ratio(BENT, WIDE), time_min=0.0)
     expected = Exact(BENT).log_density(x, label, spec)
     assert (expected - Exact(WIDE).log_density(x, label, spec)).abs().max() > 0.1
-    found = Exact(WIDE).log_density(x, label, spec, [guide])
+    found = Exact(WIDE).guided_by([guide]).log_density(x, label, spec)
     assert_close(found, expected, rtol=0, atol=1e-9)  # a differentiated potential sees float64
 
 
@@ -206,7 +207,7 @@ def test_the_optimal_discriminator_turns_one_models_samples_into_the_others():
     # The weight of the correctors too, and no window: what is left is the other model's own sampler.
     guide = GradientGuide(log_density_ratio(BENT, WIDE), weight=1.0, weight_2nd=1.0, time_min=0.0)
     expected = Exact(BENT).sample(label, RowRng(range(6)), spec)
-    found = Exact(WIDE).sample(label, RowRng(range(6)), spec, [guide])
+    found = Exact(WIDE).guided_by([guide]).sample(label, RowRng(range(6)), spec)
     assert_close(found.x, expected.x, rtol=0, atol=1e-6)  # x_vp is float32, 6e-8 of x
     assert (found.nfe, found.disc_nfe) == (19, 19)
 
@@ -522,7 +523,7 @@ class Known(DiffusionModel):
     """The denoiser of BENT, or of WIDE without a label."""
 
     def __init__(self):
-        super().__init__(nn.Identity(), None, (2,), 2, DiffusionOptions(), DiffusionDrawOptions())
+        super().__init__(nn.Identity(), Codec((2,)), 2, DiffusionOptions(), DiffusionDrawOptions())
 
     def denoise(self, x, sigma, label):
         return torch.where(label[:, None] < 0, WIDE.denoise(x, sigma), BENT.denoise(x, sigma))
@@ -543,7 +544,7 @@ class Blurred:
 def test_guides_compose_each_with_its_own_weight(sigma):
     x, bad, trace = normal(4), Blurred(), Trace()
     guides = [AutoGuide(bad, 1.7), GradientGuide(curved, 0.6), GradientGuide(log_density_ratio(BENT, WIDE), 0.3)]
-    found = Known().steered(LABEL, SamplingRecipe(cfg_scale=2.5), guides, trace)(x, sigma)
+    found = Known().guided_by(guides).steered(LABEL, SamplingRecipe(cfg_scale=2.5), trace)(x, sigma)
     d_cond, d_uncond, d_bad = BENT.denoise(x, sigma), WIDE.denoise(x, sigma), BENT.denoise(0.9 * x, sigma)
     cfg = d_uncond + 2.5 * (d_cond - d_uncond)
     ratio = sigma.expand(4).square()[:, None] * (BENT.score(x, sigma) - WIDE.score(x, sigma))
@@ -555,14 +556,15 @@ def test_guides_compose_each_with_its_own_weight(sigma):
 
 def test_autoguidance_of_scale_one_is_the_model_itself():
     x, sigma = normal(4), levels(0.05, 0.7, 5.0, 80.0)
-    plain = Known().steered(LABEL, SamplingRecipe(), [], Trace())(x, sigma)
-    assert_close(Known().steered(LABEL, SamplingRecipe(), [AutoGuide(Blurred(), 1.0)], Trace())(x, sigma), plain)
+    plain = Known().steered(LABEL, SamplingRecipe(), Trace())(x, sigma)
+    guided = Known().guided_by([AutoGuide(Blurred(), 1.0)])
+    assert_close(guided.steered(LABEL, SamplingRecipe(), Trace())(x, sigma), plain)
 
 
 def test_autoguidance_moves_away_from_the_worse_model():
     x, sigma = normal(4), levels(0.05, 0.7, 5.0, 80.0)
     good, bad = BENT.denoise(x, sigma), BENT.denoise(0.9 * x, sigma)
-    found = Known().steered(LABEL, SamplingRecipe(), [AutoGuide(Blurred(), 3.0)], Trace())(x, sigma)
+    found = Known().guided_by([AutoGuide(Blurred(), 3.0)]).steered(LABEL, SamplingRecipe(), Trace())(x, sigma)
     assert_close(found - good, 2 * (good - bad))
 
 
@@ -579,7 +581,8 @@ def test_autoguidance_moves_away_from_the_worse_model():
 )
 def test_passes_are_counted(cfg_scale, guides, passes):
     trace = Trace()
-    Known().steered(LABEL, SamplingRecipe(cfg_scale=cfg_scale), guides, trace)(normal(4), levels(1, 1, 1, 1))
+    guided = Known().guided_by(guides)
+    guided.steered(LABEL, SamplingRecipe(cfg_scale=cfg_scale), trace)(normal(4), levels(1, 1, 1, 1))
     assert (trace.nfe, trace.disc_nfe) == passes
 
 
@@ -587,7 +590,7 @@ def test_guides_without_weight_leave_samples_alone():
     spec, label = SamplingRecipe(steps=6), torch.zeros(8, dtype=torch.long)
 
     def sample(guides):
-        return Known().sample(label, RowRng(range(8)), spec, guides)
+        return Known().guided_by(guides).sample(label, RowRng(range(8)), spec)
 
     plain, guided = sample([]), sample([GradientGuide(Counting(), 0.0)])
     assert torch.equal(plain.x, guided.x)

@@ -103,7 +103,7 @@ def test_guidance_raises_the_logit(ckpt, disc, tmp_path):
     for weight in (0.0, 1.0, 3.0):
         out = tmp_path / str(weight)
         run(disc, out, num=16, sampling={"sampler": "euler", "steps": 6}, guidance={"dg_weight": weight})
-        x = model.encode(torch.from_numpy(open_samples(out).items))
+        x = model.codec.encode(torch.from_numpy(open_samples(out).items))
         label = torch.from_numpy(open_samples(out).labels)
         logits.append(network(x, torch.full((16,), 0.02, dtype=torch.float64), label).mean().item())
     assert logits == sorted(logits)
@@ -257,7 +257,7 @@ def test_classifier_guidance_raises_the_probability_of_the_label(ckpt, disc, tmp
         out = tmp_path / str(weight)
         settings = {"sampler": "euler", "steps": 6}
         run(disc, out, 20, sampling=settings, guidance={"dg_weight": 0.0}, others=Others(None, 1.0, path, weight))
-        x = model.encode(torch.from_numpy(open_samples(out).items))
+        x = model.codec.encode(torch.from_numpy(open_samples(out).items))
         log_p = network(x, torch.full((20,), 0.02, dtype=torch.float64)).log_softmax(1)
         found.append(log_p.gather(1, torch.from_numpy(open_samples(out).labels)[:, None]).mean().item())
     assert found[1] > found[0]
@@ -267,9 +267,7 @@ def test_autoguidance_of_plain_sampling(ckpt, tmp_path):
     bad = make_checkpoint(tmp_path / "bad.safetensors", seed=3)
     made = guides.of_plain_sampling(Others(bad, 2.0), registry.load_model(ckpt, CPU), CPU)
     settings = {"sampler": "euler", "steps": 3}
-    found = sample.run(
-        ckpt, range(4), tmp_path / "set", sampling=settings, guides=made.guides, guidance=made.record, device=CPU
-    )
+    found = sample.run(made.model, range(4), tmp_path / "set", sampling=settings, guidance=made.record, device=CPU)
     assert found["nfe"] == 6
     small = registry.config_of("patch-unet", (3, 16, 16), 10, {"widths": [8], "depths": [1]}, {})
     header = {"kind": "model", "config": small, "sampling": {}, "provenance": []}

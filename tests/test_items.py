@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from test_images import some_items
 
+from ddo_cli.codec import Codec
 from ddo_cli.data.items import ItemSet, check_fits
 from ddo_cli.errors import DataError
 
 
 def model(shape, num_classes):
-    return SimpleNamespace(shape=shape, latent_shapes=(), num_classes=num_classes)
+    return SimpleNamespace(codec=Codec(shape), num_classes=num_classes)
 
 
 def test_check_fits():

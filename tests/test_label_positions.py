@@ -10,7 +10,7 @@ from ddo_cli.data.samples import open_samples
 from ddo_cli.engines.fid import inputs as fid_inputs
 from ddo_cli.engines.sampling import sample
 from ddo_cli.errors import RunError, UsageError
-from ddo_cli.likelihood import generate
+from ddo_cli.generation import generate
 from ddo_cli.models import registry
 from ddo_cli.recipe.schema import SamplingRecipe
 

@@ -61,21 +61,20 @@ def test_a_given_set_of_images_is_encoded(tmp_path):
 
 
 def test_held_out_items_are_encoded_in_batches(tmp_path):
-    from ddo_cli.engines.model_space import BATCH
-    from ddo_cli.engines.model_space import encoded as in_model_space
+    from ddo_cli.generation import ENCODED_AT_ONCE, encoded
 
     model = registry.load_model(make_toy(tmp_path / "m.safetensors", std=0.5), CPU).model
     items = open_images(DATA, 300).items
     ToyCodec.largest = 0
     rows = np.arange(299, -1, -1)
-    found = in_model_space(model, items, rows, "real", 0, device=CPU)
-    assert ToyCodec.largest == BATCH
-    mean = model.encode(torch.from_numpy(items[rows]))
+    found = encoded(model, items, rows, "real", 0, device=CPU)
+    assert ToyCodec.largest == ENCODED_AT_ONCE
+    mean = model.codec.encode(torch.from_numpy(items[rows]))
     eps = (found - mean) / 0.5  # standard normal: 921,600 numbers, so 4 standard errors are 0.0042 and 0.0029
     assert abs(float(eps.mean())) < 0.0042
     assert abs(float(eps.std()) - 1) < 0.003
-    assert torch.equal(found, in_model_space(model, items, rows, "real", 0, device=CPU))
-    assert not torch.equal(found, in_model_space(model, items, rows, "fake", 0, device=CPU))
+    assert torch.equal(found, encoded(model, items, rows, "real", 0, device=CPU))
+    assert not torch.equal(found, encoded(model, items, rows, "fake", 0, device=CPU))
 
 
 def test_a_classifier_of_latents(tmp_path):

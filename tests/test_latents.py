@@ -217,7 +217,7 @@ def test_finetuning_on_latents_equals_finetuning_on_their_images(tmp_path):
     again = open_samples(other / "round-01" / "samples")  # decoded, and encoded as `ddo encode` does
     assert again.manifest["encoded"] is True
     model = registry.load_model(ckpt, CPU).model
-    expected = model.latents(model.decode(torch.from_numpy(fake.items)))
+    expected = model.codec.latents(model.codec.decode(torch.from_numpy(fake.items)))
     np.testing.assert_array_equal(again.items, expected.numpy())
     found, expected = weights(other / last), weights(images / last)
     assert any(not torch.equal(found[name], expected[name]) for name in found)  # images were rounded to 8 bits
@@ -282,7 +282,7 @@ def test_var_on_tokens(tmp_path, fake_as):
         device=CPU,
     )
     x, model = torch.from_numpy(open_samples(tmp_path / "x").items), registry.load_model(ckpt, CPU).model
-    again = model.latents(model.decode(x.to(torch.int64)))
+    again = model.codec.latents(model.codec.decode(x.to(torch.int64)))
     assert not torch.equal(again.to(torch.int32), x)
     np.testing.assert_array_equal(fake, (again if fake_as == "images" else x).numpy())
 
@@ -335,7 +335,7 @@ def test_a_set_of_samples_is_of_images_unless_asked(tmp_path):
     assert images.items.dtype == np.uint8
     assert "latents" not in images.manifest
     model = registry.load_model(ckpt, CPU).model
-    np.testing.assert_array_equal(model.decode(torch.from_numpy(latents.items)).numpy(), images.items)
+    np.testing.assert_array_equal(model.codec.decode(torch.from_numpy(latents.items)).numpy(), images.items)
     assert (tmp_path / "images-grid.png").read_bytes() == (tmp_path / "latents-grid.png").read_bytes()
 
 

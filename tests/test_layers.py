@@ -1,6 +1,7 @@
 """base < maths < parts < engines < cli: imports go downwards only (read from the sources, nothing is run)."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "ddo_cli"
@@ -16,7 +17,7 @@ def place(module: str) -> tuple[int, str]:
         return (CLI if names else BASE), ""
     if names[0] == "diffusion" and names[-1] in SAMPLERS:
         return BASE, ""
-    if names[0] in ("likelihood", "objectives", "diffusion") or names == ["metrics", "frechet"]:
+    if names[0] in ("codec", "likelihood", "generation", "objectives", "diffusion") or names == ["metrics", "frechet"]:
         return MATHS, ""
     if names[0] in PART_PACKAGES:
         return PARTS, names[0]
@@ -35,15 +36,31 @@ def imports(path: Path):
             yield from ((module, node.module, alias.name) for alias in node.names)
 
 
+def edges(triples):
+    """(importing module, imported module) of this package."""
+    for module, target, name in triples:
+        folder = PACKAGE.parent / target.replace(".", "/")
+        if (folder / f"{name}.py").is_file() or (folder / name / "__init__.py").is_file():
+            target = f"{target}.{name}"  # `from package import module`
+        if target.split(".")[0] == "ddo_cli":
+            yield module, target
+
+
+def circle(triples) -> list[str]:
+    """The modules of a circle of imports, those inside functions among them; empty if there is none."""
+    graph = {}
+    for module, target in edges(triples):
+        graph.setdefault(module, set()).add(target)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
 def problems(triples) -> list[str]:
     found = []
-    for module, target, name in triples:
-        if target.split(".")[0] != "ddo_cli":
-            continue
-        if (PACKAGE.parent / target.replace(".", "/") / f"{name}.py").is_file() or (
-            PACKAGE.parent / target.replace(".", "/") / name / "__init__.py"
-        ).is_file():
-            target = f"{target}.{name}"  # `from package import module`
+    for module, target in edges(triples):
         (layer, part), (other_layer, other_part) = place(module), place(target)
         if other_layer > layer:
             found.append(f"{module} imports {target} from a layer above")
@@ -55,16 +72,52 @@ def problems(triples) -> list[str]:
 def test_imports_go_downwards():
     files = sorted(PACKAGE.rglob("*.py"))
     assert len(files) > 30
-    assert problems(triple for path in files for triple in imports(path)) == []
+    triples = [triple for path in files for triple in imports(path)]
+    assert problems(triples) == []
+    assert circle(triples) == []
 
 
 def test_the_rule_finds_a_breach():
     assert problems([("ddo_cli.rng", "ddo_cli.likelihood", "Draw")])
-    assert problems([("ddo_cli.models.codec", "ddo_cli.data.pairs", "Pairs")])
+    assert problems([("ddo_cli.models.tokens", "ddo_cli.data.pairs", "Pairs")])
     assert problems([("ddo_cli.diffusion.samplers", "ddo_cli.engines", "sample")])
     assert problems([("ddo_cli.recipe.schema", "ddo_cli.diffusion", "denoiser")])
     assert not problems([("ddo_cli.recipe.schema", "ddo_cli.diffusion.samplers", "SAMPLERS")])
     assert not problems([("ddo_cli.engines.sampling.sample", "ddo_cli.data.samples", "Writer")])
+
+
+def test_the_rule_finds_a_circle():
+    there = ("ddo_cli.likelihood", "ddo_cli.codec", "Codec")
+    assert not circle([there])
+    assert circle([there, ("ddo_cli.codec", "ddo_cli.diffusion", "guidance"),
+                   ("ddo_cli.diffusion.guidance", "ddo_cli", "likelihood")])  # fmt: skip
+
+
+def kinds_of_model() -> set[str]:
+    """The classes of likelihood models, by name."""
+    nodes = [node for path in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    bases = {node.name: {ast.unparse(base) for base in node.bases} for node in nodes if isinstance(node, ast.ClassDef)}
+    kinds = {"LikelihoodModel"}
+    while more := {name for name, parents in bases.items() if parents & kinds} - kinds:
+        kinds |= more
+    return kinds
+
+
+def asked_kinds(source: str, kinds: set[str]) -> list[str]:
+    """The calls of `isinstance` that ask for one of these classes."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    asked = [node for node in calls if isinstance(node.func, ast.Name) and node.func.id == "isinstance"]
+    names = [{leaf.id for leaf in ast.walk(node.args[1]) if isinstance(leaf, ast.Name)} for node in asked]
+    return [ast.unparse(node) for node, of in zip(asked, names, strict=True) if of & kinds]
+
+
+def test_engines_ask_no_model_for_its_kind():
+    kinds = kinds_of_model()
+    assert {"DiffusionModel", "MixtureModel", "Var", "PixelTransformer"} <= kinds
+    assert asked_kinds("isinstance(model, (Var, int))", kinds)
+    for folder in ("engines", "training", "assets", "commands"):
+        for path in (PACKAGE / folder).rglob("*.py"):
+            assert not asked_kinds(path.read_text(), kinds), path
 
 
 def test_only_console_prints():

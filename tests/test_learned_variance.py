@@ -13,7 +13,7 @@ from ddo_cli.diffusion.precond import linear_sigmas
 from ddo_cli.diffusion.schedules import respaced_steps
 from ddo_cli.diffusion.trace import Trace
 from ddo_cli.errors import UsageError
-from ddo_cli.likelihood import generate, labels_of
+from ddo_cli.generation import generate, labels_of, random_labels
 from ddo_cli.models import registry
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
@@ -118,11 +118,11 @@ def test_discrete_steps_stay_inside_the_noise_levels_asked_for(discrete, given):
 @torch.no_grad()
 def test_edits_of_discrete_models_start_at_their_level(discrete):
     """From a low level SDEdit keeps the source, whatever the network."""
-    x0 = torch.full((1, *discrete.shape), 0.5)
+    x0 = torch.full((1, *discrete.codec.shape), 0.5)
     spec = SamplingRecipe(sampler="ddpm", steps=3, sigma_max=0.05)
     seen = []
     hook = discrete.net.register_forward_pre_hook(lambda module, args: seen.append(args[1][0].item()))
-    discrete.sample(torch.tensor([3]), RowRng([0]), spec, (), x0)
+    discrete.sample(torch.tensor([3]), RowRng([0]), spec, x0)
     hook.remove()
     assert max(seen) == (discrete.precond.sigmas <= 0.05).sum() - 1
     assert seen[0] > 0
@@ -142,7 +142,7 @@ def test_clipping_keeps_each_denoised_image_in_range(discrete):
     label, state = torch.tensor([3, 4]), torch.full((2, 3, 8, 8), 30.0, dtype=torch.float64)
     sigma = torch.tensor(1.0, dtype=torch.float64)
     plain, clipped = (
-        discrete.steered(label, SamplingRecipe(clip_denoised=clip), (), Trace())(state, sigma) for clip in (None, True)
+        discrete.steered(label, SamplingRecipe(clip_denoised=clip), Trace())(state, sigma) for clip in (None, True)
     )
     assert plain.abs().max() > 2
     assert torch.equal(clipped, plain.clamp(-1, 1))
@@ -152,7 +152,7 @@ def test_clipping_keeps_each_denoised_image_in_range(discrete):
 def test_the_variance_is_that_of_the_conditional_pass(discrete):
     label, x = torch.tensor([3, 4]), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     sigma, trace = torch.tensor(1.0, dtype=torch.float64), Trace()
-    discrete.steered(label, SamplingRecipe(cfg_scale=2.0), (), trace)(x, sigma)
+    discrete.steered(label, SamplingRecipe(cfg_scale=2.0), trace)(x, sigma)
     assert trace.nfe == 2
     assert torch.equal(trace.variance, discrete.evaluate(x, sigma, label)[1])
 
@@ -160,11 +160,11 @@ def test_the_variance_is_that_of_the_conditional_pass(discrete):
 @torch.no_grad()
 def test_random_labels_are_those_of_edms_scripts(discrete):
     model = registry.build(registry.config_of("edm-unet", (3, 32, 32), 10, SMALL, {}))
-    assert model.random_labels(RowRng([0, 1, 2, 3])).tolist() == [7, 9, 4, 3]
+    assert random_labels(model, [0, 1, 2, 3]).tolist() == [7, 9, 4, 3]
     spec = SamplingRecipe(labels="random", steps=1)
     made = list(generate(discrete, range(6), spec, batch=4))
     labels = torch.cat([batch.label for batch in made])
-    assert torch.equal(labels, discrete.random_labels(RowRng(range(6))))
+    assert torch.equal(labels, random_labels(discrete, range(6)))
     assert not torch.equal(labels, labels_of(range(6), 10))
 
 
@@ -172,7 +172,7 @@ def test_random_labels_are_those_of_edms_scripts(discrete):
 def test_noise_comes_after_the_label_whether_it_is_used_or_not(discrete):
     """Churned images of a label are the same, drawn or given: EDM's scripts draw it before they overwrite it."""
     spec = SamplingRecipe(steps=3, s_churn=2.0)
-    drawn = discrete.random_labels(RowRng([5]))
+    drawn = random_labels(discrete, [5])
     generator = torch.Generator().manual_seed(5)
     latent = torch.randn(3, 8, 8, generator=generator)
     torch.randint(10, (), generator=generator)

@@ -7,11 +7,12 @@ import torch
 from conftest import CPU, KINDS, make_checkpoint
 from torch.testing import assert_close
 
+from ddo_cli.codec import Codec, LevelCodec, PixelCodec
 from ddo_cli.diffusion import precond
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
-from ddo_cli.likelihood import NO_LABEL, drop_labels, labels_of, map_draw, repeat_draw
+from ddo_cli.generation import labels_of
+from ddo_cli.likelihood import NO_LABEL, drop_labels, map_draw, repeat_draw
 from ddo_cli.models import registry
-from ddo_cli.models.codec import LevelCodec, PixelCodec, PointCodec
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
 
@@ -25,9 +26,9 @@ def pair(request, tmp_path):
 
 
 def batch(model, n=6):
-    items = torch.randint(0, 256, (n, *model.shape), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
+    items = torch.randint(0, 256, (n, *model.codec.shape), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
     draw = model.draw(n, RowRng.for_rows("test", rows=range(n)))
-    return model.encode(items), labels_of(range(n), model.num_classes), draw
+    return model.codec.encode(items), labels_of(range(n), model.num_classes), draw
 
 
 def test_log_ratio_is_exactly_zero_for_equal_weights(pair):
@@ -136,7 +137,7 @@ def test_the_ratio_keeps_what_a_plain_difference_loses():
     """Two denoisers 1e-6 apart: subtracting their float32 squared errors keeps no digit, the factored form most."""
     torch.manual_seed(0)
     net = torch.nn.Identity()
-    model = DiffusionModel(net, PixelCodec(), (3, 32, 32), 0, DiffusionOptions(), DiffusionDrawOptions())
+    model = DiffusionModel(net, PixelCodec((3, 32, 32)), 0, DiffusionOptions(), DiffusionDrawOptions())
     x = torch.randn(4, 3, 32, 32)
     other = x + 0.3 * torch.randn_like(x)
     own = other + 1e-6 * torch.randn_like(x)
@@ -165,7 +166,7 @@ def test_elbo_of_a_perfect_gaussian_denoiser_is_that_of_its_posterior_variance()
         def forward(self, x, c_noise, label):
             return torch.zeros_like(x)
 
-    model = DiffusionModel(Zero(), PointCodec(), (2,), 0, DiffusionOptions(), DiffusionDrawOptions())
+    model = DiffusionModel(Zero(), Codec((2,)), 0, DiffusionOptions(), DiffusionDrawOptions())
     x = 0.5 * torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
     draw = model.draw(len(x), RowRng.for_rows("elbo", rows=range(len(x))))
     found = model(x, torch.full((len(x),), NO_LABEL), draw)
@@ -175,7 +176,7 @@ def test_elbo_of_a_perfect_gaussian_denoiser_is_that_of_its_posterior_variance()
 
 def test_codecs_round_trip():
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    pixels = PixelCodec()
+    pixels = PixelCodec((1, 16, 16))
     assert torch.equal(pixels.decode(pixels.encode(images).double()), images)
     assert pixels.decode(torch.tensor([[[[-3.0, 3.0]]]])).flatten().tolist() == [0, 255]
     levels = LevelCodec((1, 1, 17), 17)
@@ -199,7 +200,7 @@ def test_log_density_and_samples_agree_for_a_gaussian():
         def forward(self, x, c_noise, label):
             return torch.zeros_like(x)
 
-    model = DiffusionModel(Zero(), PointCodec(), (2,), 0, DiffusionOptions(), DiffusionDrawOptions())
+    model = DiffusionModel(Zero(), Codec((2,)), 0, DiffusionOptions(), DiffusionDrawOptions())
     x = torch.tensor([[0.0, 0.0], [0.5, -0.3], [1.0, 1.0]])
     found = model.log_density(x, torch.full((3,), NO_LABEL), SamplingRecipe())
     expected = -(x.double() ** 2).sum(1) / (2 * 0.25) - math.log(2 * math.pi * 0.25)

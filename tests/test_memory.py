@@ -25,10 +25,12 @@ WORK = estimate.Work(steps=10, scored=100, fake=1000, stored=3)
 
 
 def gradients(model) -> list[torch.Tensor]:
-    items = torch.randint(0, 256, (3, *model.shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    items = torch.randint(
+        0, 256, (3, *model.codec.shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     draw = model.draw(3, RowRng.for_rows("x", rows=range(3)))
     model.zero_grad()
-    model(model.encode(items), torch.tensor([0, 1, -1]), draw).sum().backward()
+    model(model.codec.encode(items), torch.tensor([0, 1, -1]), draw).sum().backward()
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
@@ -54,7 +56,9 @@ def test_recomputed_gradients_are_the_same_bits(kind, tmp_path, monkeypatch):
     with torch.no_grad():
         list(model.units())  # sampling computes once
         draw = model.draw(1, RowRng([0]))
-        model.predict(model.encode(torch.zeros(1, *model.shape, dtype=torch.uint8)), torch.tensor([0]), draw)
+        model.predict(
+            model.codec.encode(torch.zeros(1, *model.codec.shape, dtype=torch.uint8)), torch.tensor([0]), draw
+        )
     assert calls == 3
 
 

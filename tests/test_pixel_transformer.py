@@ -7,7 +7,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from ddo_cli.errors import RecipeError, UsageError
-from ddo_cli.likelihood import labels_of, repeat_draw
+from ddo_cli.generation import labels_of
+from ddo_cli.likelihood import repeat_draw
 from ddo_cli.models import registry
 from ddo_cli.models.tokens import sampled_log_prob
 from ddo_cli.recipe.schema import SamplingRecipe
@@ -174,8 +175,8 @@ def test_guidance_raises_the_likelihood_of_the_condition():
 def test_items_survive_encoding():
     model = build((1, 8, 8), levels=17)
     items = (torch.arange(17).repeat(4)[:64] * 255 / 16).round().to(torch.uint8).view(1, 1, 8, 8)
-    assert torch.equal(model.encode(items)[0], torch.arange(17).repeat(4)[:64])
-    assert torch.equal(model.decode(model.encode(items)), items)
+    assert torch.equal(model.codec.encode(items)[0], torch.arange(17).repeat(4)[:64])
+    assert torch.equal(model.codec.decode(model.codec.encode(items)), items)
 
 
 def test_mistakes_are_named():

@@ -31,10 +31,12 @@ SETTINGS = {
 
 def fit(model, directory: Path, steps: int = 2, until: int | None = None, **recipe) -> dict[str, torch.Tensor]:
     """Trains on fixed images."""
-    items = torch.randint(0, 256, (4, *model.shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    items = torch.randint(
+        0, 256, (4, *model.codec.shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
 
     def loss(wrapped, positions, rng):
-        x = model.encode(items[positions % 4])
+        x = model.codec.encode(items[positions % 4])
         draw = model.draw(len(x), RowRng.for_rows("x", rng.step, rows=rng.rows))
         return Loss(-wrapped(x, torch.zeros(len(x), dtype=torch.long), draw).mean() / 1000, {})
 

@@ -15,7 +15,7 @@ from ddo_cli import files
 from ddo_cli.data.samples import open_samples, parse_seeds, spell_seeds
 from ddo_cli.engines.sampling import sample
 from ddo_cli.errors import DataError, RunError, UsageError
-from ddo_cli.likelihood import generate, labels_of
+from ddo_cli.generation import generate, labels_of
 from ddo_cli.models import registry
 from ddo_cli.recipe.schema import SamplingRecipe
 
@@ -80,7 +80,7 @@ def test_another_batch_size_changes_rounding_only(ckpt):
         apart = (sets[batch].int() - sets[32].int()).abs()
         assert (apart > 0).float().mean() < 1e-4
         # A different token is 16 grey levels away, a pixel one.
-        assert apart.max() <= (1 if len(model.shape) and model.shape[0] == 3 else 255)
+        assert apart.max() <= (1 if len(model.codec.shape) and model.codec.shape[0] == 3 else 255)
 
 
 def test_place_in_the_batch_does_not_matter(ckpt):

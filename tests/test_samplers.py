@@ -10,6 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from ddo_cli.cli import main
+from ddo_cli.codec import Codec
 from ddo_cli.diffusion import guidance, samplers, vp_sde
 from ddo_cli.diffusion.churn import Churn
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
@@ -263,7 +264,7 @@ class Recording(DiffusionModel):
     """The model of `gaussian`, which keeps the noise levels it was asked for."""
 
     def __init__(self):
-        super().__init__(nn.Identity(), None, (1,), 0, DiffusionOptions(), DiffusionDrawOptions())
+        super().__init__(nn.Identity(), Codec((1,)), 0, DiffusionOptions(), DiffusionDrawOptions())
         self.levels = []
 
     def denoise(self, x, sigma, label):

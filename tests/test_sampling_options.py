@@ -10,6 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from ddo_cli import checkpoint
+from ddo_cli.codec import Codec
 from ddo_cli.commands.options import interval_of
 from ddo_cli.diffusion import samplers, sampling_plan
 from ddo_cli.diffusion.churn import Churn
@@ -20,7 +21,7 @@ from ddo_cli.diffusion.trace import Trace
 from ddo_cli.engines.sampling import guides, sample
 from ddo_cli.engines.sampling.guides import Others
 from ddo_cli.errors import RecipeError, UsageError
-from ddo_cli.likelihood import generate
+from ddo_cli.generation import generate
 from ddo_cli.models import registry
 from ddo_cli.precision import inference_precision
 from ddo_cli.recipe.schema import SamplingRecipe
@@ -34,7 +35,7 @@ class Analytic(DiffusionModel):
     """The denoiser of the parity vectors, with the factor `a` of its second term."""
 
     def __init__(self, a, num_classes=0):
-        super().__init__(nn.Identity(), None, (3, 4, 4), num_classes, DiffusionOptions(), DiffusionDrawOptions())
+        super().__init__(nn.Identity(), Codec((3, 4, 4)), num_classes, DiffusionOptions(), DiffusionDrawOptions())
         self.a, self.seen = a, []
 
     def denoise(self, x, sigma, label):
@@ -83,7 +84,7 @@ def test_the_float32_levels_of_edm2():
 def test_parity_with_edm2(guided, expected):
     model, second = Analytic(0.3), Analytic(0.2)
     given = [AutoGuide(second, 1.7)] if guided else []
-    found = model.sample(torch.tensor([-1, -1]), FixedLatent(), EDM2, given)
+    found = model.guided_by(given).sample(torch.tensor([-1, -1]), FixedLatent(), EDM2)
     assert found.x.dtype == torch.float32
     assert {seen[:2] for seen in model.seen} == {(torch.float32, torch.float32)}
     assert_close(summary(found.x), torch.tensor(expected, dtype=torch.float64), rtol=4e-6, atol=1e-6)  # six digits
@@ -92,7 +93,8 @@ def test_parity_with_edm2(guided, expected):
 
 def test_other_guidance_has_other_numbers():
     for scale, a in ((1.6, 0.2), (1.7, 0.25)):
-        found = Analytic(0.3).sample(torch.tensor([-1, -1]), FixedLatent(), EDM2, [AutoGuide(Analytic(a), scale)])
+        guided = Analytic(0.3).guided_by([AutoGuide(Analytic(a), scale)])
+        found = guided.sample(torch.tensor([-1, -1]), FixedLatent(), EDM2)
         assert (summary(found.x) - torch.tensor(GUIDED)).abs().max() > 1e-3
 
 
@@ -116,9 +118,9 @@ def test_every_sampler_and_guide_keeps_the_type(sampler):
     guide = GradientGuide(lambda x_vp, t, label: x_vp.flatten(1).sum(1), 0.1, 0.1, time_min=0.0)
     spec = SamplingRecipe(sampler=sampler, steps=6)
     rows = torch.tensor([-1, -1])
-    whole = Analytic(0.3).sample(rows, RowRng([1, 2]), spec, [guide])
+    whole = Analytic(0.3).guided_by([guide]).sample(rows, RowRng([1, 2]), spec)
     for given in ([], [guide]):
-        found = Analytic(0.3).sample(rows, RowRng([1, 2]), spec.merged(dtype="float32"), given)
+        found = Analytic(0.3).guided_by(given).sample(rows, RowRng([1, 2]), spec.merged(dtype="float32"))
         assert found.x.dtype == torch.float32
     if sampler != "ddpm":  # which draws other numbers in another type
         assert_close(found.x.double(), whole.x, rtol=1e-4, atol=1e-4)
@@ -153,8 +155,10 @@ def test_the_interval_is_open_below_and_closed_above():
 
 def test_an_unlimited_interval_is_no_limit():
     model, label = Analytic(0.3, 10), torch.tensor([1, 2])
-    plain = model.sample(label, RowRng([1, 2]), EDM2, [AutoGuide(Analytic(0.2), 1.7)])
-    same = model.sample(label, RowRng([1, 2]), EDM2, [AutoGuide(Analytic(0.2), 1.7, Interval(0.0, 100.0))])
+    plain, same = (
+        model.guided_by([AutoGuide(Analytic(0.2), 1.7, interval)]).sample(label, RowRng([1, 2]), EDM2)
+        for interval in (Interval(), Interval(0.0, 100.0))
+    )
     assert torch.equal(plain.x, same.x)
 
 
@@ -163,9 +167,8 @@ def test_evaluations_outside_the_interval_are_saved():
     spec = SamplingRecipe(sampler="euler", steps=18)
     visited = Analytic(0.3).sigmas(spec)[:-1]
     inside = visited[(visited > 0.3) & (visited <= 6.0)]
-    found = Analytic(0.3).sample(
-        torch.tensor([-1, -1]), RowRng([1, 2]), spec, [AutoGuide(second, 2.0, Interval(0.3, 6.0))]
-    )
+    guided = Analytic(0.3).guided_by([AutoGuide(second, 2.0, Interval(0.3, 6.0))])
+    found = guided.sample(torch.tensor([-1, -1]), RowRng([1, 2]), spec)
     assert found.nfe == 18 + len(inside) < 36
     assert [seen[2] for seen in second.seen] == inside.tolist()
 
@@ -183,7 +186,8 @@ def test_classifier_free_guidance_has_the_same_interval(low, high):
     label = torch.tensor([1, 2])
     found = Labelled(0.3, 10).sample(label, RowRng([1, 2]), spec)
     guide = AutoGuide(Analytic(0.2), 1.7, Interval(low or 0.0, high or 1e9))
-    other = Analytic(0.3, 10).sample(label, RowRng([1, 2]), SamplingRecipe(sampler="euler", steps=18), [guide])
+    guided = Analytic(0.3, 10).guided_by([guide])
+    other = guided.sample(label, RowRng([1, 2]), SamplingRecipe(sampler="euler", steps=18))
     assert_close(found.x, other.x)
     assert found.nfe == other.nfe
 
@@ -195,7 +199,7 @@ def test_an_interval_that_never_acts_or_limits_nothing_is_refused():
     with pytest.raises(UsageError, match=r"of sampling.cfg_scale from 90 to inf holds none .*, 0.002 to 80; widen it"):
         model.check_sampling(SamplingRecipe(cfg_scale=2.0, cfg_sigma_min=90.0))
     with pytest.raises(UsageError, match=r"--guidance-interval from 0.0021 to 0.0022 holds none of the sampler's"):
-        model.check_guides(SamplingRecipe(), [AutoGuide(model, 2.0, Interval(0.0021, 0.0022))])
+        model.guided_by([AutoGuide(model, 2.0, Interval(0.0021, 0.0022))]).check_sampling(SamplingRecipe())
     with pytest.raises(ValueError, match=r"cfg_sigma_min = 3.0 must be below cfg_sigma_max = 2.0"):
         SamplingRecipe(cfg_scale=2.0, cfg_sigma_min=3.0, cfg_sigma_max=2.0)
     with pytest.raises(RecipeError, match=r"cfg_sigma_min = 3.0 must be below"):
@@ -249,7 +253,7 @@ def test_an_unconditional_network_is_classifier_free_guidance(ckpt, unconditiona
     base, second = (registry.load_model(path, CPU).model for path in (ckpt, unconditional))
     found, record = guides.other_guides(Others(unconditional, 1.7), base, CPU)
     x, sigma, label = torch.randn(4, 3, 32, 32), torch.tensor(0.7), torch.tensor([0, 3, 7, 9])
-    steered = base.steered(label, SamplingRecipe(), found, Trace())(x, sigma)
+    steered = base.guided_by(found).steered(label, SamplingRecipe(), Trace())(x, sigma)
     d, d_g = base.denoise(x, sigma, label), second.denoise(x, sigma, torch.full((4,), -1))
     assert_close(steered, d_g + 1.7 * (d - d_g))
     assert (steered - d).abs().max() > 1e-2
@@ -261,9 +265,7 @@ def test_the_interval_of_a_second_network_is_in_the_manifest(ckpt, unconditional
         Others(unconditional, 2.0, interval=(0.3, 6.0)), registry.load_model(ckpt, CPU), CPU
     )
     settings = {"sampler": "euler", "steps": 8}
-    found = sample.run(
-        ckpt, range(4), tmp_path / "set", sampling=settings, guides=made.guides, guidance=made.record, device=CPU
-    )
+    found = sample.run(made.model, range(4), tmp_path / "set", sampling=settings, guidance=made.record, device=CPU)
     assert 8 < found["nfe"] < 16
     manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
     assert manifest["guidance"]["autoguidance"]["interval"] == [0.3, 6.0]
@@ -271,8 +273,8 @@ def test_the_interval_of_a_second_network_is_in_the_manifest(ckpt, unconditional
 
 def test_a_network_of_another_space_is_refused(ckpt, unconditional, monkeypatch):
     base = registry.load_model(ckpt, CPU).model
-    base.codec = object()
-    with pytest.raises(UsageError, match=r"draws in the space of a PixelCodec .*, the model in that of a object"):
+    base.codec = Codec(base.codec.shape)
+    with pytest.raises(UsageError, match=r"draws in the space of a PixelCodec .*, the model in that of a Codec"):
         guides.other_guides(Others(unconditional, 2.0), base, CPU)
 
 
@@ -338,7 +340,8 @@ def test_a_guides_gradient_stays_float32():
 
     guide = GradientGuide(potential, 1.0, time_min=0.0)
     with inference_precision("bf16", CPU):
-        Analytic(0.3).sample(torch.tensor([-1, -1]), RowRng([1, 2]), SamplingRecipe(steps=3), [guide])
+        guided = Analytic(0.3).guided_by([guide])
+        guided.sample(torch.tensor([-1, -1]), RowRng([1, 2]), SamplingRecipe(steps=3))
     assert set(seen) == {torch.float32}
 
 

@@ -24,7 +24,7 @@ from ddo_cli.data.inspection import Inspection, balance
 from ddo_cli.data.samples import Writer
 from ddo_cli.data.stream import open_stream
 from ddo_cli.errors import DataError
-from ddo_cli.likelihood import Batch
+from ddo_cli.generation import Batch
 
 NUM = 23
 CPU = torch.device("cpu")

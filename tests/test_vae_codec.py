@@ -17,6 +17,7 @@ from ddo_cli.models.edm2.vae_codec import VARIABLE, StabilityCodec
 from ddo_cli.rng import RowRng
 
 # As published with EDM2: 0.5 / std, and -mean times that.
+CODEC = StabilityCodec((3, 32, 32))
 SCALE = [0.11990407, 0.10822511, 0.13477089, 0.15243903]
 BIAS = [-0.69664264, -0.3517316, -0.01617251, 0.32774392]
 
@@ -59,7 +60,7 @@ def images(num, side=32):
 @torch.no_grad()
 def test_latents_are_mean_and_deviation_of_images_in_0_to_1(vae):
     items = images(11)
-    found = StabilityCodec().latents(items)
+    found = CODEC.latents(items)
     expected = vae.encode(items / 255).latent_dist
     assert (found.shape, found.dtype) == ((11, 8, 4, 4), torch.float32)
     # mini-batches of another size sum in another order
@@ -69,7 +70,7 @@ def test_latents_are_mean_and_deviation_of_images_in_0_to_1(vae):
 
 
 def test_x_is_scaled_as_published():
-    codec = StabilityCodec()
+    codec = CODEC
     latents = torch.zeros(2, 8, 1, 1)
     torch.testing.assert_close(codec.draw(latents, None)[0].flatten(), torch.tensor(BIAS))
     latents[:, :4] = 1
@@ -83,7 +84,7 @@ def test_x_is_scaled_as_published():
 
 def test_x_of_imagenet_is_of_mean_0_and_deviation_a_half():
     latents = torch.tensor([5.81, 3.25, 0.12, -2.15, 4.17, 4.62, 3.71, 3.28]).view(1, 8, 1, 1)
-    codec = StabilityCodec()
+    codec = CODEC
     torch.testing.assert_close(codec.draw(latents, None).flatten(), torch.zeros(4), rtol=0, atol=1e-6)
     eps = RowRng([0]).randn((4, 1, 1))
     torch.testing.assert_close(codec.draw(latents, RowRng([0])), 0.5 * eps, rtol=1e-5, atol=1e-6)
@@ -92,7 +93,7 @@ def test_x_of_imagenet_is_of_mean_0_and_deviation_a_half():
 @torch.no_grad()
 def test_decoding_cuts_to_0_and_1_and_truncates(vae):
     x = torch.randn(11, 4, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 4
-    found = StabilityCodec().decode(x)
+    found = CODEC.decode(x)
     raw = (x.float() - torch.tensor(BIAS).view(4, 1, 1)) / torch.tensor(SCALE).view(4, 1, 1)
     pixels = torch.cat([vae.decode(part).sample for part in raw.split(8)])
     assert float(pixels.min()) < 0
@@ -103,7 +104,7 @@ def test_decoding_cuts_to_0_and_1_and_truncates(vae):
 
 
 def test_training_in_bf16_does_not_reach_it(vae):
-    codec, items = StabilityCodec(), images(2)
+    codec, items = CODEC, images(2)
     expected = codec.latents(items)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(codec.latents(items), expected)
@@ -111,10 +112,10 @@ def test_training_in_bf16_does_not_reach_it(vae):
 
 
 def test_state_shape():
-    assert StabilityCodec().state_shape((3, 512, 512)) == (4, 64, 64)
+    assert StabilityCodec((3, 512, 512)).state_shape == (4, 64, 64)
     for shape in ((1, 64, 64), (3, 60, 64), (2,)):
         with pytest.raises(ValueError, match="RGB images"):
-            StabilityCodec().state_shape(shape)
+            StabilityCodec(shape)
 
 
 def test_the_identity_is_of_the_encoder(folder, tmp_path, monkeypatch):
@@ -122,7 +123,7 @@ def test_the_identity_is_of_the_encoder(folder, tmp_path, monkeypatch):
 
     def identity(path):
         monkeypatch.setenv(VARIABLE, str(path))
-        return StabilityCodec().encoder_id()
+        return CODEC.encoder_id()
 
     own = identity(folder[0])
     assert own.startswith("sd-vae:")
@@ -139,25 +140,25 @@ def test_the_identity_is_of_the_encoder(folder, tmp_path, monkeypatch):
 def test_what_is_missing(folder, tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, str(tmp_path / "nowhere" / "vae"))
     with pytest.raises(CheckpointError, match=r"DDO_VAE.*holds no autoencoder"):
-        StabilityCodec().latents(images(1))
+        CODEC.latents(images(1))
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     with pytest.raises(CheckpointError, match="holds no autoencoder"):
-        StabilityCodec().latents(images(1))
+        CODEC.latents(images(1))
     save_vae(tmp_path / "shallow", widths=(4, 4))
     monkeypatch.setenv(VARIABLE, str(tmp_path / "shallow"))
     with pytest.raises(CheckpointError, match=r"4 channels at 1/2 of the side"):
-        StabilityCodec().decode(torch.zeros(1, 4, 4, 4))
+        CODEC.decode(torch.zeros(1, 4, 4, 4))
     broken = tmp_path / "broken"
     save_vae(broken)
     (broken / "diffusion_pytorch_model.safetensors").write_bytes(b"x")
     monkeypatch.setenv(VARIABLE, str(broken))
     with pytest.raises(CheckpointError, match=r"broken cannot be loaded \(.*DDO_VAE"):
-        StabilityCodec().latents(images(1))
+        CODEC.latents(images(1))
     vae_codec._load.cache_clear()
     monkeypatch.setenv(VARIABLE, str(folder[0]))
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(UsageError, match="pip install"):
-        StabilityCodec().latents(images(1))
+        CODEC.latents(images(1))
 
 
 def test_pickled_weights_are_not_read(tmp_path, monkeypatch):
@@ -166,7 +167,7 @@ def test_pickled_weights_are_not_read(tmp_path, monkeypatch):
     torch.save({}, tmp_path / "diffusion_pytorch_model.bin")
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     with pytest.raises(CheckpointError, match="cannot be loaded"):
-        StabilityCodec().latents(images(1))
+        CODEC.latents(images(1))
 
 
 def test_edm2_of_latents_learns_from_an_encoded_set(vae, tmp_path):
@@ -175,7 +176,7 @@ def test_edm2_of_latents_learns_from_an_encoded_set(vae, tmp_path):
     config = registry.config_of("edm2-unet", (3, 32, 32), 10, options, {})
     torch.manual_seed(0)
     model = registry.build(config)
-    assert model.state_shape == (4, 4, 4)
+    assert model.codec.state_shape == (4, 4, 4)
     assert not [name for name in model.state_dict() if "encoder.conv" in name or "vae" in name]
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

@@ -9,7 +9,8 @@ from torch.testing import assert_close
 from var_models import SMALL_VAE, TINY_VAE, build, filled, tiny_tokenizer, truth
 
 from ddo_cli.errors import CheckpointError, DataError, RecipeError, UsageError
-from ddo_cli.likelihood import labels_of, repeat_draw
+from ddo_cli.generation import labels_of
+from ddo_cli.likelihood import repeat_draw
 from ddo_cli.models import registry
 from ddo_cli.models.tokens import sampled_log_prob
 from ddo_cli.models.var import layers as var_blocks
@@ -57,7 +58,7 @@ def test_values_equal_the_official_ones(models, shared):
     vae = model.vqvae
     images = vae.decoder(vae.post_quant_conv(vae.quantize.f_hat(sampled.x))).clamp(-1, 1)
     check((images + 1) / 2, IMAGES[shared])
-    assert torch.equal(model.decode(sampled.x), ((images + 1) / 2 * 255).to(torch.uint8))
+    assert torch.equal(model.codec.decode(sampled.x), ((images + 1) / 2 * 255).to(torch.uint8))
 
 
 def swap(model, order):
@@ -194,7 +195,7 @@ def test_smooth_sampling_mixes_codes(models):
     with torch.no_grad():  # of one level there is nothing to mix
         assert_close(sharp, model.vqvae.quantize.f_hat(tokens), atol=1e-5, rtol=1e-5)
     mixed = model.sample(LABEL, RowRng([0, 1]), SamplingRecipe(smooth=True))
-    assert model.decode(mixed.x).shape == (2, 3, 64, 64)
+    assert model.codec.decode(mixed.x).shape == (2, 3, 64, 64)
     with pytest.raises(UsageError, match="smooth"):
         model.log_density(tokens, LABEL, SamplingRecipe(smooth=True))
 
@@ -276,11 +277,11 @@ def test_half_precision_changes_the_network_passes_only(models):
         half = model.predict(x, LABEL, draw)
         log_ratio = model(x, LABEL, draw, half)
         sampled = model.sample(LABEL, RowRng(range(2)), SPECS["guided"])
-        images = model.decode(sampled.x)
+        images = model.codec.decode(sampled.x)
     assert half.dtype == torch.float32
     assert 1e-4 < (half - plain).abs().max() < 0.3
     assert (log_ratio == 0).all()
-    assert torch.equal(images, model.decode(sampled.x))
+    assert torch.equal(images, model.codec.decode(sampled.x))
 
 
 @torch.no_grad()
@@ -305,15 +306,15 @@ def test_keys_and_values_are_kept_in_the_type_of_attention(models, monkeypatch):
 def test_items_are_images_or_tokens():
     model = build()
     images = torch.randint(256, (5, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    tokens = model.latents(images)
+    tokens = model.codec.latents(images)
     assert (tokens.shape, tokens.dtype) == ((5, 5), torch.int16)
-    assert model.latent_shapes == ((5,),)
-    assert model.state_shape == (5,)
+    assert model.codec.latent_shapes == ((5,),)
+    assert model.codec.state_shape == (5,)
     for kind in (torch.int16, torch.uint8, torch.int64):
-        assert torch.equal(model.encode(tokens.to(kind)), model.encode(images))
-    assert model.decode(model.encode(images)).shape == images.shape
+        assert torch.equal(model.codec.encode(tokens.to(kind)), model.codec.encode(images))
+    assert model.codec.decode(model.codec.encode(images)).shape == images.shape
     with pytest.raises(DataError, match="0 to 2"):
-        model.encode(torch.full((1, 5), 3))
+        model.codec.encode(torch.full((1, 5), 3))
 
 
 def test_a_new_model_is_nearly_uniform_and_has_closed_gates():

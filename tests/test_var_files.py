@@ -56,7 +56,7 @@ def test_the_converted_model_is_the_same(model, files, tmp_path):
     assert file.header["sampling"] == {"batch": 25}
     assert file.header["provenance"][0]["vae"] == "vae.pth"
     images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(loaded.encode(images), model.encode(images))
+    assert torch.equal(loaded.codec.encode(images), model.codec.encode(images))
     drawn = sample.run(str(out), range(3), tmp_path / "set", device=CPU)
     assert drawn["nfe"] == 4
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from var_models import SMALL_VAE, TINY_VAE, build, filled, tiny_tokenizer, truth
 
 from ddo_cli.errors import CheckpointError
-from ddo_cli.models.var import vqvae
+from ddo_cli.models.var import tokenizers
 from ddo_cli.models.var.vqvae import Vqvae, VqvaeOptions, load_into, phi_of_scale
 
 # Mean, standard deviation, first four and last two values of the official program in float32, on the same numbers.
@@ -185,4 +185,4 @@ def test_mistakes_are_named():
         Vqvae((3, 32, 32), VqvaeOptions.model_validate(SMALL_VAE))
     with pytest.raises(ValueError, match="groups = 3"):
         Vqvae((3, 4, 4), VqvaeOptions.model_validate({**TINY_VAE, "groups": 3}))
-    assert vqvae.KIND == "tokenizer"
+    assert tokenizers.KIND == "tokenizer"

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ddo_cli import checkpoint
+from ddo_cli.codec import LatentCodec
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel
 from ddo_cli.models import registry
 from ddo_cli.models.toy.patch_unet import PatchUNet, PatchUNetOptions
@@ -16,16 +17,14 @@ class Options(PatchUNetOptions):
     name: str = "toy"  # of the encoder
 
 
-class ToyCodec:
+class ToyCodec(LatentCodec):
     """2 x 2 pixels become 4 times the channels."""
 
     largest = 0  # batch that an encoder has seen
 
-    def __init__(self, std: float, name: str):
+    def __init__(self, shape, std: float, name: str):
+        super().__init__(shape, (4 * shape[0], shape[1] // 2, shape[2] // 2))
         self.std, self.name = std, name
-
-    def state_shape(self, shape):
-        return (4 * shape[0], shape[1] // 2, shape[2] // 2)
 
     def latents(self, items):
         ToyCodec.largest = max(ToyCodec.largest, len(items))
@@ -36,9 +35,6 @@ class ToyCodec:
         mean, std = latents.chunk(2, dim=1)
         return mean if rng is None else mean + std * rng.randn(mean.shape[1:])
 
-    def encode(self, items):
-        return self.draw(self.latents(items), None)
-
     def decode(self, x):
         return (F.pixel_shuffle(x, 2) * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
@@ -48,13 +44,13 @@ class ToyCodec:
 
 @registry.register("toy-latent", Options, DiffusionDrawOptions)
 def build(shape, num_classes, options, draw_options):
-    codec = ToyCodec(options.std, options.name)
-    channels, size, _ = codec.state_shape(shape)
+    codec = ToyCodec(shape, options.std, options.name)
+    channels, size, _ = codec.state_shape
     net = PatchUNet(
         in_channels=channels, size=size, num_classes=num_classes, patch=options.patch, widths=options.widths,
         depths=options.depths, emb_width=options.emb_width,
     )  # fmt: skip
-    return DiffusionModel(net, codec, shape, num_classes, options, draw_options)
+    return DiffusionModel(net, codec, num_classes, options, draw_options)
 
 
 def make_toy(path, **options) -> str:

@@ -53,11 +53,10 @@ def sample(
     from ddo_cli.engines.sampling import guides, sample
     from ddo_cli.models import registry
 
-    model = registry.load_model(ckpt, device)
-    steered = guides.of_plain_sampling(second_network, model, device)
+    model, record = guides.of_plain_sampling(second_network, registry.load_model(ckpt, device), device)
     return sample.run(
-        model, seeds, out, form=form, classes=classes, sampling=sampling, guides=steered.guides,
-        guidance=steered.record, device=device, dry_run=dry_run,
+        model, seeds, out, form=form, classes=classes, sampling=sampling, guidance=record, device=device,
+        dry_run=dry_run,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ddo_cli.codec import Codec
 from ddo_cli.errors import DataError
 from ddo_cli.likelihood import NO_LABEL, LikelihoodModel
 
@@ -17,7 +18,7 @@ INDEX = "dataset.json"  # labels of EDM's and StyleGAN's archives
 class Encoded(NamedTuple):
     """What is known of a set of latents or tokens.
 
-    encoder: `LikelihoodModel.encoder_id` of the model that made them, "" where unknown; image_shape: of the images they
+    encoder: `Codec.encoder_id` of the model that made them, "" where unknown; image_shape: of the images they
     were made of; digest: of items and labels, as written down when they were made.
     """
 
@@ -67,16 +68,16 @@ def check_fits(items: ItemSet, model: LikelihoodModel, hflip: bool = False, *, n
         raise DataError(
             f"data.hflip = true mirrors images, and {items.name} holds {describe_items(items)}; leave it out"
         )
-    found = items.items.shape[1:]
-    if found != model.shape and found not in model.latent_shapes:
-        shapes = " or ".join("x".join(map(str, shape)) for shape in model.latent_shapes)
+    found, codec = items.items.shape[1:], model.codec
+    if found != codec.shape and found not in codec.latent_shapes:
+        shapes = " or ".join("x".join(map(str, shape)) for shape in codec.latent_shapes)
         remedy = "encode the images with this model (ddo encode)" if items.encoded and shapes else "convert the images"
         raise DataError(
-            f"{items.name} holds {describe_items(items)} where the model needs {describe(model.shape)}"
+            f"{items.name} holds {describe_items(items)} where the model needs {describe(codec.shape)}"
             f"{f', encoded as {shapes}' if shapes else ''}; {remedy}, or choose a model of their size"
         )
     if items.encoded is not None:
-        _check_encoder(items.name, items.encoded, model)
+        _check_encoder(items.name, items.encoded, codec)
     if not num_classes:
         return
     if len(items.labels) and items.labels.min() < 0:
@@ -91,13 +92,13 @@ def check_fits(items: ItemSet, model: LikelihoodModel, hflip: bool = False, *, n
         )
 
 
-def _check_encoder(name: str, encoded: Encoded, model: LikelihoodModel) -> None:
-    if encoded.image_shape != tuple(model.shape):
+def _check_encoder(name: str, encoded: Encoded, codec: Codec) -> None:
+    if encoded.image_shape != codec.shape:
         raise DataError(
-            f"{name} was encoded from {describe(encoded.image_shape)} where the model needs {describe(model.shape)}; "
+            f"{name} was encoded from {describe(encoded.image_shape)} where the model needs {describe(codec.shape)}; "
             "encode images of that size (ddo encode)"
         )
-    own = model.encoder_id() if encoded.encoder else ""
+    own = codec.encoder_id() if encoded.encoder else ""
     if own and own != encoded.encoder:
         raise DataError(
             f"{name} was encoded by {encoded.encoder}, and the model's encoder is {own}: it would take the items for "

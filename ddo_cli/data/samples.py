@@ -26,7 +26,7 @@ from ddo_cli import dist, rundir
 from ddo_cli.checkpoint import write_tensors
 from ddo_cli.errors import DataError
 from ddo_cli.files import read_json, replacing, write_json
-from ddo_cli.likelihood import Batch, num_batches
+from ddo_cli.generation import Batch, num_batches
 
 Format = Literal["png", "npz", "shards"]
 MANIFEST = "manifest.json"

@@ -5,45 +5,22 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ddo_cli.codec import Codec
 from ddo_cli.diffusion import generalised_sampler, guidance, precond, probability_flow, samplers, sampling_plan
 from ddo_cli.diffusion.churn import Boost, Churn
 from ddo_cli.diffusion.guidance import Guide, Interval
 from ddo_cli.diffusion.precond import PrecondName
 from ddo_cli.diffusion.trace import Denoiser, Trace
 from ddo_cli.errors import NumericsError, UsageError
-from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, drop_labels
+from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, check_fields, drop_labels
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
-
-
-class Codec(Protocol):
-    """Items as they lie on disk <-> model space."""
-
-    def encode(self, items: Tensor) -> Tensor: ...
-
-    def decode(self, x: Tensor) -> Tensor: ...
-
-
-class LatentCodec(Codec, Protocol):
-    """A codec whose model space is another than its items': a frozen autoencoder."""
-
-    def state_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of x of an item of this shape."""
-
-    def latents(self, items: Tensor) -> Tensor:
-        """Images -> mean and deviation of their latents, (B, 2 C, h, w) float32."""
-
-    def draw(self, latents: Tensor, rng: RowRng | None) -> Tensor:
-        """x (B, C, h, w) of what `latents` returned; rng None: of the mean."""
-
-    def encoder_id(self) -> str:
-        """What `latents` depends on beside the images: a hash of the encoder's weights."""
 
 
 class DiffusionDraw(NamedTuple):
@@ -71,6 +48,13 @@ class DiffusionOptions(Options):
     learned_variance: bool = False  # the network has twice the channels: F, and where DDPM's log variance lies
 
 
+SAMPLING_FIELDS = (
+    "sampler", "steps", "spacing", "respacing", "sigma_min", "sigma_max", "rho", "dtype", "clip_denoised", "s_churn",
+    "s_min", "s_max", "s_noise", "discretization", "schedule", "scaling", "step_ratio", "cfg_scale", "cfg_sigma_min",
+    "cfg_sigma_max",
+)  # fmt: skip
+
+
 class DiffusionModel(LikelihoodModel):
     """Preconditioned denoiser. `net(x, c_noise, label)` returns F of x's shape (arXiv 2206.00364).
 
@@ -78,37 +62,10 @@ class DiffusionModel(LikelihoodModel):
     sampler, and they are not trained by the likelihood.
     """
 
-    DrawOptions = DiffusionDrawOptions
-    sampling_fields = frozenset(
-        {
-            "sampler",
-            "steps",
-            "spacing",
-            "respacing",
-            "sigma_min",
-            "sigma_max",
-            "rho",
-            "s_churn",
-            "s_min",
-            "s_max",
-            "s_noise",
-            "discretization",
-            "schedule",
-            "scaling",
-            "step_ratio",
-            "clip_denoised",
-            "cfg_scale",
-            "cfg_sigma_min",
-            "cfg_sigma_max",
-            "dtype",
-        }
-    )
-
     def __init__(
         self,
         net: nn.Module,
         codec: Codec,
-        shape: tuple[int, ...],
         num_classes: int,
         options: DiffusionOptions,
         draw_options: DiffusionDrawOptions,
@@ -118,49 +75,9 @@ class DiffusionModel(LikelihoodModel):
         super().__init__()
         with torch.device("cpu"):  # tables of levels, which are numbers even where the network is on the meta device
             self.precond = preconditioner or precond.PRECONDITIONERS[options.precond](options.sigma_data)
-        self.net, self.codec = net, codec
-        self.shape, self.num_classes = tuple(shape), num_classes
-        if self.latent_codec is not None:
-            channels, *sides = self.state_shape
-            self.latent_shapes = ((2 * channels, *sides), (channels, *sides))
+        self.net, self.codec, self.num_classes = net, codec, num_classes
         self.options, self.draw_options = options, draw_options
-
-    @property
-    def latent_codec(self) -> LatentCodec | None:
-        """The codec, if x is a latent."""
-        return self.codec if hasattr(self.codec, "latents") else None  # type: ignore[return-value]
-
-    @property
-    def state_shape(self) -> tuple[int, ...]:
-        """Shape of one x."""
-        return self.shape if self.latent_codec is None else self.latent_codec.state_shape(self.shape)
-
-    @property
-    def fake_as(self) -> Literal["images", "latents"]:  # type: ignore[override]
-        """A latent keeps more of itself than its image does."""
-        return "images" if self.latent_codec is None else "latents"
-
-    def encode(self, items: Tensor, rng: RowRng | None = None) -> Tensor:
-        """Items on disk -> x in model space. Latents: images, what `latents` made of them, or x itself."""
-        if self.latent_codec is None:
-            return self.codec.encode(items)
-        if tuple(items.shape[1:]) == self.state_shape:
-            return items.to(torch.float32)
-        if items.dtype == torch.uint8:
-            items = self.latents(items)
-        return self.latent_codec.draw(items.to(torch.float32), rng)
-
-    def latents(self, items: Tensor) -> Tensor:
-        """Images -> mean and deviation of their latents."""
-        return super().latents(items) if self.latent_codec is None else self.latent_codec.latents(items)
-
-    def encoder_id(self) -> str:
-        """The codec's."""
-        return "" if self.latent_codec is None else self.latent_codec.encoder_id()
-
-    def decode(self, x: Tensor) -> Tensor:
-        """x in model space -> items on disk."""
-        return self.codec.decode(x)
+        self.guides: tuple[Guide, ...] = ()  # applied in their order, the last one outermost
 
     # -----------------------------------------------------------------------------------------------------------------
     # Likelihood
@@ -186,7 +103,7 @@ class DiffusionModel(LikelihoodModel):
         options: DiffusionDrawOptions = self.draw_options
         sigma = self.precond.round_sigma(torch.exp(options.p_mean + options.p_std * rng.randn()))  # (B,)
         drop = rng.rand() < options.label_dropout  # (B,)
-        return DiffusionDraw(sigma, rng.randn(self.state_shape), drop)
+        return DiffusionDraw(sigma, rng.randn(self.codec.state_shape), drop)
 
     def predict(self, x: Tensor, label: Tensor, draw: DiffusionDraw) -> Tensor:
         """D(x + sigma eps; sigma), of x's shape."""
@@ -209,14 +126,7 @@ class DiffusionModel(LikelihoodModel):
     # -----------------------------------------------------------------------------------------------------------------
     # Sampling
 
-    def sample(
-        self,
-        label: Tensor,
-        rng: RowRng,
-        spec: SamplingRecipe,
-        guides: Sequence[Guide] = (),
-        x0: Tensor | None = None,
-    ) -> Sampled:
+    def sample(self, label: Tensor, rng: RowRng, spec: SamplingRecipe, x0: Tensor | None = None) -> Sampled:
         """Samples in model space, float64 or what spec.dtype says.
 
         Each row draws its latent, then (with classes) a label, used or not, then the sampler's noise step by step: the
@@ -227,7 +137,7 @@ class DiffusionModel(LikelihoodModel):
         fixed schedule out: with few steps, as our models take, a low level would be left with one of them, and a curve
         over levels would show the integrator's error. So every level costs the same.
         """
-        latent = rng.randn(self.state_shape).to(label.device, sampling_plan.dtype_of(spec))
+        latent = rng.randn(self.codec.state_shape).to(label.device, sampling_plan.dtype_of(spec))
         if self.num_classes:
             rng.randint(self.num_classes)
         sigmas = self.sigmas(spec).to(label.device)
@@ -238,11 +148,11 @@ class DiffusionModel(LikelihoodModel):
             s_max=math.inf if spec.s_max is None else spec.s_max,
             s_noise=1.0 if spec.s_noise is None else spec.s_noise,
             rng=rng,
-            boost=self._boost(guides),
+            boost=self._boost(),
             trace=trace,
             round_sigma=self.precond.round_sigma,
         )
-        denoise = self.steered(label, spec, guides, trace)
+        denoise = self.steered(label, spec, trace)
         if (choice := sampling_plan.generalised_choice(spec)) is not None:
             if x0 is not None:
                 raise UsageError(f"SDEdit needs a plain sampler; remove {sampling_plan.generalised_keys(spec)}")
@@ -257,7 +167,7 @@ class DiffusionModel(LikelihoodModel):
             )
         return Sampled(x, trace.nfe, trace.disc_nfe)
 
-    def steered(self, label: Tensor, spec: SamplingRecipe, guides: Sequence[Guide], trace: Trace) -> Denoiser:
+    def steered(self, label: Tensor, spec: SamplingRecipe, trace: Trace) -> Denoiser:
         """The denoiser of a batch with the recipe's classifier-free guidance and every guide, counting in `trace`."""
 
         def bound(own_label: Tensor) -> Denoiser:
@@ -276,13 +186,20 @@ class DiffusionModel(LikelihoodModel):
             denoise = guidance.extrapolated(denoise, unconditional, spec.cfg_scale, _cfg_interval(spec))
         if spec.clip_denoised:
             denoise = _clipped(denoise)
-        for guide in guides:
+        for guide in self.guides:
             denoise = guide.steer(denoise, label, trace)
         return denoise
 
+    def guided_by(self, guides: Sequence[Guide]) -> DiffusionModel:
+        """This model steered by guides in their order, after those that it has."""
+        guided = copy.copy(self)  # shares the network
+        guided.guides = (*self.guides, *guides)
+        return guided
+
     def passes(self, spec: SamplingRecipe) -> int:
-        """Counted: one sample of a copy whose network says 0 everywhere."""
-        counted = copy.copy(self)  # shares the weights, which nothing reads
+        """NFE without guides, counted by sampling with a zero network."""
+        counted = copy.copy(self)
+        counted.guides = ()
         counted.evaluate = lambda x, sigma, label: (torch.zeros_like(x), torch.zeros_like(x))  # type: ignore
         counted.denoise = lambda x, sigma, label: torch.zeros_like(x)  # type: ignore[method-assign]
         return counted.sample(torch.full((1,), NO_LABEL), RowRng([0]), spec).nfe
@@ -292,47 +209,39 @@ class DiffusionModel(LikelihoodModel):
         units = getattr(self.net, "units", None)
         return units() if callable(units) else ()
 
-    def random_labels(self, rng: RowRng) -> Tensor:
-        """Labels as EDM's scripts draw them: from each item's own generator, after its latent."""
-        rng.randn(self.state_shape)
-        return rng.randint(self.num_classes)
-
     def check_sampling(self, spec: SamplingRecipe) -> None:
-        """Adds to the contract's check: a sampler and noise levels that go together, and that the network knows."""
-        super().check_sampling(spec)
+        """Adds: a sampler, noise levels and guides that go together; levels that the network knows."""
+        check_fields(self, spec, SAMPLING_FIELDS)
         sampling_plan.check(spec, self.options, self.precond)
-        if spec.cfg_scale not in (None, 1.0) and not self.num_classes:
-            raise UsageError(f"sampling.cfg_scale = {spec.cfg_scale} needs a class-conditional model; leave it out")
         if (spec.cfg_sigma_min, spec.cfg_sigma_max) != (None, None):
             if spec.cfg_scale in (None, 1.0):
                 raise UsageError("sampling.cfg_sigma_min and cfg_sigma_max are of a cfg_scale other than 1; set it too")
-            what = "the guidance of sampling.cfg_scale"
-            sampling_plan.check_interval(what, _cfg_interval(spec), spec, self.sigmas(spec)[:-1])
-
-    def check_guides(self, spec: SamplingRecipe, guides: Sequence[Guide]) -> None:
-        """Any guide steers a denoiser; boosting needs a sampler that churns, an interval one of its levels."""
-        for guide in guides:
-            if isinstance(interval := getattr(guide, "interval", None), Interval) and not self._boost(guides):
-                sampling_plan.check_interval("--guidance-interval", interval, spec, self.sigmas(spec)[:-1])
-        if self._boost(guides) and not samplers.find(spec.sampler).churns:
+            self._check_interval("the guidance of sampling.cfg_scale", _cfg_interval(spec), spec)
+        boost = self._boost()
+        for guide in self.guides:
+            if isinstance(interval := getattr(guide, "interval", None), Interval) and not boost:
+                self._check_interval("--guidance-interval", interval, spec)
+        if boost and not samplers.find(spec.sampler).churns:
             churned = samplers.names(lambda sampler: sampler.churns)
             raise UsageError(f"boost churns samples, which sampler {spec.sampler} cannot do; use {churned}")
 
-    def log_density(self, x: Tensor, label: Tensor, spec: SamplingRecipe, guides: Sequence[Guide] = ()) -> Tensor:
+    def _check_interval(self, what: str, interval: Interval, spec: SamplingRecipe) -> None:
+        sampling_plan.check_interval(what, interval, spec, self.sigmas(spec)[:-1])
+
+    def log_density(self, x: Tensor, label: Tensor, spec: SamplingRecipe) -> Tensor:
         """log p(x) in nats, (B,): see `flow.log_density`. Labels, cfg_scale and guides are honoured.
 
         Raises UsageError if `spec` asks for churn or a guide boosts, which no ODE describes.
         """
         if spec.s_churn:
             raise UsageError(f"sampling.s_churn = {spec.s_churn}: the density exists for the ODE only; leave churn out")
-        if self._boost(guides):
+        if self._boost():
             raise UsageError("boost depends on a sampler's steps: the density exists for the ODE only; leave it out")
-        denoise = self.steered(label, spec, guides, Trace())
+        denoise = self.steered(label, spec, Trace())
         return probability_flow.log_density(denoise, x, *self.bounds(spec), self.options.sigma_data)
 
-    @staticmethod
-    def _boost(guides: Sequence[Guide]) -> Boost | None:
-        return next((boost for guide in guides if (boost := getattr(guide, "boost", None))), None)
+    def _boost(self) -> Boost | None:
+        return next((boost for guide in self.guides if (boost := getattr(guide, "boost", None))), None)
 
     def bounds(self, spec: SamplingRecipe) -> tuple[float, float]:
         """Smallest and largest noise level of a sampling run, inside what the network knows."""
@@ -341,6 +250,13 @@ class DiffusionModel(LikelihoodModel):
     def sigmas(self, spec: SamplingRecipe) -> Tensor:
         """Decreasing noise levels of a sampling run, (steps + 1,): see `levels.sigmas`."""
         return sampling_plan.sigmas(spec, self.options, self.precond)
+
+
+def as_diffusion(model: LikelihoodModel, refusal: str) -> DiffusionModel:
+    """The model, if it is a denoiser with noise levels. Raises UsageError(refusal) for one of another kind."""
+    if not isinstance(model, DiffusionModel):
+        raise UsageError(refusal)
+    return model
 
 
 def _cfg_interval(spec: SamplingRecipe) -> Interval:

@@ -40,7 +40,7 @@ def run(
     device: torch.device,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Writes `model.latents` of every image of `data` into `out`, a data source for training that model.
+    """Writes `model.codec.latents` of every image of `data` into `out`, a data source for training that model.
 
     num: use so many images, as `data.num` picks them; shard: images per file; batch: images per network pass; dtype:
     "float16" halves the size of latents; workers: processes that decode images, None: as suits the machine. Images are
@@ -49,20 +49,20 @@ def run(
     """
     model, file = ckpt if isinstance(ckpt, registry.Loaded) else registry.load_model(ckpt, device)
     stream = open_stream(data, num)
-    if stream.shape != tuple(model.shape):
+    if stream.shape != model.codec.shape:
         raise DataError(
-            f"{data} holds {describe(stream.shape)} where the model needs {describe(model.shape)}; convert the images, "
-            "or choose a model of their size"
+            f"{data} holds {describe(stream.shape)} where the model needs {describe(model.codec.shape)}; convert the "
+            "images, or choose a model of their size"
         )
     encoder = _Encoder(model, dtype, device)
     shape, kind, speed = encoder.probe(stream, batch)
     manifest = {
         "format": latents.FORMAT,
-        "encoder": model.encoder_id(),
+        "encoder": model.codec.encoder_id(),
         "model": {"name": file.header["config"]["name"], "sha256": file.sha256},
         "source": data,
         "source_identity": stream.identity,
-        "image_shape": list(model.shape),
+        "image_shape": list(model.codec.shape),
         "shape": list(shape),
         "dtype": str(kind).removeprefix("torch."),
         "num": stream.num,
@@ -113,7 +113,7 @@ class _Encoder:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (b, C, H, W) -> (b, ...) on the CPU."""
-        made = self.model.latents(images.to(self.device)).cpu()
+        made = self.model.codec.latents(images.to(self.device)).cpu()
         if self.dtype is None:
             return made
         if not made.is_floating_point():

@@ -21,7 +21,7 @@ from ddo_cli.engines.ddo import sweep
 from ddo_cli.engines.sampling import sample
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.engines.step_cost import ItemType, Passes, Seconds, Setup
-from ddo_cli.likelihood import decoding_precision
+from ddo_cli.generation import decoding_precision
 from ddo_cli.models import registry
 from ddo_cli.recipe.schema import FinetuneRecipe, Recipe, SamplingRecipe, TrainRecipe
 
@@ -64,9 +64,9 @@ def of_finetuning(
     settings, model = recipe.finetune, reference.model
     rounds = [settings.of_round(number) for number in range(1, settings.rounds + 1)]
     kept = sample.kept_of_fakes(model, settings.fake_as, scoring.spec)
-    fake: ItemType = (model.state_shape, torch.float32)
+    fake: ItemType = (model.codec.state_shape, torch.float32)
     if kept != "latents":
-        shape = model.latent_shapes[0] if kept == "encoded" else model.shape
+        shape = model.codec.latent_shapes[0] if kept == "encoded" else model.codec.shape
         fake = (shape, torch.uint8 if kept == "images" and len(shape) == 3 else torch.float32)
     of_rounds = [sweep.planned(plan.rungs, plan.candidates_at) for plan in plans]
     nodes = [(plan, node) for plan, found in zip(plans, of_rounds, strict=True) for node in found]

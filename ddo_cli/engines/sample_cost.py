@@ -40,7 +40,7 @@ def of(model: LikelihoodModel, spec: SamplingRecipe, device: torch.device) -> Sa
 
     A model that asks what its tensors hold cannot always be followed: peak is 0 then, and `traced` tells why.
     """
-    if "steps" in model.sampling_fields and not spec.respacing:
+    if not model.codec.is_discrete and not spec.respacing:
         spec = spec.model_copy(update={"steps": min(spec.steps or STEPS, STEPS)})
     label = torch.zeros((spec.batch,), dtype=torch.int64, device=device)
     rng, traced = RowRng(range(spec.batch)), [WHOLE]

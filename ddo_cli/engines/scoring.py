@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from ddo_cli import console, dist
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet, check_images
 from ddo_cli.diffusion import probability_flow
-from ddo_cli.diffusion.guidance import Guide
 from ddo_cli.diffusion.mixture import toy2d
 from ddo_cli.errors import DataError, UsageError
-from ddo_cli.likelihood import Batch, LikelihoodModel, generate, num_batches
+from ddo_cli.generation import Batch, generate, num_batches
+from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.metrics import references, stats
 from ddo_cli.metrics.density import DensityScorer
 from ddo_cli.metrics.extractors.select import Extractor, select_extractor
@@ -63,25 +63,23 @@ class Scoring:
         """Scores that a promoted model gets; densities have no sampling noise, so one is enough."""
         return 1 if self.density is not None else self.metric.repeats
 
-    def check(self, guides: Sequence[Guide]) -> None:
-        """Raises UsageError if the metric cannot be taken of samples drawn like this."""
-        if self.density is not None and (self.spec.s_churn or any(getattr(guide, "boost", None) for guide in guides)):
+    def check(self, boosts: bool = False) -> None:
+        """Raises UsageError if the metric cannot be taken of samples drawn like this. boosts: whether a guide does."""
+        if self.density is not None and (self.spec.s_churn or boosts):
             raise UsageError("metric js is of the density that an ODE draws: leave sampling.s_churn and boost out")
 
-    def run(
-        self, model: LikelihoodModel, repeat: int, guides: Sequence[Guide] = (), images: int | None = None
-    ) -> dict[str, float]:
+    def run(self, model: LikelihoodModel, repeat: int, images: int | None = None) -> dict[str, float]:
         """The metric's figures, `self.key` among them, on the seeds of one repeat. Equal on every process.
 
         images: only the first so many of those seeds (a density has none); None: all.
         """
         if self.density is not None:
             with inference_precision("float32", self.device):  # as `generate` is, apart from the run's own precision
-                return dist.from_main(self.density.score(model, self.spec, guides))
+                return dist.from_main(self.density.score(model, self.spec))
         first = repeat * self.metric.num_images
         seeds = range(first, first + (images or self.metric.num_images))
         own = dist.shard(range(num_batches(len(seeds), self.spec.batch)))
-        made = generate(model, seeds, self.spec, batch=self.spec.batch, guides=guides, only=own, device=self.device)
+        made = generate(model, seeds, self.spec, batch=self.spec.batch, only=own, device=self.device)
         with console.progress(f"{self.key} {repeat + 1}/{self.repeats}", len(own), "batches") as bar:
             return self.frechet.score(_counted(made, bar))
 
@@ -90,7 +88,7 @@ class Scoring:
         if self.density is not None:
             points = self.density.size**2
             return (
-                points * 4 * probability_flow.STEPS * (1 + 2 * math.prod(model.shape))
+                points * 4 * probability_flow.STEPS * (1 + 2 * math.prod(model.codec.shape))
             )  # a backward pass for each dimension
         return model.passes(self.spec) * (images or self.metric.num_images)
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ddo_cli import dist
 from ddo_cli.engines import sample_cost
-from ddo_cli.likelihood import LikelihoodModel, decoding_precision, map_draw, repeat_draw
+from ddo_cli.generation import decoding_precision
+from ddo_cli.likelihood import LikelihoodModel, map_draw, repeat_draw
 from ddo_cli.models import registry
 from ddo_cli.objectives.ddo import ddo_loss
 from ddo_cli.precision import inference_precision
@@ -152,9 +153,9 @@ class _Trial:
         self.draw, self.sampling_draw = draws
         ref.eval()
         model.train(not isinstance(setup.settings, FinetuneRecipe))
-        images = torch.uint8 if len(model.shape) == 3 else torch.float32
+        images = torch.uint8 if len(model.codec.shape) == 3 else torch.float32
         with torch.no_grad():
-            one = model.encode(_zeros((1, *model.shape), images, setup.device))
+            one = model.codec.encode(_zeros((1, *model.codec.shape), images, setup.device))
         self.type = one.dtype
         self.x = _zeros((setup.spec.batch, *one.shape[1:]), one.dtype, setup.device)
         self.label = _zeros((setup.spec.batch,), torch.int64, setup.device)
@@ -188,7 +189,7 @@ class _Trial:
     def decode(self) -> None:
         """Samples to images."""
         with inference_precision(decoding_precision(self.setup.spec), self.setup.device):
-            self.model.decode(self.x)
+            self.model.codec.decode(self.x)
 
     def _loss(self) -> Tensor:
         """Of a micro-batch of real items, and as many fake ones for DDO, with everything that the engines compute."""
@@ -197,8 +198,8 @@ class _Trial:
             [
                 # What is in model space already is not encoded: checks of tokens read them.
                 _zeros((n, *shape), self.type, setup.device)
-                if shape == model.state_shape != model.shape
-                else model.encode(_zeros((n, *shape), dtype, setup.device))
+                if shape == model.codec.state_shape != model.codec.shape
+                else model.codec.encode(_zeros((n, *shape), dtype, setup.device))
                 for shape, dtype in setup.items
             ]
         )

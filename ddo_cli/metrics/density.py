@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -10,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddo_cli.diffusion.guidance import Guide
 from ddo_cli.diffusion.mixture import GaussianMixture
 from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import NO_LABEL, LikelihoodModel
@@ -59,19 +57,17 @@ class DensityScorer:
         self.extent = (left, left + 2 * half, bottom, bottom + 2 * half)
         self.log_data = self._normalised(data.log_prob(self.points))[0]  # (size^2,)
 
-    def score(self, model: LikelihoodModel, spec: SamplingRecipe, guides: Sequence[Guide] = ()) -> dict[str, float]:
+    def score(self, model: LikelihoodModel, spec: SamplingRecipe) -> dict[str, float]:
         """js, forward_kl = KL(data || model) and reverse_kl = KL(model || data) in nats, and mass, see `Densities`."""
-        return self.score_and_densities(model, spec, guides)[0]
+        return self.score_and_densities(model, spec)[0]
 
-    def densities(self, model: LikelihoodModel, spec: SamplingRecipe, guides: Sequence[Guide] = ()) -> Densities:
+    def densities(self, model: LikelihoodModel, spec: SamplingRecipe) -> Densities:
         """What `score` compares, for pictures."""
-        return self.score_and_densities(model, spec, guides)[1]
+        return self.score_and_densities(model, spec)[1]
 
-    def score_and_densities(
-        self, model: LikelihoodModel, spec: SamplingRecipe, guides: Sequence[Guide] = ()
-    ) -> tuple[dict[str, float], Densities]:
+    def score_and_densities(self, model: LikelihoodModel, spec: SamplingRecipe) -> tuple[dict[str, float], Densities]:
         """Both at the price of one."""
-        log_model, mass = self._normalised(self._log_model(model, spec, guides))
+        log_model, mass = self._normalised(self._log_model(model, spec))
         log_mean = torch.logaddexp(self.log_data, log_model) - np.log(2)
         score = {
             "js": (self._kl(self.log_data, log_mean) + self._kl(log_model, log_mean)) / 2,
@@ -82,18 +78,18 @@ class DensityScorer:
         p_data, p_model = (log_p.exp().view(self.size, self.size).numpy() for log_p in (self.log_data, log_model))
         return score, Densities(self.extent, p_data, p_model, mass)
 
-    def _log_model(self, model: LikelihoodModel, spec: SamplingRecipe, guides: Sequence[Guide]) -> Tensor:
+    def _log_model(self, model: LikelihoodModel, spec: SamplingRecipe) -> Tensor:
         """log density of the model at the grid's points, (size^2,)."""
-        if model.shape != (2,) or model.num_classes:
+        if model.codec.shape != (2,) or model.num_classes:
             raise UsageError(
                 f"metric js needs an unconditional model of points in the plane; this one has items of shape "
-                f"{model.shape} and {model.num_classes} classes"
+                f"{model.codec.shape} and {model.num_classes} classes"
             )
         device = next((p.device for p in chain(model.parameters(), model.buffers())), torch.device("cpu"))
         chunks = []
         for points in self.points.split(CHUNK):
             label = torch.full((len(points),), NO_LABEL, device=device)
-            chunks.append(model.log_density(points.to(device), label, spec, guides).cpu())
+            chunks.append(model.log_density(points.to(device), label, spec).cpu())
         return torch.cat(chunks).to(torch.float64)
 
     def _normalised(self, log_p: Tensor) -> tuple[Tensor, float]:

@@ -134,5 +134,5 @@ def _terms(
 
     x = x0 + rows_of(sigma, x0) * eps
     u = unit.steer(zero, label, Trace())(x, sigma)
-    error = x0 - base.steered(label, spec, (), Trace())(x, sigma)
+    error = x0 - base.steered(label, spec, Trace())(x, sigma)
     return torch.stack([(error * u).flatten(1).sum(1), u.square().flatten(1).sum(1)]) / sigma.square()

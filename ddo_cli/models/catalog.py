@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -15,10 +15,13 @@ E = TypeVar("E")
 
 
 class Catalog(Generic[E]):
-    """Entries by name. key: the recipe key that holds the name; builtin: name -> module that adds it when imported."""
+    """Entries by name. key: the recipe key that holds the name; builtin: name -> module that adds it when imported.
 
-    def __init__(self, key: str, builtin: Mapping[str, str], remedy: str):
-        self.key, self.builtin, self.remedy = key, builtin, remedy
+    also: further names that the key may have, for the suggestion.
+    """
+
+    def __init__(self, key: str, builtin: Mapping[str, str], remedy: str, also: Collection[str] = ()):
+        self.key, self.builtin, self.remedy, self.also = key, builtin, remedy, also
         self.entries: dict[str, E] = {}
 
     def add(self, name: str, entry: E) -> None:
@@ -30,7 +33,7 @@ class Catalog(Generic[E]):
         if name not in self.entries and name in self.builtin:
             importlib.import_module(self.builtin[name])
         if name not in self.entries:
-            known = sorted(self.builtin.keys() | self.entries.keys())
+            known = sorted({*self.builtin, *self.entries, *self.also} - {name})
             near = difflib.get_close_matches(name, known, 1)
             hint = f" (did you mean '{near[0]}'?)" if near else ""
             raise RecipeError(f"{self.key} = {name!r} is not known{hint}; known: {', '.join(known)}; {self.remedy}")

@@ -4,7 +4,7 @@ A user's Python file (`model.file` of a recipe, `--model-file` of a command) reg
 
     from ddo_cli.models.registry import register
     from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
-    from ddo_cli.models.codec import PixelCodec
+    from ddo_cli.codec import PixelCodec
 
     class Options(DiffusionOptions):
         width: int = 64
@@ -12,7 +12,7 @@ A user's Python file (`model.file` of a recipe, `--model-file` of a command) reg
     @register("my-net", Options, DiffusionDrawOptions)
     def build(shape, num_classes, options, draw_options):
         net = MyNet(shape[0], options.width, num_classes)     # net(x, c_noise, label) -> F
-        return DiffusionModel(net, PixelCodec(), shape, num_classes, options, draw_options)
+        return DiffusionModel(net, PixelCodec(shape), num_classes, options, draw_options)
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.errors import CheckpointError, RecipeError, UsageError
 from ddo_cli.likelihood import DrawOptions, LikelihoodModel, Options
 from ddo_cli.models.catalog import Catalog, option_problems
+from ddo_cli.models.var import tokenizers
 
 BUILTIN = {
     "patch-unet": "ddo_cli.models.toy.patch_unet",
@@ -41,7 +42,6 @@ BUILTIN = {
     "diffusers-unet": "ddo_cli.models.diffusers.unet",
     "pixel-transformer": "ddo_cli.models.toy.pixel_transformer",
     "var": "ddo_cli.models.var.transformer",
-    "vqvae": "ddo_cli.models.var.vqvae",
 }
 
 
@@ -55,7 +55,10 @@ class Entry(NamedTuple):
 
 B = TypeVar("B", bound=Callable[..., LikelihoodModel])
 _catalog: Catalog[Entry] = Catalog(
-    "model.name", BUILTIN, "a model of your own is registered by the Python file given as model.file"
+    "model.name",
+    BUILTIN,
+    "a model of your own is registered by the Python file given as model.file",
+    also=tokenizers.BUILTIN,
 )
 
 
@@ -93,7 +96,9 @@ def find(name: str) -> Entry:
 
 
 def problems(name: str, options: dict[str, Any], draw: dict[str, Any], draw_key: str = "model.draw") -> list[str]:
-    """What is wrong with a model's options, one line each. draw_key: the recipe key that the draw options come from."""
+    """What is wrong with the options of a model or tokenizer, one line each. draw_key: the recipe key of `draw`."""
+    if name in tokenizers.BUILTIN:
+        return tokenizers.problems(name, options)
     try:
         entry = find(name)
     except RecipeError as error:

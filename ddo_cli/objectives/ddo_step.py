@@ -30,7 +30,7 @@ def ddo_step(
     """
     n, device = len(real[1]), next(model.parameters()).device
     encode_rng = rng("encode")
-    x = torch.cat([model.encode(items.to(device), encode_rng) for items, _ in (real, fake)])  # (2n, ...)
+    x = torch.cat([model.codec.encode(items.to(device), encode_rng) for items, _ in (real, fake)])  # (2n, ...)
     label = torch.cat([real[1], fake[1]]).to(device)  # (2n,)
 
     # One draw of (sigma, eps) for real and fake rows, for model and reference (section 3.2): r is a small difference

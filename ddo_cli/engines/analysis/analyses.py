@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ddo_cli import console, dist
-from ddo_cli.diffusion.guidance import Guide, Potential, potential_at
+from ddo_cli.diffusion.denoiser import DiffusionModel
+from ddo_cli.diffusion.guidance import Potential, potential_at
 from ddo_cli.diffusion.trace import Denoiser, Trace
 from ddo_cli.engines.analysis.subject import Finding, Settings, Subject
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.errors import NumericsError
-from ddo_cli.likelihood import generate, num_batches
+from ddo_cli.generation import generate, num_batches
 from ddo_cli.metrics import gain as gains
 from ddo_cli.report import pictures
 from ddo_cli.report.pictures import Curve
@@ -113,7 +114,7 @@ def trajectory(subject: Subject, settings: Settings) -> Finding:
 
     The paper shows d / (1 - d) = exp(L). Where guidance works, the guided curve lies on the data's.
     """
-    found = {name: _along(subject, name, guides) for name, guides in subject.sides().items()}
+    found = {name: _along(subject, name, model) for name, model in subject.sides().items()}
     found["data"] = _of_data(subject, found["model"]["sigma"])
     low, high = subject.window()
 
@@ -134,14 +135,13 @@ def trajectory(subject: Subject, settings: Settings) -> Finding:
     return Finding(summary, {**found, **summary, "num": TRAJECTORIES, "window": [low, high]}, draw)
 
 
-def _along(subject: Subject, name: str, guides: Sequence[Guide]) -> dict[str, list[float]]:
+def _along(subject: Subject, name: str, model: DiffusionModel) -> dict[str, list[float]]:
     """Figures of L at every predictor of a sampling run."""
     recorder = Recorder(subject.guide.potential)
     seeds, batch = range(TRAJECTORIES), min(subject.spec.batch, TRAJECTORIES)
     own = dist.shard(range(num_batches(len(seeds), batch)))
-    made = generate(
-        subject.base, seeds, subject.spec, batch=batch, guides=[*guides, recorder], only=own, device=subject.device
-    )
+    model = model.guided_by([recorder])
+    made = generate(model, seeds, subject.spec, batch=batch, only=own, device=subject.device)
     drawn = []
     with console.progress(f"trajectory, {name}", len(own), "batches") as bar:
         for one in made:
@@ -207,9 +207,9 @@ def nfe(subject: Subject, settings: Settings) -> Finding:
         for steps in settings.steps_list:
             scoring.spec = subject.spec.merged(steps=steps)
             point: dict[str, Any] = {"steps": steps}
-            for name, guides in subject.sides().items():
+            for name, model in subject.sides().items():
                 passes = _Passes()
-                point[name] = scoring.run(subject.base, 0, [*guides, passes])[scoring.key]
+                point[name] = scoring.run(model.guided_by([passes]), 0)[scoring.key]
                 spent = dist.gathered((passes.trace.nfe, passes.trace.disc_nfe))
                 point["nfe"], point["disc_nfe"] = max(spent)  # a process without images has spent none
                 bar.advance(fields=f"{name}, {steps} steps: {point[name]:.4g}")
@@ -240,11 +240,10 @@ def density(subject: Subject, settings: Settings) -> Finding:
     points = {"data": subject.real.items[:POINTS]}
     spec = subject.spec.merged(batch=min(subject.spec.batch, POINTS))
     with console.progress("density", 2, "densities") as bar:
-        for name, guides in subject.ode_sides().items():
-            scores[name], grid = scorer.score_and_densities(subject.base, spec, guides)
+        for name, model in subject.ode_sides().items():
+            scores[name], grid = scorer.score_and_densities(model, spec)
             densities |= {"data": grid.p_data, name: grid.p_model}
-            seeds, sides = range(POINTS), subject.sides()[name]
-            drawn = generate(subject.base, seeds, spec, batch=spec.batch, guides=sides, device=subject.device)
+            drawn = generate(subject.sides()[name], range(POINTS), spec, batch=spec.batch, device=subject.device)
             points[name] = np.concatenate([batch.items.numpy() for batch in drawn])
             bar.advance(fields=f"{name}: js {scores[name]['js']:.4g}")
     summary = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ddo_cli import console, dist
 from ddo_cli.diffusion import samplers
-from ddo_cli.diffusion.guidance import Guide
+from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.diffusion.trace import Trace
 from ddo_cli.engines.analysis.subject import Finding, Settings, Subject
 from ddo_cli.report import pictures
@@ -24,13 +23,13 @@ ROUND_TRIPS = 32  # held-out images that are encoded and decoded again
 ROUND_TRIP_STEPS = 32  # at least; on the embedded digits Heun then errs by 0.3 of 255 grey levels, Euler by 12
 
 
-def round_trip(subject: Subject, guides: Sequence[Guide], x0: Tensor, label: Tensor) -> Tensor:
+def round_trip(subject: Subject, model: DiffusionModel, x0: Tensor, label: Tensor) -> Tensor:
     """x0 (N, ...) encoded to the highest noise level and decoded again, by Heun: an exact solver would return x0."""
     spec = subject.spec.merged(steps=round_trip_steps(subject))
-    up = subject.base.sigmas(spec)[:-1].flip(0).to(x0.device)
+    up = model.sigmas(spec)[:-1].flip(0).to(x0.device)
     x = x0.to(torch.float64)
     for levels in (up, up.flip(0)):
-        x = samplers.heun(subject.base.steered(label, spec, guides, Trace()), x, levels)
+        x = samplers.heun(model.steered(label, spec, Trace()), x, levels)
     return x
 
 
@@ -40,7 +39,7 @@ def round_trip_steps(subject: Subject) -> int:
 
 
 def mean_regeneration(
-    subject: Subject, guides: Sequence[Guide], x0: Tensor, label: Tensor, number: int, settings: Settings
+    subject: Subject, model: DiffusionModel, x0: Tensor, label: Tensor, number: int, settings: Settings
 ) -> Tensor:
     """The mean item, as on disk but float64, of one x0 (...) noised often and brought back to 0 by the ODE.
 
@@ -55,9 +54,9 @@ def mean_regeneration(
         rows = range(start, min(start + spec.batch, settings.regenerations))
         rng = RowRng.for_rows("regeneration", subject.recipe.seed, number, rows=rows)
         eps = rng.randn(x0.shape, dtype=torch.float64).to(subject.device)
-        denoise = subject.base.steered(label.expand(len(rows)), spec, guides, Trace())
+        denoise = model.steered(label.expand(len(rows)), spec, Trace())
         x = solve(denoise, x0.to(torch.float64) + levels[0] * eps, levels, None)
-        total += subject.base.decode(x).to("cpu", torch.float64).sum(0)
+        total += subject.base.codec.decode(x).to("cpu", torch.float64).sum(0)
     return total / settings.regenerations
 
 
@@ -69,7 +68,7 @@ def regeneration(subject: Subject, settings: Settings) -> Finding:
     level, which for a model with the right density is E[x0 | x] averaged, close to the original. RMSE in grey levels.
     """
     shown = torch.from_numpy(subject.real.items[subject.rows[:REGENERATED]]).to(torch.float64)
-    trips = {name: _round_trips(subject, guides) for name, guides in subject.ode_sides().items()}
+    trips = {name: _round_trips(subject, model) for name, model in subject.ode_sides().items()}
     x0, label = (tensor.to(subject.device) for tensor in subject.held_out(REGENERATED))
     tasks = [(name, number) for name in trips for number in range(len(x0))]
     own, made = dist.shard(tasks), []
@@ -100,7 +99,7 @@ def regeneration(subject: Subject, settings: Settings) -> Finding:
     return Finding(summary, content, draw)
 
 
-def _round_trips(subject: Subject, guides: Sequence[Guide]) -> tuple[Tensor, Tensor]:
+def _round_trips(subject: Subject, model: DiffusionModel) -> tuple[Tensor, Tensor]:
     """Decoded and original items (N, ...), float64 in grey levels; every process's."""
     x0, label = subject.held_out(ROUND_TRIPS)
     size = min(subject.spec.batch, 16)  # so that several processes have something to do
@@ -109,8 +108,8 @@ def _round_trips(subject: Subject, guides: Sequence[Guide]) -> tuple[Tensor, Ten
     with console.progress("round trip", len(own), "batches") as bar:
         for start in own:
             rows = slice(start, start + size)
-            x = round_trip(subject, guides, x0[rows].to(subject.device), label[rows].to(subject.device))
-            made.append((start, subject.base.decode(x).cpu()))
+            x = round_trip(subject, model, x0[rows].to(subject.device), label[rows].to(subject.device))
+            made.append((start, subject.base.codec.decode(x).cpu()))
             bar.advance()
     parts = dict(part for rank in dist.gathered(made) for part in rank)
     decoded = torch.cat([parts[start] for start in sorted(parts)])

@@ -13,8 +13,8 @@ from torch import Tensor
 from ddo_cli.data.items import ItemSet
 from ddo_cli.diffusion import samplers, vp_sde
 from ddo_cli.diffusion.denoiser import DiffusionModel
-from ddo_cli.diffusion.guidance import GradientGuide, Guide
-from ddo_cli.engines.model_space import encoded
+from ddo_cli.diffusion.guidance import GradientGuide
+from ddo_cli.generation import encoded
 from ddo_cli.likelihood import NO_LABEL
 from ddo_cli.recipe.schema import Recipe, SamplingRecipe
 
@@ -46,17 +46,17 @@ class Subject(NamedTuple):
         label = torch.from_numpy(self.real.labels[rows]) if has_labels else torch.full((len(rows),), NO_LABEL)
         return encoded(self.base, self.real.items, rows, "real", self.recipe.seed, device=self.device), label
 
-    def sides(self) -> dict[str, tuple[Guide, ...]]:
-        """The guides of what is compared, by name."""
-        return {"model": (), "guided": (self.guide,)}
+    def sides(self) -> dict[str, DiffusionModel]:
+        """What is compared, by name."""
+        return {"model": self.base, "guided": self.base.guided_by([self.guide])}
 
-    def ode_sides(self) -> dict[str, tuple[Guide, ...]]:
+    def ode_sides(self) -> dict[str, DiffusionModel]:
         """The same for an ODE solver, which has no place for boosting: that acts on a stochastic sampler's steps.
 
         A solver with correctors weighs them as chosen where the sampler has them too, and otherwise like predictors.
         """
         second = self.guide.weight_2nd if samplers.find(self.spec.sampler).has_corrector else self.guide.weight
-        return {"model": (), "guided": (self.guide._replace(boost=None, weight_2nd=second),)}
+        return {"model": self.base, "guided": self.base.guided_by([self.guide._replace(boost=None, weight_2nd=second)])}
 
     def bounds(self) -> tuple[float, float]:
         """The sampler's lowest and highest noise level."""

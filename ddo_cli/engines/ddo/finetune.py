@@ -26,7 +26,8 @@ from ddo_cli.engines.sampling import sample
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.errors import RecipeError
 from ddo_cli.files import read_json, sha256, write_json
-from ddo_cli.likelihood import LikelihoodModel, check_labels
+from ddo_cli.generation import check_labels
+from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.metrics import published
 from ddo_cli.models import registry
 from ddo_cli.recipe.schema import Recipe, SamplingRecipe

@@ -17,9 +17,9 @@ from ddo_cli.data.pairs import Shuffled, split
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.engines import training_run
-from ddo_cli.engines.model_space import encoded
 from ddo_cli.engines.sampling import guides
 from ddo_cli.errors import DataError
+from ddo_cli.generation import encoded
 from ddo_cli.metrics.discrimination import BATCH, LEVELS, noisy
 from ddo_cli.models import registry
 from ddo_cli.models.discriminators import registry as discriminators
@@ -49,7 +49,9 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             f"{real.name} holds {len(real.items)} images, too few beside the {settings.held_out} that are held out; "
             f"lower classifier.held_out to at most {len(real.items) // 2}"
         )
-    config = discriminators.config_of("classifier", settings.name, base.state_shape, num_classes, settings.options)
+    config = discriminators.config_of(
+        "classifier", settings.name, base.codec.state_shape, num_classes, settings.options
+    )
     torch.manual_seed(seed_from("init", recipe.seed))  # weights are the only thing drawn from the global generator
     network = discriminators.build("classifier", config).to(device)
     loop.local_rows(settings.batch, settings.micro_batch)
@@ -88,8 +90,8 @@ def _cross_entropy(
     device = next(wrapped.parameters()).device
     row_rng = rng("classifier")
     t = law.times(row_rng.rand(dtype=torch.float64).to(device)).t
-    eps = row_rng.randn(base.state_shape).to(device)
-    x = noisy(base.encode(items.to(device), row_rng), t, eps)
+    eps = row_rng.randn(base.codec.state_shape).to(device)
+    x = noisy(base.codec.encode(items.to(device), row_rng), t, eps)
     logits, label = wrapped(x, t), label.to(device)  # (B, classes)
     right = (logits.detach().argmax(1) == label).to(torch.float32).mean()
     return Loss(F.cross_entropy(logits, label), {"accuracy": right})
@@ -117,7 +119,7 @@ def _accuracies(
             part = x0[start : start + BATCH]
             rng = RowRng.for_rows("classifier held-out", level, rows=range(start, start + len(part)))
             t = law.times((level + rng.rand(dtype=torch.float64)) / LEVELS).t
-            states = noisy(part.to(device), t.to(device), rng.randn(base.state_shape).to(device))
+            states = noisy(part.to(device), t.to(device), rng.randn(base.codec.state_shape).to(device))
             right += int((network(states, t.to(device)).argmax(1).cpu() == label[start : start + BATCH]).sum())
             sigmas.append(vp_sde.sigma_of(t))
         sigma = torch.cat(sigmas)

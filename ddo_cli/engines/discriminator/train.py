@@ -26,11 +26,10 @@ from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.engines import training_run
 from ddo_cli.engines.discriminator import data as disc_data
 from ddo_cli.engines.discriminator import report as disc_report
-from ddo_cli.engines.model_space import encoded
 from ddo_cli.engines.sampling import guides, sample
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.files import read_json, replacing, sha256, write_json
-from ddo_cli.likelihood import check_labels
+from ddo_cli.generation import check_labels, encoded
 from ddo_cli.metrics.discrimination import HeldOut, noisy
 from ddo_cli.models import registry
 from ddo_cli.models.discriminators import registry as discriminators
@@ -65,14 +64,16 @@ def run(
     spec = sample.spec_of(loaded.checkpoint, **recipe_sampling(recipe))
     base.check_sampling(spec)
     given = disc_data.given_set(loaded, real, label_use, settings, force) if settings.fake is not None else None
-    config = discriminators.config_of("discriminator", settings.name, base.state_shape, label_use, settings.options)
+    config = discriminators.config_of(
+        "discriminator", settings.name, base.codec.state_shape, label_use, settings.options
+    )
     torch.manual_seed(seed_from("init", recipe.seed))  # weights are the only thing drawn from the global generator
     network = discriminators.build("discriminator", config).to(device)
     loop.check(network, settings)
     scoring = Scoring(recipe, real, spec, device) if settings.select == "fid" else None
-    guide = guides.discriminator_guide(network, recipe.guidance, len(base.state_shape))
+    guide = guides.discriminator_guide(network, recipe.guidance, len(base.codec.state_shape))
     if scoring is not None:
-        scoring.check([guide])
+        scoring.check(boosts=guide.boost is not None)
         guides.check_acts(base, guide, spec)
     if given is None:
         disc_data.check_sizes(len(real.items), settings.num_fake, real.name, settings.held_out)
@@ -173,9 +174,9 @@ class _Training:
         """Cross-entropy of real and generated rows, each with a time and noise of its own."""
         n, row_rng = len(real.items), rng("disc")
         u = row_rng.rand((2,), dtype=torch.float64).T.flatten()  # (2n,), real rows first
-        eps = row_rng.randn((2, *self.base.state_shape)).transpose(0, 1).flatten(0, 1)  # (2n, ...)
+        eps = row_rng.randn((2, *self.base.codec.state_shape)).transpose(0, 1).flatten(0, 1)  # (2n, ...)
         t, weight = self.law.times(u.to(self.device))
-        x0 = torch.cat([self.base.encode(side.items.to(self.device), row_rng) for side in (real, fake)])
+        x0 = torch.cat([self.base.codec.encode(side.items.to(self.device), row_rng) for side in (real, fake)])
         label = torch.cat([real.label, fake.label]).to(self.device)
         logit = wrapped(noisy(x0, t, eps.to(self.device)), t, label)  # (2n,)
         weights = (None, None) if weight is None else weight.to(torch.float32).split(n)
@@ -271,8 +272,8 @@ def _scores(training: _Training, scoring: Scoring) -> dict[int, float]:
             continue
         training.network.load_state_dict(checkpoint.load(training.candidate(step)).tensors)
         network = training.network.eval().requires_grad_(False)
-        guide = guides.discriminator_guide(network, training.recipe.guidance, len(training.base.state_shape))
-        scores[str(step)] = scoring.run(training.base, 0, [guide])[scoring.key]
+        guide = guides.discriminator_guide(network, training.recipe.guidance, len(training.base.codec.state_shape))
+        scores[str(step)] = scoring.run(training.base.guided_by([guide]), 0)[scoring.key]
         console.info(f"guided by step {step}: {scoring.key} {scores[str(step)]:.4g}")
         if dist.is_main():
             write_json(file, scores)

@@ -22,7 +22,7 @@ from ddo_cli.engines.edit.inputs import Editor
 from ddo_cli.engines.edit.report import Way
 from ddo_cli.engines.sampling import sample
 from ddo_cli.files import write_json
-from ddo_cli.likelihood import Batch, num_batches
+from ddo_cli.generation import Batch, num_batches
 from ddo_cli.precision import inference_precision
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng, seed_from
@@ -62,14 +62,13 @@ def run(
     Sets of an earlier run with the same settings are kept; levels may be added.
     """
     editor = edit_inputs.choose(disc, ckpt, guidance or {}, use_guidance, force=force, device=device)
-    base, guide = editor.base, editor.guide()
+    base, has_guide = editor.base, editor.settings is not None
     spec = sample.spec_of(editor.file, **(sampling or {}))
-    base.check_sampling(spec)
-    base.check_guides(spec, [guide] if guide else [])
+    editor.model(is_guided=has_guide).check_sampling(spec)
     levels = edit_inputs.check_levels(levels, spec, base)
     edit_inputs.check_outside(out, source)
     sources = edit_inputs.open_sources(source, num, label, base)
-    ways = [Way(sigma, is_guided) for sigma in levels for is_guided in ((False, True) if guide else (False,))]
+    ways = [Way(sigma, is_guided) for sigma in levels for is_guided in ((False, True) if has_guide else (False,))]
     made_by = {
         "checkpoint_sha256": editor.file.sha256, "sampling": spec.model_dump(mode="json"), "seed": seed,
         "label": label, "source_sha256": digest(sources), "num": len(sources.items), "format": form,
@@ -80,7 +79,7 @@ def run(
         claimed.check()
     target = edit_report.open_target(ref, editor.disc, weights, extractor, sources, device)
     editor.tell(spec)
-    sample.warn_if_never_unconditional(base, spec)
+    sample.warn_if_never_unconditional(editor.file, spec)
     if label is not None and ref is None:
         console.warn(f"the distance is to all classes of {target.name}; give images of class {label} alone by --ref")
     shown = {
@@ -147,16 +146,15 @@ def _edited(job: _Job, way: Way, only: Sequence[int]) -> Iterator[Batch]:
     an image that was itself drawn from this noise would not be independent of it.
     """
     spec, total = job.spec.merged(sigma_max=way.sigma), len(job.sources.items)
-    guide = job.editor.guide() if way.is_guided else None
-    base = job.editor.base
+    model = job.editor.model(way.is_guided)
     size = min(spec.batch, total)
     for number in only:
         own = list(range(number * spec.batch, min((number + 1) * spec.batch, total)))
         padded = own + [own[-1]] * (size - len(own))
-        x0 = base.encode(torch.from_numpy(job.sources.items[padded]).to(job.device))
+        x0 = model.codec.encode(torch.from_numpy(job.sources.items[padded]).to(job.device))
         label = torch.from_numpy(job.sources.labels[padded])
         rng = RowRng([seed_from("edit", job.seed, row) for row in padded])
         with inference_precision(spec.precision or "float32", job.device):
-            sampled = base.sample(label.to(job.device), rng, spec, [guide] if guide else [], x0)
-        items = base.decode(sampled.x).cpu()[: len(own)]
+            sampled = model.sample(label.to(job.device), rng, spec, x0)
+        items = model.codec.decode(sampled.x).cpu()[: len(own)]
         yield Batch(number, items, label[: len(own)], torch.tensor(own), sampled.nfe, sampled.disc_nfe)

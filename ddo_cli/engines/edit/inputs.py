@@ -12,8 +12,7 @@ import torch
 from ddo_cli import checkpoint, console
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import INDEX, ItemSet, check_fits, check_images
-from ddo_cli.diffusion.denoiser import DiffusionModel
-from ddo_cli.diffusion.guidance import GradientGuide
+from ddo_cli.diffusion.denoiser import DiffusionModel, as_diffusion
 from ddo_cli.engines.sampling import guides
 from ddo_cli.errors import DataError, UsageError
 from ddo_cli.files import sha256
@@ -33,11 +32,12 @@ class Editor(NamedTuple):
     disc: discriminators.Loaded | None
     settings: GuidanceRecipe | None
 
-    def guide(self) -> GradientGuide | None:
-        """The discriminator's guide."""
-        if self.disc is None or self.settings is None:
-            return None
-        return guides.discriminator_guide(self.disc.network, self.settings, len(self.base.state_shape))
+    def model(self, is_guided: bool) -> DiffusionModel:
+        """The model, steered by the discriminator where that is asked for and there is one that has weight."""
+        if not is_guided or self.disc is None or self.settings is None:
+            return self.base
+        guide = guides.discriminator_guide(self.disc.network, self.settings, len(self.base.codec.state_shape))
+        return self.base.guided_by([guide])
 
     def guided_by(self) -> dict[str, Any]:
         """What identifies the guide; empty without one."""
@@ -89,18 +89,17 @@ def choose(
 
 def _without_discriminator(name: str, given: dict[str, Any], device: torch.device) -> Editor:
     loaded = registry.load_model(name, device)
-    if not isinstance(loaded.model, DiffusionModel):
-        raise UsageError(
-            f"{name} is a {type(loaded.model).__name__}; editing starts from a noise level, so it needs a diffusion "
-            "model"
-        )
+    kind = type(loaded.model).__name__
+    base = as_diffusion(
+        loaded.model, f"{name} is a {kind}; editing starts from a noise level, so it needs a diffusion model"
+    )
     if given and given.get("dg_weight") != 0:
         options = ", ".join(f"{key} = {value}" for key, value in given.items())
         raise UsageError(
             f"{options} needs a discriminator, and none below {guides.RUNS}/ was trained against {name}; train one "
             f"(ddo train-disc --ckpt {name}), or give it with --disc FILE"
         )
-    return Editor(loaded.model, loaded.checkpoint, None, None)
+    return Editor(base, loaded.checkpoint, None, None)
 
 
 def check_levels(levels: Sequence[float], spec: SamplingRecipe, base: DiffusionModel) -> list[float]:
@@ -130,8 +129,10 @@ def check_outside(out: Path, source: str) -> None:
 
 def open_sources(source: str, num: int, label: int | None, base: DiffusionModel) -> ItemSet:
     """The first `num` images with the labels to sample with, checked to fit. Raises DataError or UsageError."""
-    if len(base.shape) != 3:
-        raise UsageError(f"ddo edit needs images, and this model draws items of shape {base.shape}; use another --ckpt")
+    if len(base.codec.shape) != 3:
+        raise UsageError(
+            f"ddo edit needs images, and this model draws items of shape {base.codec.shape}; use another --ckpt"
+        )
     if label is not None and not 0 <= label < base.num_classes:
         has = f"has classes 0 to {base.num_classes - 1}" if base.num_classes else "has no classes: leave it out"
         raise UsageError(f"--label {label} is not possible; this model {has}")

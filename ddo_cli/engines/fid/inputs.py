@@ -17,7 +17,8 @@ from ddo_cli.data.stream import ImageStream, open_stream
 from ddo_cli.engines.fid.cache import Source
 from ddo_cli.engines.fid.one_pass import Passed, Wanted
 from ddo_cli.errors import DataError, UsageError
-from ddo_cli.likelihood import LikelihoodModel, check_labels, generate, labels_of, num_batches
+from ddo_cli.generation import check_labels, generate, labels_of, num_batches
+from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.metrics import references
 from ddo_cli.metrics.references import ReferenceFile
 from ddo_cli.metrics.stats import Moments, Statistics
@@ -42,7 +43,7 @@ class Drawn:
     def __init__(self, name: str, model: LikelihoodModel, spec: SamplingRecipe, first: int, num: int, device: Any):
         self.name, self.model, self.spec, self.device = name, model, spec, device
         self.seeds = range(first, first + num)
-        self.num, self.shape = num, model.shape
+        self.num, self.shape = num, model.codec.shape
         self.num_classes = model.num_classes if spec.labels != "random" else 0
         counted = range(num) if spec.labels == "position" else self.seeds
         self.labels = labels_of(counted, self.num_classes).numpy()
@@ -116,9 +117,9 @@ def _drawn(name: str, num: int, repeat: int, sampling: dict[str, Any], device: t
     loaded = registry.load_model(name, device)
     spec = SamplingRecipe(**loaded.checkpoint.header.get("sampling", {})).merged(**sampling)
     loaded.model.check_sampling(spec)
-    loaded.model.encoder_id()  # loads a separate autoencoder now, not after the first batch is drawn
+    loaded.model.codec.encoder_id()  # loads a separate autoencoder now, not after the first batch is drawn
     check_labels(spec, loaded.model.num_classes, num)
-    if len(loaded.model.shape) != 3:
+    if len(loaded.model.codec.shape) != 3:
         raise UsageError(f"{name} draws points, not images; a Frechet distance needs images")
     for i in range(repeat):
         yield Drawn(name, loaded.model, spec, i * num, num, device)

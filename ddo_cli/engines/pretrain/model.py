@@ -19,7 +19,7 @@ from ddo_cli.engines.scoring import Scoring
 from ddo_cli.files import write_json
 from ddo_cli.likelihood import LikelihoodModel, map_draw
 from ddo_cli.models import registry
-from ddo_cli.models.var import vqvae
+from ddo_cli.models.var import tokenizers
 from ddo_cli.recipe.schema import PretrainRecipe, Recipe
 from ddo_cli.rng import StepRng, seed_from
 from ddo_cli.trainable import Loss
@@ -33,7 +33,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     The same call on an unfinished run continues it; on a finished one it returns the stored result.
     """
     settings = recipe.pretrain
-    if recipe.model.name == vqvae.NAME:
+    if recipe.model.name in tokenizers.BUILTIN:
         return pretrain_tokenizer.run(recipe, out, device=device, dry_run=dry_run)
     registry.load_file(recipe.model.file)
     real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
@@ -94,9 +94,9 @@ def _train(
         """Negative log-likelihood (or bound) per dimension."""
         row_rng = rng("pretrain")
         draw = map_draw(lambda tensor: tensor.to(device), model.draw(len(items), row_rng))
-        x = model.encode(items.to(device), row_rng)
+        x = model.codec.encode(items.to(device), row_rng)
         log_lik = wrapped(x, label.to(device), draw)
-        return Loss(-log_lik.mean() / math.prod(model.state_shape), {})
+        return Loss(-log_lik.mean() / math.prod(model.codec.state_shape), {})
 
     stream = Shuffled(real.items, real.labels, "pretrain", recipe.seed, hflip=recipe.data.hflip)
     plan = training_run.plan_of(run_dir, recipe, "pretraining", steps, settings, snapshots.due)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,7 @@ from ddo_cli.engines.scoring import Scoring
 from ddo_cli.errors import UsageError
 from ddo_cli.files import write_json
 from ddo_cli.metrics.scorer import own_batches
-from ddo_cli.models import registry
-from ddo_cli.models.var import vqvae
+from ddo_cli.models.var import tokenizers, vqvae
 from ddo_cli.models.var.vqvae import Vqvae
 from ddo_cli.models.var.vqvae_layers import full_precision
 from ddo_cli.recipe.schema import Recipe
@@ -47,11 +46,11 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     if recipe.metric.name == "js":
         raise UsageError("metric js is of densities of points; choose a metric of images, e.g. fd_embedded")
     options = recipe.model.options
-    config = registry.config_of(vqvae.NAME, real.shape, 0, options, {})
+    config = tokenizers.config_of(recipe.model.name, real.shape, options)
     loop.local_rows(settings.batch, settings.micro_batch)
     steps = training_run.num_steps(settings.images, settings.batch)
     torch.manual_seed(seed_from("init", recipe.seed))  # weights are the only thing drawn from the global generator
-    model = cast(Vqvae, registry.build(config)).to(device)
+    model: Vqvae = tokenizers.build(config).to(device)
     scoring = Scoring(recipe, real, recipe.sampling, device)
     parameters = sum(p.numel() for p in model.parameters())
     identity = {"data_sha256": digest(real), **scoring.identity}
@@ -137,6 +136,6 @@ def _finish(
     if dist.is_main():
         write_json(run_dir.path / "metrics.json", [figures])
         provenance = [{"command": "pretrain", "recipe": recipe.model_dump(mode="json"), "steps": steps}]
-        config = vqvae.config_of(tuple(real.shape), model.options)
-        checkpoint.save(run_dir.final, ema, {"kind": vqvae.KIND, "config": config, "provenance": provenance})
+        config = vqvae.config_of(real.shape, model.options)
+        checkpoint.save(run_dir.final, ema, {"kind": tokenizers.KIND, "config": config, "provenance": provenance})
     return figures

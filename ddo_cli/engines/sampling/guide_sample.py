@@ -45,14 +45,15 @@ def run(
     spec = sample.spec_of(chosen.model.checkpoint, **(sampling or {}))
     _check_effect(settings, given, spec.sampler)
     guides.warn_of_other_sampler(chosen.discriminator, spec)
-    found, record = guides.other_guides(others, base, device)
-    guide = guides.discriminator_guide(chosen.discriminator.network, settings, len(base.state_shape))
+    inner, record = guides.other_guides(others, base, device)
+    guide = guides.discriminator_guide(chosen.discriminator.network, settings, len(base.codec.state_shape))
     guides.check_acts(base, guide, spec)
     record |= {"discriminator_sha256": file.sha256, **settings.model_dump(mode="json")}
     console.info(f"{chosen.model.checkpoint.path} guided by {file.path}, weight {settings.dg_weight:g}")
+    guided = chosen.model._replace(model=base.guided_by([*inner, guide]))
     drawn = sample.run(
-        chosen.model, seeds, out, form=form, classes=classes, sampling=sampling,
-        guides=[*found, guide], guidance=record, device=device, title="guided sampling", dry_run=dry_run,
+        guided, seeds, out, form=form, classes=classes, sampling=sampling,
+        guidance=record, device=device, title="guided sampling", dry_run=dry_run,
     )  # fmt: skip
     return {**drawn, "discriminator": file.path, "dg_weight": settings.dg_weight, "guidance": record}
 

@@ -12,7 +12,7 @@ from torch import nn
 from ddo_cli import checkpoint, console, dist
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.diffusion.churn import Boost
-from ddo_cli.diffusion.denoiser import DiffusionModel
+from ddo_cli.diffusion.denoiser import DiffusionModel, as_diffusion
 from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, Guide, Interval, Network
 from ddo_cli.errors import CheckpointError, RunError, UsageError
 from ddo_cli.files import read_json
@@ -27,12 +27,10 @@ RUNS = Path("runs")
 
 def diffusion_model(loaded: registry.Loaded) -> DiffusionModel:
     """The model, if guides can steer it. Raises UsageError."""
-    if not isinstance(loaded.model, DiffusionModel):
-        raise UsageError(
-            f"{loaded.checkpoint.path} holds the network {loaded.checkpoint.header['config']['name']}; guidance "
-            "changes a score, so it needs a diffusion model"
-        )
-    return loaded.model
+    path, name = loaded.checkpoint.path, loaded.checkpoint.header["config"]["name"]
+    return as_diffusion(
+        loaded.model, f"{path} holds the network {name}; guidance changes a score, so it needs a diffusion model"
+    )
 
 
 def finished_discriminators(runs: Path = RUNS) -> list[Path]:
@@ -108,10 +106,10 @@ def _check_pair(
     found: discriminators.Loaded, base: DiffusionModel, model: registry.Loaded, file: str, force: bool
 ) -> None:
     config, trained_on = found.checkpoint.header["config"], found.checkpoint.header["trained_on"]
-    if tuple(config["shape"]) != base.state_shape:
+    if tuple(config["shape"]) != base.codec.state_shape:
         raise UsageError(
             f"{file} was made for states of shape {tuple(config['shape'])}, and {model.checkpoint.path} draws "
-            f"{base.state_shape}; train one for this model: ddo train-disc --ckpt {model.checkpoint.path}"
+            f"{base.codec.state_shape}; train one for this model: ddo train-disc --ckpt {model.checkpoint.path}"
         )
     if config["num_classes"] not in (0, base.num_classes):
         has = f"{base.num_classes} classes" if base.num_classes else "no classes"
@@ -162,7 +160,7 @@ def discriminator_guide(network: nn.Module, settings: GuidanceRecipe, ndim: int 
 
 def check_acts(base: DiffusionModel, guide: GradientGuide, spec: SamplingRecipe) -> None:
     """Raises UsageError if the guide has weight but none of the sampler's noise levels lies in its window."""
-    base.check_guides(spec, [guide])
+    base.guided_by([guide]).check_sampling(spec)
     t = vp_sde.time_of(base.sigmas(spec)[:-1])
     if max(guide.weight, guide.weight_2nd) > 0 and not bool(((t >= guide.time_min) & (t <= guide.time_max)).any()):
         raise UsageError(
@@ -195,10 +193,10 @@ def other_guides(others: Others, base: DiffusionModel, device: torch.device) -> 
     if others.classifier is not None:
         loaded = discriminators.load("classifier", others.classifier, device)
         config = loaded.checkpoint.header["config"]
-        if tuple(config["shape"]) != base.state_shape or config["num_classes"] != base.num_classes:
+        if tuple(config["shape"]) != base.codec.state_shape or config["num_classes"] != base.num_classes:
             raise UsageError(
                 f"--classifier {others.classifier} tells {config['num_classes']} classes of states of shape "
-                f"{tuple(config['shape'])}, the model has {base.num_classes} of {base.state_shape}; "
+                f"{tuple(config['shape'])}, the model has {base.num_classes} of {base.codec.state_shape}; "
                 "give one for this model"
             )
         weight = others.classifier_weight
@@ -212,15 +210,17 @@ def _second_network(ckpt: str, base: DiffusionModel, device: torch.device) -> tu
     """The denoiser that --guide-ckpt names, and its hash."""
     bad = registry.load_model(ckpt, device)
     model = diffusion_model(bad)
-    if model.state_shape != base.state_shape or model.num_classes not in (0, base.num_classes):
+    if model.codec.state_shape != base.codec.state_shape or model.num_classes not in (0, base.num_classes):
         raise UsageError(
-            f"--guide-ckpt {ckpt} draws {model.state_shape} with {model.num_classes} classes, the model "
-            f"{base.state_shape} with {base.num_classes}; autoguidance needs a version of the same model"
+            f"--guide-ckpt {ckpt} draws {model.codec.state_shape} with {model.num_classes} classes, the model "
+            f"{base.codec.state_shape} with {base.num_classes}; autoguidance needs a version of the same model"
         )
-    if type(model.codec) is not type(base.codec) or model.encoder_id() != base.encoder_id():
+    spaces = [(type(codec).__name__, codec.encoder_id()) for codec in (model.codec, base.codec)]
+    if spaces[0] != spaces[1]:
+        theirs, ours = (f"{kind} {encoder[:12]}" for kind, encoder in spaces)
         raise UsageError(
-            f"--guide-ckpt {ckpt} draws in the space of a {type(model.codec).__name__} {model.encoder_id()[:12]}, the "
-            f"model in that of a {type(base.codec).__name__} {base.encoder_id()[:12]}; give one of the same space"
+            f"--guide-ckpt {ckpt} draws in the space of a {theirs}, the model in that of a {ours}; give one of the "
+            "same space"
         )
     return (model if model.num_classes or not base.num_classes else _Unconditional(model)), bad.checkpoint.sha256
 
@@ -265,16 +265,18 @@ class _ClassLogProbability(NamedTuple):
         return self.classifier(x_vp, t).log_softmax(1).gather(1, label[:, None]).squeeze(1)
 
 
-class Made(NamedTuple):
-    """Guides, and what a sample set's manifest records of them."""
+class Guided(NamedTuple):
+    """A guided model, and what a sample set's manifest records of its guides."""
 
-    guides: list[Guide]
+    model: registry.Loaded
     record: dict[str, Any]
 
 
-def of_plain_sampling(others: Others, loaded: registry.Loaded, device: torch.device) -> Made:
-    """The guides of `ddo sample`, which has no discriminator."""
+def of_plain_sampling(others: Others, loaded: registry.Loaded, device: torch.device) -> Guided:
+    """The model of `ddo sample`, which has no discriminator."""
     _check_others(others)
     if others.guide_ckpt is None:
-        return Made([], {})
-    return Made(*other_guides(others, diffusion_model(loaded), device))
+        return Guided(loaded, {})
+    base = diffusion_model(loaded)
+    guides, record = other_guides(others, base, device)
+    return Guided(loaded._replace(model=base.guided_by(guides)), record)

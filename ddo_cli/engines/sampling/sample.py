@@ -14,9 +14,9 @@ import torch
 from ddo_cli import console, dist, rundir
 from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.data.samples import Format, Writer, manifest_of, spell_seeds
-from ddo_cli.diffusion.guidance import GradientGuide, Guide
 from ddo_cli.errors import UsageError
-from ddo_cli.likelihood import Batch, LikelihoodModel, check_labels, generate, num_batches
+from ddo_cli.generation import Batch, check_labels, generate, num_batches
+from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import registry
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.report import pictures
@@ -33,7 +33,6 @@ def run(
     form: Format | None = None,
     classes: Sequence[int] | None = None,
     sampling: dict[str, Any] | None = None,
-    guides: Sequence[Guide] = (),
     guidance: dict[str, Any] | None = None,
     keep: Keep = "images",
     device: torch.device,
@@ -44,22 +43,23 @@ def run(
 
     sampling: values of SamplingRecipe in place of the checkpoint's own.
     form: None: png for images, npz for points.
-    guides: applied to the model; guidance: what identifies them, for the set's manifest.
+    guidance: what identifies the guides that steer the model, for the set's manifest.
     keep: what of an example, see `kept_of_fakes`; all but images are for training and go into shards.
     Continues a set that an earlier run left unfinished; a finished one is left as it is.
     """
     model, file = ckpt if isinstance(ckpt, registry.Loaded) else registry.load_model(ckpt, device)
     spec = spec_of(file, **(sampling or {}))
     model.check_sampling(spec)
-    model.check_guides(spec, guides)
     check_labels(spec, model.num_classes, len(seeds), classes)
     _check_classes(model, classes)
-    form = form or ("png" if len(model.shape) == 3 else "npz")
-    if form == "png" and len(model.shape) != 3:
-        raise UsageError(f"--format png needs images; this model draws items of shape {model.shape}: use shards or npz")
+    form = form or ("png" if len(model.codec.shape) == 3 else "npz")
+    if form == "png" and len(model.codec.shape) != 3:
+        raise UsageError(
+            f"--format png needs images; this model draws items of shape {model.codec.shape}: use shards or npz"
+        )
     if keep != "images" and form != "shards":
         raise ValueError(f"{keep} examples are kept in shards only, not as {form}")
-    model.encoder_id()  # loads an autoencoder that is no part of the weights: without it the first batch is for nothing
+    model.codec.encoder_id()  # loads an autoencoder that is no part of the weights, before anything is drawn
     made_by: dict[str, Any] = {
         "checkpoint_sha256": file.sha256,
         "sampling": spec.model_dump(mode="json"),
@@ -76,10 +76,8 @@ def run(
     found = {"out": str(out), "num_images": len(seeds), "checkpoint_sha256": file.sha256, "sampler": spec.sampler}
     if dry_run:
         return {**found, "batches": num_batches(len(seeds), spec.batch), "steps": spec.steps, "dry_run": True}
-    warn_if_never_unconditional(model, spec)
-    draw = partial(
-        generate, model, spec=spec, batch=spec.batch, classes=classes, guides=guides, as_given=seeds, device=device
-    )
+    warn_if_never_unconditional(file, spec)
+    draw = partial(generate, model, spec=spec, batch=spec.batch, classes=classes, as_given=seeds, device=device)
     with rundir.locked(out):
         writer.out_dir.claim()
         # Files appear while processes read the directory: what is missing is for the main process to say.
@@ -99,7 +97,7 @@ def run(
     return {
         **found,
         "nfe": manifest["nfe"],
-        **({"disc_nfe": manifest["disc_nfe"]} if any(isinstance(guide, GradientGuide) for guide in guides) else {}),
+        **({"disc_nfe": manifest["disc_nfe"]} if {"discriminator_sha256", "classifier"} & set(guidance or ()) else {}),
         "images_per_second": round(speed, 2),
         "seeds": manifest["seeds"],
         "grid": str(grid),
@@ -111,9 +109,9 @@ def spec_of(file: Checkpoint, **given: Any) -> SamplingRecipe:
     return SamplingRecipe(**file.header.get("sampling", {})).merged(**given)
 
 
-def warn_if_never_unconditional(model: LikelihoodModel, spec: SamplingRecipe) -> None:
+def warn_if_never_unconditional(file: Checkpoint, spec: SamplingRecipe) -> None:
     """Warns of classifier-free guidance with a model that has always seen labels."""
-    if spec.cfg_scale not in (None, 1.0) and not model.draw_options.label_dropout:
+    if spec.cfg_scale not in (None, 1.0) and not file.header["config"]["draw"].get("label_dropout"):
         console.warn(
             f"cfg_scale = {spec.cfg_scale}: this model was trained without dropping labels (label_dropout 0), so its "
             "unconditional half was never trained"
@@ -147,7 +145,7 @@ def _encoded(
     """`draw`, its images encoded."""
     for batch in draw(*args, **more):
         with torch.no_grad():
-            yield batch._replace(items=model.latents(batch.items.to(device)).cpu())
+            yield batch._replace(items=model.codec.latents(batch.items.to(device)).cpu())
 
 
 def kept_of_fakes(model: LikelihoodModel, fake_as: str | None, spec: SamplingRecipe) -> Keep:
@@ -157,9 +155,9 @@ def kept_of_fakes(model: LikelihoodModel, fake_as: str | None, spec: SamplingRec
     fake_as: latents or images; None: as the model wants it for training.
     Raises UsageError for latents of a model that takes none for items, or is sampled so that it draws none.
     """
-    if (fake_as or model.fake_as) != "latents":
-        return "encoded" if model.latent_shapes else "images"
-    if tuple(model.state_shape) not in model.latent_shapes:
+    if (fake_as or model.codec.fake_as) != "latents":
+        return "encoded" if model.codec.latent_shapes else "images"
+    if tuple(model.codec.state_shape) not in model.codec.latent_shapes:
         raise UsageError(
             "fake_as = latents keeps what a model draws before it is decoded, and this model draws its items as they "
             "are; use images, or leave it out"

@@ -21,7 +21,7 @@ from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.models.edm import files as foreign
 from ddo_cli.models.edm2 import files as edm2_files
 from ddo_cli.models.var import files as var_files
-from ddo_cli.models.var import vqvae
+from ddo_cli.models.var import tokenizers
 from ddo_cli.recipe.schema import GuidanceRecipe, nearest
 
 SMALL = 32  # side up to which EDM samples in 18 steps; 40 above (arXiv 2206.00364, table 2)
@@ -230,7 +230,7 @@ def _var(source: Path, stored: dict[str, Tensor], given: dict[str, Any], vae: Pa
         raise UsageError(f"{source} is of VAR, of which only patch_nums can be told; leave the other KEY=VALUE out")
     if var_files.is_vae(stored):
         file = var_files.vae_file(stored, source, **given)
-        return Content("var", file.config, file.tensors, notes=file.notes, kind=vqvae.KIND)
+        return Content("var", file.config, file.tensors, notes=file.notes, kind=tokenizers.KIND)
     file = var_files.var(stored, source, vae, **given)
     return Content("var", file.config, file.tensors, var_files.SAMPLING, file.notes)
 
@@ -254,9 +254,9 @@ def _discriminator_guidance(source: Path, model: str | None, trunk: str | None) 
 
 
 def _num_parameters(kind: str, config: dict[str, Any]) -> int:
-    if kind in ("model", vqvae.KIND):
+    if kind in ("model", tokenizers.KIND):
         with torch.device("meta"):
-            network: nn.Module = registry.build({"num_classes": 0, "draw": {}, **config})
+            network: nn.Module = registry.build(config) if kind == "model" else tokenizers.build(config)
     else:  # built for real, since a discriminator reads its trunk from a file
         network = discriminators.build(kind, config)
     return sum(parameter.numel() for parameter in network.parameters())

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from ddo_cli.codec import PixelCodec
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.models.adm.layers import (
     Attention,
@@ -24,7 +25,6 @@ from ddo_cli.models.adm.layers import (
     group_norm,
     square,
 )
-from ddo_cli.models.codec import PixelCodec
 from ddo_cli.models.registry import register
 
 
@@ -201,4 +201,4 @@ def build(
 ) -> DiffusionModel:
     """A denoiser of square uint8 images. Raises ValueError for another shape."""
     net = network(shape, num_classes, options)
-    return DiffusionModel(net, PixelCodec(), shape, num_classes, options, draw_options)
+    return DiffusionModel(net, PixelCodec(shape), num_classes, options, draw_options)

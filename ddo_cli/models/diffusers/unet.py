@@ -14,11 +14,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ddo_cli.codec import PixelCodec
 from ddo_cli.diffusion import precond
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.errors import UsageError
 from ddo_cli.models import registry
-from ddo_cli.models.codec import PixelCodec
 from ddo_cli.models.registry import register
 from ddo_cli.recipe.schema import SamplingRecipe
 
@@ -180,6 +180,7 @@ class DiffusersModel(DiffusionModel):
     """A denoiser that has learned images without labels only where its training dropped some."""
 
     def check_sampling(self, spec: SamplingRecipe) -> None:
+        """Adds: guidance needs a model that dropped labels in training."""
         super().check_sampling(spec)
         if spec.cfg_scale not in (None, 1.0) and not self.draw_options.label_dropout:
             raise UsageError(
@@ -212,4 +213,4 @@ def build(
             f"{options.scheduler.get('variance_type')!r}, and learned_variance = {diffusion.learned_variance}"
         )
     net = DiffusersUnet(options.unet)
-    return DiffusersModel(net, PixelCodec(), shape, num_classes, options, draw_options, diffusion.preconditioner)
+    return DiffusersModel(net, PixelCodec(shape), num_classes, options, draw_options, diffusion.preconditioner)

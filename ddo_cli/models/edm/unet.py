@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
+from ddo_cli.codec import PixelCodec
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
-from ddo_cli.models.codec import PixelCodec
 from ddo_cli.models.registry import register
 
 _NORM_EPS = 1e-6  # of every GroupNorm
@@ -344,4 +344,4 @@ def build(
         encoder=options.encoder,
         resample_filter=options.resample_filter,
     )
-    return DiffusionModel(net, PixelCodec(), shape, num_classes, options, draw_options)
+    return DiffusionModel(net, PixelCodec(shape), num_classes, options, draw_options)

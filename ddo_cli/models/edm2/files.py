@@ -15,7 +15,7 @@ from ddo_cli.errors import CheckpointError, printable
 from ddo_cli.models import pt_files, registry
 from ddo_cli.models.edm import files as foreign
 from ddo_cli.models.edm2.published import PUBLISHED
-from ddo_cli.models.edm2.vae_codec import CHANNELS, DEFAULT_VAE, FACTOR, StabilityCodec
+from ddo_cli.models.edm2.vae_codec import BIAS, CHANNELS, DEFAULT_VAE, FACTOR, SCALE
 from ddo_cli.safe_pickle import Array, Record
 
 # Constructor of the network: argument -> our option, its default there.
@@ -177,12 +177,12 @@ def _is_latent(encoder: Any, path: str | Path) -> bool:
             f"{path} draws with a {printable(encoder.class_name)}; what can be converted has a StandardRGBEncoder or a "
             "StabilityVAEEncoder"
         )
-    state, own = encoder.state or {}, StabilityCodec()
+    state = encoder.state or {}
     if type(vae := state["vae_name"]) is not str:
         raise TypeError("its autoencoder has no name")
     if vae != DEFAULT_VAE:
         raise CheckpointError(f"{path}: its autoencoder is {printable(vae[:80])!r}; published files have {DEFAULT_VAE}")
-    for key, known in (("scale", own.scale), ("bias", own.bias)):
+    for key, known in (("scale", SCALE), ("bias", BIAS)):
         array = state[key]
         values = array.values if isinstance(array, Array) else None
         if values is None or values.shape != (CHANNELS,) or not np.allclose(values, known.flatten().numpy(), rtol=1e-5):

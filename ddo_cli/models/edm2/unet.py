@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from ddo_cli.diffusion.denoiser import Codec, DiffusionDraw, DiffusionDrawOptions, DiffusionModel, DiffusionOptions
-from ddo_cli.models.codec import PixelCodec
+from ddo_cli.codec import Codec, PixelCodec
+from ddo_cli.diffusion.denoiser import DiffusionDraw, DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.models.edm2.layers import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
 from ddo_cli.models.edm2.vae_codec import DEFAULT_VAE, StabilityCodec
 from ddo_cli.models.registry import register
@@ -203,18 +203,16 @@ class Edm2Model(DiffusionModel):
     a loss are not the weights of the bound.
     """
 
-    DrawOptions = Edm2DrawOptions
-
     def __init__(
         self,
         net: Edm2Unet,
         codec: Codec,
-        shape: tuple[int, ...],
         num_classes: int,
         options: DiffusionOptions,
         draw_options: Edm2DrawOptions,
     ) -> None:
-        super().__init__(net, codec, shape, num_classes, options, draw_options)
+        super().__init__(net, codec, num_classes, options, draw_options)
+        self.is_weighted = draw_options.uncertainty
         self.logvar_fourier = MPFourier(_LOGVAR_WIDTH)
         self.logvar_linear = MPConv(_LOGVAR_WIDTH, 1)
         self.logvar_linear.requires_grad_(draw_options.uncertainty)  # DDP and optimizers must not see an unused one
@@ -228,7 +226,7 @@ class Edm2Model(DiffusionModel):
     def forward(self, x: Tensor, label: Tensor, draw: DiffusionDraw, ref_prediction: Tensor | None = None) -> Tensor:
         """As in the contract; with options.uncertainty the plain case is -(w / e^u sum (D - x)^2 + u dims), (B,)."""
         found = super().forward(x, label, draw, ref_prediction)
-        if not self.draw_options.uncertainty:
+        if not self.is_weighted:
             return found
         u = self.log_variance(draw.sigma)
         if ref_prediction is not None:
@@ -273,8 +271,8 @@ def build(shape: tuple[int, ...], num_classes: int, options: Edm2Options, draw_o
     """A denoiser of square uint8 images. Raises ValueError for another shape."""
     if len(shape) != 3 or shape[1] != shape[2]:
         raise ValueError(f"edm2-unet needs square images, not items of shape {shape}")
-    codec = PixelCodec() if options.codec == "rgb" else StabilityCodec(options.vae)
-    channels, size, _ = codec.state_shape(shape) if isinstance(codec, StabilityCodec) else shape
+    codec = PixelCodec(shape) if options.codec == "rgb" else StabilityCodec(shape, options.vae)
+    channels, size, _ = codec.state_shape
     net = Edm2Unet(
         in_channels=channels,
         out_channels=2 * channels if options.learned_variance else None,
@@ -287,4 +285,4 @@ def build(shape: tuple[int, ...], num_classes: int, options: Edm2Options, draw_o
         head_width=options.head_width,
         dropout=options.dropout,
     )
-    return Edm2Model(net, codec, shape, num_classes, options, draw_options)
+    return Edm2Model(net, codec, num_classes, options, draw_options)

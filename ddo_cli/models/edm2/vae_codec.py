@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddo_cli.codec import LatentCodec, hash_of
 from ddo_cli.errors import CheckpointError, UsageError
-from ddo_cli.models.codec import hash_of
 from ddo_cli.precision import decoding, inference_precision
 from ddo_cli.rng import RowRng
 
@@ -31,28 +31,27 @@ MINI_BATCH = 8  # images per pass of the autoencoder, as EDM2 has it: at 512 px 
 # Over ImageNet, per channel; from EDM2's published configuration (the latents' statistics are not stored in its files).
 RAW_MEAN, RAW_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
 FINAL_STD = 0.5
+SCALE = (FINAL_STD / torch.tensor(RAW_STD, dtype=torch.float32, device="cpu")).view(-1, 1, 1)  # (4, 1, 1)
+BIAS = -torch.tensor(RAW_MEAN, dtype=torch.float32, device="cpu").view(-1, 1, 1) * SCALE
 
 
-class StabilityCodec:
-    """uint8 images (3, H, W) <-> latents (4, H / 8, W / 8): a `LatentCodec`, see diffusion/denoiser.py.
+class StabilityCodec(LatentCodec):
+    """uint8 images (3, H, W) <-> latents (4, H / 8, W / 8).
 
     The autoencoder is frozen and loaded when first needed. It encodes in float32 whatever the precision of training,
     since a latent rounded to bf16 would be another data set, and decodes in float32 or TF32 (see `decoding`). It is
     neither a module nor a part of a model's weights: equal ones are shared by all models of the process.
     """
 
-    def __init__(self, vae: str = DEFAULT_VAE):
-        """vae: folder or hub name of an AutoencoderKL of diffusers; $DDO_VAE goes before it."""
-        self.vae = vae
-        std = torch.tensor(RAW_STD, dtype=torch.float32, device="cpu")
-        self.scale = (FINAL_STD / std).view(-1, 1, 1)  # (4, 1, 1)
-        self.bias = -torch.tensor(RAW_MEAN, dtype=torch.float32, device="cpu").view(-1, 1, 1) * self.scale
+    def __init__(self, shape: tuple[int, ...], vae: str = DEFAULT_VAE):
+        """vae: folder or hub name of an AutoencoderKL of diffusers; $DDO_VAE goes before it.
 
-    def state_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """(4, H / 8, W / 8). Raises ValueError unless `shape` is that of RGB images whose sides 8 divides."""
+        Raises ValueError unless `shape` is that of RGB images whose sides 8 divides.
+        """
         if len(shape) != 3 or shape[0] != 3 or shape[1] % FACTOR or shape[2] % FACTOR:
             raise ValueError(f"the autoencoder needs RGB images of sides that {FACTOR} divides, not {tuple(shape)}")
-        return (CHANNELS, shape[1] // FACTOR, shape[2] // FACTOR)
+        super().__init__(shape, (CHANNELS, shape[1] // FACTOR, shape[2] // FACTOR))
+        self.vae = vae
 
     def latents(self, items: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> mean and deviation, (B, 8, H / 8, W / 8) float32. Images enter in [0, 1]."""
@@ -70,11 +69,7 @@ class StabilityCodec:
         mean, std = latents.to(torch.float32).chunk(2, dim=1)
         if rng is not None:
             mean = mean + std * rng.randn(mean.shape[1:]).to(mean.device)
-        return mean * self.scale.to(mean.device) + self.bias.to(mean.device)
-
-    def encode(self, items: Tensor) -> Tensor:
-        """x of the latents' mean."""
-        return self.draw(self.latents(items), None)
+        return mean * SCALE.to(mean.device) + BIAS.to(mean.device)
 
     def decode(self, x: Tensor) -> Tensor:
         """(B, 4, h, w) -> uint8 (B, 3, 8 h, 8 w), cut to [0, 1] and truncated, as EDM2 does."""
@@ -85,7 +80,7 @@ class StabilityCodec:
         vae = self._autoencoder(x.device)
         x = x.to(torch.float32)
         with decoding(x.device):
-            return _in_pieces(run, (x - self.bias.to(x.device)) / self.scale.to(x.device))
+            return _in_pieces(run, (x - BIAS.to(x.device)) / SCALE.to(x.device))
 
     def encoder_id(self) -> str:
         """What latents depend on: the hash of the encoder's weights. Autoencoders that share one fit each other."""

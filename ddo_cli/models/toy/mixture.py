@@ -6,9 +6,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ddo_cli.codec import Codec
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.diffusion.mixture import GaussianMixture
-from ddo_cli.models.codec import PointCodec
 from ddo_cli.models.registry import register
 
 
@@ -58,4 +58,4 @@ def build(
     if len(shape) != 1 or num_classes:
         raise ValueError("mixture models points of shape (d,) without classes")
     net = MixtureParameters(options.components, shape[0])
-    return MixtureModel(net, PointCodec(), shape, num_classes, options, draw_options)
+    return MixtureModel(net, Codec(shape), num_classes, options, draw_options)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from ddo_cli.codec import Codec
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
-from ddo_cli.models.codec import PointCodec
 from ddo_cli.models.registry import register
 
 
@@ -65,4 +65,4 @@ def build(
     if len(shape) != 1:
         raise ValueError("mlp models points of shape (d,); images need patch-unet or pixel-transformer")
     net = MLP(dim=shape[0], num_classes=num_classes, width=options.width, depth=options.depth)
-    return DiffusionModel(net, PointCodec(), shape, num_classes, options, draw_options)
+    return DiffusionModel(net, Codec(shape), num_classes, options, draw_options)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
+from ddo_cli.codec import PixelCodec
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
-from ddo_cli.models.codec import PixelCodec
 from ddo_cli.models.registry import register
 
 _NUM_FREQUENCIES = 16  # of the noise level's Fourier features; chosen by us
@@ -176,4 +176,4 @@ def build(
         emb_width=options.emb_width,
     )
     net = net.to(memory_format=torch.channels_last)  # 1.5 times faster convolutions on a CPU
-    return DiffusionModel(net, PixelCodec(), shape, num_classes, options, draw_options)
+    return DiffusionModel(net, PixelCodec(shape), num_classes, options, draw_options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,10 +9,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ddo_cli.diffusion.guidance import Guide
-from ddo_cli.errors import UsageError
-from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, drop_labels
-from ddo_cli.models.codec import LevelCodec
+from ddo_cli.codec import LevelCodec
+from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, check_fields, drop_labels
 from ddo_cli.models.registry import register
 from ddo_cli.models.tokens import inverse_cdf, is_guided, of_tokens, sampled_log_prob
 from ddo_cli.recipe.schema import SamplingRecipe
@@ -39,8 +36,6 @@ class AutoregressiveDraw(NamedTuple):
 class PixelTransformer(LikelihoodModel):
     """p(x) = prod_i p(x_i | x_<i, label), x int64 tokens (B, L); the label is the token before the first pixel."""
 
-    sampling_fields = frozenset({"cfg_scale", "temperature", "top_k", "top_p"})
-
     def __init__(
         self, shape: tuple[int, ...], num_classes: int, options: PixelTransformerOptions, draw_options: DrawOptions
     ):
@@ -50,9 +45,8 @@ class PixelTransformer(LikelihoodModel):
             raise ValueError("pixel-transformer models grey images of shape (1, H, W)")
         if options.width % options.heads:
             raise ValueError(f"model.options.heads = {options.heads} must divide width = {options.width}")
-        self.shape, self.num_classes = tuple(shape), num_classes
+        self.codec, self.num_classes = LevelCodec(shape, options.levels), num_classes
         self.options, self.draw_options = options, draw_options
-        self.codec = LevelCodec(self.shape, options.levels)
         self.length = shape[1] * shape[2]
         width = options.width
         self.start = nn.Embedding(num_classes + 1, width)  # row 0: no label
@@ -65,14 +59,6 @@ class PixelTransformer(LikelihoodModel):
             nn.init.normal_(embedding.weight, std=0.02)  # GPT-2's initialisation, here and above
         nn.init.zeros_(self.head.weight)  # training starts at the uniform distribution
         nn.init.zeros_(self.head.bias)
-
-    def encode(self, items: Tensor, rng: RowRng | None = None) -> Tensor:
-        """uint8 (B, 1, H, W) -> int64 tokens (B, L)."""
-        return self.codec.encode(items)
-
-    def decode(self, x: Tensor) -> Tensor:
-        """Tokens (B, L) -> uint8 (B, 1, H, W)."""
-        return self.codec.decode(x)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Likelihood
@@ -104,13 +90,12 @@ class PixelTransformer(LikelihoodModel):
     # Sampling
 
     @torch.no_grad()
-    def sample(self, label: Tensor, rng: RowRng, spec: SamplingRecipe, guides: Sequence[Guide] = ()) -> Sampled:
+    def sample(self, label: Tensor, rng: RowRng, spec: SamplingRecipe) -> Sampled:
         """Tokens (B, L), one uniform number per token; nfe counts a pass over one position as an evaluation.
 
         Keys and values of earlier pixels are kept, so a pass costs one position. Token i of a row is the inverse of
         its cumulative distribution at the row's i-th uniform number: no row depends on another.
         """
-        self.check_guides(spec, guides)
         uniform = rng.rand((self.length,), dtype=torch.float64).to(label.device)  # (B, L)
         guided = is_guided(spec)
         labels = torch.cat([label, torch.full_like(label, NO_LABEL)]) if guided else label  # (B or 2B,)
@@ -132,15 +117,12 @@ class PixelTransformer(LikelihoodModel):
         return list(self.blocks)
 
     def check_sampling(self, spec: SamplingRecipe) -> None:
-        """Adds to the contract's check: guidance needs classes."""
-        super().check_sampling(spec)
-        if spec.cfg_scale not in (None, 1.0) and not self.num_classes:
-            raise UsageError(f"sampling.cfg_scale = {spec.cfg_scale} needs a class-conditional model; leave it out")
+        """As in the contract."""
+        check_fields(self, spec, ("cfg_scale", "temperature", "top_k", "top_p"))
 
     @torch.no_grad()
-    def log_density(self, x: Tensor, label: Tensor, spec: SamplingRecipe, guides: Sequence[Guide] = ()) -> Tensor:
+    def log_density(self, x: Tensor, label: Tensor, spec: SamplingRecipe) -> Tensor:
         """log of the probability that `sample` draws x, (B,) nats: exact, with temperature, truncation and guidance."""
-        self.check_guides(spec, guides)
         unconditional = self.logits(x, torch.full_like(label, NO_LABEL)) if is_guided(spec) else None
         return of_tokens(sampled_log_prob(self.logits(x, label), unconditional, spec), x).sum(1)
 

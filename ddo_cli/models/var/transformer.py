@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ddo_cli.diffusion.guidance import Guide
+from ddo_cli.codec import Codec, hash_of
 from ddo_cli.errors import DataError, RecipeError, UsageError
-from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, drop_labels
-from ddo_cli.models.codec import hash_of
+from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, check_fields, drop_labels
 from ddo_cli.models.registry import register
 from ddo_cli.models.tokens import inverse_cdf, is_guided, of_tokens, sampled_log_prob
 from ddo_cli.models.var.layers import Block, Cache, Head
@@ -57,6 +56,45 @@ class VarDraw(NamedTuple):
     keep: Tensor
 
 
+class TokenCodec(Codec):
+    """uint8 images (B, C, H, W) <-> int64 tokens (B, L) of a frozen VQVAE; tokens are items, too."""
+
+    is_discrete = True
+
+    def __init__(self, vqvae: Vqvae):
+        super().__init__(vqvae.shape)
+        self.vqvae = vqvae
+        self.state_shape = (vqvae.options.length,)
+        self.latent_shapes = (self.state_shape,)
+
+    def encode(self, items: Tensor, rng: RowRng | None = None) -> Tensor:
+        """Images, or tokens of any integer type -> int64 tokens."""
+        if items.ndim == 4:
+            return self.vqvae.encode(items)
+        tokens, vocabulary = items.to(torch.int64), self.vqvae.options.vocabulary
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+            raise DataError(
+                f"tokens from {int(tokens.min())} to {int(tokens.max())} where the model has 0 to {vocabulary - 1}; "
+                "encode the images with this model"
+            )
+        return tokens
+
+    def latents(self, items: Tensor) -> Tensor:
+        """Images -> tokens, int16."""
+        return self.encode(items).to(torch.int16)
+
+    def encoder_id(self) -> str:
+        """The hash of what tokens come from: the VQVAE's encoder and its codes."""
+        used, tensors = ("encoder.", "quant_conv.", "quantize."), self.vqvae.state_dict()
+        return "vqvae:" + hash_of({name: tensors[name] for name in tensors if name.startswith(used)})
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Tokens, or the mixed codes (B, z, p, p) of smooth sampling -> images."""
+        with torch.no_grad(), full_precision(x.device):
+            f_hat = x if x.is_floating_point() else self.vqvae.quantize.f_hat(x)
+        return self.vqvae.decode(f_hat)
+
+
 class Var(LikelihoodModel):
     """x: int64 tokens (B, L) of all scales. The VQVAE is part of the model and stays as it is.
 
@@ -66,8 +104,6 @@ class Var(LikelihoodModel):
     "cfg 1.5" is cfg_scale 2.5.
     """
 
-    sampling_fields = frozenset({"cfg_scale", "temperature", "top_k", "top_p", "smooth"})
-    DrawOptions = VarDrawOptions
     level: Tensor  # (L,), the scale of each token
 
     def __init__(
@@ -75,15 +111,14 @@ class Var(LikelihoodModel):
     ) -> None:
         """Raises ValueError if the images' shape is not the VQVAE's, or heads do not divide the width."""
         super().__init__()
-        self.shape, self.num_classes = tuple(shape), num_classes
-        self.options, self.draw_options = options, draw_options
+        self.num_classes, self.options, self.draw_options = num_classes, options, draw_options
         self.sides, self.length = options.vqvae.patch_nums, options.vqvae.length
-        self.latent_shapes = ((self.length,),)
         self.width = options.width or HEAD_WIDTH * options.depth
         self.heads = options.heads or max(self.width // HEAD_WIDTH, 1)
         if self.width % self.heads:
             raise ValueError(f"model.options.heads = {self.heads} must divide width = {self.width}")
-        self.vqvae = Vqvae(self.shape, options.vqvae).requires_grad_(False).eval()
+        self.vqvae = Vqvae(shape, options.vqvae).requires_grad_(False).eval()
+        self.codec = TokenCodec(self.vqvae)
         self.class_embedding = nn.Embedding(num_classes + 1, self.width)  # the last row: no label
         self.start = nn.Parameter(torch.empty(1, 1, self.width))
         self.word = nn.Linear(options.vqvae.z_channels, self.width)
@@ -98,11 +133,6 @@ class Var(LikelihoodModel):
         level = torch.cat([torch.full((side**2,), s) for s, side in enumerate(self.sides)])
         self.register_buffer("level", level, persistent=False)
         self._initialise()
-
-    @property
-    def state_shape(self) -> tuple[int, ...]:
-        """(L,)."""
-        return (self.length,)
 
     def units(self) -> Sequence[nn.Module]:
         """The blocks."""
@@ -127,36 +157,6 @@ class Var(LikelihoodModel):
                 "made, or `ddo pretrain` with model.name = vqvae"
             )
         load_into(self.vqvae, self.options.tokenizer)
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Items
-
-    def encode(self, items: Tensor, rng: RowRng | None = None) -> Tensor:
-        """uint8 images (B, C, H, W), or tokens (B, L) of any integer type -> int64 tokens (B, L)."""
-        if items.ndim == 4:
-            return self.vqvae.encode(items)
-        tokens = items.to(torch.int64)
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.options.vqvae.vocabulary:
-            raise DataError(
-                f"tokens from {int(tokens.min())} to {int(tokens.max())} where the model has 0 to "
-                f"{self.options.vqvae.vocabulary - 1}; encode the images with this model"
-            )
-        return tokens
-
-    def latents(self, items: Tensor) -> Tensor:
-        """uint8 images -> tokens (B, L), int16."""
-        return self.encode(items).to(torch.int16)
-
-    def encoder_id(self) -> str:
-        """The hash of what tokens come from: the VQVAE's encoder and its codes."""
-        used, tensors = ("encoder.", "quant_conv.", "quantize."), self.vqvae.state_dict()
-        return "vqvae:" + hash_of({name: tensors[name] for name in tensors if name.startswith(used)})
-
-    def decode(self, x: Tensor) -> Tensor:
-        """Tokens (B, L), or what smooth sampling gives in their place -> uint8 images (B, C, H, W)."""
-        with torch.no_grad(), full_precision(x.device):
-            f_hat = x if x.is_floating_point() else self.vqvae.quantize.f_hat(x)
-        return self.vqvae.decode(f_hat)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Likelihood
@@ -200,14 +200,13 @@ class Var(LikelihoodModel):
     # Sampling
 
     @torch.no_grad()
-    def sample(self, label: Tensor, rng: RowRng, spec: SamplingRecipe, guides: Sequence[Guide] = ()) -> Sampled:
+    def sample(self, label: Tensor, rng: RowRng, spec: SamplingRecipe) -> Sampled:
         """Tokens (B, L), one uniform number per token from the row's own generator, so no row depends on another.
 
         Keys and values of earlier scales are kept. nfe counts a pass over one scale as an evaluation, so S of them, and
         with guidance 2 S, cost what one or two passes over all tokens do.
         With smooth, x is the sum of mixed codes f_hat (B, z, p, p) instead, which only `decode` takes.
         """
-        self.check_guides(spec, guides)
         quantize, guided = self.vqvae.quantize, is_guided(spec)
         uniform = rng.rand((self.length,), dtype=torch.float64).to(label.device)  # (B, L)
         rows = torch.cat([label, torch.full_like(label, NO_LABEL)]) if guided else label  # (B or 2B,)
@@ -235,15 +234,12 @@ class Var(LikelihoodModel):
         return Sampled(f_hat if spec.smooth else torch.cat(x, dim=1), len(self.sides) * (2 if guided else 1))
 
     def check_sampling(self, spec: SamplingRecipe) -> None:
-        """Adds to the contract's check: guidance needs classes."""
-        super().check_sampling(spec)
-        if is_guided(spec) and not self.num_classes:
-            raise UsageError(f"sampling.cfg_scale = {spec.cfg_scale} needs a class-conditional model; leave it out")
+        """As in the contract."""
+        check_fields(self, spec, ("cfg_scale", "temperature", "top_k", "top_p", "smooth"))
 
     @torch.no_grad()
-    def log_density(self, x: Tensor, label: Tensor, spec: SamplingRecipe, guides: Sequence[Guide] = ()) -> Tensor:
+    def log_density(self, x: Tensor, label: Tensor, spec: SamplingRecipe) -> Tensor:
         """log of the probability that `sample` draws x, (B,) nats: exact, with temperature, truncation and guidance."""
-        self.check_guides(spec, guides)
         if spec.smooth:
             raise UsageError("sampling.smooth = true draws mixtures of codes, which have no probability; leave it out")
         unconditional = self.logits(x, torch.full_like(label, NO_LABEL)) if is_guided(spec) else None

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from ddo_cli import checkpoint
 from ddo_cli.errors import CheckpointError
-from ddo_cli.likelihood import DrawOptions, Options
-from ddo_cli.models import registry
+from ddo_cli.likelihood import Options
+from ddo_cli.models.var import tokenizers
 from ddo_cli.models.var.vqvae_layers import Decoder, Encoder, full_precision, start_as_identity
 from ddo_cli.precision import decoding
 from ddo_cli.trainable import Trainable
 
-KIND, NAME = "tokenizer", "vqvae"
+NAME = "vqvae"
 NUM_PHI = 4  # convolutions that the scales share
 COMMITMENT = 0.25  # beta of the quantisation loss
 
@@ -237,12 +237,12 @@ def phi_of_scale(num_scales: int) -> tuple[int, ...]:
 
 def config_of(shape: tuple[int, ...], options: VqvaeOptions) -> dict[str, Any]:
     """The configuration that a tokenizer's file carries."""
-    return {"name": NAME, "shape": list(shape), "options": options.model_dump(mode="json")}
+    return tokenizers.config_of(NAME, shape, options.model_dump(mode="json"))
 
 
 def load_into(vqvae: Vqvae, path: str | Path) -> None:
     """Reads the weights of a tokenizer. Raises CheckpointError if the file holds another one."""
-    file = checkpoint.load(path, kind=KIND)
+    file = checkpoint.load(path, kind=tokenizers.KIND)
     expected = config_of(vqvae.shape, vqvae.options)
     found = file.header.get("config", {})
     if found != expected:
@@ -256,7 +256,7 @@ def load_into(vqvae: Vqvae, path: str | Path) -> None:
         raise CheckpointError(f"{path}: tensors do not fit the tokenizer its header describes: {error}") from None
 
 
-@registry.register(NAME, VqvaeOptions, DrawOptions)  # type: ignore[type-var]  # no likelihood: pretrained on its own
-def build(shape: tuple[int, ...], num_classes: int, options: VqvaeOptions, draw_options: DrawOptions) -> Vqvae:
+@tokenizers.register(NAME, VqvaeOptions)
+def build(shape: tuple[int, ...], options: VqvaeOptions) -> Vqvae:
     """A tokenizer of images of this shape; it sees no labels."""
     return Vqvae(shape, options)

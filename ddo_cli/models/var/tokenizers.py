@@ -1,0 +1,60 @@
+"""Tokenizers by name: autoencoders that `ddo pretrain` trains, and that models of tokens stand on.
+
+They have no likelihood, so they are no models in the sense of `models.registry`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+from ddo_cli.errors import RecipeError
+from ddo_cli.likelihood import Options
+from ddo_cli.models.catalog import Catalog, option_problems
+from ddo_cli.trainable import Trainable
+
+KIND = "tokenizer"  # of a weight file
+BUILTIN = {"vqvae": "ddo_cli.models.var.vqvae"}
+
+
+class Entry(NamedTuple):
+    """A registered tokenizer: its option class and the function (shape, options) -> module."""
+
+    options: type[Options]
+    build: Callable[[tuple[int, ...], Any], Trainable]
+
+
+B = TypeVar("B", bound=Callable[..., Trainable])
+_catalog: Catalog[Entry] = Catalog("model.name", BUILTIN, "a new tokenizer is a line in models/var/tokenizers.py")
+
+
+def register(name: str, options: type[Options]) -> Callable[[B], B]:
+    """Decorator of a builder: makes the tokenizer known under `name`."""
+
+    def add(build: B) -> B:
+        _catalog.add(name, Entry(options, build))
+        return build
+
+    return add
+
+
+def problems(name: str, options: dict[str, Any]) -> list[str]:
+    """What is wrong with a tokenizer's options, one line each."""
+    return option_problems("model.options", name, _catalog.find(name).options, options)
+
+
+def config_of(name: str, shape: tuple[int, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """The configuration that a weight file carries, with every default written out. Raises RecipeError."""
+    if lines := problems(name, options):
+        raise RecipeError("\n".join(lines))
+    values = _catalog.find(name).options.model_validate(options).model_dump(mode="json")
+    return {"name": name, "shape": list(shape), "options": values}
+
+
+def build(config: dict[str, Any]) -> Any:
+    """The tokenizer of a configuration. Raises RecipeError if it cannot be built."""
+    entry, shape = _catalog.find(config["name"]), tuple(config["shape"])
+    try:
+        return entry.build(shape, entry.options.model_validate(config["options"]))
+    except ValueError as error:
+        raise RecipeError(f"model {config['name']} for items of shape {shape}: {error}") from None
