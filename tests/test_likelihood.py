@@ -10,11 +10,40 @@ from torch.testing import assert_close
 from ddo_cli.codec import Codec, LevelCodec, PixelCodec
 from ddo_cli.diffusion import precond
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
+from ddo_cli.diffusion.guidance import AutoGuide
+from ddo_cli.errors import UsageError
 from ddo_cli.generation import labels_of
-from ddo_cli.likelihood import NO_LABEL, drop_labels, map_draw, repeat_draw
+from ddo_cli.likelihood import NO_LABEL, LikelihoodModel, drop_labels, map_draw, repeat_draw
 from ddo_cli.models import registry
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
+from ddo_cli.trainable import Trainable
+
+
+def test_the_contract_is_small():
+    """What an implementer meets: methods and attributes of the class, without those that any trained module has."""
+    names = {*vars(LikelihoodModel), *LikelihoodModel.__annotations__}
+    members = {name for name in names if not name.startswith("_")} - set(dir(Trainable)) | {"forward"}
+    assert len(members) <= 12, sorted(members)
+    assert {"codec", "num_classes", "guided_by", "passes", "predict"} <= members  # they are seen at all
+
+
+@pytest.mark.parametrize("kind", ["autoregressive", "var"])
+def test_guides_need_a_denoiser(tmp_path, kind):
+    model = registry.load_model(make_checkpoint(tmp_path / "m.safetensors", kind), CPU).model
+    assert model.guided_by([]) is model
+    with pytest.raises(UsageError, match=f"guides change a denoiser, and a {type(model).__name__} has none"):
+        model.guided_by([AutoGuide(model, 2.0)])
+
+
+def test_a_guided_model_shares_its_weights_and_leaves_the_other_alone(tmp_path):
+    model = registry.load_model(make_checkpoint(tmp_path / "m.safetensors"), CPU).model
+    once = model.guided_by([AutoGuide(model, 2.0)])
+    twice = once.guided_by([AutoGuide(model, 3.0)])
+    assert [guide.scale for guide in twice.guides] == [2.0, 3.0]
+    assert (len(model.guides), len(once.guides)) == (0, 1)
+    assert all(a is b for a, b in zip(model.parameters(), twice.parameters(), strict=True))
+    assert twice.state_dict().keys() == model.state_dict().keys()
 
 
 @pytest.fixture(params=KINDS)

@@ -157,7 +157,7 @@ def test_a_var_is_trained_on_it_and_then_needs_it_no_more(trained, tmp_path):
     for name, tensor in tokenizer(trained["final"]).state_dict().items():
         assert torch.equal(model.vqvae.state_dict()[name], tensor), name
     items = torch.from_numpy(open_images("embedded:digits32", 64).items[:4].copy())
-    assert torch.equal(model.encode(items), tokenizer(trained["final"]).encode(items))
+    assert torch.equal(model.codec.encode(items), tokenizer(trained["final"]).encode(items))
 
 
 def test_a_var_without_the_right_tokenizer_is_not_trained(trained, tmp_path):
