@@ -14,7 +14,8 @@ from filelock import FileLock
 from PIL import Image
 
 from ddo_cli import console
-from ddo_cli.data import cache, image_files
+from ddo_cli.data import cache, images
+from ddo_cli.data.image_files import ImageFiles
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet, digest
 from ddo_cli.data.pairs import Shuffled
@@ -28,7 +29,7 @@ NUM = 12
 @pytest.fixture(autouse=True)
 def kept(tmp_path, monkeypatch) -> Path:
     """A cache of its own for sets of ten images and more."""
-    monkeypatch.setattr(image_files, "MANY", 10)
+    monkeypatch.setattr(images, "MANY", 10)
     monkeypatch.setenv("DDO_CACHE", str(tmp_path / "cache"))
     cache._warn_once.cache_clear()
     return tmp_path / "cache"
@@ -38,8 +39,8 @@ def kept(tmp_path, monkeypatch) -> Path:
 def decodes(monkeypatch) -> list[str]:
     """Names of the files that are decoded."""
     names: list[str] = []
-    decode = image_files._decode
-    monkeypatch.setattr(image_files, "_decode", lambda files, name: names.append(name) or decode(files, name))
+    decode = ImageFiles.item
+    monkeypatch.setattr(ImageFiles, "item", lambda self, row: names.append(self.names[row]) or decode(self, row))
     return names
 
 
@@ -326,7 +327,7 @@ def test_the_second_process_waits(tmp_path, kept, said, monkeypatch):
             other.release()
 
     monkeypatch.setattr(console, "info", finished)
-    monkeypatch.setattr(image_files, "_decode", lambda *args: pytest.fail("decoded a second time"))
+    monkeypatch.setattr(ImageFiles, "item", lambda *args: pytest.fail("decoded a second time"))
     np.testing.assert_array_equal(open_images(str(path)).items, some_items())
     assert "another process is decoding" in said[1]
 

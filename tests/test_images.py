@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from ddo_cli.data import image_files
+from ddo_cli.data import image_files, images
 from ddo_cli.data.digits import render_digits
 from ddo_cli.data.embedded import embedded_sets
 from ddo_cli.data.images import open_images
@@ -155,10 +155,10 @@ def test_num_takes_the_same_rows_of_every_source(tmp_path_factory, seed, num, as
 
 
 def test_many_files_are_read_by_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_files, "MANY", 10)
-    monkeypatch.setattr(image_files, "CHUNK", 7)
-    decode, used = image_files._decode, set()
-    monkeypatch.setattr(image_files, "_decode", lambda *args: used.add(threading.get_ident()) or decode(*args))
+    monkeypatch.setattr(images, "MANY", 10)
+    monkeypatch.setattr(images, "CHUNK", 7)
+    decode, used = image_files.ImageFiles.item, set()
+    monkeypatch.setattr(image_files.ImageFiles, "item", lambda *args: used.add(threading.get_ident()) or decode(*args))
     items = some_items(40)
     content = {f"{row:02d}.png": encoded(item) for row, item in enumerate(items)}
     for write in WRITERS.values():

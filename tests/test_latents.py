@@ -14,8 +14,9 @@ from toy_latent import OPTIONS, make_toy
 
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import check_fits, digest
-from ddo_cli.data.latents import MANIFEST, Lazy
+from ddo_cli.data.latents import MANIFEST
 from ddo_cli.data.pairs import Shuffled
+from ddo_cli.data.readers import Lazy
 from ddo_cli.data.samples import open_samples
 from ddo_cli.engines import encode
 from ddo_cli.engines.ddo import finetune

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ddo_cli import checkpoint
+from ddo_cli import checkpoint, npz
 from ddo_cli.engines.scoring import open_reference
 from ddo_cli.errors import CheckpointError, DataError, DdoError
-from ddo_cli.metrics import npz_file, references, stats
+from ddo_cli.metrics import references, stats
 from ddo_cli.metrics.references import is_reference, read_reference, save_reference
 from ddo_cli.metrics.stats import Statistics
 
@@ -326,7 +326,7 @@ def test_shapes_that_are_claimed(tmp_path):
     refused(npz_claiming(tmp_path / "a.npz", (10**12,)), "claims the shape", ask)
     refused(npz_claiming(tmp_path / "b.npz", (2**29 - 64,), 2**32 - 512), "larger than any statistics", ask)
     refused(npz_claiming(tmp_path / "c.npz", (2**20,), 2**23), "ends early|Bad|not an .npz", ask)
-    assert npz_file.members(npz_claiming(tmp_path / "d.npz", (3,)))["mu"].read().tolist() == [0, 0, 0]
+    assert npz.members(npz_claiming(tmp_path / "d.npz", (3,)))["mu"].read().tolist() == [0, 0, 0]
 
 
 def test_mutated_files(tmp_path):

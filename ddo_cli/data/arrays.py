@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
+import os
+import shutil
+import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from ddo_cli.data.items import ItemSet, count_classes, describe, item_set
+from ddo_cli import npz
+from ddo_cli.data import cache
+from ddo_cli.data.items import count_classes, describe
+from ddo_cli.data.readers import ArrayFile, Contents, Joined, Memory, Reader
 from ddo_cli.errors import DataError
 from ddo_cli.likelihood import NO_LABEL
 
 NPZ_ITEMS = ("arr_0", "samples", "images")
 NPZ_LABELS = ("label", "labels", "arr_1")
-NPZ_ERRORS = (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 # Discriminator Guidance's trainer leaves the concatenation of a folder's files in that folder.
 MERGED = "gen_data_for_discriminator_training.npz"
-
-
-class _Arrays(NamedTuple):
-    """Content of one file: items, labels int64 (N,), how many classes its labels can name, and its arrays' names."""
-
-    items: np.ndarray
-    labels: np.ndarray
-    num_classes: int
-    keys: set[str]
-
-
-def open_npz(source: str, path: Path, num: int | None) -> ItemSet:
-    """The items of one .npz."""
-    found = _read(source, path)
-    return item_set(source, found.items, found.labels, num, found.num_classes)
+CHUNK = 1 << 22  # bytes that are decompressed at a time
 
 
 def npz_files(path: Path) -> list[Path]:
@@ -44,72 +33,92 @@ def npz_files(path: Path) -> list[Path]:
     return [entry for entry in entries if entry.name != MERGED] or entries
 
 
-def open_npz_folder(source: str, files: list[Path], num: int | None) -> ItemSet:
-    """The concatenation of a folder's .npz files, which must hold arrays of the same names."""
-    parts = [_read(str(file), file) for file in files]
+def open_npz_folder(path: Path, files: Sequence[Path], in_memory: bool) -> Contents:
+    """The concatenation of a folder's .npz files, which must hold arrays of the same names and items of one shape."""
+    parts = [open_npz(str(file), file, in_memory) for file in files]
+    first, first_keys = parts[0], npz.names(files[0])
     for file, part in zip(files, parts, strict=True):
-        check_alike(file, part.keys, part.items.shape[1:], files[0], parts[0].keys, parts[0].items.shape[1:])
-    items, labels = np.concatenate([part.items for part in parts]), np.concatenate([part.labels for part in parts])
-    return item_set(source, items, labels, num, max(part.num_classes for part in parts))
+        if (keys := npz.names(file)) != first_keys:
+            raise DataError(
+                f"{file} holds {', '.join(sorted(keys))} where the first file, {files[0].name}, holds "
+                f"{', '.join(sorted(first_keys))}; a folder of .npz files is one set: take out what does not belong"
+            )
+        if part.reader.shape != first.reader.shape:
+            raise DataError(
+                f"{file} holds {describe(part.reader.shape)} where the first file, {files[0].name}, holds "
+                f"{describe(first.reader.shape)}; all items of a set must have one size and mode"
+            )
+    labels = np.concatenate([part.labels for part in parts])
+    num_classes = max(part.num_classes for part in parts)
+    key = cache.key_of(path, files, [file.name for file in files])
+    return Contents(Joined([part.reader for part in parts]), labels, num_classes, key)
 
 
-def check_alike(
-    file: Path, keys: set[str], shape: Sequence[int], first: Path, first_keys: set[str], first_shape: Sequence[int]
-) -> None:
-    """Raises DataError unless a folder's file has arrays of the first one's names, and items of its shape."""
-    if keys != first_keys:
-        raise DataError(
-            f"{file} holds {', '.join(sorted(keys))} where the first file, {first.name}, holds "
-            f"{', '.join(sorted(first_keys))}; a folder of .npz files is one set: take out what does not belong"
-        )
-    if tuple(shape) != tuple(first_shape):
-        raise DataError(
-            f"{file} holds {describe(shape)} where the first file, {first.name}, holds {describe(first_shape)}; all "
-            "items of a set must have one size and mode"
-        )
-
-
-def _read(source: str, path: Path) -> _Arrays:
+def open_npz(source: str, path: Path, in_memory: bool) -> Contents:
+    """The items of one .npz. in_memory: as one array; else rows of images are read when asked for."""
     try:
-        content = np.load(path)
-        if not isinstance(content, np.lib.npyio.NpzFile):
-            raise ValueError("it is a single array")
-        with content:
-            keys = set(content.files)
-            key = next((key for key in NPZ_ITEMS if key in keys), None)
-            label_key = next((key for key in NPZ_LABELS if key in keys), None)
-            items = content[key] if key else None
-            labels = content[label_key] if key and label_key else None
-    except NPZ_ERRORS as error:
+        keys = npz.names(path)
+        key = next((key for key in NPZ_ITEMS if key in keys), None)
+        if key is None:
+            content = "feature statistics, not images" if {"mu", "sigma"} <= keys else f"only {', '.join(sorted(keys))}"
+            raise DataError(f"{source} holds {content}; it needs an array named {', '.join(NPZ_ITEMS[:-1])} or images")
+        reader = _reader(f"{source}: {key}", npz.members(path, key)[key], in_memory)
+        label_key = next((key for key in NPZ_LABELS if key in keys), None)
+        labels = npz.members(path, label_key)[label_key].read() if label_key else None
+    except npz.DAMAGE as error:
         raise DataError(f"{source} is not a whole .npz of arrays ({error}); copy it again") from None
-    if items is None:
-        raise without_items(source, keys)
-    items = _items(f"{source}: {key}", items)
-    if labels is None:
-        return _Arrays(items, np.full(len(items), NO_LABEL), 0, keys)
-    return _Arrays(items, *label_classes(f"{source}: {label_key}", labels, len(items)), keys)
+    classes, num_classes = np.full(reader.num, NO_LABEL), 0
+    if labels is not None:
+        classes, num_classes = _label_classes(f"{source}: {label_key}", labels, reader.num)
+    return Contents(reader, classes, num_classes, cache.key_of(path, [path]))
 
 
-def without_items(source: str, keys: set[str]) -> DataError:
-    """What to say of an .npz that has none of NPZ_ITEMS."""
-    what = "feature statistics, not images" if {"mu", "sigma"} <= keys else f"only {', '.join(sorted(keys))}"
-    return DataError(f"{source} holds {what}; it needs an array named {', '.join(NPZ_ITEMS[:-1])} or images")
-
-
-def _items(where: str, items: np.ndarray) -> np.ndarray:
-    """uint8 (N, C, H, W), or float32 (N, d)."""
-    if items.dtype.kind == "f" and items.ndim == 2 and items.size:
-        points = items.astype(np.float32)
+def _reader(where: str, member: npz.Member, in_memory: bool) -> Reader:
+    """Items uint8 (N, C, H, W), or float32 (N, d)."""
+    shape, dtype = member.shape, member.dtype
+    if dtype.kind == "f" and len(shape) == 2 and 0 not in shape:
+        points = member.read().astype(np.float32)
         if not np.isfinite(points).all():
             raise DataError(f"{where} holds a point that is not finite in float32; remove it")
-        return points
-    if are_channels_last(where, items.dtype, items.shape):
-        return np.ascontiguousarray(items.transpose(0, 3, 1, 2))
-    return items
+        return Memory(points)
+    channels_last = _are_channels_last(where, dtype, shape)
+    if in_memory or member.is_fortran:  # the rows of the latter are spread over the file; numpy writes none by itself
+        items = member.read()
+        return Memory(np.ascontiguousarray(items.transpose(0, 3, 1, 2)) if channels_last else items)
+    if member.offset is not None:
+        return ArrayFile(where, member.path, member.offset, shape, channels_last=channels_last)
+    return _unpacked(where, member, channels_last)
 
 
-def are_channels_last(where: str, dtype: np.dtype, shape: Sequence[int]) -> bool:
+def _unpacked(where: str, member: npz.Member, channels_last: bool) -> ArrayFile:
+    """A compressed array in a temporary file that goes with the reader."""
+    directory, item_size = tempfile.gettempdir(), int(np.prod(member.shape[1:], dtype=object))
+    size = member.shape[0] * item_size
+    if shutil.disk_usage(directory).free < size + CHUNK:
+        raise DataError(
+            f"{where} is compressed, and unpacked takes {size / 1e9:.1f} GB, more than {directory} has free; set "
+            "TMPDIR to a larger disk, or store it with np.savez"
+        )
+    with tempfile.NamedTemporaryFile(prefix="ddo-", suffix=".raw", delete=False) as file:
+        reader = ArrayFile(where, Path(file.name), 0, member.shape, channels_last=channels_last)
+        weakref.finalize(reader, _remove, file.name, os.getpid())
+        for rows in member.rows(max(1, CHUNK // item_size)):
+            file.write(rows.data)
+    return reader
+
+
+def _remove(name: str, process: int) -> None:
+    if os.getpid() == process:  # a forked worker has a copy of the reader, but not a file of its own
+        Path(name).unlink(missing_ok=True)
+
+
+def _are_channels_last(where: str, dtype: np.dtype, shape: Sequence[int]) -> bool:
     """Whether images are (N, H, W, C) and not (N, C, H, W). Raises DataError if they are neither, or not uint8."""
+    if dtype.kind == "f" and len(shape) == 4:
+        raise DataError(
+            f"{where} is {dtype} {tuple(shape)}; images are uint8 0..255: round and store them as such (from [-1, 1]: "
+            "127.5 (x + 1), from [0, 1]: 255 x), since the rounding is part of every published FID"
+        )
     if dtype != np.uint8 or len(shape) != 4 or 0 in shape:
         raise DataError(
             f"{where} is {dtype} {tuple(shape)}; it must be uint8 images (N, H, W, C) or (N, C, H, W), N >= 1, or "
@@ -124,10 +133,10 @@ def are_channels_last(where: str, dtype: np.dtype, shape: Sequence[int]) -> bool
     )
 
 
-def label_classes(where: str, labels: np.ndarray, num: int) -> tuple[np.ndarray, int]:
+def _label_classes(where: str, labels: np.ndarray, num: int) -> tuple[np.ndarray, int]:
     """Classes int64 (N,) and their number, of class numbers (N,) or one-hot rows (N, classes)."""
     if labels.ndim == 2 and len(labels) == num and labels.shape[1] > 1 and labels.dtype.kind in "biuf":
-        # Exactly one 1 and nothing else: a soft label, or a row of zeros, is no class.
+        # Exactly one 1 and else zeros: a soft label, or a row of zeros, is no class.
         wrong = ((labels != 0) & (labels != 1)).any(1) | ((labels == 1).sum(1) != 1)
         if not wrong.any():
             return labels.argmax(1).astype(np.int64), labels.shape[1]

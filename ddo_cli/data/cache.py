@@ -29,7 +29,7 @@ VERSION = 1  # of the entries: raised when images are decoded to other numbers
 MARGIN = 1 << 30  # bytes of the disk that an entry leaves free, chosen by us
 
 
-def key_of(path: Path, files: Iterable[Path], names: Iterable[str]) -> str | None:
+def key_of(path: Path, files: Iterable[Path], names: Iterable[str] = ()) -> str | None:
     """Hex hash of a source's absolute path, the sizes and times of its files, and the names in it.
 
     None if a file cannot be looked at: decoding says it better.

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ddo_cli.data.items import ItemSet, item_set
 from ddo_cli.errors import CheckpointError, DataError, printable
 from ddo_cli.safe_pickle import Array, parse_pickle
 
@@ -27,8 +26,11 @@ NUM_CLASSES = 10
 MAX_BATCH, MAX_TAR = 64 << 20, 512 << 20  # bytes: twice the published 31 MB of a batch, 186 MB of the tar unpacked
 
 
-def open_tar(source: str, path: Path, num: int | None) -> ItemSet:
-    """The 50,000 training images. Raises DataError for another tar, and for a batch of another layout."""
+def open_tar(source: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The 50,000 training images uint8 (N, 3, 32, 32) and their labels int64 (N,).
+
+    Raises DataError for another tar, and for a batch of another layout.
+    """
     try:
         # Unpacked as a whole, and no further than the limit: a small file can unpack to any size.
         with open(path, "rb") if path.suffix.lower() == ".tar" else gzip.open(path) as file:
@@ -47,7 +49,7 @@ def open_tar(source: str, path: Path, num: int | None) -> ItemSet:
                 content = archive.extractfile(member) if member is not None else None
                 return content.read() if content is not None else None
 
-            return _open_batches(source, read, num)
+            return _join_batches(source, read)
     except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError, OverflowError) as error:
         raise DataError(f"{source} is not a whole .tar.gz ({error}); download it again") from None
 
@@ -57,8 +59,8 @@ def holds_batches(path: Path) -> bool:
     return any((path / name).is_file() for name in BATCHES)
 
 
-def open_unpacked(source: str, path: Path, num: int | None) -> ItemSet:
-    """The same of the unpacked folder."""
+def open_unpacked(source: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The same from the unpacked folder."""
 
     def read(name: str) -> bytes | None:
         file = path / name
@@ -71,22 +73,22 @@ def open_unpacked(source: str, path: Path, num: int | None) -> ItemSet:
         except OSError as error:
             raise DataError(f"{file} cannot be read ({error.strerror}); correct its permissions") from None
 
-    return _open_batches(source, read, num)
+    return _join_batches(source, read)
 
 
 def _too_large(where: str, size: int) -> str:
     return f"{where} has {size >> 20} MB, a batch of CIFAR-10 31; give the published file"
 
 
-def _open_batches(source: str, read: Callable[[str], bytes | None], num: int | None) -> ItemSet:
-    found = []
+def _join_batches(source: str, read: Callable[[str], bytes | None]) -> tuple[np.ndarray, np.ndarray]:
+    batches = []
     for name in BATCHES:
         raw = read(name)
         if raw is None:
             raise DataError(f"{source} has no {name}; give cifar-10-python.tar.gz, or its folder cifar-10-batches-py")
-        found.append(_batch(f"{source}: {name}", raw))
-    items, labels = (np.concatenate(column) for column in zip(*found, strict=True))
-    return item_set(source, items, labels, num, NUM_CLASSES)
+        batches.append(_batch(f"{source}: {name}", raw))
+    items, labels = zip(*batches, strict=True)
+    return np.concatenate(items), np.concatenate(labels)
 
 
 def _batch(where: str, raw: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -106,6 +108,6 @@ def _batch(where: str, raw: bytes) -> tuple[np.ndarray, np.ndarray]:
     except CheckpointError as error:
         raise DataError(str(error)) from None
     except (ValueError, TypeError, LookupError) as error:
-        what = f"{type(error).__name__}: {printable(str(error))}"
-        raise DataError(f"{where} is not a whole batch of CIFAR-10 ({what}); download it again") from None
+        problem = f"{type(error).__name__}: {printable(str(error))}"
+        raise DataError(f"{where} is not a whole batch of CIFAR-10 ({problem}); download it again") from None
     return rows.reshape(-1, *SHAPE), np.array(labels, dtype=np.int64)

@@ -9,7 +9,7 @@ import torch
 
 from ddo_cli.checkpoint import ASSETS, EMBEDDED
 from ddo_cli.data.digits import render_digits
-from ddo_cli.data.items import ItemSet, choice, item_set
+from ddo_cli.data.items import choice
 from ddo_cli.diffusion.mixture import toy2d
 from ddo_cli.errors import DataError
 from ddo_cli.likelihood import NO_LABEL
@@ -57,13 +57,12 @@ def embedded_sets() -> list[str]:
     return list(_EMBEDDED)
 
 
-def open_embedded(source: str, num: int | None) -> ItemSet:
-    """The set "embedded:<name>". Raises DataError if there is none."""
+def open_embedded(source: str, num: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Items and labels of the set "embedded:<name>", `num` of them. Raises DataError if there is no such set."""
     make = _EMBEDDED.get(source.removeprefix(EMBEDDED))
     if make is None:
         raise DataError(f"{source} does not come with this program; known: {embedded_names()}")
-    items, labels = make(num)
-    return item_set(source, items, labels)
+    return make(num)
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:
@@ -73,5 +72,5 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def embedded_names() -> str:
-    """The same for messages."""
+    """The names for messages."""
     return ", ".join(EMBEDDED + name for name in _EMBEDDED)

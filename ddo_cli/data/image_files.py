@@ -6,48 +6,28 @@ import io
 import json
 import os
 import zipfile
-import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from ddo_cli import console
-from ddo_cli.data import cache
-from ddo_cli.data.items import INDEX, ItemSet, choice, count_classes, describe
+from ddo_cli.data.items import INDEX, describe
+from ddo_cli.data.readers import ZIP_ERRORS, ItemFiles
 from ddo_cli.errors import DataError
 from ddo_cli.likelihood import NO_LABEL
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MANY = 4000  # files; from here on they are decoded by several threads, with progress, and kept decoded
-CHUNK = 256  # files per task of a thread
+LOSSY = (".jpg", ".jpeg", ".webp")
 # Pillow modes without loss in 8 bits of grey or RGB. RGBA is taken where it is opaque.
 MODES = {"1": "L", "L": "L", "RGB": "RGB", "P": "RGB", "YCbCr": "RGB", "CMYK": "RGB", "RGBA": "RGBA"}
-ZIP_ERRORS = (OSError, RuntimeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
-
-
-class _Files(NamedTuple):
-    """Image files below the folder, or in the zip, `path`: their names in order, and how to read one."""
-
-    source: str
-    path: Path
-    names: list[str]
-    read: Callable[[str], bytes]
-
-
-def open_folder(source: str, path: Path, num: int | None, keep: bool) -> ItemSet:
-    """Images by sorted name; labels of dataset.json, or else of the top-level subfolders if every image is in one.
-
-    keep: whether many images go through the cache.
-    """
-    return open_listed(source, path, *folder_entries(source, path), num, keep)
 
 
 def folder_entries(source: str, path: Path) -> tuple[list[str], np.ndarray]:
-    """Names of a folder's images, sorted, and their labels int64 (N,)."""
+    """Names of a folder's images, sorted, and their labels int64 (N,).
+
+    Labels are those of dataset.json, or else of the top-level subfolders if every image is in one.
+    """
     names: list[str] = []
     seen: set[str] = set()
     for root, folders, leaves in os.walk(path, followlinks=True):
@@ -56,11 +36,7 @@ def folder_entries(source: str, path: Path) -> tuple[list[str], np.ndarray]:
         if real not in seen:  # a link to a parent would go round for ever
             names += [Path(root, leaf).relative_to(path).as_posix() for leaf in leaves]
         seen.add(real)
-    index = path / INDEX
-    try:
-        text = index.read_bytes() if index.is_file() else None
-    except OSError as error:
-        raise DataError(f"{index} cannot be read ({error.strerror}); correct its permissions") from None
+    text = folder_index(path)
     names = _image_names(source, names)
     labels = indexed_labels(source, names, text)
     tops = [name.partition("/")[0] for name in names if "/" in name]
@@ -71,46 +47,45 @@ def folder_entries(source: str, path: Path) -> tuple[list[str], np.ndarray]:
     return names, labels
 
 
-def open_listed(
-    source: str, path: Path, names: Sequence[str], labels: np.ndarray, num: int | None, keep: bool
-) -> ItemSet:
-    """The files `names` of a folder, in this order, with labels int64 (N,)."""
-    return _decoded(_Files(source, path, list(names), lambda name: (path / name).read_bytes()), labels, num, keep)
-
-
-def open_zip(source: str, path: Path, num: int | None, keep: bool) -> ItemSet:
-    """Images by sorted name; labels of dataset.json. Directories in a zip are no classes, as in EDM."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names, labels = zip_entries(source, archive)
-            return _decoded(_Files(source, path, names, archive.read), labels, num, keep)
-    except ZIP_ERRORS as error:
-        raise broken_zip(source, error) from None
-
-
 def zip_entries(source: str, archive: zipfile.ZipFile) -> tuple[list[str], np.ndarray]:
-    """Names of a zip's images, sorted, and their labels int64 (N,). Raises DataError, or one of ZIP_ERRORS."""
-    text = archive.read(INDEX) if INDEX in archive.namelist() else None
+    """Names of a zip's images, sorted, and their labels int64 (N,). Directories in a zip are no classes, as in EDM.
+
+    Raises DataError, or one of ZIP_ERRORS.
+    """
     names = _image_names(source, archive.namelist())
-    return names, indexed_labels(source, names, text)
+    return names, indexed_labels(source, names, zip_index(archive))
 
 
 def broken_zip(source: str, error: Exception) -> DataError:
-    """What to say of one of ZIP_ERRORS."""
+    """The message for one of ZIP_ERRORS."""
     return DataError(f"{source} is not a whole zip file ({error}); copy it again")
 
 
-def _image_names(source: str, names: list[str]) -> list[str]:
+def _image_names(source: str, names: Iterable[str]) -> list[str]:
     """Names with an image's extension, sorted; hidden files and macOS's resource forks are no images."""
-    found = sorted(
+    images = sorted(
         name
         for name in names
         if name.lower().endswith(EXTENSIONS)
         and not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
     )
-    if not found:
+    if not images:
         raise DataError(f"{source} holds no images ({', '.join(EXTENSIONS)}); give the folder or zip that has them")
-    return found
+    return images
+
+
+def folder_index(path: Path) -> bytes | None:
+    """The dataset.json of a folder; None if there is none."""
+    index = path / INDEX
+    try:
+        return index.read_bytes() if index.is_file() else None
+    except OSError as error:
+        raise DataError(f"{index} cannot be read ({error.strerror}); correct its permissions") from None
+
+
+def zip_index(archive: zipfile.ZipFile) -> bytes | None:
+    """The dataset.json of a zip; None if there is none."""
+    return archive.read(INDEX) if INDEX in archive.namelist() else None
 
 
 def indexed_labels(source: str, names: list[str], text: bytes | None) -> np.ndarray:
@@ -140,83 +115,52 @@ def indexed_labels(source: str, names: list[str], text: bytes | None) -> np.ndar
 # Decoding
 
 
-def _decoded(files: _Files, labels: np.ndarray, num: int | None, keep: bool) -> ItemSet:
-    """The chosen files as one array: of the cache where they are many, else in memory."""
-    chosen = choice(files.source, len(files.names), num)
-    part = files._replace(names=[files.names[row] for row in chosen])
-    items = _kept(part) if keep and len(part.names) >= MANY else None
-    if items is None:
-        items = np.empty((len(part.names), *_first(part).shape), dtype=np.uint8)
-        _fill(part, items)
-    return ItemSet(items, labels[chosen], files.source, count_classes(labels))
+class ImageFiles(ItemFiles):
+    """Images uint8 (C, H, W) of one shape, one per file."""
 
+    def item(self, row: int) -> np.ndarray:
+        """The image of a row, with 1 or 3 channels. Raises DataError."""
+        where = f"{self.source}: {self.names[row]}"
+        try:
+            with Image.open(io.BytesIO(self.content(row))) as image:
+                image.load()
+                mode = MODES.get(image.mode)
+                pixels = np.asarray(image.convert(mode)) if mode else None  # (H, W) or (H, W, C)
+                mode_in_file = image.mode
+        except Exception as error:  # Pillow's decoders raise errors of any kind
+            raise DataError(f"{where} cannot be read as an image ({error}); replace or remove it") from None
+        if mode == "RGBA" and pixels is not None and (pixels[..., 3] == 255).all():
+            mode, pixels = "RGB", pixels[..., :3]
+        if pixels is None or mode == "RGBA":
+            problem = "transparent pixels" if mode == "RGBA" else f"the mode {mode_in_file}"
+            raise DataError(f"{where} has {problem}; convert it to RGB or 8-bit grey")
+        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
-def _kept(files: _Files) -> np.ndarray | None:
-    """All files, from the cache or through it; None where it is off or cannot hold them."""
-    stamped = [files.path] if files.path.is_file() else [files.path / name for name in files.names]
-    key = cache.key_of(files.path, stamped, files.names)
-    if key is None:
-        return None
-    return cache.kept(
-        files.source, key, len(files.names), lambda: _first(files).shape, lambda items: _fill(files, items)
-    )
-
-
-def _first(files: _Files) -> np.ndarray:
-    return _decode(files, files.names[0])
-
-
-def _fill(files: _Files, items: np.ndarray) -> None:
-    """Decodes every file straight into its row of `items`. Raises DataError naming the first that does not fit."""
-
-    def fill(start: int) -> int:
-        part = files.names[start : start + CHUNK]
-        for row, name in enumerate(part, start):
-            image = _decode(files, name)
-            check_same(files.source, name, image.shape, files.names[0], items.shape[1:])
-            items[row] = image
-        return len(part)
-
-    starts = range(0, len(files.names), CHUNK)
-    if len(files.names) < MANY:
-        for start in starts:
-            fill(start)
-        return
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # Pillow decodes outside Python's lock
-    try:
-        with console.progress(f"reading {files.source}", len(files.names), "images") as bar:
-            for count in pool.map(fill, starts):  # in order, so that the first bad name is the one reported
-                bar.advance(count)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def check_same(source: str, name: str, shape: Sequence[int], first_name: str, first_shape: Sequence[int]) -> None:
-    """Raises DataError unless the image `name` has the shape (C, H, W) of the set's first."""
-    if tuple(shape) != tuple(first_shape):
-        raise DataError(
-            f"{source}: {name} is {describe(shape)} where the first image, {first_name}, is {describe(first_shape)}; "
-            "all images must have one size and mode: convert or remove it"
+    def mismatch(self, row: int, item: np.ndarray) -> DataError:
+        """Says which image differs from the first, and in what."""
+        return DataError(
+            f"{self.source}: {self.names[row]} is {describe(item.shape)} where the first image, "
+            f"{self.names[self.first]}, is {describe(self.shape)}; all images must have one size and mode: convert or "
+            "remove it"
         )
 
+    def num_lossy(self, rows: Sequence[int]) -> int:
+        """How many of `rows` are in formats that lose detail.
 
-def _decode(files: _Files, name: str) -> np.ndarray:
-    return decode(f"{files.source}: {name}", lambda: files.read(name))
+        Counted by name, if the first of them bears it out; all, if the first image is one under another name. Every
+        file would have to be opened to be sure: a WebP may be lossless, and a JPEG be called .png after resizing.
+        """
+        named = [row for row in rows if self.names[row].lower().endswith(LOSSY)]
+        try:
+            if not named:
+                return len(rows) if _is_lossy(self.content(rows[0])) else 0
+            # A lossless WebP speaks for the set's other WebPs, not for its JPEGs.
+            webps = [row for row in named if self.names[row].lower().endswith(".webp")]
+            return len(named) - len(webps) if webps and not _is_lossy(self.content(webps[0])) else len(named)
+        except (*ZIP_ERRORS, ValueError):
+            return len(named)  # reading the pixels will say what is wrong
 
 
-def decode(where: str, read: Callable[[], bytes]) -> np.ndarray:
-    """The image of the bytes that `read` returns: uint8 (C, H, W) with 1 or 3 channels. Raises DataError."""
-    try:
-        with Image.open(io.BytesIO(read())) as image:
-            image.load()
-            mode = MODES.get(image.mode)
-            pixels = np.asarray(image.convert(mode)) if mode else None  # (H, W) or (H, W, C)
-            found = image.mode
-    except Exception as error:  # Pillow's decoders raise whatever the bytes lead them to
-        raise DataError(f"{where} cannot be read as an image ({error}); replace or remove it") from None
-    if mode == "RGBA" and pixels is not None and (pixels[..., 3] == 255).all():
-        mode, pixels = "RGB", pixels[..., :3]
-    if pixels is None or mode == "RGBA":
-        what = "transparent pixels" if mode == "RGBA" else f"the mode {found}"
-        raise DataError(f"{where} has {what}; convert it to RGB or 8-bit grey")
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+def _is_lossy(content: bytes) -> bool:
+    """Whether a file is a JPEG (starts with SOI) or a WebP other than a simple lossless one (RIFF....WEBPVP8L)."""
+    return content[:3] == b"\xff\xd8\xff" or (content[8:12] == b"WEBP" and content[12:16] != b"VP8L")

@@ -1,18 +1,21 @@
-"""Image sets from wherever users keep them: what a source is, and who opens it."""
+"""Item sets in memory, image files decoded once for all runs."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 import numpy as np
 
-from ddo_cli.checkpoint import EMBEDDED
-from ddo_cli.data import arrays, cifar, image_files, latents, samples
-from ddo_cli.data.embedded import embedded_names, open_embedded
-from ddo_cli.data.items import ItemSet, item_set
-from ddo_cli.errors import DataError
+from ddo_cli import console
+from ddo_cli.data import cache
+from ddo_cli.data.items import ItemSet
+from ddo_cli.data.readers import Lazy, Memory
+from ddo_cli.data.sources import Source, open_source
+
+MANY = 4000  # images; from here on they are decoded by several threads, with progress, and kept decoded
+CHUNK = 256  # images per task of a thread
 
 
 def open_images(source: str, num: int | None = None, cache: bool = True) -> ItemSet:
@@ -29,80 +32,49 @@ def open_images(source: str, num: int | None = None, cache: bool = True) -> Item
     cache: whether many images are kept decoded for later runs (`data.cache`); such items are read-only.
     Raises DataError naming the first item that cannot be used.
     """
-    if num is not None and num < 1:
-        raise DataError(f"{source}: num = {num} must be at least 1")
-    path = Path(source)
-    if source.startswith(EMBEDDED):
-        return open_embedded(source, num)
-    if latents.is_latents(path):
-        return latents.open_latents(source, path, num)
-    if path.is_dir():
-        return _open_directory(source, path, num, cache)
-    if not path.is_file():
-        raise DataError(
-            f"{source} does not exist; give a folder, a .zip, .npz or .tar.gz file, or one of {embedded_names()}"
+    opened = open_source(source, num, in_memory=True)
+    if opened.encoded is not None:
+        # The program indexes items and asks for their shape, which `Lazy` answers as an array does.
+        items = cast(np.ndarray, Lazy(opened.reader, opened.positions))
+    elif opened.reader.decodes:
+        items = _decoded(opened, cache)
+    elif isinstance(opened.reader, Memory) and opened.num == opened.reader.num:
+        items = opened.reader.items
+    else:
+        items = opened.reader.read(opened.positions)
+    return ItemSet(items, opened.labels, source, opened.num_classes, opened.encoded)
+
+
+def _decoded(images: Source, keep: bool) -> np.ndarray:
+    """All images as one array: of the cache where they are many, else in memory."""
+    if keep and images.num >= MANY and images.identity is not None:
+        items = cache.kept(
+            images.name, images.identity, images.num, lambda: images.shape, lambda items: _fill(images, items)
         )
-    if path.suffix.lower() == ".zip":
-        return image_files.open_zip(source, path, num, cache)
-    if path.suffix.lower() == ".npz":
-        return arrays.open_npz(source, path, num)
-    if path.name.lower().endswith(cifar.TAR_SUFFIXES):
-        return cifar.open_tar(source, path, num)
-    raise DataError(
-        f"{source} is neither a folder nor a .zip, .npz or .tar.gz file; put images into a folder and give that"
-    )
+        if items is not None:
+            return items
+    items = np.empty((images.num, *images.shape), dtype=np.uint8)
+    _fill(images, items)
+    return items
 
 
-def _open_directory(source: str, path: Path, num: int | None, cache: bool) -> ItemSet:
-    manifest = sample_manifest(path)
-    if manifest is not None:
-        return _open_samples(source, path, manifest, num, cache)
-    if cifar.holds_batches(path):
-        return cifar.open_unpacked(source, path, num)
-    if files := arrays.npz_files(path):
-        return arrays.open_npz_folder(source, files, num)
-    return image_files.open_folder(source, path, num, cache)
+def _fill(images: Source, items: np.ndarray) -> None:
+    """Decodes every image straight into its row of `items`. Raises DataError naming the first that does not fit."""
 
+    def fill(start: int) -> int:
+        rows = images.positions[start : start + CHUNK]
+        items[start : start + CHUNK] = images.reader.read(rows)
+        return len(rows)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sample sets
-
-
-def sample_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a sample set in this folder; None where there is none, or a file of another program."""
+    starts = range(0, images.num, CHUNK)
+    if images.num < MANY:
+        for start in starts:
+            fill(start)
+        return
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # Pillow decodes outside Python's lock
     try:
-        manifest = json.loads((path / samples.MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        manifest = None
-    if isinstance(manifest, dict) and manifest.get("format") in ("png", "npz", "shards"):
-        return manifest
-    return {"format": "shards"} if any(path.glob("shard-*.safetensors")) else None
-
-
-def _open_samples(source: str, path: Path, manifest: dict[str, Any], num: int | None, cache: bool) -> ItemSet:
-    """A set in any of the formats that `ddo sample` writes."""
-    if manifest["format"] == "shards":
-        opened = samples.open_samples(path)  # checks the set as a whole
-        return item_set(source, opened.items, opened.labels, num)
-    check_complete(source, manifest)
-    if manifest["format"] == "npz":
-        return arrays.open_npz(source, path / "samples.npz", num)
-    return image_files.open_listed(source, path, *sample_entries(source, manifest), num, cache)
-
-
-def check_complete(source: str, manifest: dict[str, Any]) -> None:
-    """Raises DataError for the manifest of a set that is still being made."""
-    if not manifest.get("complete"):
-        raise DataError(f"{source} is an unfinished sample set; run the command that made it again, it continues")
-
-
-def sample_entries(source: str, manifest: dict[str, Any]) -> tuple[list[str], np.ndarray]:
-    """Names of the files of a set in the format png, by seed, and their labels int64 (N,)."""
-    try:
-        names = [f"{seed:06d}.png" for seed in samples.parse_seeds(manifest["seeds"])]
-        labels = np.array(manifest["labels"], dtype=np.int64)
-        if labels.shape != (len(names),):
-            raise ValueError(f"{len(names)} seeds and {labels.size} labels")
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise DataError(f"{source}: {samples.MANIFEST} is damaged ({error}); remove the set and sample again") from None
-    return names, labels
+        with console.progress(f"reading {images.name}", images.num, "images") as bar:
+            for count in pool.map(fill, starts):  # in order, so that the first bad name is the one reported
+                bar.advance(count)
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -132,15 +132,6 @@ def check_balance(real: ItemSet, fake: ItemSet, num_classes: int) -> None:
             )
 
 
-def item_set(
-    source: str, items: np.ndarray, labels: np.ndarray, num: int | None = None, num_classes: int | None = None
-) -> ItemSet:
-    """The set, or `num` of its items as `choice` picks them. num_classes: where known better than from the labels."""
-    chosen = choice(source, len(items), num) if num is not None and num != len(items) else slice(None)
-    classes = count_classes(labels) if num_classes is None else num_classes
-    return ItemSet(items[chosen], labels.astype(np.int64)[chosen], source, classes)
-
-
 def choice(source: str, total: int, num: int | None) -> np.ndarray:
     """Rows to use, in increasing order."""
     if num is None or num == total:
@@ -167,8 +158,12 @@ def describe(shape: Sequence[int]) -> str:
 
 def describe_items(items: ItemSet) -> str:
     """The items of a set for people."""
-    shape = tuple(items.items.shape[1:])
-    if holds_images(items) or (items.items.ndim == 2 and items.items.dtype.kind == "f"):
+    return describe_content(items.items.dtype, items.items.shape[1:])
+
+
+def describe_content(dtype: np.dtype, shape: Sequence[int]) -> str:
+    """Items of this type and shape for people."""
+    if (dtype == np.uint8 and len(shape) == 3) or (dtype.kind == "f" and len(shape) == 1):
         return describe(shape)
-    kind = "latents" if items.items.dtype.kind == "f" else "tokens"
+    kind = "latents" if dtype.kind == "f" else "tokens"
     return f"{kind} of shape {'x'.join(map(str, shape))}"

@@ -1,83 +1,190 @@
-"""Rows of an image set read when they are asked for: image files, arrays inside .npz and .npy files, shards.
+"""Items of a set read when they are asked for: files, zip members, arrays inside .npz, .npy and safetensors files.
 
-A reader holds names and places, no pixels and no open files that a forked or spawned process could trip over: files are
-opened by each process for itself.
+A reader holds names and places, neither items (but `Memory`) nor an open file whose position a forked process shares.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import json
 import os
-import shutil
-import tempfile
-import weakref
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ddo_cli.data import arrays, image_files
+from ddo_cli.data.items import Encoded
 from ddo_cli.errors import DataError
+from ddo_cli.npz import local_header_size, read_header
 
-CHUNK = 1 << 22  # bytes that are decompressed at a time
+ZIP_ERRORS = (OSError, RuntimeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+TENSOR_ERRORS = (SafetensorError, OSError, ValueError, KeyError, TypeError, EOFError)
+_DTYPES = {"U8": "u1", "I16": "i2", "I32": "i4", "I64": "i8", "F16": "f2", "F32": "f4", "F64": "f8"}
 
 
 class Reader(Protocol):
-    """Images of one shape. `decodes`: whether reading them costs enough for worker processes to pay."""
+    """`num` items of one shape and type, in a fixed order.
+
+    decodes: whether reading them costs enough for worker processes to pay.
+    """
 
     num: int
-    shape: tuple[int, ...]  # (C, H, W)
+    dtype: np.dtype[Any]
     decodes: bool
 
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """The images `rows` (b,), uint8 (b, C, H, W). Raises DataError naming the first that cannot be used."""
+        """The items `rows` (b,), a new array (b, *shape). Raises DataError naming the first that cannot be used."""
         ...
 
 
+class Contents(NamedTuple):
+    """What a source holds: all items, labels int64 (N,), -1 = none, and the number of classes.
+
+    key: hash of names, sizes and times of its files, where that is how it is told from others; encoded: of latents.
+    """
+
+    reader: Reader
+    labels: np.ndarray
+    num_classes: int
+    key: str | None = None
+    encoded: Encoded | None = None
+
+
 class Memory:
-    """Images that are in memory: uint8 (N, C, H, W)."""
+    """Items that are in memory: (N, ...)."""
 
     decodes = False
 
     def __init__(self, items: np.ndarray):
-        self.items, self.num, self.shape = items, len(items), tuple(items.shape[1:])
+        self.items, self.num, self.shape, self.dtype = items, len(items), tuple(items.shape[1:]), items.dtype
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Raises IndexError only."""
         return np.ascontiguousarray(self.items[rows])
 
 
+class Lazy:
+    """Rows of a reader in the place of an array: length, shape, and indexing, which reads what is asked for."""
+
+    def __init__(self, reader: Reader, rows: np.ndarray):
+        self._reader, self._rows = reader, rows
+        self.shape, self.dtype, self.ndim = (len(rows), *reader.shape), reader.dtype, 1 + len(reader.shape)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
+        rows = self._rows[index]
+        items = self._reader.read(np.atleast_1d(rows))
+        return items if np.ndim(rows) else items[0]
+
+
+class Joined:
+    """The concatenation of readers of one shape and type."""
+
+    def __init__(self, parts: Sequence[Reader]):
+        self.parts = parts
+        self.ends = np.cumsum([part.num for part in parts])
+        self.num, self.shape, self.dtype = int(self.ends[-1]), parts[0].shape, parts[0].dtype
+        self.decodes = any(part.decodes for part in parts)
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Each part is read once, in the order of `rows` within it."""
+        part_of = np.searchsorted(self.ends, rows, side="right")
+        items = np.empty((len(rows), *self.shape), dtype=self.dtype)
+        for number in np.unique(part_of).tolist():
+            places = np.flatnonzero(part_of == number)
+            first = self.ends[number] - self.parts[number].num
+            items[places] = self.parts[number].read(rows[places] - first)
+        return items
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Files
+# One array per file
 
 
-class OwnFile:
-    """A file opened by each process for itself: a fork shares the position of what its parent had opened."""
+class ArrayFile:
+    """A C-ordered array (N, ...) at an offset of a file.
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._opened: tuple[int, IO[bytes]] | None = None
+    Rows are read, not mapped: the pages of a map count as memory of the process that touched them. The file is opened
+    for each read: the shards of ImageNet are more files than a process may keep open.
+    channels_last: whether the array is (N, H, W, C), read as (N, C, H, W).
+    """
 
-    def at(self, offset: int, size: int) -> bytes:
-        """The bytes [offset, offset + size). Raises OSError, and EOFError where the file has become shorter."""
-        if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = os.getpid(), open(self.path, "rb", buffering=0)  # noqa: SIM115
-        file = self._opened[1]
-        file.seek(offset)
-        blocks, left = [], size
-        while left and (block := file.read(left)):  # one system call returns 2 GB at most
-            blocks.append(block)
-            left -= len(block)
-        if left:
-            raise EOFError(f"it ends {left} bytes early")
-        return b"".join(blocks)
+    decodes = False
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_opened": None}
+    def __init__(
+        self,
+        source: str,
+        path: Path,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: Any = np.uint8,
+        channels_last: bool = False,
+    ):
+        self.source, self.path, self.offset, self.channels_last = source, path, offset, channels_last
+        self.num, self.stored, self.dtype = shape[0], shape[1:], np.dtype(dtype)
+        self.shape = (shape[3], *shape[1:3]) if channels_last else shape[1:]
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """One system call per run of neighbouring rows."""
+        items = np.empty((len(rows), *self.stored), self.dtype)
+        content = items.reshape(len(rows), int(np.prod(self.stored))).view(np.uint8)  # (b, bytes of an item)
+        try:
+            with open(self.path, "rb") as file:
+                for start, end in _runs(rows):
+                    file.seek(self.offset + int(rows[start]) * content.shape[1])
+                    if file.readinto(content[start:end].data) != content[start:end].nbytes:
+                        raise EOFError("it has become shorter")
+        except (OSError, EOFError) as error:
+            raise DataError(f"{self.source} has changed since it was opened ({error}); run the command again") from None
+        return np.ascontiguousarray(items.transpose(0, 3, 1, 2)) if self.channels_last else items
+
+
+def _runs(rows: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(start, end) of the longest stretches of `rows` that increase by one."""
+    cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+    return ((start, end) for start, end in itertools.pairwise(cuts) if end > start)
+
+
+def npy(source: str, path: Path) -> ArrayFile:
+    """The images uint8 (N, C, H, W) of an .npy file that numpy wrote in C order."""
+    with open(path, "rb") as file:
+        shape, _, _ = read_header(file)
+        return ArrayFile(source, path, file.tell(), shape)
+
+
+def join_tensors(files: Sequence[Path], key: str) -> Joined:
+    """The tensors `key` of safetensors files, one after another. Raises one of TENSOR_ERRORS."""
+    parts = [_tensor(file, key) for file in files]
+    for file, part in zip(files, parts, strict=True):
+        if (part.shape, part.dtype) != (parts[0].shape, parts[0].dtype):
+            raise ValueError(
+                f"{file} holds {part.dtype} {part.shape} where the first shard holds {parts[0].dtype} {parts[0].shape}"
+            )
+    return Joined(parts)
+
+
+def _tensor(path: Path, key: str) -> ArrayFile:
+    with safe_open(path, framework="np"):  # checks that the file is as long as its header says
+        pass
+    with open(path, "rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(header_size))[key]
+    offset = 8 + header_size + entry["data_offsets"][0]
+    return ArrayFile(str(path), path, offset, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One item per file
 
 
 class FolderBytes:
@@ -94,11 +201,12 @@ class ZipBytes:
     """The bytes of members of a zip, by row.
 
     Of the directory only four numbers per member are kept, not `ZipInfo`s (a GB for ImageNet, and as much work for each
-    process to parse): members that are stored or deflated are read at their place, others through zipfile.
+    process to parse): members that are stored or deflated are read at their place, others through zipfile. Reads name
+    their offset, so that threads and forked processes may share the open file.
     """
 
     def __init__(self, path: Path, archive: zipfile.ZipFile, names: Sequence[str]):
-        self.file, self.names = OwnFile(path), names
+        self.path, self.names = path, names
         infos = [archive.getinfo(name) for name in names]
         plain = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
         # -1: encrypted (bit 0), or of a method that only zipfile knows
@@ -107,231 +215,61 @@ class ZipBytes:
         ]
         self.methods = np.array(methods, dtype=np.int8)
         self.places = np.array([(info.header_offset, info.compress_size, info.CRC) for info in infos], dtype=np.int64)
+        self._file: IO[bytes] | None = None
 
     def __call__(self, row: int) -> bytes:
         if self.methods[row] < 0:
-            with zipfile.ZipFile(self.file.path) as archive:
+            with zipfile.ZipFile(self.path) as archive:
                 return archive.read(self.names[row])
         offset, size, crc = self.places[row].tolist()
-        content = self.file.at(_member_start(self.file, offset), size)
+        content = self._at(offset + local_header_size(self._at(offset, 30)), size)
         if self.methods[row] == zipfile.ZIP_DEFLATED:
             content = zlib.decompress(content, -zlib.MAX_WBITS)
         if zlib.crc32(content) != crc:
             raise zipfile.BadZipFile("bad CRC-32: its bytes have changed")
         return content
 
+    def _at(self, offset: int, size: int) -> bytes:
+        if self._file is None:
+            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115
+        content = os.pread(self._file.fileno(), size, offset)
+        if len(content) != size:
+            raise EOFError(f"it ends {size - len(content)} bytes early")
+        return content
 
-def _member_start(file: OwnFile, offset: int) -> int:
-    """Where the content of the zip member begins whose local header is at `offset` (APPNOTE.TXT, 4.3.7)."""
-    header = file.at(offset, 30)
-    if header[:4] != b"PK\3\4":
-        raise zipfile.BadZipFile("no member begins where the directory says")
-    # The lengths of name and extra field are those of this header; the directory's may differ.
-    return offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
 
 
-class Files:
-    """One image file per row. content: the bytes of a row's file."""
+class ItemFiles:
+    """One item per file; subclasses say how it is decoded."""
 
     decodes = True
+    dtype: np.dtype[Any] = np.dtype(np.uint8)
 
-    def __init__(self, source: str, names: Sequence[str], content: FolderBytes | ZipBytes, rows: np.ndarray):
-        """rows: those that will be read; the first of them gives the shape."""
-        self.source, self.names, self.content, self.num = source, names, content, len(names)
-        self.first = int(rows[0])
-        self.shape = tuple(self._decode(self.first).shape)
+    def __init__(self, source: str, names: Sequence[str], content: FolderBytes | ZipBytes, first: int = 0):
+        """content: the bytes of a row's file; first: the row that gives the shape."""
+        self.source, self.names, self.content, self.first, self.num = source, names, content, first, len(names)
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Of the first item, which is decoded for it."""
+        return self.item(self.first).shape
+
+    def item(self, row: int) -> np.ndarray:
+        """The item of a row. Raises DataError."""
+        raise NotImplementedError
+
+    def mismatch(self, row: int, item: np.ndarray) -> DataError:
+        """The error to raise for an item that is not like the first."""
+        raise NotImplementedError
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Decodes the rows in order."""
-        found = np.empty((len(rows), *self.shape), dtype=np.uint8)
-        for image, row in zip(found, rows.tolist(), strict=True):
-            decoded = self._decode(row)
-            image_files.check_same(self.source, self.names[row], decoded.shape, self.names[self.first], self.shape)
-            image[...] = decoded
-        return found
-
-    def _decode(self, row: int) -> np.ndarray:
-        return image_files.decode(f"{self.source}: {self.names[row]}", lambda: self.content(row))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Arrays
-
-
-class ArrayFile:
-    """A C-ordered uint8 array at an offset of a file.
-
-    Rows are read, not mapped: the pages of a map count as the memory of who touched them.
-    """
-
-    decodes = False
-
-    def __init__(self, source: str, path: Path, offset: int, shape: tuple[int, ...], channels_last: bool = False):
-        """shape: of the array, (N, H, W, C) or (N, C, H, W)."""
-        self.source, self.file, self.offset, self.channels_last = source, OwnFile(path), offset, channels_last
-        self.num, self.stored = shape[0], shape[1:]
-        self.shape = (shape[3], *shape[1:3]) if channels_last else shape[1:]
-        self.size = int(np.prod(self.stored))
-        self.temporary: object = None  # what keeps a temporary file alive
-
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        """One system call per run of neighbouring rows."""
-        found = np.empty((len(rows), self.size), dtype=np.uint8)
-        try:
-            for start, end in _runs(rows):
-                content = self.file.at(self.offset + int(rows[start]) * self.size, (end - start) * self.size)
-                found[start:end] = np.frombuffer(content, np.uint8).reshape(end - start, self.size)
-        except (OSError, EOFError) as error:
-            raise DataError(f"{self.source} has changed since it was opened ({error}); run the command again") from None
-        images = found.reshape(len(rows), *self.stored)
-        return np.ascontiguousarray(images.transpose(0, 3, 1, 2)) if self.channels_last else images
-
-
-def _runs(rows: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(start, end) of the longest stretches of `rows` that increase by one."""
-    cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
-    return ((start, end) for start, end in itertools.pairwise(cuts) if end > start)
-
-
-def npy(source: str, path: Path) -> ArrayFile:
-    """The images uint8 (N, C, H, W) of an .npy file that numpy wrote in C order."""
-    with open(path, "rb") as file:
-        shape, _, _ = _npy_header(file)
-        return ArrayFile(source, path, file.tell(), shape)
-
-
-def npz(source: str, path: Path) -> tuple[Reader, np.ndarray, int, set[str]]:
-    """Reader, labels int64 (N,), number of classes, and names of the arrays of an .npz. Raises DataError."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = set(archive.namelist())
-            keys = {name.removesuffix(".npy") for name in names}
-            key = next((key for key in arrays.NPZ_ITEMS if f"{key}.npy" in names), None)
-            if key is None:
-                raise arrays.without_items(source, keys)
-            reader = _npz_member(source, path, archive, key)
-        label_key = next((key for key in arrays.NPZ_LABELS if key in keys), None)
-        if label_key is None:
-            return reader, np.full(reader.num, -1), 0, keys
-        with np.load(path, allow_pickle=False) as content:
-            labels = content[label_key]
-    except (*arrays.NPZ_ERRORS, RuntimeError) as error:  # the last for encrypted members
-        raise DataError(f"{source} is not a whole .npz of arrays ({error}); copy it again") from None
-    return reader, *arrays.label_classes(f"{source}: {label_key}", labels, reader.num), keys
-
-
-def _npz_member(source: str, path: Path, archive: zipfile.ZipFile, key: str) -> Reader:
-    info, where = archive.getinfo(f"{key}.npy"), f"{source}: {key}"
-    with archive.open(info) as member:
-        shape, fortran, dtype = _npy_header(member)
-        start = member.tell()
-        if dtype.kind == "f" and len(shape) == 4:
-            raise DataError(
-                f"{where} is {dtype} {shape}; images are uint8 0..255: round and store them as such (from [-1, 1]: "
-                "127.5 (x + 1), from [0, 1]: 255 x), since the rounding is part of every published FID"
-            )
-        if dtype.kind == "f":
-            raise DataError(f"{where} is {dtype} {shape}: points or features, not images; give uint8 images")
-        channels_last = arrays.are_channels_last(where, dtype, shape)
-        size = int(np.prod(shape, dtype=object))
-        if info.file_size != start + size:
-            raise ValueError(f"{info.file_size - start} bytes of {key} where its shape needs {size}")
-        if fortran:  # its rows are spread over the file; numpy does not write images like this by itself
-            return Memory(arrays._read(source, path).items)
-        if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
-            begin = _member_start(OwnFile(path), info.header_offset)
-            return ArrayFile(where, path, begin + start, shape, channels_last)
-        return _unpacked(where, member, size, shape, channels_last)
-
-
-def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, is Fortran order, dtype; `file` is left where the numbers begin. Raises ValueError."""
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(file)
-    raise ValueError(f"an .npy of version {version}, which arrays of numbers do not need")
-
-
-def _unpacked(where: str, member: IO[bytes], size: int, shape: tuple[int, ...], channels_last: bool) -> ArrayFile:
-    """A compressed array, from where `member` stands, in a temporary file that goes with the reader."""
-    directory = tempfile.gettempdir()
-    if shutil.disk_usage(directory).free < size + CHUNK:
-        raise DataError(
-            f"{where} is compressed, and unpacked takes {size / 1e9:.1f} GB, more than {directory} has free; set "
-            "TMPDIR to a larger disk, or store it with np.savez"
-        )
-    with tempfile.NamedTemporaryFile(prefix="ddo-", suffix=".raw", delete=False) as file:
-        reader = ArrayFile(where, Path(file.name), 0, shape, channels_last)
-        keeper = _Keeper()
-        weakref.finalize(keeper, _remove, file.name, os.getpid())
-        reader.temporary = keeper
-        left = size
-        while left and (block := member.read(min(left, CHUNK))):
-            file.write(block)
-            left -= len(block)
-        member.read(1)  # the end, where zipfile compares the checksum
-    if left:
-        raise EOFError(f"{left} bytes are missing")
-    return reader
-
-
-class _Keeper:
-    """Removes a temporary file when the last reader of this process is gone."""
-
-
-def _remove(name: str, owner: int) -> None:
-    if os.getpid() == owner:  # a forked worker has a copy of the reader, not of the file
-        Path(name).unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Several files
-
-
-class Shard:
-    """`items` of one safetensors file of a sample set."""
-
-    decodes = False
-
-    def __init__(self, path: Path):
-        """Raises SafetensorError, OSError, or DataError where it holds no images."""
-        self.path = path
-        with safe_open(path, framework="np") as file:
-            items = file.get_slice("items")
-            shape, dtype = tuple(items.get_shape()), items.get_dtype()
-        if dtype != "U8" or len(shape) != 4:
-            raise DataError(f"{path} holds points ({dtype} {shape}), not images; give a sample set of images")
-        self.num = shape[0]
-        self.shape: tuple[int, ...] = shape[1:]
-
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        """The file is opened for this read only: it is mapped, and its pages are given back."""
-        found = np.empty((len(rows), *self.shape), dtype=np.uint8)
-        try:
-            with safe_open(self.path, framework="np") as file:
-                items = file.get_slice("items")
-                for start, end in _runs(rows):
-                    found[start:end] = items[int(rows[start]) : int(rows[end - 1]) + 1]
-        except (SafetensorError, OSError, ValueError) as error:
-            raise DataError(f"{self.path} has changed since it was opened ({error}); run the command again") from None
-        return found
-
-
-class Joined:
-    """The concatenation of readers of one shape."""
-
-    def __init__(self, parts: Sequence[Reader]):
-        self.parts = parts
-        self.ends = np.cumsum([part.num for part in parts])
-        self.num, self.shape, self.decodes = int(self.ends[-1]), parts[0].shape, any(part.decodes for part in parts)
-
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        """Each part is read once, in the order of `rows` within it."""
-        owner = np.searchsorted(self.ends, rows, side="right")
-        found = np.empty((len(rows), *self.shape), dtype=np.uint8)
-        for number in np.unique(owner).tolist():
-            mine = owner == number
-            found[mine] = self.parts[number].read(rows[mine] - (self.ends[number] - self.parts[number].num))
-        return found
+        items = np.empty((len(rows), *self.shape), self.dtype)
+        for place, row in enumerate(rows.tolist()):
+            item = self.item(row)
+            if item.shape != self.shape or item.dtype != self.dtype:
+                raise self.mismatch(row, item)
+            items[place] = item
+        return items

@@ -24,6 +24,9 @@ from torch import Tensor
 
 from ddo_cli import dist, rundir
 from ddo_cli.checkpoint import write_tensors
+from ddo_cli.data import cache
+from ddo_cli.data.items import count_classes
+from ddo_cli.data.readers import TENSOR_ERRORS, Contents, join_tensors
 from ddo_cli.errors import DataError
 from ddo_cli.files import read_json, replacing, write_json
 from ddo_cli.generation import Batch, num_batches
@@ -134,29 +137,46 @@ def _compact(items: Tensor) -> Tensor:
 
 
 def open_samples(path: Path) -> SampleSet:
-    """A complete set of format `shards`. Raises DataError if a part is missing or damaged."""
+    """A complete set of format `shards`, in memory. Raises DataError if a part is missing or damaged."""
+    contents, seeds, manifest = open_shards(path)
+    return SampleSet(contents.reader.read(np.arange(len(seeds))), contents.labels, seeds, manifest)
+
+
+def open_shards(path: Path) -> tuple[Contents, np.ndarray, dict[str, Any]]:
+    """The same with its items not read yet: contents, seeds int64 (N,), manifest."""
     manifest = read_json(path / MANIFEST)
+    check_complete(path, manifest)
+    files, num = _shard_files(path, manifest), manifest["num"]
+    try:
+        items, *columns = (join_tensors(files, key) for key in ("items", "labels", "seeds"))
+        if any(column.num != num for column in (items, *columns)):
+            raise ValueError(f"{items.num} items where the manifest says {num}")
+    except TENSOR_ERRORS as error:
+        raise DataError(f"{path} holds a damaged shard ({error}); remove the directory and sample again") from None
+    labels, seeds = (column.read(np.arange(num)).astype(np.int64) for column in columns)
+    key = cache.key_of(path, files, [file.name for file in files])
+    return Contents(items, labels, count_classes(labels), key), seeds, manifest
+
+
+def check_complete(path: Path, manifest: dict[str, Any]) -> None:
+    """Raises DataError for the manifest of a set that is still being made."""
     if not manifest.get("complete"):
         raise DataError(f"{path} is an unfinished sample set; run the command that made it again, it continues")
-    files, num = shard_files(path, manifest), manifest["num"]
-    columns: dict[str, np.ndarray] = {}
+
+
+def image_entries(source: str, manifest: dict[str, Any]) -> tuple[list[str], np.ndarray]:
+    """Names of the files of a set in the format png, by seed, and their labels int64 (N,)."""
     try:
-        first = 0
-        for file in files:  # into place: a set may fill half of the memory
-            shard = load_file(file)
-            for key in ("items", "labels", "seeds"):
-                values = shard[key].numpy()
-                column = columns.setdefault(key, np.empty((num, *values.shape[1:]), values.dtype))
-                column[first : first + len(values)] = values
-            first += len(shard["seeds"])
-        if first != num:
-            raise ValueError(f"{first} items where the manifest says {num}")
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise DataError(f"{path} holds a damaged shard ({error}); remove the directory and sample again") from None
-    return SampleSet(columns["items"], columns["labels"], columns["seeds"], manifest)
+        names = [f"{seed:06d}.png" for seed in parse_seeds(manifest["seeds"])]
+        labels = np.array(manifest["labels"], dtype=np.int64)
+        if labels.shape != (len(names),):
+            raise ValueError(f"{len(names)} seeds and {labels.size} labels")
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise DataError(f"{source}: {MANIFEST} is damaged ({error}); remove the set and sample again") from None
+    return names, labels
 
 
-def shard_files(path: Path, manifest: dict[str, Any]) -> list[Path]:
+def _shard_files(path: Path, manifest: dict[str, Any]) -> list[Path]:
     """The parts of a complete set, by name: a directory on a network may be listed late. Raises DataError."""
     num, batch = manifest.get("num"), manifest.get("batch")
     if type(num) is not int or type(batch) is not int or min(num, batch) < 1:

@@ -2,67 +2,41 @@
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import threading
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-import ddo_cli
 from ddo_cli import dist
-from ddo_cli.checkpoint import EMBEDDED
-from ddo_cli.data import arrays, cache, cifar, image_files, images, latents, readers, samples
+from ddo_cli.data import cache, latents
+from ddo_cli.data.image_files import ImageFiles
+from ddo_cli.data.images import MANY
 from ddo_cli.data.inspection import Inspection
-from ddo_cli.data.items import ItemSet, choice, count_classes, describe
-from ddo_cli.data.readers import Reader
+from ddo_cli.data.items import describe_content
+from ddo_cli.data.readers import Reader, npy
+from ddo_cli.data.sources import Source, open_source
 from ddo_cli.errors import DataError
 
-LOSSY = (".jpg", ".jpeg", ".webp")
 PREFETCH = 2  # batches that a worker decodes ahead
 FEW = 500  # images: 32 x 32 PNGs decode in the 0.05 s that forked workers take to start (measured by us)
 
 
 @dataclass
-class ImageStream:
-    """Images in a fixed order, read when asked for, with their labels.
+class ImageStream(Source):
+    """Images in a fixed order, read when asked for. num_lossy: how many are in formats that lose detail."""
 
-    labels: int64 (N,), -1 = none; num_classes: as `ItemSet`'s; shape: (C, H, W) of every image; names: of the files, or
-    None; num_lossy: images in formats that lose detail; identity: of the images, not of their labels: changes with the
-    set's path and its files' names, sizes and times, None where these cannot be told; positions: of the stream's images
-    in `reader`.
-    """
-
-    name: str
-    reader: Reader
-    positions: np.ndarray
-    labels: np.ndarray
-    num_classes: int
-    names: Sequence[str] | None = None
     num_lossy: int = 0
-    identity: str | None = None
-
-    @property
-    def num(self) -> int:
-        """Number of images N."""
-        return len(self.positions)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(C, H, W)."""
-        return self.reader.shape
 
     def batches(
         self, batch: int, rows: np.ndarray | None = None, workers: int = 0, pin: bool = False
@@ -78,11 +52,11 @@ class ImageStream:
         blocks = [rows[start : start + batch] for start in range(0, len(rows), batch)]
         positions = [self.positions[block] for block in blocks]
         if workers > 0 and self.reader.decodes and len(blocks) > 1:
-            found = _decoded_ahead(self.name, self.reader, positions, min(workers, len(blocks)), pin)
+            tensors = _decoded_ahead(self.name, self.reader, positions, min(workers, len(blocks)), pin)
         else:
-            found = (torch.from_numpy(self.reader.read(part)) for part in positions)
-            found = (tensor.pin_memory() for tensor in found) if pin else found
-        return zip(blocks, found, strict=True)
+            tensors = (torch.from_numpy(self.reader.read(part)) for part in positions)
+            tensors = (tensor.pin_memory() for tensor in tensors) if pin else tensors
+        return zip(blocks, tensors, strict=True)
 
     def share(self, batch: int) -> np.ndarray:
         """Rows of this process, to be passed to `batches` with the same `batch`.
@@ -126,156 +100,20 @@ def open_stream(source: str, num: int | None = None) -> ImageStream:
 
     One image at most is decoded; a compressed .npz is unpacked to a temporary file; embedded sets and CIFAR-10 are held
     in memory. An array that `open_images` has kept decoded is used, and none is written.
-    Raises DataError for what open_images refuses, for points, and for images in floating point.
+    Raises DataError for what open_images refuses, and for points, latents and tokens.
     """
-    path = Path(source)
-    if num is not None and num < 1:
-        raise DataError(f"{source}: num = {num} must be at least 1")
-    if latents.is_latents(path):
+    if latents.is_latents(Path(source)):
         raise latents.not_images(source)
-    if path.is_dir():
-        return _directory(source, path, num)
-    if path.is_file() and path.suffix.lower() == ".zip":
-        return _zip(source, path, num)
-    if path.is_file() and path.suffix.lower() == ".npz":
-        return _npz(source, path, num)
-    # The rest is small, or refused with a reason.
-    made_by = None if not source.startswith(EMBEDDED) else _hashed(ddo_cli.__version__, source, num)
-    return _in_memory(images.open_images(source, num, cache=False), made_by or _identity(path, [path], [], num))
-
-
-def _directory(source: str, path: Path, num: int | None) -> ImageStream:
-    manifest = images.sample_manifest(path)
-    if manifest is not None:
-        if manifest["format"] == "shards":
-            return _shards(source, path, num)
-        images.check_complete(source, manifest)
-        if manifest["format"] == "npz":
-            return _npz(source, path / "samples.npz", num)
-        return _files(source, path, *images.sample_entries(source, manifest), None, num)
-    if cifar.holds_batches(path):
-        files = [path / name for name in cifar.BATCHES]
-        return _in_memory(cifar.open_unpacked(source, path, num), _identity(path, files, [], num))
-    if found := arrays.npz_files(path):
-        return _npz_folder(source, path, found, num)
-    return _files(source, path, *image_files.folder_entries(source, path), None, num)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The kinds of sources
-
-
-def _in_memory(items: ItemSet, identity: str | None) -> ImageStream:
-    if items.items.ndim != 4:
-        raise DataError(f"{items.name} holds {describe(items.items.shape[1:])}, not images; give a set of images")
-    rows = np.arange(len(items.items))
-    return ImageStream(
-        items.name, readers.Memory(items.items), rows, items.labels, items.num_classes, None, 0, identity
-    )
-
-
-def _zip(source: str, path: Path, num: int | None) -> ImageStream:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names, labels = image_files.zip_entries(source, archive)
-            content = readers.ZipBytes(path, archive, names)
-    except image_files.ZIP_ERRORS as error:
-        raise image_files.broken_zip(source, error) from None
-    return _files(source, path, names, labels, content, num)
-
-
-def _files(
-    source: str, path: Path, names: list[str], labels: np.ndarray, zipped: readers.ZipBytes | None, num: int | None
-) -> ImageStream:
-    """Image files of a folder, or of a zip."""
-    rows = choice(source, len(names), num)
-    chosen = [names[row] for row in rows]
-    content = zipped or readers.FolderBytes(path, names)
-    key = cache.key_of(path, [path] if zipped else (path / name for name in chosen), chosen)
-    kept = cache.existing(source, key, len(chosen)) if key and len(chosen) >= image_files.MANY else None
-    if kept is not None:
-        reader: Reader = readers.npy(source, kept)
-        positions = np.arange(len(rows))
-    else:
-        reader, positions = readers.Files(source, names, content, rows), rows
-    lossy = _num_lossy(names, rows, content)
-    return ImageStream(source, reader, positions, labels[rows], count_classes(labels), chosen, lossy, key)
-
-
-def _num_lossy(names: Sequence[str], rows: np.ndarray, content: Callable[[int], bytes]) -> int:
-    """Images in formats that lose detail: by name, where the first of them bears it out, or all if the first is one.
-
-    Every file would have to be opened to know: a WebP may be lossless, and a JPEG be called .png by who resized it.
-    """
-    named = [row for row in rows.tolist() if names[row].lower().endswith(LOSSY)]
-    try:
-        if named:
-            # One WebP that is lossless speaks for the set's others, not for its JPEGs.
-            webp = next((row for row in named if names[row].lower().endswith(".webp")), None)
-            if webp is not None and not _loses(content(webp)):
-                return sum(not names[row].lower().endswith(".webp") for row in named)
-            return len(named)
-        return len(rows) if _loses(content(int(rows[0]))) else 0
-    except (*image_files.ZIP_ERRORS, ValueError):
-        return len(named)  # reading the pixels says what is wrong
-
-
-def _loses(content: bytes) -> bool:
-    """Whether a file is a JPEG (starts with SOI) or a WebP other than a simple lossless one (RIFF....WEBPVP8L)."""
-    return content[:3] == b"\xff\xd8\xff" or (content[8:12] == b"WEBP" and content[12:16] != b"VP8L")
-
-
-def _npz(source: str, path: Path, num: int | None) -> ImageStream:
-    reader, labels, num_classes, _ = readers.npz(source, path)
-    rows = choice(source, reader.num, num)
-    return ImageStream(source, reader, rows, labels[rows], num_classes, None, 0, _identity(path, [path], [], num))
-
-
-def _npz_folder(source: str, path: Path, files: list[Path], num: int | None) -> ImageStream:
-    parts = [readers.npz(str(file), file) for file in files]
-    first, _, _, first_keys = parts[0]
-    for file, (reader, _, _, keys) in zip(files, parts, strict=True):
-        arrays.check_alike(file, keys, reader.shape, files[0], first_keys, first.shape)
-    joined = readers.Joined([reader for reader, _, _, _ in parts])
-    labels = np.concatenate([labels for _, labels, _, _ in parts])
-    rows = choice(source, joined.num, num)
-    classes = max(classes for _, _, classes, _ in parts)
-    identity = _identity(path, files, [file.name for file in files], num)
-    return ImageStream(source, joined, rows, labels[rows], classes, None, 0, identity)
-
-
-def _shards(source: str, path: Path, num: int | None) -> ImageStream:
-    """A sample set of format shards; the same checks as `samples.open_samples`."""
-    manifest = samples.manifest_of(path)
-    images.check_complete(source, manifest)
-    files = samples.shard_files(path, manifest)
-    try:
-        parts: list[Reader] = [readers.Shard(file) for file in files]
-        labels = np.concatenate([_column(file, "labels") for file in files])
-        joined = readers.Joined(parts)
-        if any(part.shape != joined.shape for part in parts) or len(labels) != joined.num:
-            raise ValueError("its shards do not belong together")
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} holds a damaged shard ({error}); remove the directory and sample again") from None
-    if joined.num != manifest.get("num"):
-        raise DataError(f"{path} holds {joined.num} items where its manifest says {manifest.get('num')}; sample again")
-    rows = choice(source, joined.num, num)
-    identity = _identity(path, files, [file.name for file in files], num)
-    return ImageStream(source, joined, rows, labels[rows], count_classes(labels), None, 0, identity)
-
-
-def _column(file: Path, key: str) -> np.ndarray:
-    with safe_open(file, framework="np") as shard:
-        return shard.get_tensor(key).astype(np.int64)
-
-
-def _identity(path: Path, files: Sequence[Path], names: Sequence[str], num: int | None) -> str | None:
-    key = cache.key_of(path, files, names)
-    return None if key is None else _hashed(key, num)
-
-
-def _hashed(*content: Any) -> str:
-    return hashlib.sha256(repr(content).encode()).hexdigest()
+    images = ImageStream(**vars(open_source(source, num, in_memory=False)))
+    if isinstance(images.reader, ImageFiles):
+        images.num_lossy = images.reader.num_lossy(images.positions.tolist())
+        kept = cache.existing(source, images.identity, images.num) if images.identity and images.num >= MANY else None
+        if kept is not None:
+            images.reader, images.positions = npy(source, kept), np.arange(images.num)
+    if images.reader.dtype != np.uint8 or len(images.shape) != 3:
+        content = describe_content(images.reader.dtype, images.shape)
+        raise DataError(f"{source} holds {content}, not images; give a set of images")
+    return images
 
 
 # ---------------------------------------------------------------------------------------------------------------------

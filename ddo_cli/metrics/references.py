@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ddo_cli import checkpoint
+from ddo_cli import checkpoint, npz
 from ddo_cli.errors import CheckpointError, DataError, printable
-from ddo_cli.metrics import npz_file, stats
+from ddo_cli.metrics import stats
 from ddo_cli.metrics.stats import Statistics
 from ddo_cli.recipe.load import differing_keys
 from ddo_cli.safe_pickle import Array, read_pickle
@@ -50,7 +50,7 @@ class Measure(Protocol):
 class Images(NamedTuple):
     """The images inside a reference, not read yet: how many, and the (C, H, W) of each."""
 
-    member: npz_file.Member
+    member: npz.Member
     num: int
     shape: tuple[int, ...]
     is_channels_last: bool
@@ -61,7 +61,7 @@ class Images(NamedTuple):
             for rows in self.member.rows(batch):
                 images = torch.from_numpy(rows.copy())
                 yield images.permute(0, 3, 1, 2).contiguous() if self.is_channels_last else images
-        except npz_file.DAMAGE as error:
+        except npz.DAMAGE as error:
             raise DataError(f"{self.member.path} cannot be read to its end ({error}); copy it again") from None
 
 
@@ -162,7 +162,7 @@ def read_reference(path: str | Path) -> ReferenceFile:
 
 def _read_npz(path: Path) -> ReferenceFile:
     pool = stats.read_npz(path)
-    arrays = npz_file.members(path)
+    arrays = npz.members(path)
     kinds = {"pool": pool}
     if {"mu_s", "sigma_s"} & arrays.keys():
         kinds["spatial"] = stats.read_npz(path, "mu_s", "sigma_s")._replace(extractor=pool.extractor)
@@ -170,7 +170,7 @@ def _read_npz(path: Path) -> ReferenceFile:
     return ReferenceFile(path, {UNNAMED: kinds}, pool.num_images, images)
 
 
-def _images(member: npz_file.Member) -> Images:
+def _images(member: npz.Member) -> Images:
     shape = member.shape
     last = len(shape) == 4 and shape[3] in (1, 3)  # as ADM's; it wins where both would do
     if member.dtype != np.uint8 or len(shape) != 4 or shape[0] < 2 or not (last or shape[1] in (1, 3)):

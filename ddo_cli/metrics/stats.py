@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -9,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddo_cli import dist
+from ddo_cli import dist, npz
 from ddo_cli.errors import DataError, printable
 from ddo_cli.files import replacing
-from ddo_cli.metrics import frechet, npz_file
+from ddo_cli.metrics import frechet
+
+_MAX_BYTES = 2**29  # of an array of statistics: the covariance of 8192 features
 
 
 class HasMoments(Protocol):
@@ -146,8 +149,8 @@ def save(path: Path, statistics: Statistics) -> None:
 def holds_statistics(path: Path) -> bool:
     """Whether a file is an .npz with `mu` and `sigma`. False for anything that cannot be read as one."""
     try:
-        return npz_file.members(path).keys() >= {"mu", "sigma"}
-    except npz_file.DAMAGE:
+        return npz.members(path).keys() >= {"mu", "sigma"}
+    except npz.DAMAGE:
         return False
 
 
@@ -165,13 +168,18 @@ def load(path: Path, num_features: int, extractor: str) -> Statistics:
 def read_npz(path: Path, mu: str = "mu", sigma: str = "sigma") -> Statistics:
     """The statistics of an .npz in its arrays `mu` and `sigma`, as they are. Raises DataError if there are none."""
     try:
-        arrays = npz_file.members(path)
-        mean, cov = arrays[mu].read(), arrays[sigma].read()
-        num_images = int(arrays["num_images"].read()) if "num_images" in arrays else None
-        made_by = str(arrays["extractor"].read()) if "extractor" in arrays else None
+        members = npz.members(path)
+        arrays = {}
+        for name in {mu, sigma, "num_images", "extractor"} & members.keys():
+            if math.prod(members[name].shape) * members[name].dtype.itemsize > _MAX_BYTES:
+                raise ValueError(f"'{name}' of the shape {members[name].shape} is larger than any statistics")
+            arrays[name] = members[name].read()
+        mean, cov = arrays[mu], arrays[sigma]
+        num_images = int(arrays["num_images"]) if "num_images" in arrays else None
+        made_by = str(arrays["extractor"]) if "extractor" in arrays else None
         if num_images is not None and num_images < 2:
             raise ValueError(f"num_images = {num_images}")
-    except npz_file.DAMAGE as error:
+    except npz.DAMAGE as error:
         raise DataError(
             f"{path} is not an .npz of statistics ({printable(str(error))}); it needs the arrays '{mu}' and '{sigma}', "
             "or give images"

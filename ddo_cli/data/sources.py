@@ -1,0 +1,141 @@
+"""Opens a source of items, wherever users keep them: one reader and its labels, whatever the kind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import ddo_cli
+from ddo_cli.checkpoint import EMBEDDED
+from ddo_cli.data import arrays, cache, cifar, image_files, latents, samples
+from ddo_cli.data.embedded import embedded_names, open_embedded
+from ddo_cli.data.items import Encoded, choice, count_classes
+from ddo_cli.data.readers import ZIP_ERRORS, Contents, FolderBytes, ItemFiles, Memory, Reader, ZipBytes
+from ddo_cli.errors import DataError
+
+
+@dataclass
+class Source:
+    """Items in a fixed order, not read yet, with their labels.
+
+    positions: int64 (N,), the rows of `reader` that are used; labels: int64 (N,), -1 = none; num_classes, encoded: as
+    of `items.ItemSet`; identity: changes with the path and with names, sizes and times of the files (not with labels),
+    None where these cannot be told.
+    """
+
+    name: str
+    reader: Reader
+    positions: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+    identity: str | None = None
+    encoded: Encoded | None = None
+
+    @property
+    def num(self) -> int:
+        """Number of items N."""
+        return len(self.positions)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an item: (C, H, W) of images."""
+        return self.reader.shape
+
+
+def open_source(source: str, num: int | None, in_memory: bool) -> Source:
+    """The items of a source as `images.open_images` lists them, or `num` of them. Raises DataError.
+
+    in_memory: whether the array of an .npz is read now and held; else its rows are read when asked for, and one that is
+    compressed is unpacked to a temporary file. In either case image files and latents are read when asked for, and
+    embedded sets, CIFAR-10 and points are held.
+    """
+    if num is not None and num < 1:
+        raise DataError(f"{source}: num = {num} must be at least 1")
+    path = Path(source)
+    reader, labels, num_classes, key, encoded = _contents(source, path, num, in_memory)
+    rows = choice(source, reader.num, num)
+    identity = None if key is None else _hashed(key, num)
+    if source.startswith(EMBEDDED):
+        identity = _hashed(ddo_cli.__version__, source, num)
+    elif isinstance(reader, ItemFiles):
+        reader.first, names = int(rows[0]), [reader.names[row] for row in rows]
+        files = [path] if path.is_file() else (path / name for name in names)
+        identity = cache.key_of(path, files, names)
+    if encoded is not None and num is not None and num != reader.num:
+        encoded = encoded._replace(digest=_hashed(encoded.digest, num))
+    return Source(source, reader, rows, labels[rows], num_classes, identity, encoded)
+
+
+def _hashed(*content: Any) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+def _contents(source: str, path: Path, num: int | None, in_memory: bool) -> Contents:
+    """All items, but for embedded sets, of which `num` are made."""
+    if source.startswith(EMBEDDED):
+        items, labels = open_embedded(source, num)
+        return Contents(Memory(items), labels, count_classes(labels))
+    if latents.is_latents(path):
+        return latents.open_latents(source, path)
+    if path.is_dir():
+        return _directory(source, path, in_memory)
+    if not path.is_file():
+        raise DataError(
+            f"{source} does not exist; give a folder, a .zip, .npz or .tar.gz file, or one of {embedded_names()}"
+        )
+    if path.suffix.lower() == ".zip":
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names, labels = image_files.zip_entries(source, archive)
+                return _image_files(source, names, labels, ZipBytes(path, archive, names))
+        except ZIP_ERRORS as error:
+            raise image_files.broken_zip(source, error) from None
+    if path.suffix.lower() == ".npz":
+        return arrays.open_npz(source, path, in_memory)
+    if path.name.lower().endswith(cifar.TAR_SUFFIXES):
+        items, labels = cifar.open_tar(source, path)
+        return Contents(Memory(items), labels, cifar.NUM_CLASSES, cache.key_of(path, [path]))
+    raise DataError(
+        f"{source} is neither a folder nor a .zip, .npz or .tar.gz file; put images into a folder and give that"
+    )
+
+
+def _directory(source: str, path: Path, in_memory: bool) -> Contents:
+    manifest = _sample_manifest(path)
+    if manifest is not None and manifest["format"] == "shards":
+        return samples.open_shards(path)[0]
+    if manifest is not None:
+        samples.check_complete(path, manifest)
+        if manifest["format"] == "npz":
+            return arrays.open_npz(source, path / "samples.npz", in_memory)
+        names, labels = samples.image_entries(source, manifest)
+    elif cifar.holds_batches(path):
+        items, labels = cifar.open_unpacked(source, path)
+        key = cache.key_of(path, [path / name for name in cifar.BATCHES])
+        return Contents(Memory(items), labels, cifar.NUM_CLASSES, key)
+    elif files := arrays.npz_files(path):
+        return arrays.open_npz_folder(path, files, in_memory)
+    else:
+        names, labels = image_files.folder_entries(source, path)
+    return _image_files(source, names, labels, FolderBytes(path, names))
+
+
+def _image_files(source: str, names: list[str], labels: np.ndarray, content: FolderBytes | ZipBytes) -> Contents:
+    return Contents(image_files.ImageFiles(source, names, content), labels, count_classes(labels))
+
+
+def _sample_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a sample set in this folder; None where there is none, or a file of another program."""
+    try:
+        manifest = json.loads((path / samples.MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        manifest = None
+    if isinstance(manifest, dict) and manifest.get("format") in ("png", "npz", "shards"):
+        return manifest
+    return {"format": "shards"} if any(path.glob("shard-*.safetensors")) else None
