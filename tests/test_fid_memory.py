@@ -13,8 +13,8 @@ PASS = """
 import resource, sys
 import numpy as np, torch
 from ddo_cli.data.stream import open_stream
-from ddo_cli.engines import fid_pass
-from ddo_cli.metrics.extractor import Extractor
+from ddo_cli.engines.fid import one_pass as fid_pass
+from ddo_cli.metrics.extractors.base import Extractor
 
 class Pixels(Extractor):
     key, outputs, resize = "fid", ("pool", "logits"), "none"
