@@ -13,11 +13,11 @@ from ddo_cli import checkpoint
 from ddo_cli.errors import CheckpointError, DataError, UsageError
 from ddo_cli.files import sha256
 from ddo_cli.metrics.extractors.digit_net import DigitNet
+from ddo_cli.metrics.extractors.inception import load_inception
 from ddo_cli.metrics.extractors.select import (
     EMBEDDED_EXTRACTOR,
     NETWORKS,
     load_extractor,
-    load_inception,
     select_extractor,
 )
 

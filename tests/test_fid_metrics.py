@@ -21,7 +21,7 @@ from random_inception import random_state
 from ddo_cli.data.images import open_images
 from ddo_cli.engines.fid import fid
 from ddo_cli.engines.fid import scores as fid_scores
-from ddo_cli.metrics.extractors.select import load_inception
+from ddo_cli.metrics.extractors.inception import load_inception
 from ddo_cli.metrics.kid import kernel_distance
 
 NUM = 30

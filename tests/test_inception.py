@@ -6,8 +6,8 @@ from random_inception import random_state
 from safetensors.torch import save_file
 
 from ddo_cli.errors import NumericsError, UsageError
-from ddo_cli.metrics.extractors.inception import InceptionExtractor
-from ddo_cli.metrics.extractors.select import load_extractor, load_inception
+from ddo_cli.metrics.extractors.inception import InceptionExtractor, load_inception
+from ddo_cli.metrics.extractors.select import load_extractor
 
 
 def some_images(num: int = 2, size: int = 32) -> torch.Tensor:

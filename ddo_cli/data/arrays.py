@@ -82,7 +82,7 @@ def _reader(where: str, member: npz.Member, in_memory: bool) -> Reader:
             raise DataError(f"{where} holds a point that is not finite in float32; remove it")
         return Memory(points)
     channels_last = _are_channels_last(where, dtype, shape)
-    if in_memory or member.is_fortran:  # the rows of the latter are spread over the file; numpy writes none by itself
+    if in_memory or member.is_fortran:  # in Fortran order rows are spread over the file
         items = member.read()
         return Memory(np.ascontiguousarray(items.transpose(0, 3, 1, 2)) if channels_last else items)
     if member.offset is not None:
@@ -91,7 +91,7 @@ def _reader(where: str, member: npz.Member, in_memory: bool) -> Reader:
 
 
 def _unpacked(where: str, member: npz.Member, channels_last: bool) -> ArrayFile:
-    """A compressed array in a temporary file that goes with the reader."""
+    """A compressed array, unpacked to a temporary file that is removed with the reader."""
     directory, item_size = tempfile.gettempdir(), int(np.prod(member.shape[1:], dtype=object))
     size = member.shape[0] * item_size
     if shutil.disk_usage(directory).free < size + CHUNK:
@@ -108,7 +108,7 @@ def _unpacked(where: str, member: npz.Member, channels_last: bool) -> ArrayFile:
 
 
 def _remove(name: str, process: int) -> None:
-    if os.getpid() == process:  # a forked worker has a copy of the reader, but not a file of its own
+    if os.getpid() == process:  # a forked worker's copy of the reader must not remove its parent's file
         Path(name).unlink(missing_ok=True)
 
 
@@ -136,7 +136,7 @@ def _are_channels_last(where: str, dtype: np.dtype, shape: Sequence[int]) -> boo
 def _label_classes(where: str, labels: np.ndarray, num: int) -> tuple[np.ndarray, int]:
     """Classes int64 (N,) and their number, of class numbers (N,) or one-hot rows (N, classes)."""
     if labels.ndim == 2 and len(labels) == num and labels.shape[1] > 1 and labels.dtype.kind in "biuf":
-        # Exactly one 1 and else zeros: a soft label, or a row of zeros, is no class.
+        # Exactly a single 1, else zeros: a soft label or a row of zeros is no class.
         wrong = ((labels != 0) & (labels != 1)).any(1) | ((labels == 1).sum(1) != 1)
         if not wrong.any():
             return labels.argmax(1).astype(np.int64), labels.shape[1]

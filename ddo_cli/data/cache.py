@@ -1,7 +1,7 @@
-"""Decoded images kept on disk as one uint8 array, which every later run maps into memory instead of decoding again.
+"""Cache of decoded images: one uint8 array per set, which later runs map into memory instead of decoding again.
 
-An entry is never read for another source: its name holds a hash of what it was decoded from. Entries are never removed;
-the directory may be emptied at any time when nothing runs.
+The file name holds a hash of the source, so an entry is never read for another one. Entries are never removed; the
+directory may be emptied whenever nothing runs.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from ddo_cli.files import cache_directory as directory
 from ddo_cli.files import replacing
 
 VERSION = 1  # of the entries: raised when images are decoded to other numbers
-MARGIN = 1 << 30  # bytes of the disk that an entry leaves free, chosen by us
+MARGIN = 1 << 30  # bytes of the disk that an entry must leave free; our choice
 
 
 def key_of(path: Path, files: Iterable[Path], names: Iterable[str] = ()) -> str | None:
     """Hex hash of a source's absolute path, the sizes and times of its files, and the names in it.
 
-    None if a file cannot be looked at: decoding says it better.
+    None if a file cannot be looked at; decoding then reports it.
     """
-    found = hashlib.sha256(repr((VERSION, os.path.abspath(path))).encode())
+    key = hashlib.sha256(repr((VERSION, os.path.abspath(path))).encode())
     try:
         for file in files:
             stat = file.stat()
-            found.update(b"%d %d\n" % (stat.st_size, stat.st_mtime_ns))
+            key.update(b"%d %d\n" % (stat.st_size, stat.st_mtime_ns))
     except OSError:
         return None
     for name in names:
-        found.update(repr(name).encode() + b"\n")
-    return found.hexdigest()
+        key.update(repr(name).encode() + b"\n")
+    return key.hexdigest()
 
 
 def existing(source: str, key: str, num: int) -> Path | None:
-    """The entry of the source's `num` images, an .npy of uint8 (num, C, H, W), if an earlier run has kept one."""
+    """The entry of the source's `num` images, an .npy of uint8 (num, C, H, W); None if no earlier run wrote one."""
     path = _entry(source, key)
     return path if path is not None and _mapped(path, num) is not None else None
 
@@ -61,29 +61,29 @@ def _entry(source: str, key: str) -> Path | None:
 def kept(
     source: str, key: str, num: int, shape: Callable[[], Sequence[int]], fill: Callable[[np.ndarray], None]
 ) -> np.ndarray | None:
-    """The `num` images that `fill` writes into an array (num, *shape()): read-only, from the cache or through it.
+    """The `num` images of a source, read-only: the entry, which `fill` writes into an array (num, *shape()) if missing.
 
-    None, with a warning where something is wrong, if the cache cannot hold them. What `fill` raises passes through,
-    but it must not raise OSError.
+    None if the cache is off, or, with a warning, if it cannot hold them. Errors of `fill` pass through; it must not
+    raise OSError.
     """
     path = _entry(source, key)
     if path is None:
         return None
     parent = path.parent
-    found = _mapped(path, num)
-    if found is not None:
+    items = _mapped(path, num)
+    if items is not None:
         console.info(f"{source}: decoded images taken from {path}")
-        return found
+        return items
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with _alone(source, path):
-            found = _mapped(path, num)  # by the process that this one has waited for
-            if found is None:
+            items = _mapped(path, num)  # written by the process that held the lock
+            if items is None:
                 _write(path, (num, *shape()), fill)
                 console.info(f"{source}: decoded images kept in {path} for later runs (data.cache)")
-                found = _mapped(path, num)
-        return found
-    except (OSError, NotImplementedError) as error:  # the latter from filelock, on a file system without locks
+                items = _mapped(path, num)
+        return items
+    except (OSError, NotImplementedError) as error:  # the latter from filelock, if the file system has no locks
         _warn_once(
             f"{source}: its decoded images cannot be kept in {parent} ({error}) and are held in memory; make room, or "
             "set DDO_CACHE to another directory, or to off"
@@ -93,7 +93,7 @@ def kept(
 
 @contextlib.contextmanager
 def _alone(source: str, path: Path) -> Iterator[None]:
-    """One process of a run decodes; the others wait, and share its entry."""
+    """Lock of an entry: one process of a run decodes, the others wait and share the result."""
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         lock.acquire(timeout=0)
@@ -107,26 +107,26 @@ def _alone(source: str, path: Path) -> Iterator[None]:
 
 
 def _mapped(path: Path, num: int) -> np.ndarray | None:
-    """An entry, uint8 (num, C, H, W) and read-only; None if there is none, or it is damaged."""
+    """An entry, uint8 (num, C, H, W), read-only; None if missing or damaged."""
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        items = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    if not isinstance(found, np.memmap) or found.dtype != np.uint8 or found.ndim != 4 or len(found) != num:
+    if not isinstance(items, np.memmap) or items.dtype != np.uint8 or items.ndim != 4 or len(items) != num:
         return None
-    return np.asarray(found)  # a plain array over the map: rows picked from it are plain arrays too
+    return np.asarray(items)  # without the subclass memmap, which indexing would pass on
 
 
 def _write(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None]) -> None:
     size, free = math.prod(shape), shutil.disk_usage(path.parent).free
     if free < size + MARGIN:
         raise OSError(errno.ENOSPC, f"{size / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free, of which 1 stays free")
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):  # by a killed process: the lock is ours
-        left.unlink(missing_ok=True)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):  # of a killed process: we hold the lock
+        leftover.unlink(missing_ok=True)
     with replacing(path) as temporary:
         items = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
         if hasattr(os, "posix_fallocate"):
-            # The map is a file with a hole: on a disk that fills up meanwhile, writing to it would kill the process.
+            # The mapped file is sparse: if the disk filled up meanwhile, writing to it would kill the process.
             with open(temporary, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         fill(items)

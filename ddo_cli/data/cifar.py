@@ -1,6 +1,6 @@
 """CIFAR-10 as published: cifar-10-python.tar.gz, or the folder cifar-10-batches-py in it. Training images only.
 
-Its batches are pickles of Python 2, which are only parsed: nothing that they name is called.
+Its batches are pickles of Python 2. They are only parsed: no function that they name is called.
 
 Source: https://www.cs.toronto.edu/~kriz/cifar.html.
 """
@@ -32,7 +32,7 @@ def open_tar(source: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises DataError for another tar, and for a batch of another layout.
     """
     try:
-        # Unpacked as a whole, and no further than the limit: a small file can unpack to any size.
+        # Unpacked up to a limit, because a small file can unpack to any size.
         with open(path, "rb") if path.suffix.lower() == ".tar" else gzip.open(path) as file:
             raw = file.read(MAX_TAR + 1)
         if len(raw) > MAX_TAR:

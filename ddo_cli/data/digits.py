@@ -2,10 +2,10 @@
 
 import numpy as np
 
-SCALE = 4  # pixels per cell of the 8x8 grid; chosen equal to PatchUNet's patch, so that every patch has the same phase
+SCALE = 4  # pixels per cell of the 8x8 grid; equal to PatchUNet's patch, so that every patch has the same phase
 SIZE = 8 * SCALE  # pixels; the side of a rendering
 _ONE = 1 << 10  # 1.0 in the fixed-point arithmetic below
-_CONTRAST = 2  # steepness of an edge after upsampling, chosen by us: about 2 pixels wide, smooth but crisp
+_CONTRAST = 2  # steepness of an edge after upsampling; our choice: edges are about 2 pixels wide
 
 
 def render_digits(levels: np.ndarray, num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -13,10 +13,10 @@ def render_digits(levels: np.ndarray, num: int, seed: int) -> tuple[np.ndarray, 
 
     levels: uint8 (M, 8, 8), grey levels 0..16 with 16 = ink, as in the UCI optical recognition of handwritten digits
         (Alpaydin and Kaynak, doi 10.24432/C50P49).
-    Rows of `levels` appear equally often, up to one, in random order. Each rendering has its own pair of colours, one
-    dark and one light, either of them the ink. Sets of different seeds share the digits and nothing else.
+    Rows of `levels` are used equally often (up to a difference of 1), in random order. Each rendering has a random dark
+    and a random light colour; either is the ink. Sets of different seeds share the digits and nothing else.
 
-    Everything after the weights of the interpolation is integer arithmetic, so that the bytes are the same everywhere.
+    All arithmetic after the interpolation weights is in integers, so that the bytes are equal on every machine.
     Raises ValueError if `levels` is not a non-empty uint8 array (M, 8, 8) of levels up to 16, or num < 1.
     """
     if levels.dtype != np.uint8 or levels.ndim != 3 or levels.shape[1:] != (8, 8) or len(levels) == 0:
@@ -40,7 +40,7 @@ def render_digits(levels: np.ndarray, num: int, seed: int) -> tuple[np.ndarray, 
 
 
 def _ink_masks(levels: np.ndarray) -> np.ndarray:
-    """Share of ink in each pixel in units of 1 / _ONE, int32 (M, 32, 32), from grey levels (M, 8, 8)."""
+    """Fraction of ink in each pixel in units of 1 / _ONE, int32 (M, 32, 32), from grey levels (M, 8, 8)."""
     weights = _cubic_weights()  # (32, 8)
     coverage = weights @ levels.astype(np.int64) @ weights.T // (16 * _ONE)  # (M, 32, 32), in units of 1 / _ONE
     steep = _ONE // 2 + _CONTRAST * (coverage - _ONE // 2)

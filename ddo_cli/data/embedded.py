@@ -1,8 +1,9 @@
-"""The image sets that come with the package, made when they are asked for."""
+"""The image sets that come with the package, generated on demand."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,41 +15,35 @@ from ddo_cli.diffusion.mixture import toy2d
 from ddo_cli.errors import DataError
 from ddo_cli.likelihood import NO_LABEL
 
-NUM_GENERATED = 16384  # items of a set that can be made in any number
+NUM_GENERATED = 16384  # default size of a set that is generated
 
 
-def _digits32(seed: int) -> Callable[[int | None], tuple[np.ndarray, np.ndarray]]:
-    def make(num: int | None) -> tuple[np.ndarray, np.ndarray]:
-        levels, labels = _digits()
-        images, rows = render_digits(levels, num or NUM_GENERATED, seed)
-        return images, labels[rows]
-
-    return make
+def _digits32(num: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    levels, labels = _digits()
+    images, rows = render_digits(levels, num or NUM_GENERATED, seed)
+    return images, labels[rows]
 
 
 def _digits8(num: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Level k of 0..16 is stored as round(255 k / 16); no k falls on a half."""
+    """Level k of 0..16 becomes round(255 k / 16); no k lies on a half."""
     levels, labels = _digits()
     chosen = choice("embedded:digits8", len(levels), num)
     images = np.rint(levels[chosen, None].astype(np.float64) * 255 / 16).astype(np.uint8)
     return images, labels[chosen]
 
 
-def _toy2d(seed: int) -> Callable[[int | None], tuple[np.ndarray, np.ndarray]]:
-    def make(num: int | None) -> tuple[np.ndarray, np.ndarray]:
-        points = toy2d().sample(num or NUM_GENERATED, torch.Generator().manual_seed(seed))
-        return points.to(torch.float32).numpy(), np.full(len(points), NO_LABEL)
-
-    return make
+def _toy2d(num: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    points = toy2d().sample(num or NUM_GENERATED, torch.Generator().manual_seed(seed))
+    return points.to(torch.float32).numpy(), np.full(len(points), NO_LABEL)
 
 
-# The "-b" sets are further draws of the same distribution: a perfect model's distance is theirs.
+# The "-b" sets are further draws of the same distribution: their distance is that of a perfect model.
 _EMBEDDED: dict[str, Callable[[int | None], tuple[np.ndarray, np.ndarray]]] = {
-    "digits32": _digits32(seed=0),
-    "digits32-b": _digits32(seed=1),
+    "digits32": partial(_digits32, seed=0),
+    "digits32-b": partial(_digits32, seed=1),
     "digits8": _digits8,
-    "toy2d": _toy2d(seed=0),
-    "toy2d-b": _toy2d(seed=1),
+    "toy2d": partial(_toy2d, seed=0),
+    "toy2d-b": partial(_toy2d, seed=1),
 }
 
 

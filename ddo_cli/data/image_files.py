@@ -33,7 +33,7 @@ def folder_entries(source: str, path: Path) -> tuple[list[str], np.ndarray]:
     for root, folders, leaves in os.walk(path, followlinks=True):
         real = os.path.realpath(root)
         folders[:] = [] if real in seen else [folder for folder in folders if not folder.startswith(".")]
-        if real not in seen:  # a link to a parent would go round for ever
+        if real not in seen:  # else a link to a parent folder would never end
             names += [Path(root, leaf).relative_to(path).as_posix() for leaf in leaves]
         seen.add(real)
     text = folder_index(path)
@@ -147,8 +147,8 @@ class ImageFiles(ItemFiles):
     def num_lossy(self, rows: Sequence[int]) -> int:
         """How many of `rows` are in formats that lose detail.
 
-        Counted by name, if the first of them bears it out; all, if the first image is one under another name. Every
-        file would have to be opened to be sure: a WebP may be lossless, and a JPEG be called .png after resizing.
+        Counted by file name after a look into the first such file; all, if the first image is a JPEG with another name.
+        To be sure one would have to open every file: a WebP may be lossless, and a JPEG may be named .png.
         """
         named = [row for row in rows if self.names[row].lower().endswith(LOSSY)]
         try:

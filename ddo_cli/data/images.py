@@ -1,4 +1,4 @@
-"""Item sets in memory, image files decoded once for all runs."""
+"""Item sets in memory; image files are decoded once for all runs."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def open_images(source: str, num: int | None = None, cache: bool = True) -> Item
     channels first or last, or float points (N, d); label, labels or arr_1: class numbers or one-hot rows); a folder of
     nothing but .npz files with the same arrays (their concatenation, sorted by name); cifar-10-python.tar.gz or the
     folder in it (its training images); a sample set that ddo wrote; latents or tokens of `ddo encode` or of EDM2's own
-    archives, see `latents`, which are read when asked for; or "embedded:<name>", see `embedded.embedded_sets`.
-    num: use this many. Embedded sets that are generated are made in this number; of any other, a random choice that is
-    always the same (numpy's RandomState(0), as EDM does), in the set's order.
-    cache: whether many images are kept decoded for later runs (`data.cache`); such items are read-only.
+    archives, see `latents`, which are read when indexed; or "embedded:<name>", see `embedded.embedded_sets`.
+    num: use this many: a fixed random subset in the set's order (numpy's RandomState(0), as EDM); an embedded set that
+    is generated is generated in this number.
+    cache: whether large sets are kept decoded for later runs (`data.cache`); such items are read-only.
     Raises DataError naming the first item that cannot be used.
     """
     opened = open_source(source, num, in_memory=True)
     if opened.encoded is not None:
-        # The program indexes items and asks for their shape, which `Lazy` answers as an array does.
+        # `Lazy` has what is used of an array: shape, dtype and indexing.
         items = cast(np.ndarray, Lazy(opened.reader, opened.positions))
     elif opened.reader.decodes:
         items = _decoded(opened, cache)
@@ -46,7 +46,7 @@ def open_images(source: str, num: int | None = None, cache: bool = True) -> Item
 
 
 def _decoded(images: Source, keep: bool) -> np.ndarray:
-    """All images as one array: of the cache where they are many, else in memory."""
+    """All images as one array: mapped from the cache if they are many, else in memory."""
     if keep and images.num >= MANY and images.identity is not None:
         items = cache.kept(
             images.name, images.identity, images.num, lambda: images.shape, lambda items: _fill(images, items)
@@ -59,7 +59,7 @@ def _decoded(images: Source, keep: bool) -> np.ndarray:
 
 
 def _fill(images: Source, items: np.ndarray) -> None:
-    """Decodes every image straight into its row of `items`. Raises DataError naming the first that does not fit."""
+    """Decodes every image into its row of `items`. Raises DataError naming the first that does not fit."""
 
     def fill(start: int) -> int:
         rows = images.positions[start : start + CHUNK]

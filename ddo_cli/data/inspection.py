@@ -1,4 +1,4 @@
-"""What a pass over an image set tells of it beside its score: duplicates, value range, class counts, content digest."""
+"""Facts about an image set, gathered in the same pass as its score: duplicates, range, class counts, content digest."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ LIMBS = 8  # of 32 bits: sums of fewer than 2^31 digests fit into int64
 
 
 class Inspection:
-    """Figures of the images of a set that are passed to `update`, each row once and by one process.
+    """Duplicates, value range, class counts and digest of the images passed to `update`, each once and on one process.
 
-    labels: int64 (N,), -1 = none. Memory: 16 bytes per image of the set and a bit, for its digest (0.8 MB for 50,000).
+    labels: int64 (N,), -1 = none. Memory: about 16 bytes per image, for its digest (0.8 MB for 50,000).
     """
 
     def __init__(self, labels: np.ndarray, num_classes: int = 0):
@@ -35,7 +35,7 @@ class Inspection:
         if not len(pixels):
             return
         self.shape = tuple(pixels.shape[1:])
-        # BLAKE2b releases Python's lock and needs no seed: equal images, and practically only they, are equal here.
+        # BLAKE2b releases Python's lock; images are equal where their digests are.
         raw = b"".join(hashlib.blake2b(image.data, digest_size=4 * LIMBS).digest() for image in pixels)
         self.digests[rows] = np.frombuffer(raw, "<i8").reshape(len(pixels), -1)[:, :2]
         self.total += np.frombuffer(raw, "<u4").reshape(-1, LIMBS).sum(0, dtype=np.int64)
@@ -43,7 +43,7 @@ class Inspection:
         self.low, self.high = min(self.low, int(pixels.min())), max(self.high, int(pixels.max()))
 
     def all_reduce(self, device: torch.device | None = None) -> None:
-        """Sums up the processes' shares; afterwards equal on all. Collective. device: as the process group needs it."""
+        """Merges the processes' shares; afterwards equal on all. Collective. device: that of the process group."""
         if dist.world_size() == 1:
             return
         device = device or torch.device("cpu")
@@ -60,7 +60,7 @@ class Inspection:
 
     @property
     def num_duplicates(self) -> int:
-        """Images that are an exact copy of another one seen, which itself is not counted."""
+        """Images that are exact copies of an earlier one."""
         digests = self.digests[self.seen > 0]
         return len(digests) - len(np.unique(digests, axis=0))
 
@@ -73,8 +73,8 @@ class Inspection:
     def digest(self) -> str:
         """Hex digest of the images seen, in any order: the same for a folder, a zip and an .npz of the same images.
 
-        The sum modulo 2^256 of the images' digests (unlike their exclusive or, it sees copies), with number and shape.
-        It tells sets apart that differ by accident; one can be forged by who may choose very many images.
+        Hash of number, shape and the sum modulo 2^256 of the images' digests (an exclusive or would cancel copies).
+        It detects accidental differences; an adversary who chooses very many images could forge it.
         """
         total = sum(int(limb) << (32 * place) for place, limb in enumerate(self.total)) % (1 << 256)
         return hashlib.sha256(repr((self.num, self.shape, total)).encode()).hexdigest()
@@ -84,12 +84,12 @@ class Inspection:
         return hashlib.sha256(repr(self.digest()).encode() + self.digests.astype("<i8").tobytes()).hexdigest()
 
     def state(self) -> dict[str, np.ndarray]:
-        """What `restore` takes. After `all_reduce`, when every row was seen."""
+        """Arrays for `restore`. After `all_reduce`, when every row was seen."""
         limits = np.array([self.low, self.high], dtype=np.int64)
         return {"digests": self.digests, "total": self.total, "limits": limits, "shape": np.array(self.shape)}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Takes over what a pass over the same images has found. Raises ValueError if it is not that."""
+        """Restores the state of a pass over the same images. Raises ValueError for any other."""
         content = {"digests": self.digests.shape, "total": self.total.shape, "limits": (2,), "shape": (3,)}
         for key, shape in content.items():
             if key not in state or state[key].shape != shape or state[key].dtype != np.int64:
@@ -100,30 +100,30 @@ class Inspection:
         self.seen[:] = 1
 
     def warnings(self, name: str) -> list[str]:
-        """What looks wrong with the set, a sentence each."""
+        """Warnings about the set, one sentence each."""
         num, copies = self.num, self.num_duplicates
         if num > 1 and copies == num - 1:
             return [
                 f"{name}: all {num} images are the same; its scores mean nothing: was it sampled from a broken model?"
             ]
-        found = []
+        warnings = []
         if num and self.high <= 1:
-            found.append(
+            warnings.append(
                 f"{name}: no value is above {self.high}; images in [0, 1] seem to have been stored as uint8 without "
                 "times 255: write them again in 0..255"
             )
         if copies:
-            found.append(
+            warnings.append(
                 f"{name}: {copies} of {num} images are exact copies of others; was it written with repeated seeds, or "
                 "one part twice? Published scores count distinct samples"
             )
-        return found
+        return warnings
 
 
-def balance(labels: np.ndarray, num_classes: int, most: int = 5) -> str | None:
-    """What is wrong with a set that should hold as many images of every class; None if nothing is.
+def balance(labels: np.ndarray, num_classes: int, max_named: int = 5) -> str | None:
+    """Why the classes of a set are not equally large; None if they are.
 
-    labels: int64 (N,), -1 = none; num_classes: of the model or the data. most: classes that are named.
+    labels: int64 (N,), -1 = none; num_classes: of the model or the data; max_named: classes that the message names.
     """
     if num_classes < 1:
         return None
@@ -135,14 +135,14 @@ def balance(labels: np.ndarray, num_classes: int, most: int = 5) -> str | None:
         return f"labels go up to {len(counts) - 1} where there are {num_classes} classes (0..{num_classes - 1})"
     if len(set(counts.tolist())) == 1:
         return None
-    # An even share where there is one; else what most classes have.
-    due = len(labels) // num_classes if len(labels) % num_classes == 0 else _most_common(counts)
-    off = np.flatnonzero(counts != due)
-    named = ", ".join(f"{label} ({counts[label]})" for label in off[:most].tolist())
-    more = f" and {len(off) - most} more" if len(off) > most else ""
+    # The expected count: an equal share if N is divisible, else the most common count.
+    expected = len(labels) // num_classes if len(labels) % num_classes == 0 else _most_common(counts)
+    off = np.flatnonzero(counts != expected)
+    named = ", ".join(f"{label} ({counts[label]})" for label in off[:max_named].tolist())
+    more = f" and {len(off) - max_named} more" if len(off) > max_named else ""
     return (
-        f"classes are not balanced: {len(off)} of {num_classes} do not have {due} images: {named}{more}; benchmarks of "
-        "class-conditional models draw every class equally often"
+        f"classes are not balanced: {len(off)} of {num_classes} do not have {expected} images: {named}{more}; benchmarks "
+        "of class-conditional models draw every class equally often"
     )
 
 

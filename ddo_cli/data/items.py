@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,10 +16,10 @@ INDEX = "dataset.json"  # labels of EDM's and StyleGAN's archives
 
 
 class Encoded(NamedTuple):
-    """What is known of a set of latents or tokens.
+    """Where latents or tokens come from.
 
-    encoder: `Codec.encoder_id` of the model that made them, "" where unknown; image_shape: of the images they
-    were made of; digest: of items and labels, as written down when they were made.
+    encoder: `Codec.encoder_id` of the model that encoded them, "" if unknown; image_shape: of the images; digest: of
+    items and labels, as recorded when they were written.
     """
 
     encoder: str
@@ -30,10 +30,10 @@ class Encoded(NamedTuple):
 class ItemSet(NamedTuple):
     """Items in a fixed order, with their labels.
 
-    items: uint8 images (N, C, H, W) or float32 points (N, d), not to be written to, since they may be a file's pages;
-    or what a model's encoder made of images, see `encoded`. labels: int64 (N,), -1 = none; name: as given by the user;
+    items: uint8 images (N, C, H, W) or float32 points (N, d), read-only because they may be a mapped file; or latents
+    or tokens, then read when indexed (`readers.Lazy`). labels: int64 (N,), -1 = none; name: as given by the user;
     num_classes: one more than the largest label, or the number of class folders or of one-hot columns; 0 = no labels.
-    encoded: of latents or tokens; then `items` only stands in for an array (`data.latents.Lazy`).
+    encoded: where latents or tokens come from; None for images and points.
     """
 
     items: np.ndarray
@@ -44,32 +44,32 @@ class ItemSet(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of an item before any encoding: what a model's `shape` is."""
+        """Shape of an item before encoding, to compare with a model's `shape`."""
         return tuple(self.items.shape[1:]) if self.encoded is None else self.encoded.image_shape
 
 
 def digest(items: ItemSet) -> str:
-    """Hex SHA-256 of items and labels: whether a continued run still sees the same data."""
+    """Hex SHA-256 of items and labels, by which a resumed run checks that its data is the same."""
     if items.encoded is not None:
         return items.encoded.digest
-    found = hashlib.sha256(np.ascontiguousarray(items.items).data)
-    found.update(np.ascontiguousarray(items.labels).data)
-    return found.hexdigest()
+    content = hashlib.sha256(np.ascontiguousarray(items.items).data)
+    content.update(np.ascontiguousarray(items.labels).data)
+    return content.hexdigest()
 
 
 def check_fits(items: ItemSet, model: LikelihoodModel, hflip: bool = False, *, num_classes: int | None = None) -> None:
-    """Raises DataError unless the model can learn the set.
+    """Raises DataError unless the model can be trained on the set.
 
-    hflip: whether its items are to be mirrored, which only images can be.
-    num_classes: whose labels are needed (0: none); None: the model's.
+    hflip: whether items will be mirrored; only images can be.
+    num_classes: number of classes whose labels are needed (0: none); None: the model's.
     """
     num_classes = model.num_classes if num_classes is None else num_classes
     if hflip and not holds_images(items):
         raise DataError(
             f"data.hflip = true mirrors images, and {items.name} holds {describe_items(items)}; leave it out"
         )
-    found, codec = items.items.shape[1:], model.codec
-    if found != codec.shape and found not in codec.latent_shapes:
+    shape, codec = items.items.shape[1:], model.codec
+    if shape != codec.shape and shape not in codec.latent_shapes:
         shapes = " or ".join("x".join(map(str, shape)) for shape in codec.latent_shapes)
         remedy = "encode the images with this model (ddo encode)" if items.encoded and shapes else "convert the images"
         raise DataError(
@@ -98,11 +98,11 @@ def _check_encoder(name: str, encoded: Encoded, codec: Codec) -> None:
             f"{name} was encoded from {describe(encoded.image_shape)} where the model needs {describe(codec.shape)}; "
             "encode images of that size (ddo encode)"
         )
-    own = codec.encoder_id() if encoded.encoder else ""
-    if own and own != encoded.encoder:
+    encoder = codec.encoder_id() if encoded.encoder else ""
+    if encoder and encoder != encoded.encoder:
         raise DataError(
-            f"{name} was encoded by {encoded.encoder}, and the model's encoder is {own}: it would take the items for "
-            "other images; encode the images with this model (ddo encode)"
+            f"{name} was encoded by {encoded.encoder}, and the model's encoder is {encoder}: it would take the items "
+            "for other images; encode the images with this model (ddo encode)"
         )
 
 
@@ -112,23 +112,23 @@ def holds_images(items: ItemSet) -> bool:
 
 
 def check_images(items: ItemSet, use: str) -> None:
-    """Raises DataError unless the set holds images. use: what they are needed for and what to do instead, a clause."""
+    """Raises DataError unless the set holds images. use: the rest of the message: why images, and what to do."""
     if not holds_images(items):
         raise DataError(f"{items.name} holds {describe_items(items)}, not images; {use}")
 
 
 def check_balance(real: ItemSet, fake: ItemSet, num_classes: int) -> None:
-    """Raises DataError if a class occurs in one set only: a discriminator that sees labels would know it by them alone.
+    """Raises DataError if a class occurs in one set only: the label alone would tell a discriminator real from fake.
 
-    num_classes: of the labels that the discriminator sees; 0: none, and nothing to check.
+    num_classes: of the labels that the discriminator sees; 0 if it sees none, then nothing is checked.
     """
-    for name, have, other in ((real.name, real, fake), (fake.name, fake, real)):
-        counts = np.bincount(have.labels, minlength=num_classes) if num_classes else np.ones(1)
+    for items, other in ((real, fake), (fake, real)):
+        counts = np.bincount(items.labels, minlength=num_classes) if num_classes else np.ones(1)
         if (counts == 0).any():
             missing = ", ".join(map(str, np.flatnonzero(counts == 0)[:5]))
             raise DataError(
-                f"{name} has no item of class {missing}, which {other.name} has or the model draws; give a set with "
-                "every class, or set discriminator.conditional=false"
+                f"{items.name} has no item of class {missing}, which {other.name} has or the model draws; give a set "
+                "with every class, or set discriminator.conditional=false"
             )
 
 
@@ -143,13 +143,18 @@ def choice(source: str, total: int, num: int | None) -> np.ndarray:
     return np.sort(rows[:num])
 
 
+def hashed(*content: Any) -> str:
+    """Hex SHA-256 of values by how Python writes them."""
+    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
 def count_classes(labels: np.ndarray) -> int:
     """One more than the largest label; 0 without labels."""
     return int(labels.max(initial=NO_LABEL)) + 1
 
 
 def describe(shape: Sequence[int]) -> str:
-    """An item's shape for people, e.g. "32x32 RGB"."""
+    """An item's shape for messages, e.g. "32x32 RGB"."""
     if len(shape) != 3:
         return f"points of {' x '.join(map(str, shape))} numbers"
     kind = {1: "grey", 3: "RGB"}.get(shape[0], f"{shape[0]}-channel")
@@ -157,12 +162,12 @@ def describe(shape: Sequence[int]) -> str:
 
 
 def describe_items(items: ItemSet) -> str:
-    """The items of a set for people."""
+    """The items of a set for messages."""
     return describe_content(items.items.dtype, items.items.shape[1:])
 
 
 def describe_content(dtype: np.dtype, shape: Sequence[int]) -> str:
-    """Items of this type and shape for people."""
+    """Items of this type and shape for messages."""
     if (dtype == np.uint8 and len(shape) == 3) or (dtype.kind == "f" and len(shape) == 1):
         return describe(shape)
     kind = "latents" if dtype.kind == "f" else "tokens"

@@ -1,7 +1,7 @@
-"""Sets of latents or tokens: what `ddo encode` writes and EDM2's own archives, read row by row when asked for.
+"""Sets of latents or tokens, written by `ddo encode` or as EDM2's archives; rows are read when indexed.
 
-`ddo encode`: latents-000000.safetensors, ... with tensors `latents` and `labels`, and a manifest.json that names what
-encoded them and each shard's hash. EDM2: a zip or folder of img-mean-std-00000000.npy, float32 (8, h, w), the mean and
+`ddo encode`: latents-000000.safetensors, ... with tensors `latents` and `labels`, and a manifest.json with the encoder
+and each shard's hash. EDM2: a zip or folder of img-mean-std-00000000.npy, float32 (8, h, w), the mean and
 deviation of Stability's autoencoder, with labels in dataset.json.
 """
 
@@ -21,14 +21,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ddo_cli.checkpoint import write_tensors
-from ddo_cli.data import cache, image_files
-from ddo_cli.data.items import Encoded, count_classes
+from ddo_cli.data import cache, image_files, samples
+from ddo_cli.data.items import Encoded, count_classes, hashed
 from ddo_cli.data.readers import TENSOR_ERRORS, ZIP_ERRORS, Contents, FolderBytes, ItemFiles, ZipBytes, join_tensors
 from ddo_cli.errors import DataError
 from ddo_cli.files import write_json
 
 FORMAT = "latents"  # of the manifest
-MANIFEST = "manifest.json"
+MANIFEST = samples.MANIFEST
 EDM2_NAME = "img-mean-std-"  # how the entries of EDM2's archives start
 EDM2_FACTOR = 8  # pixels per side of the autoencoder's grid
 
@@ -38,17 +38,21 @@ def is_latents(path: Path) -> bool:
     try:
         if path.is_dir():
             first = f"{EDM2_NAME}00000000.npy"
-            return _manifest(path) is not None or (path / first).is_file() or (path / "00000" / first).is_file()
+            return (
+                _is_encoded(samples.read_manifest(path))
+                or (path / first).is_file()
+                or (path / "00000" / first).is_file()
+            )
         if path.suffix.lower() != ".zip":
             return False
-        with open(path, "rb") as file:  # the directory of a zip of ImageNet takes seconds to read, its start does not
+        with open(path, "rb") as file:  # reading the directory of a zip of ImageNet would take seconds
             return EDM2_NAME.encode() in file.read(1 << 16)
     except OSError:
-        return False  # whoever opens it says it better
+        return False  # opening it will report the error
 
 
 def not_images(source: str) -> DataError:
-    """What to say where images are needed."""
+    """The error to raise where images are needed."""
     return DataError(f"{source} holds latents or tokens, not images; give the images that they were encoded from")
 
 
@@ -56,12 +60,12 @@ def open_latents(source: str, path: Path) -> Contents:
     """The set, its items not read yet. Raises DataError."""
     if not path.is_dir():
         return _open_zip(source, path)
-    manifest = _manifest(path)
-    return _open_npy_folder(source, path) if manifest is None else _open_shards(source, path, manifest)
+    manifest = samples.read_manifest(path)
+    return _open_shards(source, path, manifest) if _is_encoded(manifest) else _open_npy_folder(source, path)
 
 
-def _hashed(*content: Any) -> str:
-    return hashlib.sha256(repr(content).encode()).hexdigest()
+def _is_encoded(manifest: dict[str, Any]) -> bool:
+    return manifest.get("format") == FORMAT
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,7 +73,7 @@ def _hashed(*content: Any) -> str:
 
 
 class ShardInfo(NamedTuple):
-    """What a shard says of itself: its items, the hash of their content, and `ddo encode`'s own notes."""
+    """Header of a shard: number of items, hash of their content, and notes of `ddo encode`."""
 
     num: int
     sha256: str
@@ -82,55 +86,47 @@ def shard_file(path: Path, number: int) -> Path:
 
 
 def write_shard(file: Path, latents: Tensor, labels: Tensor, notes: dict[str, Any]) -> None:
-    """Writes a shard atomically, with the hash of its content. notes: what the writer wants back, see `read_info`."""
+    """Writes a shard atomically, with the hash of its content. notes: stored for `read_info`."""
     tensors = {"latents": latents.contiguous(), "labels": labels.contiguous()}
-    # One entry, since safetensors writes several in random order, and equal sets are to be equal files.
+    # A single entry: safetensors writes several in random order, and equal sets should be equal files.
     write_tensors(file, tensors, {"ddo": json.dumps({"sha256": content_hash(tensors), "notes": notes}, sort_keys=True)})
 
 
 def content_hash(tensors: dict[str, Tensor]) -> str:
     """Hex SHA-256 of a shard's latents and labels."""
-    found = hashlib.sha256(tensors["latents"].numpy().data)
-    found.update(tensors["labels"].numpy().data)
-    return found.hexdigest()
+    content = hashlib.sha256(tensors["latents"].numpy().data)
+    content.update(tensors["labels"].numpy().data)
+    return content.hexdigest()
 
 
 def read_info(file: Path) -> ShardInfo:
-    """What a shard says of itself, without reading its latents. Raises DataError if the file is damaged."""
+    """The header of a shard, without reading its latents. Raises DataError if the file is damaged."""
     try:
         with safe_open(file, framework="np") as content:  # checks that the file is as long as its header says
-            found, shape = json.loads(content.metadata()["ddo"]), content.get_slice("latents").get_shape()
-        return ShardInfo(shape[0], found["sha256"], found["notes"])
+            header, shape = json.loads(content.metadata()["ddo"]), content.get_slice("latents").get_shape()
+        return ShardInfo(shape[0], header["sha256"], header["notes"])
     except TENSOR_ERRORS as error:
         raise _damaged(file, error) from None
 
 
 def finish(path: Path, manifest: dict[str, Any], infos: Sequence[ShardInfo]) -> dict[str, Any]:
-    """Completes and writes the manifest of a set whose shards are there; returns it."""
+    """Completes and writes the manifest of a set whose shards are all written; returns it."""
     shards = [{"num": info.num, "sha256": info.sha256} for info in infos]
     whole = {**manifest, "shards": shards, "complete": True}
     write_json(path / MANIFEST, whole)
     return whole
 
 
-def _manifest(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads((path / MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and found.get("format") == FORMAT else None
-
-
 def _open_shards(source: str, path: Path, manifest: dict[str, Any]) -> Contents:
-    """The hashes that the manifest names are compared with those in the shards; of one shard the content is hashed.
+    """Compares the hashes in the manifest with those in the shards' headers, and hashes the content of the first shard.
 
-    Reading all of ImageNet's 170 GB on each start would take longer than some of what is done with them.
+    Hashing all 170 GB of ImageNet at each start could take longer than the run.
     """
     if not manifest.get("complete"):
         raise DataError(f"{source} is an unfinished set; run the ddo encode that made it again, it continues")
     try:
         hashes = [shard["sha256"] for shard in manifest["shards"]]
-        encoded = Encoded(manifest["encoder"], tuple(manifest["image_shape"]), _hashed("latents", *hashes))
+        encoded = Encoded(manifest["encoder"], tuple(manifest["image_shape"]), hashed("latents", *hashes))
         num_classes = int(manifest["num_classes"])
         if not hashes:
             raise ValueError("it names no shard")
@@ -196,7 +192,7 @@ def _open_zip(source: str, path: Path) -> Contents:
             content = ZipBytes(path, archive, names)
     except ZIP_ERRORS as error:
         raise image_files.broken_zip(source, error) from None
-    # Each member's CRC-32 stands in the directory, and is checked on reading.
+    # Sizes and CRC-32 of the members, which reading checks.
     return _edm2_set(source, names, content, labels, content.places[:, 1:].tobytes())
 
 

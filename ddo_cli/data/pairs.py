@@ -1,4 +1,4 @@
-"""Which rows of which set make up a training batch: a function of the seed and the step, so nothing needs saving."""
+"""Rows of a training batch: a function of seed and step, so that resuming needs no saved state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ddo_cli.rng import coins, permutation
 
 
 class Examples(NamedTuple):
-    """Items as on disk and their labels (-1: none), one row each."""
+    """A batch of items as on disk, and their labels (-1: none)."""
 
     items: Tensor
     label: Tensor
@@ -21,12 +21,11 @@ class Examples(NamedTuple):
 class Shuffled:
     """An endless stream over a set: epoch after epoch, each in its own random order.
 
-    Position p of the stream is row order(p // n)[p % n]; any process can look up any position.
+    Position p of the stream is row order(p // n)[p % n], so that any process can look up any position.
     only: the rows to use; None: all.
-    hflip: whether the images of half of the positions are mirrored (left to right), drawn anew for each epoch. For
-    training rows of real images only. Held-out rows and the metrics' reference stay the data themselves, and generated
-    rows need none: a model that learns mirrored data draws mirrored images, so to mirror them again would put images
-    into the fake side that the model did not draw.
+    hflip: whether each image is mirrored (left to right) with probability 1/2, drawn anew in each epoch. Only for
+    training on real images: held-out rows and the reference of a metric stay as they are, and a model trained on
+    mirrored data draws mirrored images by itself; mirroring those would put images on the fake side that it never drew.
     """
 
     def __init__(
@@ -65,8 +64,8 @@ class Shuffled:
             if self.hflip:
                 self._mirrored = coins(len(self), *self.key, "hflip", epoch).numpy()
         first = epoch * len(self)
-        own = slice(max(start - first, 0), min(stop - first, len(self)))
-        return self._order[own], self._mirrored[own]
+        part = slice(max(start - first, 0), min(stop - first, len(self)))
+        return self._order[part], self._mirrored[part]
 
 
 class Pairs(NamedTuple):
@@ -88,6 +87,6 @@ class Split(NamedTuple):
 
 
 def split(num: int, held_out: int, side: str, seed: int) -> Split:
-    """The rows of one side, "real" or "fake". A function of its arguments, so other commands find the same rows."""
+    """The rows of a side, "real" or "fake": a function of the arguments, so that every command gets the same rows."""
     order = permutation(num, "held-out", side, seed).numpy()
     return Split(order[held_out:], order[:held_out])

@@ -1,6 +1,6 @@
-"""Items of a set read when they are asked for: files, zip members, arrays inside .npz, .npy and safetensors files.
+"""Readers: items of a set by row, out of image files, zip members, and arrays inside .npz, .npy and safetensors files.
 
-A reader holds names and places, neither items (but `Memory`) nor an open file whose position a forked process shares.
+A reader holds names and offsets but no items (except `Memory`), and no open file whose position forked processes share.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DTYPES = {"U8": "u1", "I16": "i2", "I32": "i4", "I64": "i8", "F16": "f2", "F32"
 class Reader(Protocol):
     """`num` items of one shape and type, in a fixed order.
 
-    decodes: whether reading them costs enough for worker processes to pay.
+    decodes: whether reading is slow enough that worker processes help.
     """
 
     num: int
@@ -48,7 +48,8 @@ class Reader(Protocol):
 class Contents(NamedTuple):
     """What a source holds: all items, labels int64 (N,), -1 = none, and the number of classes.
 
-    key: hash of names, sizes and times of its files, where that is how it is told from others; encoded: of latents.
+    key: hash of names, sizes and times of the files; None for image files (of which only a part may be used), latents,
+    and embedded sets. encoded: where latents come from.
     """
 
     reader: Reader
@@ -72,7 +73,7 @@ class Memory:
 
 
 class Lazy:
-    """Rows of a reader in the place of an array: length, shape, and indexing, which reads what is asked for."""
+    """Rows of a reader as an array: length, shape, and indexing, which reads the rows."""
 
     def __init__(self, reader: Reader, rows: np.ndarray):
         self._reader, self._rows = reader, rows
@@ -114,8 +115,8 @@ class Joined:
 class ArrayFile:
     """A C-ordered array (N, ...) at an offset of a file.
 
-    Rows are read, not mapped: the pages of a map count as memory of the process that touched them. The file is opened
-    for each read: the shards of ImageNet are more files than a process may keep open.
+    Rows are read, not mapped, because mapped pages count as memory of the process. The file is opened for each read,
+    because ImageNet has more shards than a process may keep open.
     channels_last: whether the array is (N, H, W, C), read as (N, C, H, W).
     """
 
@@ -200,9 +201,9 @@ class FolderBytes:
 class ZipBytes:
     """The bytes of members of a zip, by row.
 
-    Of the directory only four numbers per member are kept, not `ZipInfo`s (a GB for ImageNet, and as much work for each
-    process to parse): members that are stored or deflated are read at their place, others through zipfile. Reads name
-    their offset, so that threads and forked processes may share the open file.
+    Only four numbers per member are kept, since the `ZipInfo`s of ImageNet take a GB: members that are stored or
+    deflated are read at their offset, others through zipfile. Positional reads let threads and forked processes share
+    the open file.
     """
 
     def __init__(self, path: Path, archive: zipfile.ZipFile, names: Sequence[str]):
@@ -242,18 +243,18 @@ class ZipBytes:
 
 
 class ItemFiles:
-    """One item per file; subclasses say how it is decoded."""
+    """One item per file; subclasses decode it."""
 
     decodes = True
     dtype: np.dtype[Any] = np.dtype(np.uint8)
 
     def __init__(self, source: str, names: Sequence[str], content: FolderBytes | ZipBytes, first: int = 0):
-        """content: the bytes of a row's file; first: the row that gives the shape."""
+        """content: reads the bytes of a row's file; first: the row that defines the shape."""
         self.source, self.names, self.content, self.first, self.num = source, names, content, first, len(names)
 
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
-        """Of the first item, which is decoded for it."""
+        """Shape of the first item, which is decoded for it."""
         return self.item(self.first).shape
 
     def item(self, row: int) -> np.ndarray:

@@ -1,16 +1,17 @@
-"""The on-disk sample set: generated items, labels and seeds, written batch by batch so that a set can be continued.
+"""Sample sets on disk: generated items, labels and seeds, written batch by batch so that sampling can be resumed.
 
 `shards`: shard-000000.safetensors, ... with tensors `items`, `labels`, `seeds`, one file per batch; items are
-          images or points, or where manifest.json says `latents`, x itself: float32 latents or int32 tokens, and
-          where it says `encoded`, what the model's encoder makes of the image.
+          images or points; if manifest.json says `latents`, x itself (float32 latents or int32 tokens); if it says
+          `encoded`, what the model's encoder makes of the image.
 `png`:    <seed:06d>.png, and labels in manifest.json.
 `npz`:    samples.npz with `arr_0` (N, H, W, C) as ADM's tools read it, `labels` and `seeds`.
 
-manifest.json says what made the set; a set of other settings is never mixed in.
+manifest.json holds the settings; a set of other settings is refused, never mixed in.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -66,7 +67,7 @@ class Writer:
         return [number for number in range(num_batches(len(self.seeds), self.batch)) if not self._has(number)]
 
     def write(self, batch: Batch) -> None:
-        """Stores one batch. PNG files and shards take their final names once they are whole."""
+        """Stores a batch. PNG files and shards get their final names once they are complete."""
         if self.form == "png":
             for item, seed in zip(batch.items, batch.seeds.tolist(), strict=True):
                 with replacing(self.out / f"{seed:06d}.png") as temporary:
@@ -97,13 +98,13 @@ class Writer:
 
     def complete(self) -> dict[str, Any] | None:
         """The manifest of a set that is complete, with every file where it belongs."""
-        found = read_json(self.out / MANIFEST)
-        if not found.get("complete") or not all(path.is_file() for path in self._files()):
+        manifest: dict[str, Any] = read_json(self.out / MANIFEST)
+        if not manifest.get("complete") or not all(path.is_file() for path in self._files()):
             return None
         if dist.is_main() and self.form != "shards":
             for part in self.out.glob(".part-*"):
                 part.unlink()
-        return found
+        return manifest
 
     def _files(self) -> list[Path]:
         """What the set consists of, beside its manifest."""
@@ -118,7 +119,7 @@ class Writer:
         return self.out / f"{'' if self.form == 'shards' else '.part-'}shard-{number:06d}.safetensors"
 
     def _read(self, number: int) -> dict[str, Tensor]:
-        """One part. A damaged one is removed, so that the same command draws it anew."""
+        """A part. If damaged, it is removed, so that the same command draws it again."""
         try:
             return load_file(self._shard(number))
         except (SafetensorError, OSError) as error:
@@ -132,7 +133,7 @@ class Writer:
 
 
 def _compact(items: Tensor) -> Tensor:
-    """Samplers carry latents in float64 and tokens in int64, twice of what there is to know."""
+    """Samplers use wider types; stored as float32 / int32."""
     return items.to({torch.float64: torch.float32, torch.int64: torch.int32}.get(items.dtype, items.dtype))
 
 
@@ -143,7 +144,7 @@ def open_samples(path: Path) -> SampleSet:
 
 
 def open_shards(path: Path) -> tuple[Contents, np.ndarray, dict[str, Any]]:
-    """The same with its items not read yet: contents, seeds int64 (N,), manifest."""
+    """Contents (items not read yet), seeds int64 (N,) and manifest of such a set. Raises DataError likewise."""
     manifest = read_json(path / MANIFEST)
     check_complete(path, manifest)
     files, num = _shard_files(path, manifest), manifest["num"]
@@ -177,7 +178,7 @@ def image_entries(source: str, manifest: dict[str, Any]) -> tuple[list[str], np.
 
 
 def _shard_files(path: Path, manifest: dict[str, Any]) -> list[Path]:
-    """The parts of a complete set, by name: a directory on a network may be listed late. Raises DataError."""
+    """The parts of a complete set, by name, since network file systems list new files late. Raises DataError."""
     num, batch = manifest.get("num"), manifest.get("batch")
     if type(num) is not int or type(batch) is not int or min(num, batch) < 1:
         raise DataError(f"{path / MANIFEST} is damaged (num {num!r}, batch {batch!r}); remove the set and sample again")
@@ -189,6 +190,15 @@ def _shard_files(path: Path, manifest: dict[str, Any]) -> list[Path]:
                 f"{path} has no {files[-1].name}, which its manifest counts; remove the set and sample again"
             )
     return files
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest in a folder; empty if there is none, or a file of another program."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def manifest_of(path: Path) -> dict[str, Any]:

@@ -1,13 +1,10 @@
-"""Opens a source of items, wherever users keep them: one reader and its labels, whatever the kind."""
+"""Opens any kind of source: a reader of its items, and their labels."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +12,7 @@ import ddo_cli
 from ddo_cli.checkpoint import EMBEDDED
 from ddo_cli.data import arrays, cache, cifar, image_files, latents, samples
 from ddo_cli.data.embedded import embedded_names, open_embedded
-from ddo_cli.data.items import Encoded, choice, count_classes
+from ddo_cli.data.items import Encoded, choice, count_classes, hashed
 from ddo_cli.data.readers import ZIP_ERRORS, Contents, FolderBytes, ItemFiles, Memory, Reader, ZipBytes
 from ddo_cli.errors import DataError
 
@@ -24,9 +21,8 @@ from ddo_cli.errors import DataError
 class Source:
     """Items in a fixed order, not read yet, with their labels.
 
-    positions: int64 (N,), the rows of `reader` that are used; labels: int64 (N,), -1 = none; num_classes, encoded: as
-    of `items.ItemSet`; identity: changes with the path and with names, sizes and times of the files (not with labels),
-    None where these cannot be told.
+    positions: int64 (N,), rows of `reader`; labels: int64 (N,), -1 = none; num_classes, encoded: as in `items.ItemSet`;
+    identity: changes with the path and with names, sizes and times of the files, not with labels; None if unknown.
     """
 
     name: str
@@ -51,29 +47,24 @@ class Source:
 def open_source(source: str, num: int | None, in_memory: bool) -> Source:
     """The items of a source as `images.open_images` lists them, or `num` of them. Raises DataError.
 
-    in_memory: whether the array of an .npz is read now and held; else its rows are read when asked for, and one that is
-    compressed is unpacked to a temporary file. In either case image files and latents are read when asked for, and
-    embedded sets, CIFAR-10 and points are held.
+    in_memory: whether the array of an .npz is read now; else its rows are read on demand, from a temporary file if it
+    is compressed. Image files and latents are always read on demand; embedded sets, CIFAR-10 and points are held.
     """
     if num is not None and num < 1:
         raise DataError(f"{source}: num = {num} must be at least 1")
     path = Path(source)
     reader, labels, num_classes, key, encoded = _contents(source, path, num, in_memory)
     rows = choice(source, reader.num, num)
-    identity = None if key is None else _hashed(key, num)
+    identity = None if key is None else hashed(key, num)
     if source.startswith(EMBEDDED):
-        identity = _hashed(ddo_cli.__version__, source, num)
+        identity = hashed(ddo_cli.__version__, source, num)
     elif isinstance(reader, ItemFiles):
         reader.first, names = int(rows[0]), [reader.names[row] for row in rows]
         files = [path] if path.is_file() else (path / name for name in names)
         identity = cache.key_of(path, files, names)
     if encoded is not None and num is not None and num != reader.num:
-        encoded = encoded._replace(digest=_hashed(encoded.digest, num))
+        encoded = encoded._replace(digest=hashed(encoded.digest, num))
     return Source(source, reader, rows, labels[rows], num_classes, identity, encoded)
-
-
-def _hashed(*content: Any) -> str:
-    return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def _contents(source: str, path: Path, num: int | None, in_memory: bool) -> Contents:
@@ -107,14 +98,15 @@ def _contents(source: str, path: Path, num: int | None, in_memory: bool) -> Cont
 
 
 def _directory(source: str, path: Path, in_memory: bool) -> Contents:
-    manifest = _sample_manifest(path)
-    if manifest is not None and manifest["format"] == "shards":
-        return samples.open_shards(path)[0]
-    if manifest is not None:
+    manifest = samples.read_manifest(path)
+    form = manifest.get("format")
+    if form in ("png", "npz"):
         samples.check_complete(path, manifest)
-        if manifest["format"] == "npz":
+        if form == "npz":
             return arrays.open_npz(source, path / "samples.npz", in_memory)
         names, labels = samples.image_entries(source, manifest)
+    elif form == "shards" or any(path.glob("shard-*.safetensors")):
+        return samples.open_shards(path)[0]
     elif cifar.holds_batches(path):
         items, labels = cifar.open_unpacked(source, path)
         key = cache.key_of(path, [path / name for name in cifar.BATCHES])
@@ -128,14 +120,3 @@ def _directory(source: str, path: Path, in_memory: bool) -> Contents:
 
 def _image_files(source: str, names: list[str], labels: np.ndarray, content: FolderBytes | ZipBytes) -> Contents:
     return Contents(image_files.ImageFiles(source, names, content), labels, count_classes(labels))
-
-
-def _sample_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a sample set in this folder; None where there is none, or a file of another program."""
-    try:
-        manifest = json.loads((path / samples.MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        manifest = None
-    if isinstance(manifest, dict) and manifest.get("format") in ("png", "npz", "shards"):
-        return manifest
-    return {"format": "shards"} if any(path.glob("shard-*.safetensors")) else None

@@ -1,4 +1,4 @@
-"""Image sets read batch by batch: what `open_images` opens, without holding it in memory."""
+"""Image sets read batch by batch: the sources of `open_images` without holding them in memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ddo_cli.data.sources import Source, open_source
 from ddo_cli.errors import DataError
 
 PREFETCH = 2  # batches that a worker decodes ahead
-FEW = 500  # images: 32 x 32 PNGs decode in the 0.05 s that forked workers take to start (measured by us)
+FEW = 500  # images: so many 32 x 32 PNGs decode in the 0.05 s that forked workers take to start (our measurement)
 
 
 @dataclass
@@ -43,8 +43,8 @@ class ImageStream(Source):
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
         """(rows int64 (b,), images uint8 (b, C, H, W)) on the CPU, in the order of `rows` (None: all).
 
-        workers: processes that decode ahead; arrays need no decoding and are read here. pin: page-locked memory, from
-        which a CUDA device copies while it computes. Raises DataError naming the first image that cannot be used.
+        workers: processes that decode ahead; arrays are read in this process. pin: page-locked memory, from which a
+        CUDA device copies while it computes. Raises DataError naming the first image that cannot be used.
         """
         if batch < 1:
             raise ValueError(f"batch = {batch} must be at least 1")
@@ -61,20 +61,19 @@ class ImageStream(Source):
     def share(self, batch: int) -> np.ndarray:
         """Rows of this process, to be passed to `batches` with the same `batch`.
 
-        Whole batches are dealt out, every world_size-th to one process, so that each batch holds the same images
-        whatever the number of processes, and results differ by the order of summation only.
+        Each process takes every world_size-th batch, so that batches hold the same images for any number of processes,
+        and results differ only by the order of summation.
         """
         starts = dist.shard(range(0, self.num, batch))
         parts = [np.arange(start, min(start + batch, self.num)) for start in starts]
         return np.concatenate(parts) if parts else np.arange(0)
 
     def default_workers(self, device: torch.device, batch: int) -> int:
-        """How many processes should decode ahead of a network on `device`.
+        """Number of worker processes to decode ahead of a network on `device`.
 
-        None for few images or where nothing is decoded. A GPU leaves the cores idle: all of this process's share but
-        one, at most 8. On a CPU only cores that torch's threads leave free: workers take 70 to
-        75 % of the decoding off this process, but cost 13 to 40 % more in all (measured by us), which is a loss where
-        every core is busy. Two keep up with any network on a CPU.
+        0 for few images or without decoding. With a GPU: this process's share of the cores but one, at most 8. On a CPU
+        only cores that torch's threads leave free, at most 2: workers take 70 to 75 % of the decoding off this process
+        at 13 to 40 % more work in all (our measurement), a loss where every core is busy.
         """
         share = -(-self.num // dist.world_size())
         cores = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -83,23 +82,23 @@ class ImageStream(Source):
         return min(8, cores - 1) if device.type == "cuda" else max(0, min(2, cores - torch.get_num_threads()))
 
     def digest(self, batch: int = 256, workers: int = 0) -> str:
-        """Digest of the images by a pass over them; `Inspection.digest` gives it as part of another pass."""
+        """Digest of the images by a pass of its own; see `Inspection.digest`."""
         inspection = Inspection(self.labels, self.num_classes)
-        for rows, found in self.batches(batch, workers=workers):
-            inspection.update(rows, found)
+        for rows, images in self.batches(batch, workers=workers):
+            inspection.update(rows, images)
         return inspection.digest()
 
 
 def available_cores() -> int:
-    """Cores that this process may use, which in a container or under taskset are fewer than the machine's."""
+    """Cores that this process may use: in a container or under taskset fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def open_stream(source: str, num: int | None = None) -> ImageStream:
     """The images of a source of `open_images`, in the same order, with the same labels and choice of `num`.
 
-    One image at most is decoded; a compressed .npz is unpacked to a temporary file; embedded sets and CIFAR-10 are held
-    in memory. An array that `open_images` has kept decoded is used, and none is written.
+    At most one image is decoded; see `open_source` for what is held. A cache entry of `open_images` is used, never
+    written.
     Raises DataError for what open_images refuses, and for points, latents and tokens.
     """
     if latents.is_latents(Path(source)):
@@ -121,9 +120,9 @@ def open_stream(source: str, num: int | None = None) -> ImageStream:
 
 
 class _Blocks(Dataset[Any]):
-    """Images of a whole batch of positions, or the message of what is wrong with one of them.
+    """Images of a batch of positions, or the error message about one of them.
 
-    A message is returned, not raised: DataLoader would wrap the exception into a traceback of the worker.
+    The message is returned because DataLoader would wrap an exception into a traceback of the worker.
     """
 
     def __init__(self, reader: Reader, shared: bool):
@@ -131,22 +130,21 @@ class _Blocks(Dataset[Any]):
 
     def __getitem__(self, positions: np.ndarray) -> Tensor | np.ndarray | str:
         try:
-            found = self.reader.read(positions)
+            images = self.reader.read(positions)
         except DataError as error:
             return str(error)
-        return torch.from_numpy(found) if self.shared else found
+        return torch.from_numpy(images) if self.shared else images
 
 
 def _decoded_ahead(name: str, reader: Reader, blocks: list[np.ndarray], workers: int, pin: bool) -> Iterator[Tensor]:
     """Batches decoded by worker processes, in order. Workers end with the iterator.
 
-    They are forked where that is the custom (Linux): what runs in them is Pillow and numpy on one thread, and none of
-    torch's thread pools, whose locks a fork may find taken. Starting afresh costs a second per worker for importing
-    torch, and runs a caller's main module again.
+    Forked on Linux: they run Pillow and numpy on one thread and no thread pool of torch, whose locks might be taken at
+    the fork. Spawning costs a second per worker to import torch, and runs the caller's main module again.
     """
-    most = max(map(len, blocks)) * int(np.prod(reader.shape))
+    batch_bytes = max(map(len, blocks)) * int(np.prod(reader.shape))
     loader = DataLoader(
-        _Blocks(reader, shared=_fits_shared_memory((PREFETCH + 1) * workers * most)),
+        _Blocks(reader, shared=_fits_shared_memory((PREFETCH + 1) * workers * batch_bytes)),
         batch_size=None,
         sampler=blocks,
         num_workers=workers,
@@ -155,18 +153,18 @@ def _decoded_ahead(name: str, reader: Reader, blocks: list[np.ndarray], workers:
         pin_memory=pin,
         worker_init_fn=_ignore_interrupt,
         multiprocessing_context=multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn"),
-        generator=torch.Generator(),  # else each pass would draw from the global one, and change what a run samples
+        generator=torch.Generator(),  # else each pass would advance the global generator and change a run's samples
     )
-    found = _started(loader)
+    batches = _started(loader)
     try:
         for _ in blocks:
             try:
-                batch = next(found)
+                batch = next(batches)
             except (RuntimeError, OSError, EOFError) as error:  # a worker was killed, between batches or within one
-                why = str(error).partition("\n")[0] or type(error).__name__
+                reason = str(error).partition("\n")[0] or type(error).__name__
                 raise DataError(
-                    f"{name}: a process that decodes images has ended ({why}); if memory ran out, lower the batch or "
-                    "use no workers"
+                    f"{name}: a process that decodes images has ended ({reason}); if memory ran out, lower the batch "
+                    "or use no workers"
                 ) from None
             if isinstance(batch, str):
                 raise DataError(batch)
@@ -175,37 +173,37 @@ def _decoded_ahead(name: str, reader: Reader, blocks: list[np.ndarray], workers:
                 batch = batch.pin_memory() if pin else batch
             yield batch
     finally:
-        del found  # ends the workers now, not when the last traceback that holds this frame is gone
+        del batches  # ends the workers now, even if a traceback holds this frame
 
 
 def _started(loader: DataLoader[Any]) -> Iterator[Any]:
     """The loader's iterator, without the signal handler that it installs.
 
-    That one raises an error for a killed worker wherever the program happens to be. `next` notices it, too, in 5 s.
+    That handler raises for a killed worker anywhere in the program. `next` notices it, too, within 5 s.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         return iter(loader)
     before = signal.getsignal(signal.SIGCHLD)
-    found = iter(loader)
+    batches = iter(loader)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
-    return found
+    return batches
 
 
 def _fits_shared_memory(size: int) -> bool:
-    """Whether batches may travel through /dev/shm, which containers often limit to 64 MB; else they take a pipe.
+    """Whether batches may be passed through /dev/shm, which containers often limit to 64 MB; else they take a pipe.
 
-    A worker that finds it full is killed by the system. Twice the size, because other processes use it too.
+    The system kills a worker that finds it full. Twice the size, because other processes use it too.
     """
     try:
         return shutil.disk_usage("/dev/shm").free > 2 * size * dist.world_size()
     except OSError:
-        return True  # a system without it, where torch knows better
+        return True  # a system without it; torch then uses something else
 
 
-def _as_is(found: Any) -> Any:
-    return found
+def _as_is(batch: Any) -> Any:
+    return batch
 
 
 def _ignore_interrupt(_: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the parent says it once and ends the workers.
+    # Ctrl-C reaches every process of the terminal; the parent reports it once and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -21,7 +21,8 @@ from ddo_cli.generation import Batch, generate, num_batches
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.metrics import references, stats
 from ddo_cli.metrics.density import DensityScorer
-from ddo_cli.metrics.extractors.select import Extractor, select_extractor
+from ddo_cli.metrics.extractors.base import Extractor
+from ddo_cli.metrics.extractors.select import select_extractor
 from ddo_cli.metrics.scorer import FrechetScorer
 from ddo_cli.precision import inference_precision
 from ddo_cli.recipe.schema import Recipe, SamplingRecipe

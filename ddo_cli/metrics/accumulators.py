@@ -7,7 +7,8 @@ results depend neither on the order of arrival, nor on the batch, nor on how man
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple, Protocol
+import hashlib
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,9 +19,10 @@ from ddo_cli.errors import DataError
 from ddo_cli.metrics.stats import Moments
 
 SEED = 2020  # of every split and subset, torch-fidelity's
-BUFFER = 512  # rows a chunk collects before its F x F sums are touched once; chosen by us
-MAX_STORE = 8 * 2**30  # bytes of features kept whole: 1,048,576 images of 2048 features; chosen by us
-
+# Our choices:
+BUFFER = 512  # rows that a random part collects before its F x F sums are touched
+MAX_STORE = 8 * 2**30  # bytes of features kept whole: 1,048,576 images of 2048 features
+MAX_CLASSES = 4 * 2**30  # bytes of sums of squares by class: 128 classes of 2048 features
 
 Kept = Literal["set", "rows", "order"]
 State = dict[str, np.ndarray]
@@ -78,12 +80,12 @@ def features_of(needs: str) -> str:
     return f"features of {needs}"
 
 
-def named(state: State, key: str, shape: tuple[int, ...] | None = None, dtype: type | None = None) -> np.ndarray:
+def named(state: State, key: str, shape: tuple[int, ...] | None = None, dtype: Any = None) -> np.ndarray:
     """A finite array out of a state. Raises ValueError if it is missing, or of another shape or type."""
     array = state.get(key)
     if array is None or (shape is not None and array.shape != shape) or (dtype is not None and array.dtype != dtype):
-        what = None if array is None else (array.shape, array.dtype)
-        raise ValueError(f"its array '{key}' is {what} instead of {shape}")
+        content = None if array is None else (array.shape, array.dtype)
+        raise ValueError(f"its array '{key}' is {content} instead of {shape}")
     if not np.isfinite(array).all():
         raise ValueError(f"its array '{key}' holds NaN or infinity")
     return array
@@ -131,11 +133,68 @@ class Seen:
             raise ValueError(f"image {row} came {int(self.counts[row])} times in a pass over {len(self.counts)} images")
 
 
-class ChunkedMoments:
-    """Mean and covariance of each of `chunks` random parts of the images, see `random_parts`.
+class PartMoments:
+    """Mean and covariance of the features of each of several parts of the images.
 
-    Memory: chunks (F^2 float64 + BUFFER F float32) on `device`, and 8 bytes per image.
+    Memory: parts x (F^2 float64 + buffer x F float32) on `device`, and 8 bytes per image.
     """
+
+    kept: Kept = "order"
+
+    def __init__(
+        self, part: np.ndarray, num_parts: int, num_features: int, needs: str, device: torch.device | str, buffer: int
+    ) -> None:
+        """part: that of each image, int (N,). buffer: rows that a part collects before its F x F sums are touched."""
+        self.needs, self.part, self.buffer = needs, part, buffer
+        self.seen = Seen(len(part), device)
+        self._moments = [Moments(num_features, device) for _ in range(num_parts)]
+        self._waiting: list[list[Tensor]] = [[] for _ in range(num_parts)]
+
+    def update(self, rows: np.ndarray, features: dict[str, Tensor]) -> None:
+        values = checked(rows, features[self.needs], self.needs)
+        self.seen.add(rows)
+        part = self.part[rows]
+        for number in np.unique(part):
+            members = torch.from_numpy(np.flatnonzero(part == number)).to(values.device)
+            waiting = self._waiting[number]
+            waiting.append(values.detach().index_select(0, members))
+            if sum(map(len, waiting)) >= self.buffer:
+                self._flush(number)
+
+    def _flush(self, number: int) -> None:
+        if self._waiting[number]:
+            self._moments[number].update(torch.cat(self._waiting[number]))
+            self._waiting[number] = []
+
+    def all_reduce(self) -> None:
+        for number in range(len(self._moments)):
+            self._flush(number)
+            self._moments[number] = self._moments[number].all_reduce()
+        self.seen.all_reduce()
+
+    def state(self) -> State:
+        self.seen.check()
+        return {f"{i}.{key}": array for i, part in enumerate(self._moments) for key, array in part.state().items()}
+
+    def restore(self, state: State) -> None:
+        moments = [
+            part.like({key: named(state, f"{i}.{key}") for key in part.KEYS}) for i, part in enumerate(self._moments)
+        ]
+        if [part.n for part in moments] != np.bincount(self.part, minlength=len(moments)).tolist():
+            raise ValueError("moments of other numbers of images")
+        self._moments = moments
+        self.seen.add_all()
+
+    def result(self) -> list[Moments]:
+        """Moments of each part, of which those of fewer than two images have no covariance. After `all_reduce`."""
+        self.seen.check()
+        for number in range(len(self._moments)):
+            self._flush(number)  # where a single process did not reduce
+        return list(self._moments)
+
+
+class ChunkedMoments(PartMoments):
+    """Mean and covariance of each of `chunks` random parts of the images, see `random_parts`."""
 
     def __init__(
         self, num: int, num_features: int, needs: str = "pool", chunks: int = 1, device: torch.device | str = "cpu"
@@ -143,75 +202,100 @@ class ChunkedMoments:
         """num: images of the whole pass. Raises DataError if a chunk would have fewer than two."""
         if num < 2 * chunks:
             raise DataError(f"{num} images are too few for a covariance in {chunks} chunks; give at least {2 * chunks}")
-        self.needs = needs
-        self.kept: Kept = "set" if chunks == 1 else "order"
-        self.part = random_parts(num, chunks)  # (num,)
-        self.seen = Seen(num, device)
-        self._moments = [Moments(num_features, device) for _ in range(chunks)]
-        self._waiting: list[list[Tensor]] = [[] for _ in range(chunks)]
-
-    def update(self, rows: np.ndarray, features: dict[str, Tensor]) -> None:
-        values = checked(rows, features[self.needs], self.needs)
-        self.seen.add(rows)
-        part = self.part[rows]
-        for chunk in np.unique(part):
-            own = torch.from_numpy(np.flatnonzero(part == chunk)).to(values.device)
-            waiting = self._waiting[chunk]
-            waiting.append(values.detach().index_select(0, own))
-            if sum(map(len, waiting)) >= BUFFER:
-                self._flush(chunk)
+        super().__init__(random_parts(num, chunks), chunks, num_features, needs, device, BUFFER)
+        self.kept = "set" if chunks == 1 else "order"
 
     @property
     def kind(self) -> str:
         return f"moments of {self.needs} in {len(self._moments)} parts"
 
-    def state(self) -> State:
-        self.seen.check()
-        return {f"{i}.{key}": array for i, part in enumerate(self._moments) for key, array in part.state().items()}
-
-    def restore(self, state: State) -> None:
-        found = [
-            part.like({key: named(state, f"{i}.{key}") for key in part.KEYS}) for i, part in enumerate(self._moments)
-        ]
-        if [part.n for part in found] != np.bincount(self.part, minlength=len(found)).tolist():
-            raise ValueError("moments of another number of images")
-        self._moments = found
-        self.seen.add_all()
-
     def whole(self) -> ChunkedMoments:
         """The moments of all images in one part. After `all_reduce`."""
         first = self._moments[0]
-        one = ChunkedMoments(len(self.part), first.mean.numel(), self.needs, 1, first.mean.device)
-        one._moments = [functools.reduce(Moments.merged, self.result())]
-        one.seen.add_all()
-        return one
+        whole = ChunkedMoments(len(self.part), first.mean.numel(), self.needs, 1, first.mean.device)
+        whole._moments = [functools.reduce(Moments.merged, self.result())]
+        whole.seen.add_all()
+        return whole
 
-    def _flush(self, chunk: int) -> None:
-        if self._waiting[chunk]:
-            self._moments[chunk].update(torch.cat(self._waiting[chunk]))
-            self._waiting[chunk] = []
+
+class ClassMoments(PartMoments):
+    """Mean and covariance of the features of each class, for a Frechet distance per class."""
+
+    def __init__(
+        self,
+        labels: np.ndarray,
+        num_classes: int,
+        num_features: int,
+        needs: str = "pool",
+        device: torch.device | str = "cpu",
+        max_bytes: int = MAX_CLASSES,
+    ) -> None:
+        """labels: int64 (N,) of all images. Raises DataError for a label out of range or above `max_bytes`."""
+        if len(labels) and not (labels.min() >= 0 and labels.max() < num_classes):
+            row = int(np.flatnonzero((labels < 0) | (labels >= num_classes))[0])
+            raise DataError(
+                f"image {row} has the label {labels[row]}, which is none of {num_classes} classes; a distance per "
+                f"class needs a set with labels"
+            )
+        size = 8 * num_features**2
+        if num_classes * size > max_bytes:
+            raise DataError(
+                f"a distance per class of {num_classes} classes and {num_features} features takes "
+                f"{num_classes * size / 2**30:.1f} GiB, more than {max_bytes / 2**30:.1f} GiB; score at most "
+                f"{max_bytes // size} classes at a time"
+            )
+        super().__init__(labels, num_classes, num_features, needs, device, buffer=1)
+
+    @property
+    def kind(self) -> str:
+        labels = hashlib.sha256(self.part.astype("<i8").tobytes()).hexdigest()
+        return f"moments of {self.needs} by the {len(self._moments)} classes {labels}"
+
+
+class RowStore:
+    """A value or vector for each image, (N, ...), in the order of the images. array: its name in the state."""
+
+    kept: Kept = "rows"
+    array: str
+
+    def __init__(self, values: Tensor, needs: str) -> None:
+        """values: zeros, to be filled."""
+        self._values, self.needs = values, needs
+        self.seen = Seen(len(values), values.device)
+
+    def value(self, features: Tensor) -> Tensor:
+        """What is stored of features (B, F)."""
+        return features
+
+    def update(self, rows: np.ndarray, features: dict[str, Tensor]) -> None:
+        values = self.value(checked(rows, features[self.needs], self.needs))
+        self._values[self.seen.add(rows)] = values.detach().to(self._values)
 
     def all_reduce(self) -> None:
-        for chunk in range(len(self._moments)):
-            self._flush(chunk)
-            self._moments[chunk] = self._moments[chunk].all_reduce()
+        dist.all_reduce_sum(self._values)  # exact: a row is zero on every process but one
         self.seen.all_reduce()
 
-    def result(self) -> list[Moments]:
-        """Moments of each chunk; `Moments.merged` joins them. After `all_reduce`."""
+    def state(self) -> State:
+        return {self.array: self.values().cpu().numpy()}
+
+    def restore(self, state: State) -> None:
+        stored = named(state, self.array, tuple(self._values.shape), self._values.cpu().numpy().dtype)
+        self._values.copy_(torch.from_numpy(stored))
+        self.seen.add_all()
+
+    def values(self) -> Tensor:
+        """(N, ...). After `all_reduce`."""
         self.seen.check()
-        for chunk in range(len(self._moments)):
-            self._flush(chunk)  # where a single process did not reduce
-        return list(self._moments)
+        return self._values
 
 
-class FeatureStore:
-    """The features of all images, float32 (N, F), in the order of the images; for metrics of distances between rows.
+class FeatureStore(RowStore):
+    """The features of all images, float32 (N, F); for metrics of distances between images.
 
     Memory: 4 N F bytes on `device` of every process (410 MB for 50,000 images of 2048 features), at most `max_bytes`.
     """
 
-    kept: Kept = "rows"
+    array = ROWS
 
     def __init__(
         self,
@@ -228,33 +312,12 @@ class FeatureStore:
                 f"{max_bytes / 2**30:.1f} GiB; give at most {max_bytes // (4 * num_features)} images to KID, "
                 f"precision, recall, density, coverage and nearest images"
             )
-        self.needs = needs
-        self.seen = Seen(num, device)
-        self._features = torch.zeros(num, num_features, device=device)  # (N, F)
-
-    def update(self, rows: np.ndarray, features: dict[str, Tensor]) -> None:
-        values = checked(rows, features[self.needs], self.needs)
-        self._features[self.seen.add(rows)] = values.detach().to(self._features)
+        super().__init__(torch.zeros(num, num_features, device=device), needs)
+        self.result = self.values
 
     @property
     def kind(self) -> str:
         return features_of(self.needs)
-
-    def state(self) -> State:
-        return {ROWS: self.result().cpu().numpy()}
-
-    def restore(self, state: State) -> None:
-        self._features.copy_(torch.from_numpy(named(state, ROWS, tuple(self._features.shape), np.float32)))
-        self.seen.add_all()
-
-    def all_reduce(self) -> None:
-        dist.all_reduce_sum(self._features)  # exact: a row is zero on every process but one
-        self.seen.all_reduce()
-
-    def result(self) -> Tensor:
-        """(N, F). After `all_reduce`."""
-        self.seen.check()
-        return self._features
 
 
 class Spread(NamedTuple):

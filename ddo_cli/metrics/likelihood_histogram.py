@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddo_cli import dist
 from ddo_cli.errors import DataError
-from ddo_cli.metrics.accumulators import Kept, Seen, State, checked, named
+from ddo_cli.metrics.accumulators import RowStore
 
-# Eigenvalues below this part of the largest one are no variance but rounding: a covariance stored in float32 is off by
-# 2^-24 = 6e-8 of its size. Chosen by us.
+# Eigenvalues below this fraction of the largest are rounding, not variance: a covariance stored in float32 is off by
+# 2^-24 = 6e-8 of its size. Our choice; the paper gives none.
 THRESHOLD = 1e-7
 
 
@@ -50,37 +49,22 @@ class FeatureGaussian:
         return z.square().sum(1) / 2 + self._constant
 
 
-class NegativeLogLikelihoods:
-    """The value of each of `num` images, by position; 12 bytes per image."""
+class NegativeLogLikelihoods(RowStore):
+    """Nats of each of `num` images, float64 (num,), by position; 12 bytes per image."""
 
-    kept: Kept = "rows"
+    array = "nats"
 
     def __init__(self, num: int, gaussian: FeatureGaussian, needs: str = "spatial") -> None:
-        self.needs, self.gaussian = needs, gaussian
-        device = gaussian.mean.device
-        self.seen = Seen(num, device)
-        self._values = torch.zeros(num, dtype=torch.float64, device=device)
+        super().__init__(torch.zeros(num, dtype=torch.float64, device=gaussian.mean.device), needs)
+        self.gaussian = gaussian
 
-    def update(self, rows: np.ndarray, features: dict[str, Tensor]) -> None:
-        values = checked(rows, features[self.needs], self.needs)
-        self._values[self.seen.add(rows)] = self.gaussian.nll(values)
-
-    def all_reduce(self) -> None:
-        dist.all_reduce_sum(self._values)
-        self.seen.all_reduce()
+    def value(self, features: Tensor) -> Tensor:
+        return self.gaussian.nll(features)
 
     @property
     def kind(self) -> str:
         return f"likelihood of {self.needs} under {self.gaussian.digest}"
 
-    def state(self) -> State:
-        return {"nats": self.result()}
-
-    def restore(self, state: State) -> None:
-        self._values.copy_(torch.from_numpy(named(state, "nats", tuple(self._values.shape), np.float64)))
-        self.seen.add_all()
-
     def result(self) -> np.ndarray:
-        """Nats per image, float64 (num,). After `all_reduce`."""
-        self.seen.check()
-        return self._values.cpu().numpy()
+        """Nats per image. After `all_reduce`."""
+        return self.values().cpu().numpy()

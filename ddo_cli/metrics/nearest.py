@@ -1,16 +1,13 @@
-"""Distances between feature vectors in tiles, nearest neighbours, and exact duplicates by content."""
+"""Distances between feature vectors in tiles, and nearest neighbours."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ddo_cli import dist
 from ddo_cli.errors import DataError
 
 TILE = 2048  # rows and columns of a tile: 32 MB in float64; chosen by us
@@ -63,68 +60,9 @@ def nearest_squared(queries: Tensor, rows: Tensor, k: int, tile: int = TILE) -> 
     best = torch.full((len(queries), k), torch.inf, dtype=torch.float64, device=queries.device)
     position = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
     for i, j, squared in tiles(queries, rows, tile):
-        own = slice(i, i + len(squared))
+        part = slice(i, i + len(squared))
         values, columns = squared.topk(min(k, squared.shape[1]), largest=False)
-        values, columns = torch.cat([best[own], values], 1), torch.cat([position[own], columns + j], 1)
-        best[own], order = values.topk(k, largest=False)
-        position[own] = columns.gather(1, order)
+        values, columns = torch.cat([best[part], values], 1), torch.cat([position[part], columns + j], 1)
+        best[part], order = values.topk(k, largest=False)
+        position[part] = columns.gather(1, order)
     return Neighbours(best, position)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Exact duplicates
-
-
-class Duplicates(NamedTuple):
-    """repeated: images that equal an earlier one of the set; of_reference: images that the reference holds too.
-
-    examples: a few pairs (row, row it equals) within the set.
-    """
-
-    repeated: int
-    of_reference: int | None
-    examples: list[tuple[int, int]]
-
-
-class Digests:
-    """A 16-byte digest of the content of each of `num` images, by position. Chance collisions: N^2 / 2^129."""
-
-    needs = "images"
-
-    def __init__(self, num: int) -> None:
-        self._digests = np.zeros((num, 2), dtype=np.uint64)  # (num, 2)
-        self._own: list[np.ndarray] = []
-
-    def update(self, rows: np.ndarray, features: dict[str, Tensor]) -> None:
-        """Adds features["images"], uint8 (B, C, H, W) on the CPU."""
-        for row, image in zip(rows, features[self.needs].numpy(), strict=True):
-            # The shape belongs to the content: 2 x 8 and 4 x 4 images of zeros are different.
-            content = hashlib.blake2b(repr(image.shape).encode(), digest_size=16)
-            content.update(image.tobytes())
-            self._digests[row] = np.frombuffer(content.digest(), dtype=np.uint64)
-        self._own.append(np.asarray(rows))
-
-    def all_reduce(self) -> None:
-        own = np.concatenate([np.zeros(0, np.int64), *self._own])
-        parts = dist.gathered((own, self._digests[own]))
-        for rows, digests in parts:
-            self._digests[rows] = digests
-        self._own = [rows for rows, _ in parts]
-
-    def result(self, reference: Digests | None = None) -> Duplicates:
-        """Counts. After `all_reduce` of both."""
-        own, other = (None if part is None else part._checked() for part in (self, reference))
-        assert own is not None
-        _, first, inverse = np.unique(own, return_index=True, return_inverse=True)
-        equals = first[inverse]  # (num,) the first row of the same content
-        again = np.flatnonzero(equals != np.arange(len(own)))
-        held = None if other is None else int(np.isin(own, other).sum())
-        return Duplicates(len(again), held, [(int(row), int(equals[row])) for row in again[:5]])
-
-    def _checked(self) -> np.ndarray:
-        """The digests as one array (num,) of pairs, which numpy can sort. Raises ValueError if a row is missing."""
-        counts = np.bincount(np.concatenate([np.zeros(0, np.int64), *self._own]), minlength=len(self._digests))
-        if not (counts == 1).all():
-            row = int(np.flatnonzero(counts != 1)[0])
-            raise ValueError(f"image {row} came {counts[row]} times in a pass over {len(counts)} images")
-        return self._digests.view([("high", np.uint64), ("low", np.uint64)])[:, 0]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from ddo_cli import checkpoint, npz
 from ddo_cli.errors import CheckpointError, DataError, printable
 from ddo_cli.metrics import stats
+from ddo_cli.metrics.extractors.base import Extractor
 from ddo_cli.metrics.stats import Statistics
 from ddo_cli.recipe.load import differing_keys
 from ddo_cli.safe_pickle import Array, read_pickle
@@ -35,16 +36,6 @@ _SOURCES = {  # what would serve, by kind of features
     "spatial": "ADM's VIRTUAL_*_labeled.npz, one of `ddo stats --metric {key}`, or images",
 }
 SPATIAL_FEATURES = 2023  # of sFID: 7 channels of 17 x 17
-
-
-class Measure(Protocol):
-    """The part of an extractor that decides what its features can be compared with."""
-
-    key: str
-    name: str
-    num_features: int
-
-    def protocol(self) -> dict[str, str]: ...
 
 
 class Images(NamedTuple):
@@ -87,7 +78,7 @@ class ReferenceFile(NamedTuple):
         kinds = {key: ", ".join(sorted(found)) for key, found in sorted(self.sets.items())}
         return "; ".join(f"{key or 'an extractor that it does not name'}: {kind}" for key, kind in kinds.items())
 
-    def statistics(self, extractor: Measure, kind: str = "pool") -> Statistics:
+    def statistics(self, extractor: Extractor, kind: str = "pool") -> Statistics:
         """The moments to compare this extractor's features with.
 
         Raises DataError if it has none, if they were made by another protocol, or if they are no moments.
@@ -102,7 +93,7 @@ class ReferenceFile(NamedTuple):
         stats.fits(f"{self.path} ({kind})" if kind != "pool" else str(self.path), found, size, extractor.name)
         return found
 
-    def features(self, extractor: Measure, kind: str = "pool") -> Tensor:
+    def features(self, extractor: Extractor, kind: str = "pool") -> Tensor:
         """Features (N, F) float32 of every image, read now. Raises DataError if the file has none, or as above."""
         self._of(extractor)
         if kind not in self.shapes:
@@ -119,7 +110,7 @@ class ReferenceFile(NamedTuple):
             )
         return features
 
-    def _of(self, extractor: Measure) -> Mapping[str, Statistics]:
+    def _of(self, extractor: Extractor) -> Mapping[str, Statistics]:
         """The statistics by kind, once metric and protocol are the extractor's. Raises DataError."""
         found = self.sets.get(extractor.key, self.sets.get(UNNAMED))
         if found is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddo_cli import dist
 from ddo_cli.metrics import frechet
-from ddo_cli.metrics.extractors.select import Extractor
+from ddo_cli.metrics.extractors.base import Extractor
 from ddo_cli.metrics.stats import HasMoments, Moments
 
 

@@ -17,7 +17,8 @@ from ddo_cli.engines.fid.fid import DEFAULT_REFERENCE, few
 from ddo_cli.engines.scoring import open_reference
 from ddo_cli.errors import DataError
 from ddo_cli.files import sha256
-from ddo_cli.metrics.extractors.select import Extractor, Metric, select_extractor
+from ddo_cli.metrics.extractors.base import Extractor
+from ddo_cli.metrics.extractors.select import Metric, select_extractor
 from ddo_cli.metrics.scorer import FrechetScorer, own_batches
 from ddo_cli.metrics.stats import Statistics
 from ddo_cli.models.discriminators import registry as discriminators

@@ -14,12 +14,11 @@ from ddo_cli.engines.fid import cache as fid_cache
 from ddo_cli.engines.fid.cache import Source
 from ddo_cli.errors import DdoError
 from ddo_cli.files import cache_directory
-from ddo_cli.metrics.accumulators import Accumulator, ChunkedMoments, FeatureStore
+from ddo_cli.metrics.accumulators import Accumulator, ChunkedMoments, ClassMoments, FeatureStore
 from ddo_cli.metrics.extractors.base import Extractor
 from ddo_cli.metrics.inception_score import InceptionScore
 from ddo_cli.metrics.inception_score import Protocol as ScoreProtocol
 from ddo_cli.metrics.likelihood_histogram import FeatureGaussian, NegativeLogLikelihoods
-from ddo_cli.metrics.per_class import ClassMoments
 from ddo_cli.metrics.references import SPATIAL_FEATURES
 
 T = TypeVar("T")

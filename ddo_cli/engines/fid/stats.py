@@ -13,7 +13,8 @@ from ddo_cli.engines.fid import one_pass
 from ddo_cli.engines.fid.one_pass import Wanted
 from ddo_cli.errors import CheckpointError, DataError, UsageError
 from ddo_cli.metrics import references
-from ddo_cli.metrics.extractors.select import Extractor, Metric, select_extractor
+from ddo_cli.metrics.extractors.base import Extractor
+from ddo_cli.metrics.extractors.select import Metric, select_extractor
 from ddo_cli.metrics.uncertainty import merged
 from ddo_cli.recipe.load import differing_keys
 

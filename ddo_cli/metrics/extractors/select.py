@@ -20,21 +20,6 @@ from ddo_cli.metrics.extractors import custom, inception, vit
 from ddo_cli.metrics.extractors import weights as weight_files
 from ddo_cli.metrics.extractors.base import Extractor, Precision, short
 from ddo_cli.metrics.extractors.digit_net import DigitNet
-from ddo_cli.metrics.extractors.inception import WEIGHTS_FILE, InceptionExtractor, load_inception
-
-__all__ = [
-    "EMBEDDED_EXTRACTOR",
-    "NETWORKS",
-    "WEIGHTS_FILE",
-    "Extractor",
-    "InceptionExtractor",
-    "Metric",
-    "NetworkExtractor",
-    "Precision",
-    "load_extractor",
-    "load_inception",
-    "select_extractor",
-]
 
 # What a distance is called, which is the extractor's key. sFID, IS, KID, precision and recall are of "fid"'s.
 Metric = Literal["fd_embedded", "fid", "fd_dinov2", "fd_clip", "fd_custom"]
