@@ -20,7 +20,7 @@ from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet, digest
 from ddo_cli.data.pairs import Shuffled
 from ddo_cli.errors import DataError
-from ddo_cli.metrics.scorer import own_batches
+from ddo_cli.metrics.scorer import share_of_batches
 from ddo_cli.recipe.load import load, to_yaml
 
 NUM = 12
@@ -348,7 +348,7 @@ def test_everything_takes_a_mapped_set(tmp_path):
                 ]
                 assert torch.equal(rows[0].items, rows[1].items)
                 assert type(mapped.items[np.array([1, 2])]) is np.ndarray
-        batches = [torch.cat(list(own_batches(each.items, 5))) for each in (mapped, plain)]
+        batches = [torch.cat(list(share_of_batches(each.items, 5))) for each in (mapped, plain)]
         assert torch.equal(batches[0], batches[1])
         batches[0].zero_()
     np.testing.assert_array_equal(mapped.items, items)

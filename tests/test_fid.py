@@ -15,7 +15,7 @@ from ddo_cli.errors import DataError
 from ddo_cli.metrics import stats
 from ddo_cli.metrics.extractors.digit_net import DigitNet
 from ddo_cli.metrics.extractors.select import EMBEDDED_EXTRACTOR, load_extractor
-from ddo_cli.metrics.scorer import FrechetScorer, moments_of, own_batches
+from ddo_cli.metrics.scorer import FrechetScorer, moments_of, share_of_batches
 
 NUM = 600
 
@@ -82,7 +82,7 @@ def test_result(sets, extractor):
 
 def test_statistics_as_reference(sets, extractor, tmp_path):
     loaded = load_extractor(extractor)
-    moments = moments_of(loaded, own_batches(open_images(str(sets / "ref.npz")).items, 256))
+    moments = moments_of(loaded, share_of_batches(open_images(str(sets / "ref.npz")).items, 256))
     stats.save(tmp_path / "ours.npz", moments.statistics(loaded.name))
     np.savez(tmp_path / "edm.npz", mu=moments.mean.numpy(), sigma=moments.cov.numpy())
     expected = distance(extractor, sets / "other.npz", sets / "ref.npz")
@@ -117,9 +117,9 @@ def test_scorer_takes_images_arrays_and_moments(sets, extractor):
     loaded = load_extractor(extractor)
     ref, other = (open_images(str(sets / f"{name}.npz")) for name in ("ref", "other"))
     assert isinstance(ref, ItemSet)
-    moments = moments_of(loaded, own_batches(ref.items, 100))
+    moments = moments_of(loaded, share_of_batches(ref.items, 100))
     references = (ref, ref.items, moments, moments.statistics())
-    found = [FrechetScorer(loaded, reference).score(own_batches(other.items, 64)) for reference in references]
+    found = [FrechetScorer(loaded, reference).score(share_of_batches(other.items, 64)) for reference in references]
     assert {key for scores in found for key in scores} == {"fd_embedded"}
     values = [scores["fd_embedded"] for scores in found]
     assert values == pytest.approx([values[0]] * 4, rel=1e-4)

@@ -24,7 +24,7 @@ from ddo_cli.engines.fid import report as fid_report
 from ddo_cli.engines.sampling import sample
 from ddo_cli.errors import DataError, UsageError
 from ddo_cli.metrics.extractors.select import EMBEDDED_EXTRACTOR, NetworkExtractor, load_extractor
-from ddo_cli.metrics.scorer import moments_of, own_batches
+from ddo_cli.metrics.scorer import moments_of, share_of_batches
 
 NUM = 200
 # The network's sums are ordered by where an image lies in its batch (1e-7 of a feature), and the distance of close sets
@@ -176,7 +176,7 @@ def test_repeats_of_images_are_parts_in_order(root, images, tmp_path):
 
 def test_every_kind_of_reference(root, images, tmp_path):
     expected = score(root / "set.npz", root / "ref.npz", metrics=ALL)
-    moments = moments_of(load_extractor(), own_batches(images["ref"], 64))
+    moments = moments_of(load_extractor(), share_of_batches(images["ref"], 64))
     mu, sigma = moments.mean.numpy(), moments.cov.numpy()
     np.savez(tmp_path / "edm.npz", mu=mu, sigma=sigma)
     np.savez(tmp_path / "adm.npz", mu=mu, sigma=sigma, arr_0=images["ref"].transpose(0, 2, 3, 1))

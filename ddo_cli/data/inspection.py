@@ -141,8 +141,8 @@ def balance(labels: np.ndarray, num_classes: int, max_named: int = 5) -> str | N
     named = ", ".join(f"{label} ({counts[label]})" for label in off[:max_named].tolist())
     more = f" and {len(off) - max_named} more" if len(off) > max_named else ""
     return (
-        f"classes are not balanced: {len(off)} of {num_classes} do not have {expected} images: {named}{more}; benchmarks "
-        "of class-conditional models draw every class equally often"
+        f"classes are not balanced: {len(off)} of {num_classes} do not have {expected} images: {named}{more}; "
+        "benchmarks of class-conditional models draw every class equally often"
     )
 
 

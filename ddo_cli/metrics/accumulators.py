@@ -1,7 +1,7 @@
-"""What one pass over the images feeds: objects that take features row by row, in any order and on any process.
+"""Accumulators of features, fed in one pass over the images in any order and on any process.
 
-A row's position in the image set decides what becomes of it (its split, its chunk, its place in an array), so that
-results depend neither on the order of arrival, nor on the batch, nor on how many processes share the rows.
+The position of an image in the set determines its split, chunk or row, so that results do not depend on the order of
+arrival, the batch, or the number of processes.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ State = dict[str, np.ndarray]
 
 
 class Accumulator(Protocol):
-    """needs: the output of the extractor it reads ("pool", "logits", "spatial"; "images": the images themselves).
+    """needs: the output of the extractor that it reads ("pool", "logits", "spatial").
 
-    kind: with images and extractor, all that decides its state. kept: what a state is good for: "set": the images in
-    any order; "rows": its arrays have an entry for each image, and can be put into another order; "order": this order.
+    kind: determines the state, together with images and extractor. kept: whether a state serves the same images in
+    another order: "set": yes; "rows": yes, once its arrays, with a row per image, are reordered; "order": no.
     """
 
     needs: str
@@ -46,20 +46,20 @@ class Accumulator(Protocol):
         ...
 
     def all_reduce(self) -> None:
-        """Adds what the other processes took; afterwards all hold the same. Every process calls it, once."""
+        """Merges the processes' shares; afterwards equal on all. Collective; call it once."""
         ...
 
     def state(self) -> State:
-        """What `restore` takes: all it has accumulated. After `all_reduce`."""
+        """Arrays for `restore`. After `all_reduce`."""
         ...
 
     def restore(self, state: State) -> None:
-        """Takes over a whole set's state, as if this process had seen every row. Raises ValueError if it is not one."""
+        """Restores the state of a whole set. Raises ValueError if it is not one."""
         ...
 
 
 def checked(rows: np.ndarray, features: Tensor, name: str) -> Tensor:
-    """`features` (B, F), one of each row. Raises DataError where a value is not finite, naming the image."""
+    """`features` (B, F), one per row. Raises DataError naming the first image whose features are not finite."""
     if len(rows) != len(features):
         raise ValueError(f"{len(rows)} rows came with {len(features)} features")
     finite = torch.isfinite(features).flatten(1).all(1)  # (B,)
@@ -72,16 +72,16 @@ def checked(rows: np.ndarray, features: Tensor, name: str) -> Tensor:
     return features
 
 
-ROWS = "features"  # the array of a FeatureStore's state
+ROWS = "features"  # array in the state of a FeatureStore
 
 
 def features_of(needs: str) -> str:
-    """The kind of a FeatureStore of this output."""
+    """`kind` of a FeatureStore of this output."""
     return f"features of {needs}"
 
 
 def named(state: State, key: str, shape: tuple[int, ...] | None = None, dtype: Any = None) -> np.ndarray:
-    """A finite array out of a state. Raises ValueError if it is missing, or of another shape or type."""
+    """An array of a state. Raises ValueError if it is missing, not finite, or of another shape or type."""
     array = state.get(key)
     if array is None or (shape is not None and array.shape != shape) or (dtype is not None and array.dtype != dtype):
         content = None if array is None else (array.shape, array.dtype)
@@ -92,10 +92,10 @@ def named(state: State, key: str, shape: tuple[int, ...] | None = None, dtype: A
 
 
 def random_parts(num: int, parts: int, seed: int = SEED) -> np.ndarray:
-    """The part 0 .. parts - 1 of each of `num` rows, int32 (num,): a fixed random division into almost equal parts.
+    """A fixed random partition into almost equal parts: the part 0 .. parts - 1 of each of `num` rows, int32 (num,).
 
     Part i holds the places i num // parts .. (i + 1) num // parts of a permutation, as torch-fidelity's splits do.
-    Random, because sets are often ordered by class: every tenth image may well be of one class.
+    Random, because sets are often ordered by class: every tenth image may be of the same class.
     """
     order = np.random.RandomState(seed).permutation(num)
     sizes = np.diff([i * num // parts for i in range(parts + 1)])
@@ -105,13 +105,13 @@ def random_parts(num: int, parts: int, seed: int = SEED) -> np.ndarray:
 
 
 class Seen:
-    """Counts the rows that came: each of `num` must come exactly once."""
+    """Checks that each of `num` rows comes exactly once."""
 
     def __init__(self, num: int, device: torch.device | str = "cpu") -> None:
         self.counts = torch.zeros(num, dtype=torch.int32, device=device)  # (num,)
 
     def add(self, rows: np.ndarray) -> Tensor:
-        """The rows as an index tensor on the device. Raises ValueError if one lies outside of the set."""
+        """Counts the rows; returns them as an index tensor on the device. Raises ValueError if one is out of range."""
         index = torch.from_numpy(np.asarray(rows, dtype=np.int64)).to(self.counts.device)
         if len(rows) and not (rows.min() >= 0 and rows.max() < len(self.counts)):
             raise ValueError(f"rows {rows.min()} .. {rows.max()} do not lie in a set of {len(self.counts)} images")
@@ -127,7 +127,7 @@ class Seen:
         dist.all_reduce_sum(self.counts)
 
     def check(self) -> None:
-        """Raises ValueError unless each row came once: a pass that was cut short or that took a row twice."""
+        """Raises ValueError unless each row came once."""
         if not bool((self.counts == 1).all()):
             row = int((self.counts != 1).nonzero()[0])
             raise ValueError(f"image {row} came {int(self.counts[row])} times in a pass over {len(self.counts)} images")
@@ -313,11 +313,14 @@ class FeatureStore(RowStore):
                 f"precision, recall, density, coverage and nearest images"
             )
         super().__init__(torch.zeros(num, num_features, device=device), needs)
-        self.result = self.values
 
     @property
     def kind(self) -> str:
         return features_of(self.needs)
+
+    def result(self) -> Tensor:
+        """(N, F). After `all_reduce`."""
+        return self.values()
 
 
 class Spread(NamedTuple):

@@ -1,4 +1,4 @@
-"""Divergences between a known two-dimensional density and a model's, integrated on a grid: no sampling noise."""
+"""Divergences between a known density in the plane and a model's, integrated on a grid, without sampling noise."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import NO_LABEL, LikelihoodModel
 from ddo_cli.recipe.schema import SamplingRecipe
 
-CHUNK = 2048  # points of one network pass; the activations of a small network then stay in the cache
+CHUNK = 2048  # points per network pass, so that a small network's activations stay in the CPU's cache
 
 
 class Densities(NamedTuple):
     """extent (left, right, bottom, top), as matplotlib's imshow takes it, and arrays (size, size), row 0 at the bottom.
 
-    Both densities integrate to 1 over the grid. mass: what the model had on the grid before that.
+    Both densities are normalised on the grid. mass: that of the model on the grid before.
     """
 
     extent: tuple[float, float, float, float]
@@ -30,10 +30,10 @@ class Densities(NamedTuple):
 
 
 class DensityScorer:
-    """Scores models of the plane against the mixture that made the data.
+    """Scores models of points in the plane against the mixture that the data is drawn from.
 
-    The grid is a square around the mixture's mean with `margin` deviations around every component. A cell must not be
-    much wider than the thinnest component's deviation: at one deviation the sum misses a normal's mass by 1e-8.
+    The grid is a square around the mixture's mean with a margin of `margin` standard deviations. Cells must not be
+    wider than the thinnest component's standard deviation; at that width the sum misses a normal's mass by 1e-8.
     """
 
     def __init__(self, data: GaussianMixture, size: int = 100, margin: float = 5.0):
@@ -62,11 +62,11 @@ class DensityScorer:
         return self.score_and_densities(model, spec)[0]
 
     def densities(self, model: LikelihoodModel, spec: SamplingRecipe) -> Densities:
-        """What `score` compares, for pictures."""
+        """The densities that `score` compares, for pictures."""
         return self.score_and_densities(model, spec)[1]
 
     def score_and_densities(self, model: LikelihoodModel, spec: SamplingRecipe) -> tuple[dict[str, float], Densities]:
-        """Both at the price of one."""
+        """Both, with one evaluation of the model."""
         log_model, mass = self._normalised(self._log_model(model, spec))
         log_mean = torch.logaddexp(self.log_data, log_model) - np.log(2)
         score = {
@@ -93,10 +93,10 @@ class DensityScorer:
         return torch.cat(chunks).to(torch.float64)
 
     def _normalised(self, log_p: Tensor) -> tuple[Tensor, float]:
-        """log density that integrates to 1 over the grid, and the mass before."""
+        """log density normalised on the grid, and the mass before."""
         log_mass = log_p.logsumexp(0) + 2 * np.log(self.cell)
         return log_p - log_mass, float(log_mass.exp())
 
     def _kl(self, log_p: Tensor, log_q: Tensor) -> float:
-        """KL(p || q) in nats. In log space, so that no tail underflows; 0 where p itself underflows."""
+        """KL(p || q) in nats, in log space so that tails of q do not underflow; 0 where p underflows."""
         return float((log_p.exp() * (log_p - log_q)).sum()) * self.cell**2

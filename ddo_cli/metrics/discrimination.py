@@ -1,4 +1,4 @@
-"""How well a discriminator tells held-out real from generated states, noise level by noise level."""
+"""Cross-entropy, accuracy and calibration of a discriminator on held-out items, by noise level."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BATCH = 256
 
 
 class _Part(NamedTuple):
-    """What the network said of a batch of one stratum, on the CPU: (b,) each."""
+    """Logits for a batch in one stratum, on the CPU: (b,) each."""
 
     level: int
     t: Tensor
@@ -28,10 +28,10 @@ class _Part(NamedTuple):
 
 
 class HeldOut:
-    """Real and generated items that were not trained on, with their noise fixed once and for all.
+    """Held-out real and generated items with fixed noise.
 
-    Every item is noised once in each of LEVELS strata of the training density, so that the mean over strata is the
-    training objective and two checkpoints are compared on the same states.
+    Every item is noised once in each of LEVELS strata of the training density of t, so that the mean over strata
+    estimates the training objective, and every checkpoint is evaluated on the same states.
     """
 
     def __init__(
@@ -43,20 +43,20 @@ class HeldOut:
         device: torch.device,
         batch: int = 256,
     ):
-        """real, fake: x0 in model space (N, ...) and labels (N,), as many of each. batch: of a network pass."""
+        """real, fake: x0 in model space (N, ...) and labels (N,), equally many. batch: items per network pass."""
         self.real, self.fake, self.law, self.seed, self.device = real, fake, law, seed, device
-        self.batch = -(-batch // BLOCK) * BLOCK  # noise comes in blocks of rows
+        self.batch = -(-batch // BLOCK) * BLOCK  # noise is drawn in blocks of rows
 
     @torch.no_grad()
     def evaluate(self, network: nn.Module) -> dict[str, Any]:
         """`bce`, `accuracy`, `calibration_error`, and `levels` with the same for each stratum; equal on every process.
 
-        bce is the mean of the real and the generated rows' cross-entropy in nats: log 2 for a blind network.
+        bce: mean of the cross-entropies of real and generated rows, in nats; log 2 at chance.
         """
         size = len(self.real[0])
         tasks = [(level, start) for level in range(LEVELS) for start in range(0, size, self.batch)]
-        own = [self._logits(network, level, start) for level, start in dist.shard(tasks)]
-        parts = [part for rank in dist.gathered(own) for part in rank]
+        share = [self._logits(network, level, start) for level, start in dist.shard(tasks)]
+        parts = [part for rank in dist.gathered(share) for part in rank]
         levels = [_summary([part for part in parts if part.level == level]) for level in range(LEVELS)]
         logit_real = torch.cat([part.logit_real for part in parts])
         logit_fake = torch.cat([part.logit_fake for part in parts])
@@ -72,13 +72,13 @@ class HeldOut:
         rng = RowRng.for_rows("held-out", self.seed, level, rows=range(start, stop))
         times = self.law.times((level + rng.rand(dtype=torch.float64)) / LEVELS)  # (b,)
         t = times.t.to(self.device)
-        found = []
+        logits = []
         for x0, label in (self.real, self.fake):
             eps = rng.randn(x0.shape[1:]).to(self.device)
             states = noisy(x0[start:stop].to(self.device), t, eps)
-            found.append(network(states, t, label[start:stop].to(self.device)).cpu())
+            logits.append(network(states, t, label[start:stop].to(self.device)).cpu())
         weight = torch.ones_like(times.t) if times.weight is None else times.weight
-        return _Part(level, times.t, found[0], found[1], weight)
+        return _Part(level, times.t, logits[0], logits[1], weight)
 
 
 def noisy(x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -89,19 +89,19 @@ def noisy(x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
 
 def _summary(parts: list[_Part]) -> dict[str, Any]:
     t, logit_real, logit_fake, weight = (torch.cat(column) for column in list(zip(*parts, strict=True))[1:])
-    found = discriminator_loss(logit_real, logit_fake, weight, weight)
+    objective = discriminator_loss(logit_real, logit_fake, weight, weight)
     curve = reliability(logit_real, logit_fake)
     real, fake = (torch.nn.functional.softplus(z) * weight for z in (-logit_real, logit_fake))
     return {
         "sigma_min": float(vp_sde.sigma_of(t.min())),
         "sigma_max": float(vp_sde.sigma_of(t.max())),
-        "bce": float(found.loss),
+        "bce": float(objective.loss),
         "bce_real": float(real.mean()),
         "bce_fake": float(fake.mean()),
-        "accuracy_real": float(found.accuracy_real),
-        "accuracy_fake": float(found.accuracy_fake),
+        "accuracy_real": float(objective.accuracy_real),
+        "accuracy_fake": float(objective.accuracy_fake),
         "calibration_error": curve.error,
-        # NaN is not JSON: bins without rows are left out.
+        # Bins without rows are left out: NaN is not JSON.
         "reliability": [
             [p, o, int(n)]
             for p, o, n in zip(curve.predicted.tolist(), curve.observed.tolist(), curve.num, strict=True)

@@ -1,8 +1,8 @@
 """Frechet distance between Gaussians, in float64: d^2 = |m - m_r|^2 + tr(C + C_r - 2 (C C_r)^{1/2}).
 
 Dowson and Landau, J. Multivariate Analysis 12 (1982); as a metric of images: Heusel et al., arXiv 1706.08500, eq. 6.
-C C_r is not symmetric, and a general matrix root of it returns imaginary parts that have to be dropped. But C_r = R^T R
-gives it the eigenvalues of the symmetric R C R^T, so that one symmetric eigensolve gives the trace of the root.
+C C_r is not symmetric, and a general matrix root of it has spurious imaginary parts. With C_r = R^T R its non-zero
+eigenvalues are those of the symmetric R C R^T, so that a symmetric eigensolve gives the trace of the root.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Chosen by us: a covariance that was stored in float32 has a spectral error below 2^-24 of its trace.
+# Our choice: a covariance stored in float32 has a spectral error below 2^-24 of its trace.
 TOLERANCE = 1e-6
 
 
@@ -25,23 +25,22 @@ class Reference(NamedTuple):
 
 
 def reference(mean: Tensor, cov: Tensor, device: torch.device | str = "cpu") -> Reference:
-    """The reference with its factor, which repeated distances share. mean: (F,); cov: (F, F).
+    """The reference with its factor, computed once for all distances from it. mean: (F,); cov: (F, F).
 
-    device: where distances from it are computed. Not where the moments happen to be, since many a GPU is slow in
-    float64 or lacks it.
+    device: where distances are computed; the CPU by default, since many GPUs are slow in float64 or lack it.
     Raises ValueError if a value is not finite, or if cov is not symmetric or clearly not positive semidefinite.
     """
     mean, cov = _checked(mean, cov, device)
     values, vectors = torch.linalg.eigh(cov)  # (F,), (F, F)
-    # Eigenvalues below the eigensolve's error are zeros of a covariance of fewer images than features. Without them
-    # the factor is thin, and their roots, 1e-8 of the others', are not summed.
+    # Eigenvalues below the eigensolve's error are zero: the covariance of fewer images than features. Leaving them out
+    # makes the factor thin, and keeps their roots (1e-8 of the others) out of the sum.
     kept = values > len(values) * torch.finfo(torch.float64).eps * values[-1].clamp(min=0)
     root = values[kept].sqrt()[:, None] * vectors[:, kept].T  # (rank, F)
     return Reference(mean, float(cov.trace()), root)
 
 
 def distance_to(ref: Reference, mean: Tensor, cov: Tensor) -> float:
-    """Squared Frechet distance of the Gaussian (mean (F,), cov (F, F)) from `ref`. At the cost of one eigensolve.
+    """Squared Frechet distance of the Gaussian (mean (F,), cov (F, F)) from `ref`. Costs one eigensolve.
 
     Raises ValueError as `reference` does, or if the two have different F.
     """
@@ -66,7 +65,7 @@ def frechet_distance(
 
 
 def check(mean: Tensor, cov: Tensor) -> None:
-    """Raises ValueError as `reference` does, at a small part of its cost."""
+    """Raises ValueError as `reference` does, at a fraction of the cost."""
     _checked(mean, cov)
 
 
@@ -81,7 +80,7 @@ def _checked(mean: Tensor, cov: Tensor, device: torch.device | str = "cpu") -> t
     if float((cov - cov.T).abs().max()) > TOLERANCE * float(cov.abs().max()):
         raise ValueError("the covariance is not symmetric")
     cov = (cov + cov.T) / 2
-    # Cholesky tells whether every eigenvalue exceeds -shift at a small part of an eigensolve's cost.
+    # Cholesky succeeds if every eigenvalue exceeds -shift, at a fraction of an eigensolve's cost.
     # The smallest normal number lets a covariance of zeros pass.
     shift = TOLERANCE * max(float(cov.trace()), 0.0) + torch.finfo(torch.float64).tiny
     shifted = cov.clone()

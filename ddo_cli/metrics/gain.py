@@ -1,4 +1,4 @@
-"""What discriminator guidance gains, noise level by noise level: the score error that it takes away (arXiv 2211.17091).
+"""Gain of discriminator guidance by noise level: the reduction of the score error (arXiv 2211.17091).
 
     Gain = 1/2 int g^2 E[ |grad log p_data - s|^2 - |grad log p_data - s'|^2 ] dt,   s' = s + w grad_x L
     KL(data || guided) <= KL(data || model) - Gain   for w = 1
@@ -8,10 +8,10 @@ replaced by x0 - D (denoising score matching). With g^2 dt = 2 sigma dsigma and 
 
     Gain = int sigma^-3 E[ |x0 - D|^2 - |x0 - D'|^2 ] dsigma = int sigma^-2 E[ 2 w <x0 - D, u> - w^2 |u|^2 ] dln sigma
 
-On items that the discriminator was trained on the estimate is too large; on held-out ones a negative bin says that
-guidance leads the score astray at that noise level: it is overfitted or too strong there. An untrained one gains
-exactly 0. All this is about scores, that is, about a sampler of infinitely many steps: a discriminator of samples drawn
-in few steps mends the sampler's errors as well, and may better the samples while its gain is negative.
+On the discriminator's training items the estimate is too large. On held-out items a negative bin means that guidance
+makes the score worse at that noise level: the discriminator overfits or the weight is too large. An untrained one gains
+exactly 0. The gain concerns scores, that is, a sampler with infinitely many steps: a discriminator trained on samples
+of few steps also corrects discretisation errors, and may improve samples although its gain is negative.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from ddo_cli.diffusion.trace import Trace, rows_of
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
 
-BINS = 16  # of equal width in ln sigma; chosen by us
+BINS = 16  # of equal width in ln sigma; our choice, the paper gives none
 
 
 class Gain(NamedTuple):
-    """The gain at every weight w: 2 w slope - w^2 curvature, in nats. u is the guide's at weight 1, decay included.
+    """The gain as a function of the weight w: 2 w slope - w^2 curvature, in nats; u is that of weight 1, with decay.
 
-    edges: noise levels between bins (K + 1,), increasing; slope, curvature: each item's share of a bin (N, K), float64.
+    edges: of the bins in sigma (K + 1,), increasing; slope, curvature: of each item in each bin (N, K), float64.
     """
 
     edges: Tensor
@@ -43,14 +43,14 @@ class Gain(NamedTuple):
     curvature: Tensor
 
     def by_item(self, weight: float) -> Tensor:
-        """Each item's share of the gain in each bin, (N, K); its mean over items is the gain."""
+        """Contribution of each item to the gain in each bin, (N, K); its mean over items is the gain."""
         return 2 * weight * self.slope - weight**2 * self.curvature
 
     def figures(self, weight: float) -> dict[str, Any]:
         """`gain` and its standard `error` at this weight and at weight 1, and `levels` with the same for each bin.
 
-        The error of the total comes from the items' totals, since an item's shares of neighbouring bins are correlated.
-        best_weight: where the parabola has its top; None where guidance is 0.
+        The error of the total comes from the items' totals, since the contributions of an item to neighbouring bins are
+        correlated. best_weight: maximum of the parabola; None where guidance is 0.
         """
         levels = [
             {
@@ -94,26 +94,26 @@ def measure(
 ) -> Gain:
     """The gain of `guide` on held-out items x0 (N, ...) between two noise levels; equal on every process.
 
-    Every item is noised once per bin, at a level of its own there, by numbers that depend on seed, bin and item only.
-    The guide's weight and boosting are left out, see `Gain`; its window and decay are honoured, and so is cfg_scale.
+    Every item is noised once per bin, at a random level in it; level and noise depend only on seed, bin and item. The
+    guide's weight and boosting are ignored, see `Gain`; its window and decay apply, and so does cfg_scale.
     """
     edges = torch.linspace(math.log(bounds[0]), math.log(bounds[1]), bins + 1, dtype=torch.float64)
     unit = guide._replace(weight=1.0, boost=None)
     tasks = [(k, start) for k in range(bins) for start in range(0, len(x0), spec.batch)]
-    own = dist.shard(tasks)
-    found = []
-    with console.progress("gain", len(own), "batches") as bar:
-        for k, start in own:
+    share = dist.shard(tasks)
+    parts = []
+    with console.progress("gain", len(share), "batches") as bar:
+        for k, start in share:
             rows = slice(start, min(start + spec.batch, len(x0)))
             rng = RowRng.for_rows("gain", seed, k, rows=range(rows.start, rows.stop))
             u = rng.rand(dtype=torch.float64)
             sigma = (edges[k] + (edges[k + 1] - edges[k]) * u).exp().to(device)  # (b,)
             eps = rng.randn(x0.shape[1:], dtype=torch.float64).to(device)
             terms = _terms(base, unit, x0[rows].to(device, torch.float64), label[rows].to(device), spec, sigma, eps)
-            found.append((k, rows, terms.cpu() * (edges[k + 1] - edges[k])))
+            parts.append((k, rows, terms.cpu() * (edges[k + 1] - edges[k])))
             bar.advance()
     shares = torch.zeros(2, len(x0), bins, dtype=torch.float64)
-    for k, rows, terms in (part for rank in dist.gathered(found) for part in rank):
+    for k, rows, terms in (part for rank in dist.gathered(parts) for part in rank):
         shares[:, rows, k] = terms
     return Gain(edges.exp(), shares[0], shares[1])
 
@@ -127,7 +127,7 @@ def _terms(
     sigma: Tensor,
     eps: Tensor,
 ) -> Tensor:
-    """sigma^-2 <x0 - D, u> and sigma^-2 |u|^2, (2, B). The guide steers a zero, so u comes without D's rounding."""
+    """sigma^-2 <x0 - D, u> and sigma^-2 |u|^2, (2, B). A zero denoiser is steered, so that u has no rounding of D."""
 
     def zero(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
         return torch.zeros_like(x)

@@ -1,7 +1,7 @@
 """Inception Score: exp of the mean over images of KL(p(y|x) || p(y)), with p(y) the mean of p(y|x) (arXiv 1606.03498).
 
 mean_x KL(p(y|x) || p(y)) = mean_x sum_y p(y|x) log p(y|x) - sum_y p(y) log p(y), so that two running sums per split
-suffice. Logits are those without the classifier's bias, in both protocols.
+suffice. Logits are without the classifier's bias, in both protocols.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ ADM_SPLIT = 5000  # images of a split in ADM's evaluation suite
 def splits_of(num: int, protocol: Protocol) -> np.ndarray:
     """The split of each row, int (num,).
 
-    torch-fidelity: ten splits of a permutation with seed 2020. adm: 5000 consecutive images each, a last split of fewer
-    counting as much as the others; so it depends on the order of the images, which should be random.
+    torch-fidelity: ten splits of a permutation with seed 2020. adm: 5000 consecutive images each, where a smaller last
+    split has equal weight; depends on the order of the images, which should be random.
     Raises DataError if a split would be empty.
     """
     if protocol == "adm":
@@ -43,7 +43,7 @@ class InceptionScore:
     """Accumulates logits (B, classes) of `num` images. Memory: splits x classes float64, and 8 bytes per image."""
 
     needs = "logits"
-    kept: Kept = "order"  # which decides the splits
+    kept: Kept = "order"  # the splits depend on it
 
     def __init__(
         self,
@@ -83,9 +83,9 @@ class InceptionScore:
 
     def restore(self, state: State) -> None:
         totals = {"sum_p": self.sum_p, "sum_p_log_p": self.sum_p_log_p}
-        found = {key: named(state, key, tuple(total.shape), np.float64) for key, total in totals.items()}
+        arrays = {key: named(state, key, tuple(total.shape), np.float64) for key, total in totals.items()}
         for key, total in totals.items():
-            total.copy_(torch.from_numpy(found[key]))
+            total.copy_(torch.from_numpy(arrays[key]))
         self.seen.add_all()
 
     def result(self) -> Spread:

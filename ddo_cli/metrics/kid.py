@@ -16,8 +16,8 @@ def kernel_distance(features: Tensor, reference: Tensor, subsets: int = 100, sub
     """Mean and standard deviation over subsets of MMD^2 between rows of (N, F) and of (M, F), on the features' device.
 
     The subsets are torch-fidelity's: numpy's RandomState(2020) draws rows of `features`, then of `reference`, without
-    replacement, `subsets` times. A mean slightly below 0 is right for equal distributions, since the estimate has no
-    bias. Memory beside the features: a few matrices of subset_size^2 float64 and two subsets.
+    replacement, `subsets` times. A mean slightly below 0 is normal for equal distributions, since the estimate
+    is unbiased. Memory beside the features: a few matrices of subset_size^2 float64 and two subsets.
     Raises DataError if a set has fewer rows than a subset, or the two have different F.
     """
     if features.shape[1] != reference.shape[1]:
@@ -32,20 +32,20 @@ def kernel_distance(features: Tensor, reference: Tensor, subsets: int = 100, sub
             f"give at least {subset_size} of each, or a subset size of 2 to {fewest}"
         )
     rng = np.random.RandomState(SEED)
-    found = np.empty(subsets)
+    estimates = np.empty(subsets)
     for i in range(subsets):
         x, y = (
             rows[torch.from_numpy(rng.choice(len(rows), subset_size, replace=False)).to(rows.device)].to(torch.float64)
             for rows in (features, reference)
         )
-        found[i] = mmd2(x, y)
-    return Spread(float(found.mean()), float(found.std()))
+        estimates[i] = mmd2(x, y)
+    return Spread(float(estimates.mean()), float(estimates.std()))
 
 
 def mmd2(x: Tensor, y: Tensor) -> float:
-    """Unbiased MMD^2 between as many rows of x and y, (m, F) each: E k(x, x') + E k(y, y') - 2 E k(x, y), x' not x.
+    """Unbiased MMD^2 of x and y, (m, F) each: E k(x, x') + E k(y, y') - 2 E k(x, y), x' another row.
 
-    In float64: it is a small difference of large means.
+    In float64, being a small difference of large means.
     """
     m = len(x)
     within = sum(_kernel(rows, rows).fill_diagonal_(0).sum() for rows in (x, y)) / (m * (m - 1))

@@ -20,9 +20,9 @@ THRESHOLD = 1e-7
 class FeatureGaussian:
     """N(mean, cov) on the subspace of the features in which the data varies.
 
-    cov is singular where features never vary or images are fewer than features. It is then inverted on the `rank`
-    eigenvectors whose eigenvalue exceeds `threshold` times the largest, and a feature's part outside of them is not
-    judged; numbers of different rank cannot be compared.
+    cov is singular if a feature never varies or images are fewer than features. It is then inverted on the `rank`
+    eigenvectors whose eigenvalue exceeds `threshold` times the largest, and the component of a feature outside them is
+    ignored; values of different rank cannot be compared.
     """
 
     def __init__(self, mean: Tensor, cov: Tensor, threshold: float = THRESHOLD, device: torch.device | str = "cpu"):

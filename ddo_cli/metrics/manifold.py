@@ -1,6 +1,6 @@
-"""Precision, recall, density and coverage: who lies within the neighbourhoods of whose features.
+"""Precision, recall, density and coverage, from k-nearest-neighbour balls in feature space.
 
-B(x) is the ball around a row x of a set that reaches to its k-th nearest other row. Improved precision and recall,
+The ball of a row x of a set reaches to its k-th nearest other row in the set. Improved precision and recall,
 arXiv 1904.06991, eqs. 1 and 2; density and coverage, arXiv 2002.09797, eqs. 4 and 5.
 """
 
@@ -14,17 +14,17 @@ from torch import Tensor
 from ddo_cli.errors import DataError
 from ddo_cli.metrics.nearest import TILE, nearest_squared, tiles
 
-K_PRECISION, K_DENSITY = 3, 5  # the papers'
-# A row on the edge of a ball (the k-th neighbour itself, where the sets share rows) must not fall on either side by
-# rounding: squared distances this close, relative to each other, are equal.
+K_PRECISION, K_DENSITY = 3, 5  # the papers' values
+# Squared distances that differ by less, relatively, are equal: rounding must not decide whether a row lies on the edge
+# of a ball (as the k-th neighbour itself does, where the sets share rows).
 EDGE = 1e-10
 
 
 class Manifold(NamedTuple):
     """precision: share of generated rows in any real ball. recall: share of real rows in any generated ball.
 
-    density: real balls that hold a generated row, mean over generated rows, divided by k; 1 for equal sets, and may be
-    more. coverage: share of real balls that hold a generated row.
+    density: mean over generated rows of the number of real balls around them, divided by k; 1 for equal sets, may be
+    larger. coverage: share of real balls with a generated row inside.
     """
 
     precision: float
@@ -38,8 +38,8 @@ def manifold(
 ) -> Manifold:
     """All four, of generated rows (N, F) and real rows (M, F), on their device.
 
-    Balls are closed for precision and recall, open for density and coverage, as in the authors' programs; ADM's suite
-    and torch-fidelity have the same precision and recall, except that they round distances (to float16 and float32).
+    Balls are closed for precision and recall, open for density and coverage, as in the authors' code. ADM's suite and
+    torch-fidelity compute the same precision and recall, but with distances in float16 and float32.
     Memory beside the features: those of `nearest.tiles`. Time: 2 F (N^2 + M^2 + N M) operations in float64.
     Raises DataError if a set has no more than k rows.
     """
@@ -52,7 +52,7 @@ def manifold(
     # A row is its own nearest neighbour, hence k + 1.
     real_squared = nearest_squared(real, real, max(k, k_density) + 1, tile).distances  # (M, k + 1)
     fake_radius = nearest_squared(fake, fake, k + 1, tile).distances[:, k, None] * (1 + EDGE)  # (N, 1)
-    real_radius = real_squared[:, k] * (1 + EDGE)  # (M,), squared as the others
+    real_radius = real_squared[:, k] * (1 + EDGE)  # (M,), squared like the others
     dense_radius = real_squared[:, k_density] * (1 - EDGE)
 
     in_real = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)

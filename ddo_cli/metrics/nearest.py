@@ -10,18 +10,18 @@ from torch import Tensor
 
 from ddo_cli.errors import DataError
 
-TILE = 2048  # rows and columns of a tile: 32 MB in float64; chosen by us
-# |x - y|^2 = |x|^2 + |y|^2 - 2 x.y loses the digits of small distances. Below this part of |x|^2 + |y|^2 it is taken
-# for 0, which makes duplicates exactly equal: far above the rounding of float64, and where rows differ by 1e-6 of their
-# length, as the same image's features do when it is extracted in batches of another size. Chosen by us.
+TILE = 2048  # rows and columns of a tile: 32 MB in float64; our choice
+# |x - y|^2 = |x|^2 + |y|^2 - 2 x.y loses the digits of small distances. Below this fraction of |x|^2 + |y|^2 it is set
+# to 0, so that duplicates are exactly equal. Our choice: far above the rounding of float64; the features of one image
+# differ by 1e-6 of their length when extracted in batches of another size.
 ROUNDING = 1e-12
 
 
 def tiles(x: Tensor, y: Tensor, tile: int = TILE) -> Iterator[tuple[int, int, Tensor]]:
     """(i, j, squared distances of x[i : i + tile] from y[j : j + tile]) over all pairs of rows, row tile by row tile.
 
-    x: (N, F), y: (M, F), on one device. Computed in float64 about the mean of y: float32 keeps four or five digits of
-    a distance in 2048 dimensions, which would decide who is whose neighbour by chance.
+    x: (N, F), y: (M, F), on one device. Computed in float64 about the mean of y: float32 would leave four or five
+    digits of a distance in 2048 dimensions, too few to order neighbours.
     Memory beside x and y: two tiles of features and three of distances, in float64.
     """
     centre = torch.stack([part.sum(0, dtype=torch.float64) for part in y.split(tile)]).sum(0) / len(y)  # (F,)
@@ -43,7 +43,7 @@ class Neighbours(NamedTuple):
 
 
 def nearest(queries: Tensor, rows: Tensor, k: int = 1, tile: int = TILE) -> Neighbours:
-    """The k rows (M, F) nearest to each of the queries (N, F), Euclidean. Equal distances come in no set order.
+    """The k rows (M, F) nearest to each of the queries (N, F), Euclidean. The order of equal distances is not defined.
 
     Raises DataError if there are fewer than k rows or the features differ in number.
     """
@@ -52,7 +52,7 @@ def nearest(queries: Tensor, rows: Tensor, k: int = 1, tile: int = TILE) -> Neig
 
 
 def nearest_squared(queries: Tensor, rows: Tensor, k: int, tile: int = TILE) -> Neighbours:
-    """The same with squared distances, for comparisons with those of `tiles`."""
+    """`nearest` with squared distances, comparable with those of `tiles`."""
     if queries.shape[1] != rows.shape[1]:
         raise DataError(f"{queries.shape[1]} features cannot be compared with {rows.shape[1]}; use one extractor")
     if not 1 <= k <= len(rows):

@@ -1,7 +1,7 @@
-"""Published figures by benchmark, to stand beside a score: whose, how much, by how many network evaluations, and where.
+"""Published scores by benchmark, shown beside one's score: method, metric, value, arXiv number, network evaluations.
 
-Only those that were read in the papers or their repositories. A figure compares with another of the same protocol only:
-EDM's and ADM's suites differ in the network's port, the reference images and the way of choosing among repeats.
+Taken from the papers or their repositories. Scores compare only within a protocol: EDM's and ADM's suites differ in the
+port of Inception, the reference images and the choice among repeats.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ VAR = "2404.02905"
 
 
 class Figure(NamedTuple):
-    """One published number. metric: as `ddo fid` names it; nfe: network evaluations per image, where known."""
+    """A published score. metric: as in `ddo fid`; nfe: network evaluations per image, if known."""
 
     method: str
     metric: str
@@ -31,7 +31,7 @@ class Figure(NamedTuple):
 
 
 class Published(NamedTuple):
-    """A benchmark: how its figures were measured, and the figures."""
+    """The scores of a benchmark, and the protocol that measured them."""
 
     protocol: str
     figures: tuple[Figure, ...]
@@ -43,12 +43,12 @@ ADM_PROTOCOL = "50,000 images against VIRTUAL_{}, in ADM's evaluation suite"
 
 
 def _suite(method: str, arxiv: str, nfe: int | None = None, **values: float) -> tuple[Figure, ...]:
-    """Several metrics of one method; `is_` stands for "is"."""
+    """Several metrics of a method; `is_` stands for "is"."""
     return tuple(Figure(method, key.rstrip("_"), value, arxiv, nfe) for key, value in values.items())
 
 
 def _edm2(metric: str, values: str, suffix: str = "", arxiv: str = EDM2, nfe: int | None = 63) -> tuple[Figure, ...]:
-    """Figures of the sizes of EDM2: "S 1.58, M 1.43"."""
+    """Scores by model size of EDM2: "S 1.58, M 1.43"."""
     pairs = (pair.split() for pair in values.split(","))
     return tuple(Figure(f"EDM2-{size}{suffix}", metric, float(value), arxiv, nfe) for size, value in pairs)
 
@@ -72,7 +72,7 @@ TABLE: dict[Benchmark, Published] = {
     ),
     "ffhq64": Published(EDM_PROTOCOL, (Figure("EDM", "fid", 2.39, EDM, 79), Figure("EDM + DG", "fid", 1.98, DG))),
     "afhqv2-64": Published(EDM_PROTOCOL, (Figure("EDM", "fid", 1.96, EDM, 79),)),
-    # Of EDM and of EDM2 the training images are cropped differently, so their references differ.
+    # EDM and EDM2 crop the training images differently, so their references differ.
     "imagenet64": Published(
         "50,000 images against EDM's statistics (EDM, ADM) or EDM2's, which differ; of those two the least of several",
         (
@@ -124,5 +124,5 @@ NAMES: tuple[str, ...] = get_args(Benchmark)
 
 
 def rows(benchmark: Benchmark, metric: str) -> list[Figure]:
-    """The published figures of this metric; empty where none is known. KeyError for an unknown benchmark."""
+    """The published scores of this metric; empty if none is known. KeyError for an unknown benchmark."""
     return [figure for figure in TABLE[benchmark].figures if figure.metric == metric]

@@ -1,8 +1,8 @@
-"""What generated images are compared with, out of a file: statistics, and the images or features behind them.
+"""Reference files: feature statistics to compare generated images with, and perhaps the images or features themselves.
 
 | file | holds |
 |---|---|
-| EDM's .npz | `mu`, `sigma` of one extractor that it does not name: believed |
+| EDM's .npz | `mu`, `sigma`; the extractor is not named, so it is not checked |
 | ADM's VIRTUAL_*.npz | `mu`, `sigma`, `mu_s`, `sigma_s` of the whole data, and 10,000 images `arr_0` |
 | EDM2's .pkl | {"num_images", "fid": {"mu", "sigma"}, "fd_dinov2": {...}}: a metric names its extractor |
 | .safetensors of `ddo stats` | moments, perhaps features, and the protocol that made them |
@@ -29,9 +29,9 @@ from ddo_cli.safe_pickle import Array, read_pickle
 
 KIND = "statistics"  # of our checkpoints
 SUFFIXES = (".npz", ".pkl", ".safetensors")
-UNNAMED = ""  # the metric of a file that names none
+UNNAMED = ""  # key for the statistics of a file that names no metric
 FORMATS = "EDM's .npz, EDM2's .pkl, ADM's VIRTUAL_*_labeled.npz, a .safetensors of `ddo stats`, or images"
-_SOURCES = {  # what would serve, by kind of features
+_SOURCES = {  # files that have these features
     "pool": "one of `ddo stats --metric {key}`, or images",
     "spatial": "ADM's VIRTUAL_*_labeled.npz, one of `ddo stats --metric {key}`, or images",
 }
@@ -39,7 +39,7 @@ SPATIAL_FEATURES = 2023  # of sFID: 7 channels of 17 x 17
 
 
 class Images(NamedTuple):
-    """The images inside a reference, not read yet: how many, and the (C, H, W) of each."""
+    """The images in a reference file, not read yet: their number and shape (C, H, W)."""
 
     member: npz.Member
     num: int
@@ -57,11 +57,11 @@ class Images(NamedTuple):
 
 
 class ReferenceFile(NamedTuple):
-    """What a file of statistics can serve.
+    """Content of a file of statistics.
 
-    sets: by metric key ("fid", "fd_dinov2", ..., UNNAMED) and kind of features ("pool", "spatial"); num_images: behind
-    the statistics, where known; protocol: what made them (Extractor.protocol), where known; shapes: of stored features
-    by kind; data: name, content hash and sizes of the images that `ddo stats` read.
+    sets: statistics by metric key ("fid", "fd_dinov2", ..., UNNAMED) and kind of features ("pool", "spatial");
+    num_images: that the statistics were computed of, and protocol: `Extractor.protocol`, if known; shapes: of stored
+    features by kind; data: name, content hash and sizes of the images that `ddo stats` read.
     """
 
     path: Path
@@ -74,32 +74,32 @@ class ReferenceFile(NamedTuple):
 
     @property
     def content(self) -> str:
-        """What it holds, for people."""
-        kinds = {key: ", ".join(sorted(found)) for key, found in sorted(self.sets.items())}
+        """Summary for messages."""
+        kinds = {key: ", ".join(sorted(statistics)) for key, statistics in sorted(self.sets.items())}
         return "; ".join(f"{key or 'an extractor that it does not name'}: {kind}" for key, kind in kinds.items())
 
     def statistics(self, extractor: Extractor, kind: str = "pool") -> Statistics:
         """The moments to compare this extractor's features with.
 
-        Raises DataError if it has none, if they were made by another protocol, or if they are no moments.
+        Raises DataError if there are none, if another protocol made them, or if they are not valid moments.
         """
-        found = self._of(extractor).get(kind)
-        if found is None:
+        statistics = self._of(extractor).get(kind)
+        if statistics is None:
             raise DataError(
                 f"{self.path} holds {self.content} features, and no {kind} features of {extractor.name}; give "
                 + _SOURCES[kind].format(key=extractor.key)
             )
         size = extractor.num_features if kind == "pool" else SPATIAL_FEATURES
-        stats.fits(f"{self.path} ({kind})" if kind != "pool" else str(self.path), found, size, extractor.name)
-        return found
+        stats.fits(f"{self.path} ({kind})" if kind != "pool" else str(self.path), statistics, size, extractor.name)
+        return statistics
 
     def features(self, extractor: Extractor, kind: str = "pool") -> Tensor:
-        """Features (N, F) float32 of every image, read now. Raises DataError if the file has none, or as above."""
+        """Features (N, F) float32 of every image. Raises DataError if the file has none, or as `statistics` does."""
         self._of(extractor)
         if kind not in self.shapes:
-            have = "the images" if self.images is not None else "moments only"
+            content = "the images" if self.images is not None else "moments only"
             raise DataError(
-                f"{self.path} holds {have}, not the features of each image; give one of `ddo stats --features`, or "
+                f"{self.path} holds {content}, not the features of each image; give one of `ddo stats --features`, or "
                 "images"
             )
         features = _tensor(self.path, f"{kind}.features")
@@ -111,9 +111,9 @@ class ReferenceFile(NamedTuple):
         return features
 
     def _of(self, extractor: Extractor) -> Mapping[str, Statistics]:
-        """The statistics by kind, once metric and protocol are the extractor's. Raises DataError."""
-        found = self.sets.get(extractor.key, self.sets.get(UNNAMED))
-        if found is None:
+        """Statistics by kind. Raises DataError if the metric or the protocol is not the extractor's."""
+        statistics = self.sets.get(extractor.key, self.sets.get(UNNAMED))
+        if statistics is None:
             raise DataError(
                 f"{self.path} holds {self.content} features, and nothing of {extractor.key} ({extractor.name}); give "
                 + _SOURCES["pool"].format(key=extractor.key)
@@ -124,11 +124,11 @@ class ReferenceFile(NamedTuple):
                 f"(there -> here): {'; '.join(map(_shortened, lines))}; give the same options as for `ddo stats`, or "
                 "images"
             )
-        return found
+        return statistics
 
 
 def is_reference(path: str | Path) -> bool:
-    """Whether this is a file of statistics rather than a set of images. An .npz with both is."""
+    """Whether this is a file of statistics and not a set of images; an .npz with both is one."""
     file = Path(path)
     suffix = file.suffix.lower()
     if suffix not in SUFFIXES or file.is_dir():
@@ -137,7 +137,7 @@ def is_reference(path: str | Path) -> bool:
 
 
 def read_reference(path: str | Path) -> ReferenceFile:
-    """What a file of statistics holds. Raises DataError or CheckpointError if it cannot be read."""
+    """Reads a file of statistics. Raises DataError or CheckpointError."""
     file = Path(path)
     if not file.is_file():
         raise DataError(f"{path} does not exist; give {FORMATS}")
@@ -163,7 +163,7 @@ def _read_npz(path: Path) -> ReferenceFile:
 
 def _images(member: npz.Member) -> Images:
     shape = member.shape
-    last = len(shape) == 4 and shape[3] in (1, 3)  # as ADM's; it wins where both would do
+    last = len(shape) == 4 and shape[3] in (1, 3)  # as ADM's; preferred if both readings fit
     if member.dtype != np.uint8 or len(shape) != 4 or shape[0] < 2 or not (last or shape[1] in (1, 3)):
         raise DataError(
             f"{member.path}: {member.name} is {member.dtype} {shape}; it must be uint8 images (N, H, W, C) or (N, C, "
@@ -181,8 +181,8 @@ def _read_pickle(path: Path) -> ReferenceFile:
         content = read_pickle(path, FORMATS)
     except CheckpointError as error:
         raise DataError(str(error)) from None
-    metrics = {key: found for key, found in content.items() if type(found) is dict} if type(content) is dict else {}
-    if not metrics or not all(type(key) is str and {"mu", "sigma"} <= found.keys() for key, found in metrics.items()):
+    metrics = {key: value for key, value in content.items() if type(value) is dict} if type(content) is dict else {}
+    if not metrics or not all(type(key) is str and {"mu", "sigma"} <= value.keys() for key, value in metrics.items()):
         raise DataError(
             f"{path} is a pickle without statistics: it needs the keys 'num_images' and, for each metric such as "
             f"'fid', 'mu' and 'sigma'; give {FORMATS}"
@@ -191,9 +191,9 @@ def _read_pickle(path: Path) -> ReferenceFile:
     if num_images is not None and (type(num_images) is not int or num_images < 2):
         raise DataError(f"{path}: num_images = {printable(str(num_images), 40)} is no number of images; copy it again")
     sets = {}
-    for key, found in metrics.items():
+    for key, arrays in metrics.items():
         where = f"{path} ({printable(key, 40)})"
-        values = [found[name].values for name in ("mu", "sigma") if type(found[name]) is Array]
+        values = [arrays[name].values for name in ("mu", "sigma") if type(arrays[name]) is Array]
         mean, cov = values if len(values) == 2 else (None, None)
         if mean is None or cov is None:
             raise DataError(f"{where}: mu and sigma must be arrays of numbers; copy the file again")
@@ -216,8 +216,8 @@ def save_reference(
 ) -> None:
     """Writes moments and features by kind, atomically. metric: their key; data: with `num_images`, see `ddo stats`."""
     tensors: dict[str, Tensor] = {}
-    for kind, found in moments.items():
-        tensors |= {f"{kind}.mean": found.mean, f"{kind}.cov": found.cov}
+    for kind, statistics in moments.items():
+        tensors |= {f"{kind}.mean": statistics.mean, f"{kind}.cov": statistics.cov}
     tensors |= {f"{kind}.features": rows for kind, rows in features.items()}
     checkpoint.save(path, tensors, {"kind": KIND, "metric": metric, "protocol": protocol, "data": data})
 
@@ -245,14 +245,14 @@ def _read_own(path: Path) -> ReferenceFile:
 def _tensor(path: Path, name: str) -> Tensor:
     try:
         with safe_open(path, framework="pt") as content:
-            found: Tensor = content.get_tensor(name)
+            tensor: Tensor = content.get_tensor(name)
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"{path} has no whole '{name}' ({error}); compute it again with `ddo stats`") from None
-    if found.dtype not in (torch.float32, torch.float64):
-        raise DataError(f"{path}: '{name}' is {found.dtype}; it must be float32 or float64, compute it again")
-    return found
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise DataError(f"{path}: '{name}' is {tensor.dtype}; it must be float32 or float64, compute it again")
+    return tensor
 
 
 def _shortened(line: str) -> str:
-    """ "key: theirs -> ours" with hashes cut to what tells them apart."""
+    """ "key: theirs -> ours" with hashes cut to 8 digits."""
     return " ".join(f"{word[:8]}.." if len(word) == 64 else word for word in printable(line, 1000).split(" "))

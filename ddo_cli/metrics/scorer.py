@@ -1,4 +1,4 @@
-"""Frechet distances of generated images from one reference, as training rounds and `ddo fid` need them."""
+"""Frechet distances of generated images from one reference."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class HasItems(Protocol):
     def items(self) -> np.ndarray: ...
 
 
-def own_batches(items: np.ndarray, batch: int) -> Iterator[Tensor]:
+def share_of_batches(items: np.ndarray, batch: int) -> Iterator[Tensor]:
     """This process's share of the batches of `items` (N, ...), each (b, ...)."""
     for start in dist.shard(range(0, len(items), batch)):
-        # A copy: the items may be a file's pages, which a tensor must not share.
+        # Copied because the items may be a read-only mapped file.
         yield torch.from_numpy(items[start : start + batch].copy())
 
 
@@ -40,26 +40,26 @@ def moments_of(extractor: Extractor, batches: Iterable[Tensor]) -> Moments:
 class FrechetScorer:
     """Frechet distance from a fixed reference, whose moments and factor are computed once.
 
-    reference: images, of which every process holds all, or moments; batch: images of the reference per network pass.
+    reference: images (all of them on every process) or moments; batch: reference images per network pass.
     """
 
     def __init__(self, extractor: Extractor, reference: np.ndarray | HasItems | HasMoments, batch: int = 256) -> None:
         self.extractor = extractor
         items = reference if isinstance(reference, np.ndarray) else getattr(reference, "items", None)
         if items is not None:
-            reference = moments_of(extractor, own_batches(items, batch))
+            reference = moments_of(extractor, share_of_batches(items, batch))
         moments = cast(HasMoments, reference)
         self.reference = frechet.reference(moments.mean, moments.cov)
 
     def score(self, batches: Iterable[Tensor]) -> dict[str, float]:
         """{extractor.key: distance}, lower is better, the same on every process.
 
-        batches: uint8 (b, C, H, W), this process's share of the images; may be empty where another's is not.
+        batches: uint8 (b, C, H, W), this process's share of the images, which may be empty.
         Raises ValueError if all processes together pass fewer than two images.
         """
         return self.score_moments(moments_of(self.extractor, batches))
 
     def score_moments(self, moments: HasMoments) -> dict[str, float]:
-        """The same for moments that are already those of all processes."""
+        """`score` of moments that are reduced over all processes."""
         value = frechet.distance_to(self.reference, moments.mean, moments.cov)
-        return {self.extractor.key: dist.from_main(value)}  # all processes must take the same decisions
+        return {self.extractor.key: dist.from_main(value)}  # all processes must decide alike

@@ -1,4 +1,4 @@
-"""Mean and covariance of features: accumulated in float64 over batches and processes, kept in .npz files."""
+"""Mean and covariance of features: accumulated in float64 over batches and processes, stored in .npz files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class HasMoments(Protocol):
 
 
 class Statistics(NamedTuple):
-    """Moments at rest: mean (F,) and cov (F, F), float64; how many images and which extractor, where known."""
+    """Final moments: mean (F,) and cov (F, F), float64; number of images and name of the extractor, if known."""
 
     mean: Tensor
     cov: Tensor
@@ -40,8 +40,8 @@ class Statistics(NamedTuple):
 class Moments:
     """Streaming mean and covariance of feature vectors, float64.
 
-    Each batch is merged as a group of its own (Chan, Golub and LeVeque 1979, eqs. 2.1): the sum of squares is kept
-    about the running mean, so that features far from zero lose no digits and no shift need be agreed on.
+    Batches are merged by Chan, Golub and LeVeque 1979, eqs. 2.1: squares are summed about the running mean, so that
+    features far from zero lose no digits.
     """
 
     KEYS = ("n", "mean", "scatter")  # of a state
@@ -67,7 +67,7 @@ class Moments:
         self.n = total
 
     def all_reduce(self) -> Moments:
-        """The moments of all processes' rows; this process's own are left as they are."""
+        """The moments of all processes' rows, as a new object."""
         sums = dist.all_reduce_sum(torch.cat([self._mean.new_tensor([self.n]), self.n * self._mean]))  # (1 + F,)
         merged = Moments(self._mean.numel(), self._mean.device)
         merged.n = round(float(sums[0]))
@@ -77,23 +77,23 @@ class Moments:
         return merged
 
     def state(self) -> dict[str, np.ndarray]:
-        """What `like` takes."""
+        """Arrays for `like`."""
         return {"n": np.array(self.n), "mean": self._mean.cpu().numpy(), "scatter": self._scatter.cpu().numpy()}
 
     def like(self, state: dict[str, np.ndarray]) -> Moments:
-        """The moments of a state, of as many features as these. Raises ValueError if it holds others."""
+        """Moments from a state. Raises ValueError unless it has as many features as these."""
         n, mean, scatter = (state[key] for key in self.KEYS)
         shapes = n.shape, mean.shape, scatter.shape
         if shapes != ((), self._mean.shape, self._scatter.shape) or {mean.dtype, scatter.dtype} != {np.dtype("f8")}:
             raise ValueError(f"moments of shapes {shapes} instead of {self._mean.numel()} features")
-        found = Moments(self._mean.numel(), self._mean.device)
-        found.n = int(n)
-        found._mean.copy_(torch.from_numpy(mean))
-        found._scatter.copy_(torch.from_numpy(scatter))
-        return found
+        moments = Moments(self._mean.numel(), self._mean.device)
+        moments.n = int(n)
+        moments._mean.copy_(torch.from_numpy(mean))
+        moments._scatter.copy_(torch.from_numpy(scatter))
+        return moments
 
     def merged(self, other: Moments) -> Moments:
-        """The moments of both's rows; these two are left as they are."""
+        """The moments of the rows of both, as a new object."""
         both, delta = Moments(self._mean.numel(), self._mean.device), other._mean - self._mean
         both.n = self.n + other.n
         share = other.n / max(both.n, 1)
@@ -102,7 +102,7 @@ class Moments:
         return both
 
     def without(self, part: Moments) -> Moments:
-        """The moments of the rows that are not in `part`, some of these rows; the inverse of `merged`."""
+        """The moments of the rows outside `part`, a subset of the rows; the inverse of `merged`."""
         if part.n >= self.n:
             raise ValueError(f"{self.n} rows without {part.n} of them leave none")
         rest = Moments(self._mean.numel(), self._mean.device)
@@ -121,13 +121,13 @@ class Moments:
 
     @property
     def cov(self) -> Tensor:
-        """Unbiased covariance (divided by n - 1, as EDM does), (F, F). Raises ValueError below two rows."""
+        """Unbiased covariance (divided by n - 1, as in EDM), (F, F). Raises ValueError below two rows."""
         if self.n < 2:
             raise ValueError(f"the covariance of {self.n} rows is not defined")
         return self._scatter / (self.n - 1)
 
     def statistics(self, extractor: str | None = None) -> Statistics:
-        """What `save` takes. extractor: name of what the features come from."""
+        """Statistics for `save`. extractor: its name."""
         return Statistics(self.mean.cpu(), self.cov.cpu(), self.n, extractor)
 
 
@@ -147,7 +147,7 @@ def save(path: Path, statistics: Statistics) -> None:
 
 
 def holds_statistics(path: Path) -> bool:
-    """Whether a file is an .npz with `mu` and `sigma`. False for anything that cannot be read as one."""
+    """Whether a file is a readable .npz with `mu` and `sigma`."""
     try:
         return npz.members(path).keys() >= {"mu", "sigma"}
     except npz.DAMAGE:
@@ -157,16 +157,16 @@ def holds_statistics(path: Path) -> bool:
 def load(path: Path, num_features: int, extractor: str) -> Statistics:
     """Statistics of `num_features` features of the extractor of this name.
 
-    A file that names no extractor (EDM's do not) is believed. Raises DataError if it cannot be read, holds something
+    A file that names no extractor (EDM's do not) is accepted. Raises DataError if it cannot be read, holds something
     else, names another extractor, has another number of features, or is not a mean with a covariance.
     """
-    found = read_npz(path)
-    fits(str(path), found, num_features, extractor)
-    return found
+    statistics = read_npz(path)
+    fits(str(path), statistics, num_features, extractor)
+    return statistics
 
 
 def read_npz(path: Path, mu: str = "mu", sigma: str = "sigma") -> Statistics:
-    """The statistics of an .npz in its arrays `mu` and `sigma`, as they are. Raises DataError if there are none."""
+    """The statistics in the arrays `mu` and `sigma` of an .npz, unchecked. Raises DataError if there are none."""
     try:
         members = npz.members(path)
         arrays = {}
@@ -190,9 +190,9 @@ def read_npz(path: Path, mu: str = "mu", sigma: str = "sigma") -> Statistics:
 def of_arrays(
     where: str, mean: np.ndarray, cov: np.ndarray, num_images: int | None = None, extractor: str | None = None
 ) -> Statistics:
-    """Statistics out of a file. Raises DataError unless they are real numbers of single or double precision.
+    """Statistics read from a file. Raises DataError unless they are real numbers of single or double precision.
 
-    where: the file and the place in it. float16 is refused: its rounding alone is a distance.
+    where: the file, for messages. float16 is refused because its rounding alone adds to a distance.
     """
     for array in (mean, cov):
         if array.dtype.kind != "f" or array.dtype.itemsize < 4:

@@ -1,4 +1,4 @@
-"""How sure a Frechet distance is: a jackknife standard error, and its value for infinitely many images.
+"""Uncertainty of a Frechet distance: jackknife standard error, and extrapolation to infinitely many images.
 
 Both come from the moments of equal random chunks of the images (`accumulators.ChunkedMoments`), without another pass.
 """
@@ -17,7 +17,7 @@ from ddo_cli.metrics.stats import Moments
 
 
 class Point(NamedTuple):
-    """value: mean distance of disjoint sets of `num` images each."""
+    """value: mean distance over disjoint sets of `num` images each."""
 
     num: float
     value: float
@@ -26,7 +26,7 @@ class Point(NamedTuple):
 class Uncertainty(NamedTuple):
     """value: the distance of all images. std_error: of `value` over draws of as many images, the reference held fixed.
 
-    infinity: extrapolated to 1/N = 0, and points: what the line went through; None and () where chunks are too small.
+    infinity: value extrapolated to 1/N = 0; points: of the fitted line; None and () if chunks are too small.
     """
 
     value: float
@@ -43,7 +43,7 @@ def merged(chunks: Sequence[Moments]) -> Moments:
 def uncertainty(ref: frechet.Reference, chunks: Sequence[Moments], extrapolate: bool = True) -> Uncertainty:
     """Standard error and limit of the distance of all chunks' images from `ref`.
 
-    Costs as many distances as there are chunks and one, and some eight more to extrapolate (ten chunks).
+    Costs one distance per chunk and one more, and about eight to extrapolate (ten chunks).
     Raises DataError below two chunks.
     """
     if len(chunks) < 2:
@@ -60,17 +60,17 @@ def uncertainty(ref: frechet.Reference, chunks: Sequence[Moments], extrapolate: 
 def extrapolation_points(ref: frechet.Reference, chunks: Sequence[Moments], value: float) -> tuple[Point, ...]:
     """Mean distance of unions of 1, 2, ... chunks, for each number that divides the number of chunks.
 
-    The distance is linear in 1/N (arXiv 1911.07023, eq. 6). Every point uses all images, once: what is particular to
-    these images moves all points alike and leaves the slope. Sets of fewer than 2 F images are left out, since their
-    covariances are singular or nearly so and the distance is then not linear (the paper begins at 2.4 F).
+    The distance is linear in 1/N (arXiv 1911.07023, eq. 6). Every point uses each image once, so that the sampling
+    error of the images shifts all points alike and leaves the slope. Sets of fewer than 2 F images are left out: their
+    covariance is nearly singular and the distance not linear (the paper starts at 2.4 F).
     value: the distance of all.
     """
     points = []
     for size in range(1, len(chunks)):
         unions = [chunks[i : i + size] for i in range(0, len(chunks), size)]
         if len(chunks) % size == 0 and min(sum(part.n for part in union) for union in unions) >= 2 * len(ref.mean):
-            found = [_distance(ref, merged(union)) for union in unions]
-            points.append(Point(sum(part.n for part in chunks) / len(unions), float(np.mean(found))))
+            distances = [_distance(ref, merged(union)) for union in unions]
+            points.append(Point(sum(part.n for part in chunks) / len(unions), float(np.mean(distances))))
     return (*points, Point(sum(part.n for part in chunks), value))
 
 

@@ -19,7 +19,7 @@ from ddo_cli.errors import DataError
 from ddo_cli.files import sha256
 from ddo_cli.metrics.extractors.base import Extractor
 from ddo_cli.metrics.extractors.select import Metric, select_extractor
-from ddo_cli.metrics.scorer import FrechetScorer, own_batches
+from ddo_cli.metrics.scorer import FrechetScorer, share_of_batches
 from ddo_cli.metrics.stats import Statistics
 from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.report import pictures
@@ -124,7 +124,7 @@ def write(
         scorer = FrechetScorer(target.extractor, target.reference, batch)
 
     def distance(items: np.ndarray) -> float | None:
-        return scorer.score(own_batches(items, batch))[key] if scorer is not None else None
+        return scorer.score(share_of_batches(items, batch))[key] if scorer is not None else None
 
     levels: list[dict[str, Any]] = []
     rows = {"source": _row(sources)}

@@ -18,7 +18,7 @@ from ddo_cli.engines import training_run
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.errors import UsageError
 from ddo_cli.files import write_json
-from ddo_cli.metrics.scorer import own_batches
+from ddo_cli.metrics.scorer import share_of_batches
 from ddo_cli.models.var import tokenizers, vqvae
 from ddo_cli.models.var.vqvae import Vqvae
 from ddo_cli.models.var.vqvae_layers import full_precision
@@ -119,7 +119,7 @@ def _finish(
     squared: list[float] = []
 
     def reconstructed() -> Iterator[Tensor]:
-        for items in own_batches(real.items[: recipe.metric.num_images], recipe.sampling.batch):
+        for items in share_of_batches(real.items[: recipe.metric.num_images], recipe.sampling.batch):
             images = items.to(device)
             back = model.decode(model.quantize.f_hat(model.encode(images)))
             squared.extend((vqvae.scaled(back) - vqvae.scaled(images)).square().flatten(1).mean(1).tolist())

@@ -1,4 +1,4 @@
-"""What every feature extractor is: uint8 images to features, under a name that says which numbers can be compared."""
+"""Base class of feature extractors: uint8 images to features; scores compare only between extractors of one name."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ Precision = Literal["float32", "tf32", "bf16"]
 class Extractor(ABC):
     """uint8 images (B, 1 or 3, H, W) -> features by output name, float32, on `device`.
 
-    key: what a distance of these features is called ("fid" for Inception-v3 only); outputs: names of what it can give:
-    "pool" (B, num_features), which everyone has, "logits" and "spatial" of Inception-v3; resize: how images reach the
-    network's size; name: network, preprocessing and precision, so that numbers of different names cannot be compared;
-    is_fixed: whether `protocol` names all that decides the features, so that they may be kept for later runs;
-    sha256: of the weight file; content_sha256: of the weights, whatever file they lie in; is_published: whether these
-    are the weights that published numbers rest on.
+    key: name of the Frechet distance of these features ("fid" for Inception-v3 only); outputs: "pool" (B, num_features)
+    of every extractor, "logits" and "spatial" of Inception-v3; resize: how images get the network's size; name:
+    network, preprocessing and precision; is_fixed: whether `protocol` determines the features, so that they may be
+    cached; sha256: of the weight file; content_sha256: of the weights, in whatever file; is_published: whether these
+    are the weights of published scores.
     """
 
     key: str
@@ -41,13 +40,13 @@ class Extractor(ABC):
         content: str | None = None,
         is_published: bool = False,
     ) -> None:
-        # Reduced precision moves a distance in its third digit: the numbers get a name of their own.
+        # Reduced precision changes the third digit of a distance, hence another name.
         self.name = name if precision == "float32" else f"{name}-{precision}"
         self.num_features, self.sha256, self.content_sha256 = num_features, digest, content or digest
         self.device, self.precision, self.is_published = torch.device(device), precision, is_published
 
     def protocol(self) -> dict[str, str]:
-        """All that decides whether features can be compared with others: equal exactly if they can."""
+        """Everything that features depend on: two extractors are comparable if their protocols are equal."""
         return {
             "extractor": self.name,
             "weights_sha256": self.content_sha256,
@@ -56,11 +55,11 @@ class Extractor(ABC):
         }
 
     def __call__(self, images: Tensor) -> Tensor:
-        """The pool features (B, F), as `extract` gives them."""
+        """The pool features (B, F)."""
         return self.extract(images)["pool"]
 
     def extract(self, images: Tensor, outputs: Sequence[str] = ("pool",)) -> dict[str, Tensor]:
-        """The outputs asked for, each (B, its size), of one pass. Grey images are repeated to three channels.
+        """The given outputs (B, size) of one pass. Grey images are repeated to three channels.
 
         Raises DataError if these are not images, UsageError for an output that this extractor does not have, and
         NumericsError for features that are not finite.
@@ -75,23 +74,23 @@ class Extractor(ABC):
                 f"items of type {images.dtype} and shape {tuple(images.shape[1:])} have no features; the extractor "
                 f"{self.name} reads uint8 images with 1 or 3 channels"
             )
-        images = images.to(self.device).expand(-1, 3, -1, -1)  # (B, 3, H, W), on its way as bytes
+        images = images.to(self.device).expand(-1, 3, -1, -1)  # (B, 3, H, W), moved as bytes
         with torch.no_grad(), inference_precision(self.precision, self.device):
-            found = {name: value.to(torch.float32) for name, value in self._extract(images, outputs).items()}
-        for name, value in found.items():
+            features = {name: value.to(torch.float32) for name, value in self._extract(images, outputs).items()}
+        for name, value in features.items():
             if not torch.isfinite(value).all():
                 raise NumericsError(
                     f"the extractor {self.name} gives '{name}' features that are not finite; its weights are damaged, "
                     "or its precision does not suffice"
                 )
-        return found
+        return features
 
     @abstractmethod
     def _extract(self, images: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:
-        """uint8 (B, 3, H, W) -> {output: (B, its size)}, of those asked for."""
+        """uint8 (B, 3, H, W) -> {output: (B, size)} of the given outputs."""
 
 
 def short(error: BaseException) -> str:
-    """The first words of a message of another library, on one line."""
+    """An error message of another library, on one line, cut to 240 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 240 else text[:240] + " ..."

@@ -1,8 +1,8 @@
-"""A user's own feature extractor: a TorchScript module, or a Python file.
+"""Custom feature extractors: a TorchScript module or a Python file of the user.
 
-Both are code. A TorchScript module runs in torch's own interpreter and reaches no Python, but may write files; a Python
-file can do everything. Only files whose origin is known should be given. Pickled detectors of StyleGAN3 and EDM are
-not read: they carry Python source that would have to be run.
+Both are code; give only files that you trust. A TorchScript module runs in torch's interpreter without Python, but may
+write files; a Python file can do anything. Pickled detectors of StyleGAN3 and EDM are not read, since they contain
+Python source that would have to be run.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ddo_cli.precision import inference_precision
 
 SUFFIXES = (".pt", ".ts", ".py")
 PYTHON_CONTRACT = "extractor(device) -> a function of uint8 images (B, 3, H, W) that returns features (B, F)"
-# Sides of the black images that a module is tried with, until one is accepted: most read any size.
+# Sides of the black images that the module is tried with until it accepts one; most modules accept any size.
 PROBES = (64, 32, 224, 256, 299, 512)
 
 
 class CustomExtractor(Extractor):
-    """`function`: uint8 images (B, 3, H, W) on `device` -> features (B, F). It resizes them itself, if at all."""
+    """`function`: uint8 images (B, 3, H, W) on `device` -> features (B, F). It does its own resizing."""
 
     key = "fd_custom"
     resize = "by the extractor itself"
@@ -58,8 +58,8 @@ class CustomExtractor(Extractor):
 
     def _checked(self, features: Any, num: int) -> Tensor:
         if not isinstance(features, Tensor) or not features.is_floating_point():
-            what = f"a tensor of {features.dtype}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
-            raise DataError(f"the extractor {self.path} returns {what}; it must return a tensor (B, F) of floats")
+            kind = f"a tensor of {features.dtype}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
+            raise DataError(f"the extractor {self.path} returns {kind}; it must return a tensor (B, F) of floats")
         if features.ndim != 2 or len(features) != num or self.num_features not in (0, features.shape[1]):
             width = self.num_features or "F"
             raise DataError(
@@ -83,9 +83,9 @@ class CustomExtractor(Extractor):
 def load_custom(path: str, device: torch.device | str = "cpu", precision: Precision = "float32") -> CustomExtractor:
     """The extractor of a TorchScript file (.pt, .ts) or of a Python file (.py), which is run.
 
-    TorchScript: called with uint8 images, and with return_features=True if its forward has such an argument, as the
-    detectors of StyleGAN have. Python: it defines `extractor(device)`, which returns the function. Raises
-    CheckpointError or UsageError if it is neither, DataError if what it returns are no features.
+    TorchScript: called with uint8 images, and with return_features=True if its forward has that argument, as StyleGAN's
+    detectors have. Python: defines `extractor(device)`, which returns the function. Raises CheckpointError or
+    UsageError if the file is neither, DataError if the function does not return features.
     """
     file = checkpoint.resolve(path)
     digest = sha256(file)
@@ -126,7 +126,7 @@ def _python(file: Path, path: str, device: torch.device) -> Callable[[Tensor], A
 
 
 def _where(error: BaseException) -> str:
-    """An error of the user's code on one line, with the place in it."""
+    """An error in the user's code on one line, with line number and file."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" (line {frames[-1].lineno} of {Path(frames[-1].filename).name})" if frames else ""
     return f"{type(error).__name__}: {short(error)}{place}"

@@ -1,6 +1,6 @@
-"""The vision transformer of DINOv2 (Oquab et al. 2023, arXiv 2304.07193), as its published weights need it.
+"""The vision transformer of DINOv2 (Oquab et al. 2023, arXiv 2304.07193), for its published weights.
 
-Written here because the usual way, torch hub, downloads a repository's code and runs it.
+Written anew because torch hub, the usual way, downloads code and runs it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PATCH = 14
-TRAINED_GRID = 37  # patches a side in training's last stage, 518 x 518 pixels
-# The published code adds this to the grid's size before it divides to get the scale at which it resamples position
-# embeddings. It moves the sampling points a little, so features differ without it.
+TRAINED_GRID = 37  # patches per side in the last training stage, 518 x 518 pixels
+# The published code adds this to the grid size when it computes the scale at which position embeddings are resampled,
+# which shifts the sampling points slightly.
 GRID_OFFSET = 0.1
 
 
@@ -43,7 +43,7 @@ class LayerScale(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers, four times as wide inside."""
+    """Two layers with a hidden width of 4 x width."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normalised before, scaled after and added."""
+    """Pre-norm attention and MLP with residuals and layer scale."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class DinoV2(nn.Module):
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + TRAINED_GRID**2, width))
-        self.mask_token = nn.Parameter(torch.zeros(1, width))  # of training; in the published files
+        self.mask_token = nn.Parameter(torch.zeros(1, width))  # used in training only, but in the published files
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, PATCH, PATCH)})
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)

@@ -1,4 +1,4 @@
-"""Inception-v3 as FID uses it: the network of torch-fidelity, fed with weights that are read safely."""
+"""Inception-v3 for FID: torch-fidelity's network with safely read weights."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from ddo_cli.errors import CheckpointError
 from ddo_cli.metrics.extractors import weights
 from ddo_cli.metrics.extractors.base import Extractor, Precision, short
 
-WEIGHTS_FILE = weights.PUBLISHED["fid"].names[0]  # what FIDs rest on
-SPATIAL_CHANNELS = 7  # of the block's 768, as ADM's sFID keeps: 17 x 17 x 7 = 2023 numbers
+WEIGHTS_FILE = weights.PUBLISHED["fid"].names[0]
+SPATIAL_CHANNELS = 7  # of the block's 768, as in ADM's sFID: 17 x 17 x 7 = 2023 features
 
-# Our outputs by the names of torch-fidelity. Its "768" ends the pass right behind the block that "spatial" is of.
-_THEIRS = {"pool": "2048", "logits": "logits_unbiased"}
+# torch-fidelity's names of the outputs. "768" ends the pass right after the block of "spatial".
+_FIDELITY_NAMES = {"pool": "2048", "logits": "logits_unbiased"}
 _EARLY_END = "768"
 
-# Images of a pass on a CPU, whatever batch is asked for: one takes 14 MB in the first layers (two of 64 x 147 x 147).
-# Four keep all of `ddo fid` below 1.5 GB; eight are no faster and come to 1.6 GB, 256 would take 4 GB.
+# Images per pass on a CPU, for any batch: one takes 14 MB in the first layers (two of 64 x 147 x 147). With four,
+# `ddo fid` stays below 1.5 GB; eight are no faster and need 1.6 GB, 256 would need 4 GB.
 CPU_BATCH = 4
 
 
 class InceptionExtractor(Extractor):
-    """Inception-v3 as torch-fidelity runs it ("inception-v3-compat", bilinear resize to 299 as TensorFlow 1's).
+    """torch-fidelity's "inception-v3-compat", with the bilinear resize to 299 of TensorFlow 1.
 
-    pool (B, 2048): global averages, for FID, KID, precision and recall. logits (B, 1008): without the bias, as the
-    Inception Score of ADM and of torch-fidelity has them. spatial (B, 2023): the first 7 channels of the 1x1 branch of
-    block mixed_6 (Mixed_6d here) after its ReLU, flattened as TensorFlow lays them out (row, column, channel), for
-    sFID (Nash et al. 2021, arXiv 2103.03841; ADM's reference files).
+    pool (B, 2048): global averages, for FID, KID, precision and recall. logits (B, 1008): without bias, for the
+    Inception Score of ADM and torch-fidelity. spatial (B, 2023): first 7 channels of the 1x1 branch of block
+    mixed_6 (Mixed_6d here) after its ReLU, flattened in TensorFlow's order (row, column, channel), for sFID (Nash et
+    al. 2021, arXiv 2103.03841; ADM's reference files).
 
     state: the network's tensors. Raises ValueError if they do not fit.
     """
@@ -52,18 +52,21 @@ class InceptionExtractor(Extractor):
         super().__init__("inception-v3-compat", 2048, digest, device, precision, content, is_published)
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # imports for seconds
 
-        # Its constructor unpickles a file without restriction. It gets one that we have just written ourselves.
-        with tempfile.NamedTemporaryFile() as file, torch.random.fork_rng(devices=[]):  # it initialises weights first
+        # Its constructor unpickles a file without restriction, so it gets one that was written here.
+        with (
+            tempfile.NamedTemporaryFile() as file,
+            torch.random.fork_rng(devices=[]),
+        ):  # the constructor draws initial weights
             torch.save(state, file)
             file.seek(0)
-            del state  # 95 MB, where the caller keeps none
+            del state  # 95 MB, unless the caller keeps it
             try:
                 network = FeatureExtractorInceptionV3(
                     "inception-v3-compat", ["2048"], feature_extractor_weights_path=file
                 )
             except RuntimeError as error:  # of load_state_dict: missing and unexpected keys, shapes
                 raise ValueError(str(error)) from None
-        # Its convolutions are 1.5 times as fast on CPUs with the channels innermost, and differ by rounding only.
+        # On CPUs channels_last is 1.5 times as fast, with differences by rounding only.
         self.network = network.to(self.device, memory_format=torch.channels_last)
 
     def _extract(self, images: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:
@@ -72,24 +75,24 @@ class InceptionExtractor(Extractor):
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _pass(self, images: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:
-        asked = [name for name in outputs if name != "spatial"]
-        # The network reads this list in every pass, and ends where its last entry is reached.
-        self.network.features_list = [_THEIRS[name] for name in asked] or [_EARLY_END]
-        with self._spatial("spatial" in outputs) as found:
+        names = [name for name in outputs if name != "spatial"]
+        # The network reads this list in every pass, and stops at its last entry.
+        self.network.features_list = [_FIDELITY_NAMES[name] for name in names] or [_EARLY_END]
+        with self._spatial("spatial" in outputs) as spatial:
             values = self.network(images.contiguous(memory_format=torch.channels_last))
-        return {**(dict(zip(asked, values, strict=True)) if asked else {}), **found}
+        return {**(dict(zip(names, values, strict=True)) if names else {}), **spatial}
 
     @contextlib.contextmanager
     def _spatial(self, wanted: bool) -> Iterator[dict[str, Tensor]]:
-        """Gets the key "spatial" in a pass inside the block, if wanted."""
-        found: dict[str, Tensor] = {}
+        """A dictionary that a pass inside the block fills with "spatial", if wanted."""
+        features: dict[str, Tensor] = {}
 
         def keep(_module: object, _inputs: object, output: Tensor) -> None:  # (B, 192, 17, 17), after the ReLU
-            found["spatial"] = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
+            features["spatial"] = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
 
         handle = self.network.Mixed_6d.branch1x1.register_forward_hook(keep) if wanted else None
         try:
-            yield found
+            yield features
         finally:
             if handle is not None:
                 handle.remove()
@@ -100,20 +103,18 @@ def load_inception(
 ) -> InceptionExtractor:
     """Inception-v3 with the weights of a file: .safetensors, or a .pth of tensors only, read without running code.
 
-    path: None for the places where `weights.find` looks. Raises CheckpointError if it is missing, not such a file, or
+    path: None to search where `weights.find` does. Raises CheckpointError if it is missing, not such a file, or
     of another network.
     """
-    return from_found(weights.require("fid", path, download), device, precision)
+    return from_file(weights.require("fid", path, download), device, precision)
 
 
-def from_found(
-    found: weights.Found, device: torch.device | str = "cpu", precision: Precision = "float32"
+def from_file(
+    file: weights.WeightFile, device: torch.device | str = "cpu", precision: Precision = "float32"
 ) -> InceptionExtractor:
-    """The same for a file that `weights.find` found."""
+    """The same for a file of `weights.find`."""
     remedy = f"give {WEIGHTS_FILE} (torch-fidelity's and pytorch-fid's) or its tensors as .safetensors"
     try:
-        return InceptionExtractor(
-            weights.read_tensors(found, remedy), found.sha256, device, precision, found.is_published
-        )
+        return InceptionExtractor(weights.read_tensors(file, remedy), file.sha256, device, precision, file.is_published)
     except ValueError as error:
-        raise CheckpointError(f"{found.label} does not fit Inception-v3 ({short(error)}); {remedy}") from None
+        raise CheckpointError(f"{file.label} does not fit Inception-v3 ({short(error)}); {remedy}") from None

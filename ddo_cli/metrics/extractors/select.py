@@ -1,7 +1,6 @@
-"""Feature extractors behind Frechet distances, chosen by metric; and the small network that comes with the program.
+"""Selects the feature extractor of a metric; and the small embedded extractor.
 
-An extractor is its weights together with the preprocessing: its `name` stands for both, and numbers of different names
-cannot be compared.
+An extractor is weights and preprocessing: its `name` stands for both, and scores of different names do not compare.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from ddo_cli.metrics.extractors import weights as weight_files
 from ddo_cli.metrics.extractors.base import Extractor, Precision, short
 from ddo_cli.metrics.extractors.digit_net import DigitNet
 
-# What a distance is called, which is the extractor's key. sFID, IS, KID, precision and recall are of "fid"'s.
+# Frechet distances, by the key of their extractor. sFID, IS, KID, precision and recall use that of "fid".
 Metric = Literal["fd_embedded", "fid", "fd_dinov2", "fd_clip", "fd_custom"]
 EMBEDDED_EXTRACTOR = "embedded:extractor-digits32"
 
-# Networks that an extractor checkpoint may name: built from keyword options, with `features(images)` of float images
-# (B, 3, 32, 32) in [-1, 1].
+# Networks of extractor checkpoints: built from keyword options, with `features(images)` of float images (B, 3, 32, 32)
+# in [-1, 1].
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"digit-net": DigitNet}
 NETWORK_SIZE = 32
 
@@ -104,16 +103,17 @@ def select_extractor(
 ) -> Extractor:
     """The extractor of a metric. Without Inception weights, "fid" falls back to the embedded one, with a warning.
 
-    weights: file of the published network of "fid", "fd_dinov2" or "fd_clip"; None: where `metrics.weights.find` looks.
-    extractor: what replaces the embedded extractor: a checkpoint (.safetensors), or code of the user's (.pt and .ts:
-    TorchScript; .py: Python, which is run). download: fetch published weights that are not here.
+    weights: file of the published network of "fid", "fd_dinov2" or "fd_clip"; None: searched by `weights.find`.
+    extractor: replaces the embedded extractor: a checkpoint (.safetensors) or the user's code (.pt and .ts:
+    TorchScript; .py: Python, which is run). download: fetch missing published weights.
     Raises UsageError for a combination without meaning, CheckpointError as the loaders do.
     """
     is_published = metric in weight_files.PUBLISHED
     if weights is not None and (not is_published or extractor is not None):
-        what = f"the metric '{metric}'" if not is_published else f"the extractor {extractor}"
+        reason = f"the metric '{metric}'" if not is_published else f"the extractor {extractor}"
         raise UsageError(
-            f"weights {weights} have no effect with {what}; remove one of them, or use metric fid, fd_dinov2 or fd_clip"
+            f"weights {weights} have no effect with {reason}; remove one of them, or use metric fid, fd_dinov2 or "
+            "fd_clip"
         )
     if metric in ("fd_dinov2", "fd_clip"):
         if extractor is not None:
@@ -121,16 +121,15 @@ def select_extractor(
         load = vit.load_dinov2 if metric == "fd_dinov2" else vit.load_clip
         return load(weights, device, precision, download)
     if metric == "fid" and extractor is None:
-        found = weight_files.find("fid", weights, download)
-        if found is not None:
-            return inception.from_found(found, device, precision)
+        file = weight_files.find("fid", weights, download)
+        if file is not None:
+            return inception.from_file(file, device, precision)
     if metric == "fd_custom" and (extractor is None or not _is_code(extractor)):
         raise UsageError(
             f"fd_custom needs an extractor of the user's ({', '.join(custom.SUFFIXES)}), not {extractor}; give its file"
         )
     source = extractor or EMBEDDED_EXTRACTOR
-    load_own = custom.load_custom if _is_code(source) else load_extractor
-    loaded = load_own(source, device, precision)
+    loaded = (custom.load_custom if _is_code(source) else load_extractor)(source, device, precision)
     if metric == "fid":
         console.warn(
             f"the extractor {loaded.name} stands in for Inception-v3: the number is {loaded.key}, not an FID, and does "

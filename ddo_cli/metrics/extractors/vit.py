@@ -1,6 +1,6 @@
-"""Features of vision transformers: DINOv2 ViT-L/14 for FD-DINOv2 as EDM2 takes it, and CLIP ViT-B/32.
+"""Features of vision transformers: DINOv2 ViT-L/14 for FD-DINOv2 as in EDM2, and CLIP ViT-B/32.
 
-Both networks are built from code that is installed, never from code that is downloaded.
+Both networks are built from installed code, never from downloaded code.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from ddo_cli.metrics.extractors import weights
 from ddo_cli.metrics.extractors.base import Extractor, Precision, short
 from ddo_cli.metrics.extractors.dinov2 import DinoV2
 
-SIZE = 224  # pixels a side that both networks read
+SIZE = 224  # pixels per side, of both networks
 
-# Mean and standard deviation of the channels of images in [0, 1], as each network was trained with: ImageNet's, and
-# those of CLIP's own data.
+# Mean and standard deviation of the channels in training, for images in [0, 1]: of ImageNet, and of CLIP's data.
 DINOV2_COLOURS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_COLOURS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -31,7 +30,7 @@ CLIP_SIZES = {"width": 768, "layers": 12, "patch": 32, "features": 512}
 
 
 class VisionExtractor(Extractor):
-    """A network of normalised images (B, 3, 224, 224) -> (B, F), behind a resize to a square without cropping."""
+    """A network of normalised images (B, 3, 224, 224) -> (B, F), after a resize without cropping."""
 
     def __init__(
         self,
@@ -39,12 +38,12 @@ class VisionExtractor(Extractor):
         name: str,
         colours: tuple[Sequence[float], Sequence[float]],
         num_features: int,
-        found: weights.Found,
+        file: weights.WeightFile,
         device: torch.device | str = "cpu",
         precision: Precision = "float32",
     ) -> None:
         content = weights.content_sha256(network.state_dict())
-        super().__init__(name, num_features, found.sha256, device, precision, content, found.is_published)
+        super().__init__(name, num_features, file.sha256, device, precision, content, file.is_published)
         self.network = network.to(self.device).eval().requires_grad_(False)
         self.mean, self.std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in colours)
 
@@ -54,13 +53,13 @@ class VisionExtractor(Extractor):
 
     @abstractmethod
     def _resized(self, x: Tensor) -> Tensor:
-        """Float images (B, 3, H, W) in 0..255 at the network's size."""
+        """Float images (B, 3, H, W) in 0..255, resized to the network's size."""
 
 
 class DinoV2Extractor(VisionExtractor):
-    """DINOv2 ViT-L/14, whose class token FD-DINOv2 rests on, resized as in EDM2 (arXiv 2312.02696).
+    """Class token of DINOv2 ViT-L/14, for FD-DINOv2, with EDM2's resize (arXiv 2312.02696).
 
-    torch-fidelity's "dinov2-vit-l-14" resizes bilinearly without antialiasing, so its numbers are others.
+    torch-fidelity's "dinov2-vit-l-14" resizes bilinearly without antialiasing, so its scores differ.
     """
 
     key = "fd_dinov2"
@@ -71,9 +70,9 @@ class DinoV2Extractor(VisionExtractor):
 
 
 class ClipExtractor(VisionExtractor):
-    """CLIP ViT-B/32's image embedding, preprocessed as torch-fidelity's "clip-vit-b-32": its numbers are the same.
+    """Image embedding of CLIP ViT-B/32, equal to torch-fidelity's "clip-vit-b-32" with its preprocessing.
 
-    CLIP's own preprocessing (bicubic, then a crop) gives others.
+    CLIP's own preprocessing (bicubic, then a crop) gives other scores.
     """
 
     key = "fd_clip"
@@ -96,21 +95,21 @@ def load_dinov2(
     precision: Precision = "float32",
     download: bool = False,
 ) -> DinoV2Extractor:
-    """DINOv2 with published weights, from where `weights.find` looks. Needs no network if they are here.
+    """DINOv2 with published weights, searched by `weights.find`.
 
     Raises CheckpointError if they are missing, damaged, or of another network (of another size, or with registers).
     """
-    found = weights.require("fd_dinov2", path, download)
+    file = weights.require("fd_dinov2", path, download)
     remedy = f"give {weights.PUBLISHED['fd_dinov2'].names[0]} or its tensors as .safetensors"
-    state = weights.read_tensors(found, remedy)
-    with torch.device("meta"):  # 300 million parameters need not be drawn first
+    state = weights.read_tensors(file, remedy)
+    with torch.device("meta"):  # no need to initialise 300 million parameters
         network = DinoV2(**DINOV2_SIZES)
     try:
         network.load_state_dict({key: tensor.to(torch.float32) for key, tensor in state.items()}, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{found.label} does not fit DINOv2 ViT-L/14 ({short(error)}); {remedy}") from None
+        raise CheckpointError(f"{file.label} does not fit DINOv2 ViT-L/14 ({short(error)}); {remedy}") from None
     name, width = "dinov2-vit-l-14-bicubic-antialias", DINOV2_SIZES["width"]
-    return DinoV2Extractor(network, name, DINOV2_COLOURS, width, found, device, precision)
+    return DinoV2Extractor(network, name, DINOV2_COLOURS, width, file, device, precision)
 
 
 def load_clip(
@@ -119,43 +118,43 @@ def load_clip(
     precision: Precision = "float32",
     download: bool = False,
 ) -> ClipExtractor:
-    """CLIP ViT-B/32 with published weights, from where `weights.find` looks. Needs no network if they are here.
+    """CLIP ViT-B/32 with published weights, searched by `weights.find`.
 
-    The published file is a TorchScript archive, which is code, so it is opened only with the published hash; tensors
-    of other files are read from .safetensors or .pth. Raises CheckpointError if they are missing, damaged, or of
+    The published file is a TorchScript archive, that is, code; it is opened only with the published hash. Other weights
+    are read from .safetensors or .pth. Raises CheckpointError if they are missing, damaged, or of
     another network, and UsageError if the installed torch-fidelity has no CLIP.
     """
     try:
         from torch_fidelity.feature_extractor_clip import build_model
     except ImportError:
         raise UsageError("fd_clip needs torch-fidelity 0.4 or newer; run `pip install -U torch-fidelity`") from None
-    found = weights.require("fd_clip", path, download)
+    file = weights.require("fd_clip", path, download)
     remedy = f"give the published {weights.PUBLISHED['fd_clip'].names[0]}, or its tensors as .safetensors"
-    state = _archived(found) if found.is_published else weights.read_tensors(found, remedy)
+    state = _archived(file) if file.is_published else weights.read_tensors(file, remedy)
     try:
         sizes = _clip_sizes(state)
         if sizes != CLIP_SIZES:
             raise ValueError(f"its sizes are {sizes} instead of {CLIP_SIZES}")
-        with torch.random.fork_rng(devices=[]):  # it initialises weights before loading them
-            # What it leaves in float32 are half-precision numbers: the published ones are.
+        with torch.random.fork_rng(devices=[]):  # build_model draws initial weights
+            # float32, but rounded to float16, as the published weights are.
             network = build_model(dict(state), torch.float32).visual
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{found.label} does not fit CLIP ViT-B/32 ({short(error)}); {remedy}") from None
-    return ClipExtractor(network, "clip-vit-b-32", CLIP_COLOURS, sizes["features"], found, device, precision)
+        raise CheckpointError(f"{file.label} does not fit CLIP ViT-B/32 ({short(error)}); {remedy}") from None
+    return ClipExtractor(network, "clip-vit-b-32", CLIP_COLOURS, sizes["features"], file, device, precision)
 
 
-def _archived(found: weights.Found) -> dict[str, Tensor]:
-    """Tensors of the published archive. Its bytes are hashed again, since a file can change after the first look."""
-    content = found.path.read_bytes()
-    weights.require_bytes(found, content)
+def _archived(file: weights.WeightFile) -> dict[str, Tensor]:
+    """Tensors of the published archive. It is hashed again, in case the file has changed since."""
+    content = file.path.read_bytes()
+    weights.require_bytes(file, content)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated, and what was published
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, but the published format
         module = torch.jit.load(io.BytesIO(content), map_location="cpu")
     return dict(module.state_dict())
 
 
 def _clip_sizes(state: dict[str, Tensor]) -> dict[str, int]:
-    """What `CLIP_SIZES` says, of a file's tensors. Raises KeyError for a file of another network."""
+    """The sizes in `CLIP_SIZES`, from a file's tensors. Raises KeyError for a file of another network."""
     patches = state["visual.conv1.weight"]  # (width, 3, patch, patch)
     return {
         "width": patches.shape[0],

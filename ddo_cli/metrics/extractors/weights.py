@@ -1,8 +1,8 @@
-"""Finds the weights of published networks, checks their hash, and reads them without running what is in the file.
+"""Finds the weights of published networks, checks their hash, and reads them without running code from the file.
 
-They are looked for in this order: the path given, an environment variable, torch hub's cache (where torch-fidelity and
-pytorch-fid leave theirs), and, if asked to, at their published address. Nothing is downloaded without being asked:
-machines that compute often have no network and would wait for one, and a file of up to 1.2 GB is the user's decision.
+Order of search: the given path, an environment variable, torch hub's cache (where torch-fidelity and pytorch-fid store
+theirs), and with `download` the published address. Nothing is downloaded without being asked: files have up to 1.2 GB,
+and compute nodes without network would wait for a timeout.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BLOCK = 1 << 20  # bytes
 
 @dataclass(frozen=True)
 class Published:
-    """A weight file that everyone's numbers rest on. names: what it is called here and there, ours first."""
+    """A weight file that published scores use. names: of the file in several libraries; the first is ours."""
 
     title: str
     names: tuple[str, ...]
@@ -41,7 +41,7 @@ class Published:
     address: Callable[[], str]
 
     def remedy(self) -> str:
-        """How to get it."""
+        """How to get the file, for messages."""
         return (
             f"fetch {self.names[0]} by `curl -L -o {shlex.quote(self.names[0])} {shlex.quote(self.address())}` and "
             f"give it as --weights, name it in {self.variable}, or put it into {cache()}"
@@ -90,8 +90,8 @@ PUBLISHED: dict[Network, Published] = {
 }
 
 
-class Found(NamedTuple):
-    """A weight file, its hash, and whether it is the published one. label: as the user knows it."""
+class WeightFile(NamedTuple):
+    """A weight file, its hash, and whether it is the published one. label: its name in messages."""
 
     path: Path
     sha256: str
@@ -100,16 +100,16 @@ class Found(NamedTuple):
 
 
 def cache() -> Path:
-    """Torch hub's directory of weights, which TORCH_HOME moves."""
+    """Torch hub's directory of weights (TORCH_HOME changes it)."""
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def find(network: Network, path: str | None = None, download: bool = False) -> Found | None:
-    """The weight file of a network, or None if there is none and no download was asked for.
+def find(network: Network, path: str | None = None, download: bool = False) -> WeightFile | None:
+    """The weight file of a network; None if there is none and `download` is false.
 
-    path: the user's own, which is never passed over. With download, the main process fetches it for all: every
-    process must call. Raises CheckpointError for a file that does not exist, that has the published name but other
-    content, or that cannot be fetched.
+    path: given by the user, then nothing else is searched. With download, the main process fetches it for all
+    (collective). Raises CheckpointError for a file that does not exist, that has the published name but other content,
+    or that cannot be fetched.
     """
     published = PUBLISHED[network]
     if path is not None:
@@ -117,7 +117,7 @@ def find(network: Network, path: str | None = None, download: bool = False) -> F
     if named := os.environ.get(published.variable):
         label = f"{published.variable}={named}"
         return _checked(published, _existing(published, named, label), label)
-    # The main process decides for all: a slower one could already see what the download has just left.
+    # The main process decides for all, since a slower process might already see the downloaded file.
     if download and dist.from_main(_cached(published) is None):
         _fetch(published)
     file = _cached(published)
@@ -135,28 +135,28 @@ def _cached(published: Published) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def require(network: Network, path: str | None = None, download: bool = False) -> Found:
-    """The same where there is no other way. Raises CheckpointError that says what to fetch, too."""
-    found = find(network, path, download)
-    if found is None:
+def require(network: Network, path: str | None = None, download: bool = False) -> WeightFile:
+    """`find`, but if there is none, raises CheckpointError with the address."""
+    file = find(network, path, download)
+    if file is None:
         published = PUBLISHED[network]
         raise CheckpointError(f"there are no weights of {published.title} here; {published.remedy()}")
-    return found
+    return file
 
 
-def _checked(published: Published, file: Path, label: str) -> Found:
-    """Refuses a file under a published name with other content. Files of other names may be copies or trials."""
+def _checked(published: Published, file: Path, label: str) -> WeightFile:
+    """The file with its hash. Raises CheckpointError if it has a published name but other content."""
     digest = sha256(file)
     if file.name in published.names and digest != published.sha256:
         raise CheckpointError(
             f"{label} has the wrong hash {digest[:16]}... instead of {published.sha256[:16]}...: it is damaged or "
             f"something else. Remove it and {published.remedy()}; other weights need another file name"
         )
-    return Found(file, digest, digest == published.sha256, label)
+    return WeightFile(file, digest, digest == published.sha256, label)
 
 
 def _fetch(published: Published) -> None:
-    """Downloads to the cache. The file gets its name only with the published hash."""
+    """Downloads into the cache. The file gets its name only if it has the published hash."""
     problem: str | None = None
     if dist.is_main():
         try:
@@ -179,16 +179,16 @@ def _download(published: Published, target: Path) -> None:
                 digest.update(block)
                 file.write(block)
                 bar.advance()
-        if digest.hexdigest() != published.sha256:  # `replacing` drops it
+        if digest.hexdigest() != published.sha256:  # `replacing` removes the file
             raise ValueError(f"wrong hash {digest.hexdigest()[:16]}... instead of {published.sha256[:16]}...")
 
 
 def by_network(given: Sequence[str]) -> str | dict[str, str] | None:
-    """The files of --weights: one PATH alone, or NAME=PATH by network, among which a PATH alone is Inception's.
+    """The values of --weights: a single PATH, or paths by network given as NAME=PATH; PATH among them is Inception's.
 
-    A text with "=" that is a file's name is a path. Raises UsageError for an unknown name, and for two files of one.
+    A value with "=" that is the name of a file is a path. Raises UsageError for an unknown or repeated name.
     """
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for text in given:
         name, separator, path = text.partition("=")
         if not separator or "/" in name or Path(text).is_file():
@@ -198,44 +198,44 @@ def by_network(given: Sequence[str]) -> str | dict[str, str] | None:
                 f"--weights {text}: {name or 'an empty name'} is no network with published weights, or its path is "
                 f"missing; write PATH, or NAME=PATH with one of {', '.join(PUBLISHED)}"
             )
-        if name in found:
-            raise UsageError(f"--weights gives {name} two files, {found[name]} and {path}; leave one out")
-        found[name] = path
-    if len(given) == 1 and given[0] in found.values():
+        if name in paths:
+            raise UsageError(f"--weights gives {name} two files, {paths[name]} and {path}; leave one out")
+        paths[name] = path
+    if len(given) == 1 and given[0] in paths.values():
         return given[0]
-    return found or None
+    return paths or None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
 
-def read_tensors(found: Found, remedy: str) -> dict[str, Tensor]:
-    """Tensors by name of a .safetensors file, or of a .pth of tensors only. Runs nothing that is in the file.
+def read_tensors(file: WeightFile, remedy: str) -> dict[str, Tensor]:
+    """Tensors by name of a .safetensors file, or of a .pth of tensors only. Runs no code from the file.
 
-    remedy: what the file should be. Raises CheckpointError if it is something else, or not finite.
+    remedy: what to give instead, for messages. Raises CheckpointError if it is something else, or not finite.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # what torch finds strange in a file, the message below says
-            if found.path.suffix == ".safetensors":
-                content: Any = load_file(found.path)
+            warnings.simplefilter("ignore", UserWarning)  # torch warns of strange files; the error below reports them
+            if file.path.suffix == ".safetensors":
+                content: Any = load_file(file.path)
             else:
-                content = torch.load(found.path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises whatever the bytes lead it to
-        what = type(error).__name__  # torch's own text advises to load without restriction
-        raise CheckpointError(f"{found.label} cannot be read as a file of tensors ({what}); {remedy}") from None
+                content = torch.load(file.path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes lead the unpickler to any kind of error
+        kind = type(error).__name__  # without torch's message, which advises to load without restriction
+        raise CheckpointError(f"{file.label} cannot be read as a file of tensors ({kind}); {remedy}") from None
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise CheckpointError(f"{found.label} holds something else than tensors by name; {remedy}")
-    state = dict(content)  # without the metadata of OrderedDict, so that files from before torch 0.4.1 load too
-    require_finite(found.label, state)
+        raise CheckpointError(f"{file.label} holds something else than tensors by name; {remedy}")
+    state = dict(content)  # drops OrderedDict's metadata, so that files from before torch 0.4.1 load
+    require_finite(file.label, state)
     return state
 
 
-def require_bytes(found: Found, content: bytes) -> None:
-    """Raises CheckpointError if the content of a file is no longer what was hashed."""
-    if hashlib.sha256(content).hexdigest() != found.sha256:
-        raise CheckpointError(f"{found.label} has just been changed; start again when nothing writes to it")
+def require_bytes(file: WeightFile, content: bytes) -> None:
+    """Raises CheckpointError if the content has changed since it was hashed."""
+    if hashlib.sha256(content).hexdigest() != file.sha256:
+        raise CheckpointError(f"{file.label} has just been changed; start again when nothing writes to it")
 
 
 def require_finite(name: str, tensors: dict[str, Tensor]) -> None:
@@ -246,7 +246,7 @@ def require_finite(name: str, tensors: dict[str, Tensor]) -> None:
 
 
 def content_sha256(state: dict[str, Tensor]) -> str:
-    """Hash of the numbers as float32, which is what a network computes with: equal for copies in another format."""
+    """Hash of the tensors as float32, the type that networks compute in: equal for copies in another format."""
     digest = hashlib.sha256()
     for name in sorted(str(key) for key in state):
         if name.endswith("num_batches_tracked"):
