@@ -6,13 +6,14 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads cost more than they bring
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from launch import launch
 
-from ddo_cli import checkpoint, console
+from ddo_cli import checkpoint, cli, console
 from ddo_cli.models import registry
 from ddo_cli.recipe.load import load
 from ddo_cli.recipe.schema import Recipe
@@ -92,6 +93,24 @@ def torchrun(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess
     done = launch(*arguments, processes=processes)
     assert done.returncode == 0, done.stderr
     return done
+
+
+@pytest.fixture
+def ddo(tmp_path, monkeypatch, capsys):
+    """Runs a command line in this process and in an empty directory; it must end with `code`, without a traceback."""
+
+    def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        command = ["ddo", *map(str, arguments)]
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        done = subprocess.CompletedProcess(command, ended.value.code, *capsys.readouterr())
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run
 
 
 TINY_ENCODER = {"widths": [8], "depths": [1], "emb_width": 16}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 from conftest import CPU, make_checkpoint, make_discriminator
+from launch import launch
 from torch.distributed.run import get_args_parser
 from typer.main import get_command
 
@@ -29,22 +30,6 @@ from ddo_cli.training import loop
 
 ROOT = Path(__file__).parent.parent
 LAST = 2**32 - 1
-
-
-@pytest.fixture
-def ddo(tmp_path, monkeypatch, capsys):
-    """Runs the program in an empty directory: exit code, stdout, stderr."""
-
-    def run(*arguments):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["ddo", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return ended.value.code, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +67,8 @@ def test_options_that_would_be_ignored(line, ddo, ckpt, tmp_path):
     arguments = [ckpt if part == "CKPT" else part.replace("\x00", " ") for part in line.split(" ")]
     if line.startswith("sample"):
         arguments += ["--ckpt", ckpt]
-    code, out, err = ddo(*arguments, "--json")
-    assert code == 2, err
-    assert CONTRADICTIONS[line] in json.loads(out)["error"]["message"]
+    done = ddo(*arguments, "--json", code=2)
+    assert CONTRADICTIONS[line] in json.loads(done.stdout)["error"]["message"]
     assert not list(tmp_path.iterdir())
 
 
@@ -119,9 +103,7 @@ def test_settings_of_analyses_that_are_asked_for(ddo, ckpt, tmp_path_factory):
         ["--regenerations", "3"],
         ["--what", "all", "--steps-list", "3"],
     ):
-        code, out, err = ddo("analyze", "--disc", disc, *given, "--dry-run", "--json")
-        assert code == 0, err
-        assert json.loads(out)["dry_run"]
+        assert json.loads(ddo("analyze", "--disc", disc, *given, "--dry-run", "--json").stdout)["dry_run"]
 
 
 def test_a_key_that_a_recipe_holds_twice_is_named_with_its_line(tmp_path):
@@ -137,15 +119,14 @@ def test_a_key_that_a_recipe_holds_twice_is_named_with_its_line(tmp_path):
 
 
 def test_usage_errors_point_to_the_command_s_own_help(ddo):
-    assert "(ddo sample --help lists the options)" in ddo("sample", "--nosuch")[2]
-    assert "(ddo --help lists the options)" in ddo("--nosuch")[2]
+    assert "(ddo sample --help lists the options)" in ddo("sample", "--nosuch", code=2).stderr
+    assert "(ddo --help lists the options)" in ddo("--nosuch", code=2).stderr
 
 
 def test_without_arguments_the_help_is_all(ddo):
-    code, out, err = ddo()
-    assert code == 2
-    assert "finetune-ddo" in out
-    assert "error" not in err
+    done = ddo(code=2)
+    assert "finetune-ddo" in done.stdout
+    assert "error" not in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,22 +197,22 @@ def full(*_, **__):
 
 def test_a_log_that_cannot_be_written_costs_no_figure(ddo, monkeypatch, tmp_path):
     monkeypatch.setattr(fid_report, "write_text", full)
-    code, out, err = ddo(*FID, "--ref", "embedded:digits8", "--csv", "x.csv", "--json")
-    found = json.loads(out)
-    assert code == 2
+    done = ddo(*FID, "--ref", "embedded:digits8", "--csv", "x.csv", "--json", code=2)
+    found = json.loads(done.stdout)
     assert found["fd_embedded"] > 0
     assert found["not_written"] == ["--csv x.csv could not be written (No space left on device)"]
-    assert "error: the figures above are whole, but --csv x.csv could not be written (No space left on device)" in err
-    code, out, _ = ddo(*FID, "--ref", "embedded:digits8", "--csv", "x.csv")
-    assert (code, "fd_embedded" in out) == (2, True)
+    message = "error: the figures above are whole, but --csv x.csv could not be written (No space left on device)"
+    assert message in done.stderr
+    assert "fd_embedded" in ddo(*FID, "--ref", "embedded:digits8", "--csv", "x.csv", code=2).stdout
 
 
 def test_a_picture_that_cannot_be_drawn_costs_no_figure(ddo, monkeypatch):
     monkeypatch.setattr(pictures, "image_rows", full)
-    code, out, err = ddo(*FID, "--ref", "embedded:digits8", "--nearest", 2, "--csv", "x.csv", "--json")
-    found = json.loads(out)
-    assert (code, found["fd_embedded"] > 0, "nearest" in found) == (2, True, False)
-    assert "--pictures fid-pictures could not be written (No space left on device)" in err
+    done = ddo(*FID, "--ref", "embedded:digits8", "--nearest", 2, "--csv", "x.csv", "--json", code=2)
+    found = json.loads(done.stdout)
+    assert found["fd_embedded"] > 0
+    assert "nearest" not in found
+    assert "--pictures fid-pictures could not be written (No space left on device)" in done.stderr
     assert Path("x.csv").read_text().count("\n") == 2  # the row is there
 
 
@@ -239,30 +220,27 @@ def test_places_are_probed_before_the_pass(ddo, monkeypatch, tmp_path):
     monkeypatch.setattr(fid_report.tempfile, "TemporaryFile", full)
     monkeypatch.setattr(fid.one_pass, "run", lambda *_, **__: pytest.fail("a pass"))
     for given in (["--csv", "x.csv"], ["--nearest", 2, "--pictures", "new/there"]):
-        code, _, err = ddo(*FID, "--ref", "embedded:digits8", *given)
-        assert code == 2
-        assert f"{given[-2]} {given[-1]} cannot be written (No space left on device)" in err
+        done = ddo(*FID, "--ref", "embedded:digits8", *given, code=2)
+        assert f"{given[-2]} {given[-1]} cannot be written (No space left on device)" in done.stderr
 
 
 def test_the_log_leaves_no_lock(ddo, tmp_path):
     for rows in (1, 2):
-        code, _, err = ddo(*FID, "--ref", "embedded:digits8", "--csv", "x.csv")
-        assert code == 0, err
+        ddo(*FID, "--ref", "embedded:digits8", "--csv", "x.csv")
         assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
         assert len((tmp_path / "x.csv").read_text().splitlines()) == rows + 1
 
 
 def test_rows_of_processes_at_once_all_arrive(tmp_path):
     """The lock's file is removed at each end, and those who wait for it then go on with a new one."""
-    code = (
-        "import sys\nfrom pathlib import Path\nfrom ddo_cli.engines.fid import report as fid_report\n"
-        "for i in range(25): fid_report.append(Path('x.csv'), {'source': sys.argv[1], 'reference': i, 'fid': 1.0})"
+    (tmp_path / "append.py").write_text(
+        "import os\nfrom pathlib import Path\nfrom ddo_cli.engines.fid import report\n"
+        "row = {'source': os.environ['RANK'], 'fid': 1.0}\n"
+        "for number in range(25): report.append(Path('x.csv'), {**row, 'reference': number})"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    started = [
-        subprocess.Popen([sys.executable, "-c", code, str(number)], cwd=tmp_path, env=environment) for number in "abc"
-    ]
-    assert [one.wait(120) for one in started] == [0, 0, 0]
+    done = launch("append.py", processes=3, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "append.py").unlink()
     assert len((tmp_path / "x.csv").read_text().splitlines()) == 1 + 75
     assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
 
