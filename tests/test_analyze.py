@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -525,27 +522,16 @@ def test_one_step_is_a_sampler_too(disc, tmp_path):
     assert found["gain"]["error"] > 0
 
 
-def ddo(*arguments, cwd, code=0):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "ddo_cli", "analyze", *arguments],
-        capture_output=True, text=True, cwd=cwd, env=environment, check=False, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def test_the_command_prints_one_object(disc, tmp_path):
-    found = json.loads(ddo("--disc", disc, "--what", "gain", "--dg-weight", "1", "--json", cwd=tmp_path).stdout)
+def test_the_command_prints_one_object(ddo, disc):
+    found = json.loads(ddo("analyze", "--disc", disc, "--what", "gain", "--dg-weight", "1", "--json").stdout)
     assert {"out", "discriminator", "model", "dg_weight", "gain"} <= found.keys()
     assert (found["out"], found["dg_weight"]) == ("analysis", 1.0)
     assert {"gain", "error", "gain_weight_1", "best_weight", "weight"} <= found["gain"].keys()
 
 
 @pytest.mark.parametrize("steps", ["4,x", "0", ""])
-def test_bad_steps_exit_with_2(disc, tmp_path, steps):
-    done = ddo("--disc", disc, "--steps-list", steps, "--json", cwd=tmp_path, code=2)
+def test_bad_steps_exit_with_2(ddo, disc, tmp_path, steps):
+    done = ddo("analyze", "--disc", disc, "--steps-list", steps, "--json", code=2)
     assert "error" in json.loads(done.stdout)
     assert "steps" in done.stderr
     assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """The command line as users meet it: one message, exit code 2, JSON on stdout, nothing lost."""
 
+import errno
 import json
 import os
 import signal
@@ -12,17 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_checkpoint
+from launch import launch
 from PIL import Image
+from safetensors import SafetensorError
+
+from ddo_cli import checkpoint, files
 
 ROOT = Path(__file__).parent.parent
 
 
-def ddo(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "ddo_cli", *arguments],
-        capture_output=True, text=True, cwd=cwd, env=environment, check=False, timeout=120,
-    )  # fmt: skip
+def program(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """A process of its own; the fixture `ddo` runs a command line in this one."""
+    done = launch("-m", "ddo_cli", *arguments, cwd=cwd)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done
@@ -49,14 +51,14 @@ def test_help_does_not_import_torch(tmp_path):
 
 
 def test_sample_then_info_and_fid(ckpt, tmp_path):
-    found = json.loads(ddo("sample", "--ckpt", ckpt, "--num-images", "6", "--json", cwd=tmp_path).stdout)
+    found = json.loads(program("sample", "--ckpt", ckpt, "--num-images", "6", "--json", cwd=tmp_path).stdout)
     assert {"out", "num_images", "nfe", "images_per_second", "checkpoint_sha256", "seeds"} <= found.keys()
     assert found["seeds"] == "0-5"
     assert Image.open(tmp_path / "samples" / "000005.png").mode == "RGB"
-    held = json.loads(ddo("info", "samples", "--json", cwd=tmp_path).stdout)
+    held = json.loads(program("info", "samples", "--json", cwd=tmp_path).stdout)
     assert held["holds"] == "sample set"
     assert held["checkpoint_sha256"] == found["checkpoint_sha256"]
-    done = ddo("fid", "samples/", "--json", cwd=tmp_path)
+    done = program("fid", "samples/", "--json", cwd=tmp_path)
     assert json.loads(done.stdout)["num_images"] == 6
     assert "not an FID" in done.stderr  # the fallback names itself
     assert "rank-deficient" in done.stderr
@@ -93,40 +95,38 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_mistakes_get_one_message_and_exit_code_2(ckpt, tmp_path, case):
+def test_mistakes_get_one_message_and_exit_code_2(ddo, ckpt, tmp_path, case):
     arguments, message = BAD[case]
-    done = ddo(*(ckpt if part == "CKPT" else part for part in arguments), "--json", cwd=tmp_path, code=2)
+    done = ddo(*(ckpt if part == "CKPT" else part for part in arguments), "--json", code=2)
     assert message in done.stderr.replace("\n", " ")
     assert message in json.loads(done.stdout)["error"]["message"]
     assert not list(tmp_path.iterdir())  # nothing was written
 
 
-def test_truncated_checkpoint(ckpt, tmp_path):
+def test_truncated_checkpoint(ddo, ckpt, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(Path(ckpt).read_bytes()[:5000])
-    assert "not a whole safetensors file" in ddo("sample", "--ckpt", "cut.safetensors", cwd=tmp_path, code=2).stderr
+    assert "not a whole safetensors file" in ddo("sample", "--ckpt", "cut.safetensors", code=2).stderr
 
 
-def test_wrong_image_inside_a_zip_is_named(ckpt, tmp_path):
+def test_wrong_image_inside_a_zip_is_named(ddo, ckpt, tmp_path):
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
         for name, size in (("a.png", 32), ("b.png", 31)):
             Image.fromarray(np.zeros((size, size, 3), dtype=np.uint8)).save(tmp_path / name)
             archive.write(tmp_path / name, name)
-    done = ddo("finetune-ddo", "--ckpt", ckpt, "--data", "data.zip", cwd=tmp_path, code=2)
+    done = ddo("finetune-ddo", "--ckpt", ckpt, "--data", "data.zip", code=2)
     assert "b.png" in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
-def test_data_that_does_not_fit_the_model(ckpt, tmp_path):
-    done = ddo("finetune-ddo", "--ckpt", ckpt, "--data", "embedded:digits8", cwd=tmp_path, code=2)
+def test_data_that_does_not_fit_the_model(ddo, ckpt):
+    done = ddo("finetune-ddo", "--ckpt", ckpt, "--data", "embedded:digits8", code=2)
     assert "embedded:digits8" in done.stderr
 
 
-def test_a_bare_section_and_a_plain_exponent(ckpt, tmp_path):
+def test_a_bare_section_and_a_plain_exponent(ddo, ckpt, tmp_path):
     """YAML as people write it: `finetune:` without keys, and 1e-4 without a point."""
     (tmp_path / "mine.yaml").write_text("name: mine\nfinetune:\npretrain:\n  lr: 1e-4\n")
-    done = ddo(
-        "finetune-ddo", "--recipe", "mine.yaml", "--ckpt", ckpt, "--rounds", "1", "--dry-run", "--json", cwd=tmp_path
-    )
+    done = ddo("finetune-ddo", "--recipe", "mine.yaml", "--ckpt", ckpt, "--rounds", "1", "--dry-run", "--json")
     assert json.loads(done.stdout)["rounds"] == 1
 
 
@@ -149,44 +149,32 @@ def test_interruption_says_so(ckpt, tmp_path):
     assert "Traceback" not in err
 
 
-def test_names_reach_json_unchanged(ckpt, tmp_path):
-    done = ddo("sample", "--ckpt", ckpt, "--num-images", "1", "--out", ":fire: [x]", "--json", cwd=tmp_path)
+def test_names_reach_json_unchanged(ddo, ckpt):
+    done = ddo("sample", "--ckpt", ckpt, "--num-images", "1", "--out", ":fire: [x]", "--json")
     assert json.loads(done.stdout)["out"] == ":fire: [x]"
 
 
 @pytest.mark.parametrize("form", ["png", "shards"])
-def test_a_full_disk_below_the_library(ckpt, tmp_path, form):
+def test_a_full_disk_below_the_library(ddo, ckpt, monkeypatch, form):
     """safetensors wraps the system's error in one of its own."""
-    code = (
-        "import ddo_cli.checkpoint as checkpoint\n"
-        "from safetensors import SafetensorError\n"
-        "def full(*_, **__): raise SafetensorError('I/O error: No space left on device (os error 28)')\n"
-        "checkpoint.save_file = full\n"
-        "from ddo_cli.cli import main\nmain()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "sample", "--ckpt", ckpt, "--num-images", "2", "--format", form],
-        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    done = ddo("sample", "--ckpt", ckpt, "--num-images", "2", "--format", form, code=2)
     assert "No space left on device; make room" in done.stderr
 
 
-def test_no_space_left(ckpt, tmp_path):
+def test_no_space_left(ddo, ckpt, monkeypatch, tmp_path):
     """A full device: the message says so, and nothing takes its final name."""
-    code = (
-        "import errno, sys, ddo_cli.files as files\n"
-        "def full(*_): raise OSError(errno.ENOSPC, 'No space left on device', 'somewhere/shard')\n"
-        "files.os.fsync = full\n"
-        "from ddo_cli.cli import main\nmain()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "sample", "--ckpt", ckpt, "--num-images", "2"],
-        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere/shard")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    done = ddo("sample", "--ckpt", ckpt, "--num-images", "2", code=2)
     assert "No space left on device; make room and run the same command again" in done.stderr
-    assert "Traceback" not in done.stderr
     assert not [path for path in (tmp_path / "samples").iterdir() if path.name != ".lock"]
 
 
@@ -207,9 +195,9 @@ def test_a_user_s_model_from_file_to_samples(tmp_path):
         "    return DiffusionModel(Net(), Codec(shape), num_classes, options, draw)\n"
     )
     settings = ["model={name: mine}", "pretrain.images=512", "pretrain.batch=64"]
-    done = ddo("pretrain", "--recipe", "toy2d", "--model-file", "mine.py", "--json", *settings, cwd=tmp_path)
+    done = program("pretrain", "--recipe", "toy2d", "--model-file", "mine.py", "--json", *settings, cwd=tmp_path)
     final = json.loads(done.stdout)["final"]
     sample = ["sample", "--ckpt", final, "--format", "npz", "--num-images", "10"]
-    assert "model.file" in ddo(*sample, cwd=tmp_path, code=2).stderr  # the remedy
-    ddo(*sample, "--model-file", "mine.py", cwd=tmp_path)
+    assert "model.file" in program(*sample, cwd=tmp_path, code=2).stderr  # the remedy
+    program(*sample, "--model-file", "mine.py", cwd=tmp_path)
     assert np.load(tmp_path / "samples" / "samples.npz")["arr_0"].shape == (10, 2)

@@ -4,8 +4,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -455,28 +453,22 @@ def test_a_few_images_are_warned_of(place, tmp_path, capsys):
 # The command
 
 
-def test_the_command(place, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def test_the_command(ddo, place, tmp_path):
     options = [
         "edit", str(place / "source.npz"), "--ckpt", str(place / "m.safetensors"), "--disc",
         str(place / "d.safetensors"), "--level", "0.5,3", "--num-images", "4", "--steps", "2", "--json", "rho=5",
     ]  # fmt: skip
 
-    def ddo(*more, code=0):
-        command = [sys.executable, "-m", "ddo_cli", *options, *more]
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False, timeout=120
-        )
-        assert done.returncode == code, done.stderr
-        return json.loads(done.stdout)
+    def edit(*more, code=0):
+        return json.loads(ddo(*options, *more, code=code).stdout)
 
-    plan = ddo("--dry-run")
+    plan = edit("--dry-run")
     assert plan["dry_run"]
     assert [level["sigma"] for level in plan["levels"]] == [0.5, 0.5, 3.0, 3.0]
     assert not (tmp_path / "edited").exists()
-    found = ddo()
+    found = edit()
     assert {"out", "num_images", "levels"} <= found.keys()
     assert found["num_images"] == 4
     for level in found["levels"]:
         assert level.keys() == {"sigma", "time", "psnr", "fd_embedded", "guided", "nfe", "disc_nfe"}
-    assert "write noise levels such as 0.5,1,2" in ddo("--level", "a", code=2)["error"]["message"]
+    assert "write noise levels such as 0.5,1,2" in edit("--level", "a", code=2)["error"]["message"]

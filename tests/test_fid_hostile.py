@@ -36,6 +36,7 @@ from fid_files import (
     within,
     zipped,
 )
+from launch import launch
 from safetensors.numpy import save
 
 from ddo_cli import cli
@@ -360,8 +361,7 @@ def test_number_of_cases():
 
 @pytest.mark.parametrize("name", ["source, 1.png of a folder cut at 0.5", "reference, pickle, os.system inside"])
 def test_refused_by_the_program_itself(name, tmp_path):
-    command = [sys.executable, "-m", "ddo_cli", "fid", *given(tmp_path, name)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = launch("-m", "ddo_cli", "fid", *given(tmp_path, name))
     assert done.returncode == 2, done.stderr
     assert CASES[name][1] in json.loads(done.stdout)["error"]["message"]
     assert "Traceback" not in done.stderr

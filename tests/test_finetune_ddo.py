@@ -1,16 +1,18 @@
 """The engine: resume equals uninterrupted, one process equals two, promotion, refusals. Both kinds of model."""
 
+import itertools
 import json
 import math
 import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import CPU, KINDS, make_checkpoint, tiny_recipe, torchrun
+from launch import launch
 
 from ddo_cli import checkpoint, files, rundir
 from ddo_cli.engines.ddo import finetune
@@ -106,11 +108,18 @@ def test_equal_weights_have_a_ratio_of_exactly_zero(finished, tmp_path):
         assert line["loss"] == pytest.approx(2 * math.log(2), rel=1e-5)
 
 
-@pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("number", [1, 3, 7, 12, 15, 20, 27, 34])
+def kills() -> Iterator[Any]:
+    """(kind, number of the file, whether before its rename): quickly, all of one kind of model, two of the others."""
+    for kind, number, before in itertools.product(KINDS, (1, 3, 7, 12, 15, 20, 27, 34), (True, False)):
+        is_quick = kind == KINDS[0] or (number, before) in ((7, True), (20, False))
+        yield pytest.param(kind, number, before, marks=() if is_quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("finished", "number", "before"), kills(), indirect=["finished"])
 def test_resume_equals_uninterrupted(finished, tmp_path, monkeypatch, number, before):
     kind, ckpt, reference, _ = finished
     recipe = tiny_recipe(ckpt, kind)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: Path(path).write_bytes(b"a picture"))
     with monkeypatch.context() as patch:
         kill_at_write(patch, number, before)
         with pytest.raises(KilledError):
@@ -203,7 +212,6 @@ def test_micro_batches_give_the_same_losses(finished, tmp_path):
     torch.testing.assert_close(torch.tensor(cut[:3]), torch.tensor(whole[:3]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_two_processes_equal_one(finished, tmp_path):
     _, _, out, one = finished
     recipe = tmp_path / "recipe.yaml"
@@ -222,16 +230,16 @@ def test_two_processes_equal_one(finished, tmp_path):
     assert found["reference_score"] == pytest.approx(one["reference_score"], rel=1e-6)  # few images, singular
 
 
-def test_second_process_is_refused(finished):
-    _, _, out, _ = finished
-    code = (
+def test_second_process_is_refused(tmp_path):
+    (tmp_path / "lock.py").write_text(
         "import sys; from pathlib import Path; from ddo_cli import rundir; from ddo_cli.errors import RunError\n"
-        "try:\n    with rundir.locked(Path(sys.argv[1])): sys.exit(5)\n"
+        "try:\n    with rundir.locked(Path('run')): sys.exit(5)\n"
         "except RunError as error: sys.exit(7 if 'in use' in str(error) else 6)"
     )
-    with rundir.locked(out):
-        assert subprocess.run([sys.executable, "-c", code, str(out)], check=False).returncode == 7
-    assert subprocess.run([sys.executable, "-c", code, str(out)], check=False).returncode == 5
+    (tmp_path / "run").mkdir()
+    with rundir.locked(tmp_path / "run"):
+        assert launch("lock.py", cwd=tmp_path).returncode == 7
+    assert launch("lock.py", cwd=tmp_path).returncode == 5
 
 
 def test_divergence_stops_the_run_and_names_the_last_good_checkpoint(finished, tmp_path):

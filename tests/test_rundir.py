@@ -3,8 +3,6 @@
 import errno
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -140,15 +138,11 @@ def test_foreign_directories_are_left_as_they_are(place, tmp_path, command):
         refused(lambda out=out, **more: act(place, out, **more), tmp_path, "is a file; choose another --out")
 
 
-def test_the_process_ends_with_2_and_deletes_nothing(place, tmp_path):
+def test_the_process_ends_with_2_and_deletes_nothing(ddo, place, tmp_path):
     full = foreign(tmp_path / "f", ".film.123.part", "t.txt")
     before = tree(full)
-    command = [sys.executable, "-m", "ddo_cli", "sample", "--ckpt", str(place / "m.safetensors"), "--num-images", "2"]
-    done = subprocess.run(
-        [*command, "--out", str(full), "--device", "cpu", "--dry-run", "--json"],
-        capture_output=True, text=True, check=False, timeout=120, cwd=Path(__file__).parent.parent,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
+    given = ["--ckpt", place / "m.safetensors", "--num-images", 2, "--out", full, "--device", "cpu"]
+    done = ddo("sample", *given, "--dry-run", "--json", code=2)
     assert json.loads(done.stdout)["error"]["kind"] == RunError.kind
     assert tree(full) == before
 

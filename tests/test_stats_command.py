@@ -1,8 +1,6 @@
 """`ddo stats`: what it writes are the moments of the images, whoever shares the work and however they are kept."""
 
 import json
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -196,12 +194,6 @@ def test_the_command_on_two_processes(sets, tmp_path):
     torch.testing.assert_close(left.features(extractor), right.features(extractor), rtol=0, atol=0)
 
 
-def test_a_mistake_is_one_message(sets, tmp_path):
+def test_a_mistake_is_one_message(ddo, sets, tmp_path):
     given = ["stats", str(sets / "npz.npz"), "--out", str(tmp_path / "x.safetensors"), "--metric", "fdi", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "ddo_cli", *given],
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "--metric fdi is not known" in json.loads(done.stdout)["error"]["message"]
-    assert "Traceback" not in done.stderr
+    assert "--metric fdi is not known" in json.loads(ddo(*given, code=2).stdout)["error"]["message"]
