@@ -30,7 +30,7 @@ TINY_VQVAE = {
 TINY = {
     "diffusion": ("patch-unet", (3, 32, 32), TINY_UNET, {"sampler": "heun", "steps": 3, "batch": 8}),
     "autoregressive": ("pixel-transformer", (1, 8, 8), TINY_TRANSFORMER, {"batch": 8}),
-    "edm2": ("edm2-unet", (3, 32, 32), TINY_EDM2, {"sampler": "heun", "steps": 2, "batch": 8, "dtype": "float32"}),
+    "edm2": ("edm2-unet", (3, 32, 32), TINY_EDM2, {"sampler": "euler", "steps": 2, "batch": 8, "dtype": "float32"}),
     "var": ("var", (3, 32, 32), {"depth": 2, "width": 16, "heads": 2, "vqvae": TINY_VQVAE}, {"batch": 8}),
 }
 KINDS = tuple(TINY)
@@ -81,7 +81,7 @@ def tiny_recipe(ckpt: str, kind: str = "diffusion", *overrides: str) -> Recipe:
         f"data.source={data}",
         *([] if kind == "autoregressive" else ["data.num=64"]),
         "sampling={batch: 8}",
-        "metric={name: fd_embedded, num_images: 32, repeats: 2}",
+        "metric={name: fd_embedded, num_images: 16, repeats: 2}",
         "finetune={rounds: 2, alpha: 1.0, beta: 0.05, lr: 1.0e-3, batch: 4, images_per_round: 24, num_fake: 16, "
         "eval_every: 12, ema_half_life: 8.0, log_every: 2, save_every: 2, max_denoising_ratio: 50.0}",
     ]

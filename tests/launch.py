@@ -8,11 +8,12 @@ import multiprocessing.connection
 import os
 import pkgutil
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch.distributed import TCPStore
 
 import ddo_cli
 
+TIMEOUT = 240  # seconds
 NO_IMPORTS = ("ddo_cli.__main__", "ddo_cli.assets.build")  # programs
 _SERVER = multiprocessing.get_context("forkserver")
 _OURS = [module.name for module in pkgutil.walk_packages(ddo_cli.__path__, "ddo_cli.") if module.name not in NO_IMPORTS]
@@ -49,11 +51,11 @@ def _work(command: list[str], cwd: str, environment: dict[str, str], out: str, e
 
 
 def launch(
-    *command: str, processes: int = 1, cwd: Path | str | None = None, timeout: float = 240, **environment: str
+    *command: object, processes: int = 1, cwd: Path | str | None = None, until: Callable[[], bool] = lambda: False
 ) -> subprocess.CompletedProcess[str]:
     """`python COMMAND`; with several processes as torchrun starts them, which ends all when one fails.
 
-    command: `-m ddo_cli ...` or a script and its arguments.
+    command: `-m ddo_cli ...` or a script and its arguments. until: kills them as soon as this holds.
     """
     cwd = str(cwd or Path.cwd())
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if processes > 1 else None
@@ -63,14 +65,14 @@ def launch(
         out.touch()
         err.touch()
         for rank in range(processes):
-            given = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+            given = {**os.environ, "OMP_NUM_THREADS": "1"}
             if store is not None:
                 given |= _group(rank, processes, store.port)
             arguments = (list(map(str, command)), cwd, given, str(out), str(err))
             started.append(_SERVER.Process(target=_work, args=arguments))
             started[-1].start()
         try:
-            code = _ended(started, timeout)
+            code = _ended(started, until)
         finally:
             for process in started:
                 process.kill()
@@ -85,13 +87,15 @@ def _group(rank: int, processes: int, port: int) -> Mapping[str, str]:
     return {name: str(value) for name, value in (ranks | place).items()}
 
 
-def _ended(started: list[BaseProcess], timeout: float) -> int:
+def _ended(started: list[BaseProcess], until: Callable[[], bool]) -> int:
     """The exit code: 0 once all have ended with it, else that of the first to fail."""
-    end = time.monotonic() + timeout
+    end = time.monotonic() + TIMEOUT
     while (codes := [process.exitcode for process in started]) and time.monotonic() < end:
         if failed := [code for code in codes if code]:
             return failed[0]
         if None not in codes:
             return 0
-        multiprocessing.connection.wait([p.sentinel for p in started if p.exitcode is None], timeout=1)
-    raise TimeoutError(f"{timeout:.0f} s have passed")
+        if until():
+            return -signal.SIGKILL
+        multiprocessing.connection.wait([p.sentinel for p in started if p.exitcode is None], timeout=0.005)
+    raise TimeoutError(f"{TIMEOUT} s have passed")

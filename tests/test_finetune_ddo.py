@@ -1,5 +1,6 @@
 """The engine: resume equals uninterrupted, one process equals two, promotion, refusals. Both kinds of model."""
 
+import functools
 import itertools
 import json
 import math
@@ -41,13 +42,22 @@ def kill_at_write(monkeypatch, number: int, before: bool) -> None:
     monkeypatch.setattr(files.os, "replace", replace)
 
 
+@pytest.fixture(scope="module")
+def finished_of(tmp_path_factory):
+    """An uninterrupted run of a kind of model: (kind, reference, directory, result)."""
+
+    @functools.cache
+    def finished(kind):
+        path = tmp_path_factory.mktemp(kind)
+        ckpt = make_checkpoint(path / "ref.safetensors", kind)
+        return kind, ckpt, path / "run", finetune.run(tiny_recipe(ckpt, kind), path / "run", device=CPU)
+
+    return finished
+
+
 @pytest.fixture(scope="module", params=KINDS)
-def finished(request, tmp_path_factory):
-    """An uninterrupted run: (kind, reference, directory, result)."""
-    path = tmp_path_factory.mktemp(request.param)
-    ckpt = make_checkpoint(path / "ref.safetensors", request.param)
-    result = finetune.run(tiny_recipe(ckpt, request.param), path / "run", device=CPU)
-    return request.param, ckpt, path / "run", result
+def finished(request, finished_of):
+    return finished_of(request.param)
 
 
 def test_layout_of_a_run(finished):
@@ -115,9 +125,9 @@ def kills() -> Iterator[Any]:
         yield pytest.param(kind, number, before, marks=() if is_quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("finished", "number", "before"), kills(), indirect=["finished"])
-def test_resume_equals_uninterrupted(finished, tmp_path, monkeypatch, number, before):
-    kind, ckpt, reference, _ = finished
+@pytest.mark.parametrize(("kind", "number", "before"), kills())
+def test_resume_equals_uninterrupted(finished_of, tmp_path, monkeypatch, kind, number, before):
+    _, ckpt, reference, _ = finished_of(kind)
     recipe = tiny_recipe(ckpt, kind)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: Path(path).write_bytes(b"a picture"))
     with monkeypatch.context() as patch:

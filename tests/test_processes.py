@@ -8,12 +8,14 @@ import sys
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import CPU, fit_events, make_checkpoint, torchrun
 
 from ddo_cli import checkpoint, cli, dist, sharding
 from ddo_cli import precision as precision_module
+from ddo_cli.engines.sampling import sample
 from ddo_cli.errors import RunError
 from ddo_cli.models import registry
 from ddo_cli.precision import set_training_precision
@@ -211,6 +213,21 @@ def test_nccl_is_told_its_gpu(monkeypatch, device, expected):
     dist.init(device)
     backend, more = calls[0]
     assert (backend, more.get("device_id")) == (("nccl", torch.device(expected)) if expected else ("gloo", None))
+
+
+def test_torchrun_itself_starts_the_program(tmp_path):
+    """Other tests of several processes fork them, which is faster."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddo_cli"]
+    given = ["sample", "--ckpt", "embedded:digits32", "--num-images", "4", "--format", "npz", "--device", "cpu"]
+    done = subprocess.run(
+        [*command, *given, "--out", str(tmp_path / "two"), "--json"],
+        capture_output=True, text=True, check=False, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(cli.__file__).parent.parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["num_images"] == 4
+    sample.run("embedded:digits32", range(4), tmp_path / "one", form="npz", device=CPU)
+    assert np.array_equal(*(np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("one", "two")))
 
 
 @pytest.mark.parametrize("world", ["1", "2"])

@@ -1,17 +1,14 @@
 """FSDP2 on two CPU processes: the same step as one process, states that resume anywhere, plain weight files."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CPU, KINDS, make_checkpoint, tiny_recipe, torchrun
+from launch import launch
 from torch import nn
 
 from ddo_cli import checkpoint, sharding
@@ -74,34 +71,13 @@ def test_final_weights_are_one_plain_file(runs):
     assert not list(two.rglob("train-state*"))
 
 
-def killed(options: list[str], out: Path, processes: int) -> None:
-    """Starts a run and kills all of it when its first state lies on disk."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    with open(out.parent / "killed.log", "w") as log:
-        run = subprocess.Popen([*command, *options, "--out", str(out)], env=environment, stdout=log, stderr=log)
-        try:
-            end = time.monotonic() + 200
-            while not list(out.glob("round-01/train-state/[0-9]*")):
-                assert run.poll() is None, (out.parent / "killed.log").read_text()
-                assert time.monotonic() < end
-                time.sleep(0.005)
-        finally:
-            workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-            for pid in (run.pid, *map(int, workers)):  # torchrun first, or it would report its workers' end
-                os.kill(pid, signal.SIGKILL)
-            run.wait()
-            for pid in workers:  # the lock is held until they are gone
-                while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
-                    time.sleep(0.005)
-
-
-@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(runs, tmp_path):
     """By as many processes, to the same bytes; by another number, within rounding."""
     kind, _, _, two, options = runs
     then = 1 if kind == "autoregressive" else 2
-    killed(options, tmp_path / "run", 2)
+    out = tmp_path / "run"
+    done = launch(*options, "--out", out, processes=2, until=lambda: any(out.glob("round-01/train-state/[0-9]*")))
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "run" / "final.safetensors").exists()
     torchrun(*options, "--out", str(tmp_path / "run"), processes=then)
     tolerance = {"rtol": 0, "atol": 0} if then == 2 else {"rtol": 1e-6, "atol": 3e-8}
