@@ -2,12 +2,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint format bench assets docs clean
+.PHONY: quickstart test test-all lint format bench assets docs clean
 
 quickstart: $(VENV)/.installed  ## install, then four rounds of DDO on the embedded default
 	$(BIN)/ddo finetune-ddo --rounds 4 --alpha 4 --beta 0.05
 
-test: $(VENV)/.installed-dev lint  ## lint, types and tests
+test: $(VENV)/.installed-dev lint  ## lint, types and the quick tests, which cover every line: at most 5 minutes on 2 cores
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow"
+
+test-all: $(VENV)/.installed-dev lint  ## and the full cross products, marked slow
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(VENV)/.installed-dev

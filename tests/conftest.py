@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import launch
+from PIL import Image
 
 from ddo_cli import checkpoint, cli, console
 from ddo_cli.models import registry
@@ -59,6 +60,13 @@ def _plain_process():
     """Undoes what a command run in this process leaves: JSON output, flushed denormals (hypothesis refuses them)."""
     console.use_json(False)
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Figures are one black pixel: drawing them takes half of a tiny run. Those of wider fixtures are drawn."""
+    pixel = Image.new("RGB", (1, 1))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: pixel.save(path, "png"))
 
 
 def make_checkpoint(path: Path, kind: str = "diffusion", seed: int = 0, **header) -> str:

@@ -21,6 +21,8 @@ from ddo_cli.errors import CheckpointError, NumericsError, RunError, UsageError
 from ddo_cli.objectives import ddo_step as objective
 from ddo_cli.objectives.ddo import ddo_loss
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 class KilledError(BaseException):
     """Stands in for SIGKILL: nothing catches it."""
@@ -129,7 +131,6 @@ def kills() -> Iterator[Any]:
 def test_resume_equals_uninterrupted(finished_of, tmp_path, monkeypatch, kind, number, before):
     _, ckpt, reference, _ = finished_of(kind)
     recipe = tiny_recipe(ckpt, kind)
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: Path(path).write_bytes(b"a picture"))
     with monkeypatch.context() as patch:
         kill_at_write(patch, number, before)
         with pytest.raises(KilledError):

@@ -24,6 +24,8 @@ from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.recipe.load import load
 from ddo_cli.trainable import Trainable
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 class KilledError(BaseException):
     """Stands in for SIGKILL."""
