@@ -1,4 +1,4 @@
-"""Recomputed blocks, imagined computations, and the estimates made of them."""
+"""Activation checkpointing, and a reference kept in bf16."""
 
 import copy
 import gc
@@ -10,18 +10,14 @@ from conftest import CPU, KINDS, make_checkpoint, tiny_recipe
 from torch import nn
 
 from ddo_cli import dist
-from ddo_cli.engines import estimate
 from ddo_cli.engines.ddo import finetune
 from ddo_cli.errors import UsageError
 from ddo_cli.models import registry
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.recipe.training import FinetuneRecipe, PretrainRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.training import memory
 from ddo_cli.training.recompute import recompute_units
 
-IMAGE = ((3, 32, 32), torch.uint8)
-WORK = estimate.Work(steps=10, scored=100, fake=1000, stored=3)
 
 
 def gradients(model) -> list[torch.Tensor]:
@@ -116,99 +112,6 @@ def test_recomputed_unets_with_dropout(name, shape, options):
 def test_models_without_blocks_are_refused():
     with pytest.raises(UsageError, match="activation_checkpointing = true: this Linear names no blocks"):
         recompute_units(nn.Linear(1, 1))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Imagined computations
-
-
-def test_peak_counts_what_lives_at_once():
-    def compute():
-        x = torch.zeros(1000)  # 4000 bytes
-        y = x * 2  # 8000
-        del x
-        z = y + 1  # 8000
-        z.add_(1)
-        z[:500].mul_(2)  # a view and what works in place take nothing
-        return torch.cat([y, z])  # 16000
-
-    with memory.imagined():
-        assert memory.cost(compute) == memory.Cost(peak=16000, saved=0, flops=0)
-
-
-def test_saved_tensors_and_operations_of_a_layer():
-    layer = nn.Linear(20, 30, bias=False)
-    with memory.imagined():
-        memory.without_content(layer, CPU)
-
-        def compute():
-            x = torch.zeros(10, 20)  # 800 bytes, saved for the weight's gradient
-            layer(x).exp().sum().backward()  # the exponential (10, 30) is saved: 1200 bytes
-
-        found = memory.cost(compute, layer)
-    assert found.saved == 800 + 1200
-    assert found.flops == 2 * (2 * 10 * 20 * 30)  # forward; backward to the weight
-    # Before the sum: x, the layer's output, its exponential. In the backward pass: x, the exponential, gradients.
-    assert found.peak >= 800 + 2 * 1200
-    assert found.peak <= 800 + 3 * 1200 + 20 * 30 * 4
-
-
-def deep(recompute: bool, batch: int = 4, **values) -> dict:
-    config = registry.config_of("pixel-transformer", (1, 8, 8), 10, {"width": 16, "depth": 12, "heads": 2}, {})
-    settings = FinetuneRecipe(batch=batch, activation_checkpointing=recompute, **values)
-    spec = SamplingRecipe(batch=2)
-    item = ((1, 8, 8), torch.uint8)
-    return estimate.estimate(config, settings, spec, [item, item], WORK, device=CPU)
-
-
-def test_an_estimate_knows_batches_and_recomputing():
-    plain, large, small, again = deep(False), deep(False, 8), deep(False, 8, micro_batch=4), deep(True)
-    weights = plain["bytes"]["weights"]
-    assert plain["bytes"]["moments"] == 2 * plain["bytes"]["gradients"]
-    assert abs(plain["bytes"]["moments"] - 2 * weights) < 100
-    assert large["bytes"]["activations"] == pytest.approx(2 * plain["bytes"]["activations"], rel=0.02)
-    assert small["bytes"]["activations"] == plain["bytes"]["activations"]
-    assert small["flops"]["step"] == large["flops"]["step"] == 2 * plain["flops"]["step"]
-    assert again["bytes"]["activations"] < 0.3 * plain["bytes"]["activations"]
-    assert again["bytes"]["peak"] < plain["bytes"]["peak"]
-    # A pass of the reference, one of the model and its backward pass at twice that; recomputing adds a forward pass
-    # of the blocks, and the loss of what no block holds makes it a little less.
-    assert 1.2 < again["flops"]["step"] / plain["flops"]["step"] <= 1.25
-    assert deep(False, reference_precision="bf16")["bytes"]["reference"] == pytest.approx(weights / 2, rel=0.01)
-    assert deep(False, ema_widths=[0.05, 0.1])["bytes"]["averages"] == 2 * plain["bytes"]["averages"]
-
-
-def test_sharding_spreads_what_lasts(monkeypatch):
-    alone = deep(False, 8)["bytes"]
-    monkeypatch.setattr(dist, "world_size", lambda: 2)
-    spread = deep(False, 8, sharding="fsdp")["bytes"]
-    for key in ("weights", "moments", "averages", "reference", "gradients"):
-        assert spread[key] == alone[key] // 2, key
-    assert spread["evaluation_copy"] == alone["weights"]
-    assert spread["activations"] == pytest.approx(alone["activations"] / 2, rel=0.05)
-    assert spread["peak"] < deep(False, 8)["bytes"]["peak"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_dry_runs_estimate(kind, tmp_path):
-    recipe = tiny_recipe(make_checkpoint(tmp_path / "x.safetensors", kind), kind)
-    found = finetune.run(recipe, tmp_path / "run", device=CPU, dry_run=True)["estimate"]
-    held = found["bytes"]
-    lasting = ("weights", "moments", "averages", "reference", "evaluation_copy")
-    assert held["peak"] >= sum(held[key] for key in lasting) + held["activations"]
-    assert found["seconds"]["total"] > 0
-    if kind == "diffusion":  # two candidates and the best of each of two rounds, and the final file
-        assert found["disk_bytes"]["checkpoints"] == pytest.approx((2 * 2 + 2 + 1) * held["weights"], rel=0.01)
-    lines = estimate.described(found)
-    assert lines.keys() == {"memory", "disk", "time"}
-    assert "GiB per process" in lines["memory"]
-
-
-def test_a_model_that_needs_data_is_not_estimated():
-    config = registry.config_of("mixture", (2,), 0, {}, {})
-    item = ((2,), torch.float32)
-    found = estimate.estimate(config, PretrainRecipe(), SamplingRecipe(), [item], WORK, device=CPU)
-    assert found["not_estimated"].startswith("mixture does not run without data: ")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ import torch
 from ddo_cli import checkpoint, console, dist, rundir
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import check_fits, digest
-from ddo_cli.engines import estimate, training_run
+from ddo_cli.engines import dry_run as dry_runs
+from ddo_cli.engines import training_run
 from ddo_cli.engines.ddo import reference, sweep
 from ddo_cli.engines.ddo import report as finetune_report
 from ddo_cli.engines.ddo.round import Round, copy_weights, path_of, weights_after
@@ -36,7 +37,9 @@ from ddo_cli.training.ema import snapshot_name
 from ddo_cli.training.state import drop_state
 
 
-def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = False) -> dict[str, Any]:
+def run(
+    recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = False, measure: bool = True
+) -> dict[str, Any]:
     """Finetunes recipe.model.ckpt in rounds; returns the object that `finetune-ddo --json` prints.
 
     The same call on an unfinished run continues it; on a finished one it returns the stored result.
@@ -52,8 +55,8 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     identity = {"reference_sha256": loaded.checkpoint.sha256, "data_sha256": digest(real), **scoring.identity}
     rundir.RunDir(out).check("finetune-ddo", recipe, **identity)
     if dry_run:
-        expected = estimate.of_finetuning(recipe, loaded, plans, real, scoring)
-        return {**_dry_run(recipe, out, loaded.model, plans[0]), "estimate": expected}
+        plan = _dry_run(recipe, out, loaded.model, plans[0])
+        return plan | dry_runs.of_finetuning(recipe, loaded, plans, real, scoring) if measure else plan
     with training_run.claimed("finetune-ddo", recipe, recipe.finetune, out, identity) as (run_dir, state):
         if run_dir.is_finished(state):
             return _result(recipe, run_dir, state, scoring.key)

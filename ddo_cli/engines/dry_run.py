@@ -1,0 +1,204 @@
+"""What a run takes, measured by `--dry-run`: two real training steps and one real batch of samples; and its disk."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ddo_cli import console, dist
+from ddo_cli.data.items import ItemSet
+from ddo_cli.data.pairs import Pairs, Shuffled
+from ddo_cli.engines.ddo import reference, sweep
+from ddo_cli.engines.sampling import sample
+from ddo_cli.engines.scoring import Scoring
+from ddo_cli.errors import UsageError
+from ddo_cli.likelihood import LikelihoodModel
+from ddo_cli.models import registry
+from ddo_cli.objectives.ddo import DdoSettings
+from ddo_cli.objectives.ddo_step import ddo_step
+from ddo_cli.precision import set_training_precision
+from ddo_cli.recipe.schema import Recipe, SamplingRecipe, TrainRecipe
+from ddo_cli.trainable import Trainable
+from ddo_cli.training import loop
+from ddo_cli.training.loop import Objective, Stream
+from ddo_cli.training.meter import Meter
+
+STEPS = 2  # the first one warms up, the second one is timed
+GIB, HOUR = 2**30, 3600
+
+
+class Work(NamedTuple):
+    """How often a run does what; images over all processes."""
+
+    steps: int  # of training
+    scored: int  # images drawn for scores
+    fake: int  # images drawn for fake sets
+    stored: int  # weight files that stay on disk
+
+
+def of_finetuning(
+    recipe: Recipe, loaded: registry.Loaded, plans: Sequence[sweep.Plan], real: ItemSet, scoring: Scoring
+) -> dict[str, Any]:
+    """Measures `finetune-ddo`: two steps of its first round, whose fakes are the batch of samples."""
+    settings, model, device = recipe.of_round(1).finetune, loaded.model, scoring.device
+    keep = sample.kept_of_fakes(model, settings.fake_as, scoring.spec)
+    with _measured(device) as figures:
+        ref = reference.load(recipe.model.ckpt, settings, device).model
+        scratch = registry.load_model(recipe.model.ckpt, device).model  # holds averages while they are scored
+        fake, figures["images_per_second"] = _one_batch(scratch, scoring.spec, keep, device)
+        labels = np.resize(real.labels, len(fake))
+        pairs = Pairs(Shuffled(real.items, real.labels, "real", recipe.seed), Shuffled(fake, labels, "fake", recipe.seed))
+        setting = plans[0].settings[0]
+        objective = partial(ddo_step, model, ref=ref, settings=DdoSettings(*setting, settings.divide_by_alpha))
+        figures["seconds_per_step"] = two_steps(model, objective, pairs, settings, (recipe.seed, 1), device)
+    return _summary(figures, _work_of_rounds(recipe, plans, scoring), settings, model, fake[:1].nbytes)
+
+
+def of_pretraining(
+    recipe: Recipe, model: LikelihoodModel, objective: Objective, stream: Stream, scoring: Scoring
+) -> dict[str, Any]:
+    """Measures `pretrain`: two of its steps, and a batch of samples for its scores."""
+    settings, device = recipe.pretrain, scoring.device
+    with _measured(device) as figures:
+        _, figures["images_per_second"] = _one_batch(model, recipe.sampling, "images", device)
+        figures["seconds_per_step"] = two_steps(model, objective, stream, settings, (recipe.seed,), device)
+    snapshots = settings.images // settings.snapshot_every if settings.snapshot_every else 0
+    per_score = 0 if scoring.density is not None else recipe.metric.num_images
+    stored = 1 + snapshots * max(len(settings.ema_widths), 1)
+    work = Work(-(-settings.images // settings.batch), scoring.repeats * per_score, 0, stored)
+    return _summary(figures, work, settings, model, 0)
+
+
+def _work_of_rounds(recipe: Recipe, plans: Sequence[sweep.Plan], scoring: Scoring) -> Work:
+    settings = recipe.finetune
+    rounds = [sweep.planned(plan.rungs, plan.candidates_at) for plan in plans]
+    candidates = [sum(len(node["candidates"]) for node in nodes) for nodes in rounds]
+    # The best one's stay, and every candidate of the round that runs.
+    stored = sum(candidates) if settings.keep_candidates == "all" else len(rounds) - 1 + max(candidates)
+    scores = settings.rounds * (scoring.repeats - 1) + scoring.repeats + sum(candidates)
+    at_rungs = sum(
+        len(node["rungs"]) * plan.images for plan, nodes in zip(plans, rounds, strict=True) for node in nodes
+    )
+    per_score = recipe.metric.num_images
+    return Work(
+        steps=sum(node["stopped_at"] for nodes in rounds for node in nodes),
+        scored=0 if scoring.density is not None else scores * per_score + at_rungs,  # densities are of points
+        fake=sum(settings.of_round(number).num_fake for number in range(1, settings.rounds + 1)),
+        stored=stored * max(len(settings.ema_widths), 1) + len(rounds) + 1,
+    )
+
+
+def two_steps(
+    model: Trainable,
+    objective: Objective,
+    stream: Stream,
+    settings: TrainRecipe,
+    key: tuple[int | str, ...],
+    device: torch.device,
+) -> float:
+    """Seconds of a training step, the second of two real ones. Nothing is written; the model is trained."""
+    set_training_precision(settings.precision)
+    nowhere = Path("dry-run-without-a-state")  # never saved: the loop is left before it would be
+    quiet = settings.model_copy(update={"log_every": 10**9, "save_every": 10**9})
+    plan = loop.Plan("dry run: training", STEPS + 1, quiet, key, nowhere, "dry run", lambda: "none yet")
+    ends = [time.perf_counter()]
+    with contextlib.closing(
+        loop.fit(model, objective, stream, plan, Meter(nowhere, {}, settings.batch, device))
+    ) as events:
+        for _ in events:
+            ends.append(time.perf_counter())
+            if len(ends) > STEPS:
+                break
+    return ends[-1] - ends[-2]
+
+
+def _one_batch(
+    model: LikelihoodModel, spec: SamplingRecipe, keep: sample.Keep, device: torch.device
+) -> tuple[np.ndarray, float]:
+    """A batch of samples as a fake set keeps them, and how many of them all processes draw in a second."""
+    console.info(f"dry run: drawing a batch of {spec.batch}")
+    start = time.perf_counter()
+    (batch,) = sample.drawn(model, range(spec.batch), spec, keep, device)
+    return batch.items.numpy(), dist.world_size() * spec.batch / (time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def _measured(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Figures that the block fills in, and at its end the peak of memory.
+
+    Raises UsageError where the GPU's memory is too small.
+    """
+    figures: dict[str, Any] = {}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield figures
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        raise UsageError(
+            f"the run does not fit into the memory of {_name(device)} ({reason}); lower micro_batch or sampling.batch, "
+            "or set activation_checkpointing = true"
+        ) from None
+    if device.type == "cuda":
+        figures["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    else:
+        figures["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    figures["device"] = _name(device)
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+
+
+def _summary(
+    figures: dict[str, Any], work: Work, settings: TrainRecipe, model: Trainable, item_bytes: int
+) -> dict[str, Any]:
+    """What `--dry-run` adds to the plan: `measured` and `disk_bytes`."""
+    training = work.steps * figures["seconds_per_step"]
+    sampling = (work.fake + work.scored) / figures["images_per_second"]
+    hours = {"training": training / HOUR, "sampling": sampling / HOUR, "total": (training + sampling) / HOUR}
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    disk = {
+        "fake_sets": work.fake * item_bytes,
+        "checkpoints": work.stored * weights,
+        "train_state": weights + (max(len(settings.ema_widths), 1) + 2) * trained,  # averages, Adam's two moments
+    }
+    disk["total"] = sum(disk.values())
+    return {"measured": {"processes": dist.world_size(), **figures, "hours": hours}, "disk_bytes": disk}
+
+
+def shown(result: dict[str, Any]) -> dict[str, Any]:
+    """The result of a dry run in the lines that people read."""
+    lines = {key: value for key, value in result.items() if key not in ("measured", "disk_bytes")}
+    if "measured" in result:
+        figures, disk = result["measured"], result["disk_bytes"]
+        hours = figures["hours"]
+        lines["measured on"] = f"{figures['processes']} x {figures['device']}"
+        lines["time"] = (
+            f"{_time(hours['total'])} without metrics: training {_time(hours['training'])} at "
+            f"{figures['seconds_per_step']:.3g} s a step, sampling {_time(hours['sampling'])} at "
+            f"{figures['images_per_second']:.3g} images/s"
+        )
+        lines["memory"] = f"{_gib(figures['peak_bytes'])} GiB per process at its peak"
+        lines["disk"] = (
+            f"{_gib(disk['total'])} GiB (fake sets {_gib(disk['fake_sets'])}, weights {_gib(disk['checkpoints'])})"
+        )
+    return lines
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.3g}"
+
+
+def _time(hours: float) -> str:
+    return f"{hours:.3g} h" if hours >= 0.1 else f"{hours * HOUR:.3g} s"

@@ -1,0 +1,73 @@
+"""What `--dry-run` measures."""
+
+import pytest
+import torch
+from conftest import CPU, KINDS, make_checkpoint, tiny_recipe
+
+from ddo_cli.engines import dry_run
+from ddo_cli.engines.ddo import finetune
+from ddo_cli.engines.pretrain import model as pretrain
+from ddo_cli.errors import UsageError
+from ddo_cli.models import registry
+from ddo_cli.recipe.load import load
+from ddo_cli.training import loop, state
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_real_steps_and_a_batch_of_samples(kind, tmp_path, monkeypatch):
+    ckpt = make_checkpoint(tmp_path / "x.safetensors", kind)
+    recipe = tiny_recipe(ckpt, kind, "finetune.ema_widths=[0.05, 0.1]")
+    steps, saved, fit = [], [], loop.fit
+
+    def watched(*args):
+        for event in fit(*args):
+            steps.append(event.step)
+            yield event
+
+    monkeypatch.setattr(loop, "fit", watched)
+    monkeypatch.setattr(state.State, "save", lambda self, step: saved.append(step))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    result = finetune.run(recipe, tmp_path / "run", device=CPU, dry_run=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (steps, saved) == ([1, 2], [])
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.safetensors"]
+    figures, disk = result["measured"], result["disk_bytes"]
+    assert figures["seconds_per_step"] > 0
+    assert figures["peak_bytes"] > 100 * 2**20  # the program itself
+    # Hours by hand: rounds of 2 candidates, scored once, and the further seed ranges of references and best ones.
+    settings = recipe.finetune
+    num_steps = settings.rounds * -(-settings.images_per_round // settings.batch)
+    assert figures["hours"]["training"] == pytest.approx(num_steps * figures["seconds_per_step"] / 3600)
+    scores = recipe.metric.repeats + settings.rounds * (2 + recipe.metric.repeats - 1)
+    drawn = settings.rounds * settings.num_fake + scores * recipe.metric.num_images
+    assert figures["hours"]["sampling"] == pytest.approx(drawn / figures["images_per_second"] / 3600)
+    model = registry.load_model(ckpt, CPU).model
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    stored = settings.rounds * 2 * 2 + settings.rounds + 1  # two averages of each candidate; the best ones, the final one
+    assert disk["checkpoints"] == stored * weights
+    assert disk["fake_sets"] % (settings.rounds * settings.num_fake) == 0
+    assert {"time", "memory", "disk"} <= dry_run.shown(result).keys()
+
+
+def test_the_plan_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "fit", None)
+    ckpt = make_checkpoint(tmp_path / "x.safetensors")
+    result = finetune.run(tiny_recipe(ckpt), tmp_path / "run", device=CPU, dry_run=True, measure=False)
+    assert "measured" not in result
+    assert dry_run.shown(result) == result
+
+
+@pytest.mark.parametrize("name", ["toy2d", "digits32-vqvae"])
+def test_pretraining(name, tmp_path):
+    recipe = load(name, ["pretrain.images=6400", "pretrain.batch=16", "sampling.batch=4"])
+    result = pretrain.run(recipe, tmp_path / "run", device=CPU, dry_run=True)
+    figures = result["measured"]
+    assert figures["hours"]["training"] == pytest.approx(400 * figures["seconds_per_step"] / 3600)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_does_not_fit_is_said():
+    with pytest.raises(UsageError, match=r"does not fit into the memory of .* \(CUDA out of memory\); lower micro_batch"):
+        with dry_run._measured(CPU):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
