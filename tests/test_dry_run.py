@@ -26,10 +26,7 @@ def test_two_real_steps_and_a_batch_of_samples(kind, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "fit", watched)
     monkeypatch.setattr(state.State, "save", lambda self, step: saved.append(step))
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
     result = finetune.run(recipe, tmp_path / "run", device=CPU, dry_run=True)
-    assert torch.equal(torch.get_rng_state(), before)
     assert (steps, saved) == ([1, 2], [])
     assert list(tmp_path.iterdir()) == [tmp_path / "x.safetensors"]
     figures, disk = result["measured"], result["disk_bytes"]
@@ -44,7 +41,9 @@ def test_two_real_steps_and_a_batch_of_samples(kind, tmp_path, monkeypatch):
     assert figures["hours"]["sampling"] == pytest.approx(drawn / figures["images_per_second"] / 3600)
     model = registry.load_model(ckpt, CPU).model
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    stored = settings.rounds * 2 * 2 + settings.rounds + 1  # two averages of each candidate; the best ones, the final one
+    stored = (
+        settings.rounds * 2 * 2 + settings.rounds + 1
+    )  # two averages of each candidate; the best ones, the final one
     assert disk["checkpoints"] == stored * weights
     assert disk["fake_sets"] % (settings.rounds * settings.num_fake) == 0
     assert {"time", "memory", "disk"} <= dry_run.shown(result).keys()
@@ -68,6 +67,6 @@ def test_pretraining(name, tmp_path):
 
 
 def test_what_does_not_fit_is_said():
-    with pytest.raises(UsageError, match=r"does not fit into the memory of .* \(CUDA out of memory\); lower micro_batch"):
-        with dry_run._measured(CPU):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    message = r"does not fit into the memory of .* \(CUDA out of memory\); lower micro_batch"
+    with pytest.raises(UsageError, match=message), dry_run._measured(CPU):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")

@@ -9,15 +9,12 @@ import torch
 from conftest import CPU, KINDS, make_checkpoint, tiny_recipe
 from torch import nn
 
-from ddo_cli import dist
 from ddo_cli.engines.ddo import finetune
 from ddo_cli.errors import UsageError
 from ddo_cli.models import registry
-from ddo_cli.recipe.schema import SamplingRecipe
-from ddo_cli.recipe.training import FinetuneRecipe, PretrainRecipe
 from ddo_cli.rng import RowRng
+from ddo_cli.trainable import Trainable
 from ddo_cli.training.recompute import recompute_units
-
 
 
 def gradients(model) -> list[torch.Tensor]:
@@ -110,8 +107,8 @@ def test_recomputed_unets_with_dropout(name, shape, options):
 
 
 def test_models_without_blocks_are_refused():
-    with pytest.raises(UsageError, match="activation_checkpointing = true: this Linear names no blocks"):
-        recompute_units(nn.Linear(1, 1))
+    with pytest.raises(UsageError, match="activation_checkpointing = true: this Trainable names no blocks"):
+        recompute_units(Trainable())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -146,6 +146,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.", rich_help_panel="Run")
 ]
+MeasuredDryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check everything, print the plan, measure two training steps and a batch of samples, write nothing.",
+        rich_help_panel="Run",
+    ),
+]
+Measure = Annotated[
+    bool,
+    typer.Option(" /--no-measure", help="With --dry-run: the plan alone.", show_default=False, rich_help_panel="Run"),
+]
 Device = Annotated[str | None, typer.Option(help="cuda or cpu. Default: cuda if there is one.", rich_help_panel="Run")]
 ModelFile = Annotated[
     str | None, typer.Option(help="Python file that registers your own model.", rich_help_panel="Run")

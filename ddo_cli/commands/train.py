@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ddo_cli import console
-from ddo_cli.commands.options import DryRun, Result, device_of, options, recipe_options
+from ddo_cli.commands.options import DryRun, Measure, MeasuredDryRun, Result, device_of, options, recipe_options
 from ddo_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,17 +27,18 @@ def finetune_ddo(
     recipe: "Recipe",
     device: "torch.device",
     out: Annotated[Path | None, typer.Option(help="Directory of the run. Default: runs/<recipe>.")] = None,
-    dry_run: DryRun = False,
+    dry_run: MeasuredDryRun = False,
+    measure: Measure = True,
 ) -> Result:
     """Finetune a model in rounds of self-play with the DDO loss. Run again to continue."""
     from ddo_cli import rundir
-    from ddo_cli.engines import estimate
+    from ddo_cli.engines import dry_run as dry_runs
     from ddo_cli.engines.ddo import finetune, report
 
-    figures = finetune.run(recipe, out or Path("runs") / recipe.name, device=device, dry_run=dry_run)
+    figures = finetune.run(recipe, out or Path("runs") / recipe.name, device=device, dry_run=dry_run, measure=measure)
     if dry_run:
         by_round = figures.get("settings_by_round")
-        shown = {key: value for key, value in estimate.shown(figures).items() if key != "settings_by_round"}
+        shown = {key: value for key, value in dry_runs.shown(figures).items() if key != "settings_by_round"}
         return Result(figures, shown, console.table(*report.settings_table(by_round)) if by_round else None)
     columns, rows = report.table_of(rundir.RunDir(Path(figures["out"])), figures["metric"])
     counted = f" of {figures['metric_images']:,} images" if figures["metric_images"] else ""
@@ -95,14 +96,17 @@ def pretrain(
     recipe: "Recipe",
     device: "torch.device",
     out: Annotated[Path | None, typer.Option(help="Directory of the run. Default: runs/<recipe>-pretrain.")] = None,
-    dry_run: DryRun = False,
+    dry_run: MeasuredDryRun = False,
+    measure: Measure = True,
 ) -> Result:
     """Train a model by maximum likelihood, to have a reference. Run again to continue."""
-    from ddo_cli.engines import estimate
+    from ddo_cli.engines import dry_run as dry_runs
     from ddo_cli.engines.pretrain import model
 
-    figures = model.run(recipe, out or Path("runs") / f"{recipe.name}-pretrain", device=device, dry_run=dry_run)
-    return Result(figures, estimate.shown(figures) if dry_run else None)
+    figures = model.run(
+        recipe, out or Path("runs") / f"{recipe.name}-pretrain", device=device, dry_run=dry_run, measure=measure
+    )
+    return Result(figures, dry_runs.shown(figures) if dry_run else None)
 
 
 @options(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import time
 from collections.abc import Iterator, Sequence
@@ -55,7 +56,9 @@ def of_finetuning(
         scratch = registry.load_model(recipe.model.ckpt, device).model  # holds averages while they are scored
         fake, figures["images_per_second"] = _one_batch(scratch, scoring.spec, keep, device)
         labels = np.resize(real.labels, len(fake))
-        pairs = Pairs(Shuffled(real.items, real.labels, "real", recipe.seed), Shuffled(fake, labels, "fake", recipe.seed))
+        pairs = Pairs(
+            Shuffled(real.items, real.labels, "real", recipe.seed), Shuffled(fake, labels, "fake", recipe.seed)
+        )
         setting = plans[0].settings[0]
         objective = partial(ddo_step, model, ref=ref, settings=DdoSettings(*setting, settings.divide_by_alpha))
         figures["seconds_per_step"] = two_steps(model, objective, pairs, settings, (recipe.seed, 1), device)
@@ -63,18 +66,23 @@ def of_finetuning(
 
 
 def of_pretraining(
-    recipe: Recipe, model: LikelihoodModel, objective: Objective, stream: Stream, scoring: Scoring
+    recipe: Recipe,
+    model: Trainable,
+    objective: Objective,
+    stream: Stream,
+    device: torch.device,
+    sampled: LikelihoodModel | None = None,
+    scored: int = 0,
 ) -> dict[str, Any]:
-    """Measures `pretrain`: two of its steps, and a batch of samples for its scores."""
-    settings, device = recipe.pretrain, scoring.device
+    """Measures `pretrain`: two of its steps, and a batch of samples, of which a run draws `scored` for its scores."""
+    settings = recipe.pretrain
     with _measured(device) as figures:
-        _, figures["images_per_second"] = _one_batch(model, recipe.sampling, "images", device)
+        if sampled is not None:
+            _, figures["images_per_second"] = _one_batch(sampled, recipe.sampling, "images", device)
         figures["seconds_per_step"] = two_steps(model, objective, stream, settings, (recipe.seed,), device)
     snapshots = settings.images // settings.snapshot_every if settings.snapshot_every else 0
-    per_score = 0 if scoring.density is not None else recipe.metric.num_images
     stored = 1 + snapshots * max(len(settings.ema_widths), 1)
-    work = Work(-(-settings.images // settings.batch), scoring.repeats * per_score, 0, stored)
-    return _summary(figures, work, settings, model, 0)
+    return _summary(figures, Work(-(-settings.images // settings.batch), scored, 0, stored), settings, model, 0)
 
 
 def _work_of_rounds(recipe: Recipe, plans: Sequence[sweep.Plan], scoring: Scoring) -> Work:
@@ -140,8 +148,7 @@ def _measured(device: torch.device) -> Iterator[dict[str, Any]]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield figures
+        yield figures
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
         raise UsageError(
@@ -164,7 +171,7 @@ def _summary(
 ) -> dict[str, Any]:
     """What `--dry-run` adds to the plan: `measured` and `disk_bytes`."""
     training = work.steps * figures["seconds_per_step"]
-    sampling = (work.fake + work.scored) / figures["images_per_second"]
+    sampling = (work.fake + work.scored) / figures.get("images_per_second", math.inf)
     hours = {"training": training / HOUR, "sampling": sampling / HOUR, "total": (training + sampling) / HOUR}
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -186,9 +193,10 @@ def shown(result: dict[str, Any]) -> dict[str, Any]:
         lines["measured on"] = f"{figures['processes']} x {figures['device']}"
         lines["time"] = (
             f"{_time(hours['total'])} without metrics: training {_time(hours['training'])} at "
-            f"{figures['seconds_per_step']:.3g} s a step, sampling {_time(hours['sampling'])} at "
-            f"{figures['images_per_second']:.3g} images/s"
+            f"{figures['seconds_per_step']:.3g} s a step"
         )
+        if "images_per_second" in figures:
+            lines["time"] += f", sampling {_time(hours['sampling'])} at {figures['images_per_second']:.3g} images/s"
         lines["memory"] = f"{_gib(figures['peak_bytes'])} GiB per process at its peak"
         lines["disk"] = (
             f"{_gib(disk['total'])} GiB (fake sets {_gib(disk['fake_sets'])}, weights {_gib(disk['checkpoints'])})"

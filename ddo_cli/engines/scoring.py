@@ -64,6 +64,11 @@ class Scoring:
         """Scores that a promoted model gets; densities have no sampling noise, so one is enough."""
         return 1 if self.density is not None else self.metric.repeats
 
+    @property
+    def images(self) -> int:
+        """Images drawn for the scores that a promoted model gets; densities are of points, which cost little."""
+        return 0 if self.density is not None else self.repeats * self.metric.num_images
+
     def check(self, boosts: bool = False) -> None:
         """Raises UsageError if the metric cannot be taken of samples drawn like this. boosts: whether a guide does."""
         if self.density is not None and (self.spec.s_churn or boosts):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ from torch import Tensor, nn
 
 from ddo_cli import checkpoint, console, dist, rundir, sharding
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import ItemSet, check_fits, digest
+from ddo_cli.data.items import check_fits, digest
 from ddo_cli.data.pairs import Shuffled
-from ddo_cli.engines import estimate, training_run
+from ddo_cli.engines import dry_run as dry_runs
+from ddo_cli.engines import training_run
 from ddo_cli.engines.pretrain import tokenizer as pretrain_tokenizer
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.files import write_json
@@ -27,14 +30,16 @@ from ddo_cli.training import loop
 from ddo_cli.training.ema import snapshot_name
 
 
-def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = False) -> dict[str, Any]:
+def run(
+    recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = False, measure: bool = True
+) -> dict[str, Any]:
     """Trains recipe.model on recipe.data and returns the object that `pretrain --json` prints.
 
     The same call on an unfinished run continues it; on a finished one it returns the stored result.
     """
     settings = recipe.pretrain
     if recipe.model.name in tokenizers.BUILTIN:
-        return pretrain_tokenizer.run(recipe, out, device=device, dry_run=dry_run)
+        return pretrain_tokenizer.run(recipe, out, device=device, dry_run=dry_run, measure=measure)
     registry.load_file(recipe.model.file)
     real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
     config = registry.config_of(
@@ -50,20 +55,35 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     parameters = sum(p.numel() for p in model.parameters())
     identity = {"data_sha256": digest(real), **scoring.identity}
     rundir.RunDir(out).check("pretrain", recipe, **identity)
+    stream = Shuffled(real.items, real.labels, "pretrain", recipe.seed, hflip=recipe.data.hflip)
+    objective = partial(negative_log_lik, model)
     if dry_run:
-        expected = estimate.of_pretraining(recipe, config, real, scoring)
-        return {
+        plan = {
             "out": str(out), "dry_run": True, "model": config["name"], "parameters": parameters,
             "images": steps * settings.batch, "steps": steps, "batch": settings.batch, "data": real.name,
-            "estimate": expected,
         }  # fmt: skip
+        if measure:
+            model.start_training()
+            plan |= dry_runs.of_pretraining(recipe, model, objective, stream, device, model, scoring.images)
+        return plan
     model.start_training()
     with training_run.claimed("pretrain", recipe, settings, out, identity) as (run_dir, state):
         if not run_dir.is_finished(state):
             console.info(
                 f"pretrain {config['name']}: {parameters:,} parameters, {steps} steps of {settings.batch} images"
             )
-            ema, header = _train(model, config, recipe, real, run_dir, device)
+            link = {"command": "pretrain", "recipe": recipe.model_dump(mode="json"), "steps": steps}
+            sampling = recipe.sampling.model_dump(mode="json", exclude_none=True)
+            header = {"kind": "model", "config": config, "sampling": sampling, "provenance": [link]}
+            snapshots = _Snapshots(settings, steps, out / "checkpoints", header)
+            loop_plan = training_run.plan_of(run_dir, recipe, "pretraining", steps, settings, snapshots.due)
+            meter = training_run.meter_of(run_dir, settings, device)
+            with contextlib.closing(loop.fit(model, objective, stream, loop_plan, meter)) as events:
+                for event in events:
+                    if isinstance(event, loop.Evaluate):
+                        snapshots.keep(event)
+            assert isinstance(event, loop.Finished), "the last event"
+            ema, header = event.averages.whole(), snapshots.header_at(steps, None)
             if sharding.is_sharded(model):
                 model = registry.build(config).to(device)
             score = _finish(model, ema, header, run_dir, scoring)
@@ -71,43 +91,13 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
         return training_run.result(run_dir, state, "metric", "score")
 
 
-def _train(
-    model: LikelihoodModel,
-    config: dict[str, Any],
-    recipe: Recipe,
-    real: ItemSet,
-    run_dir: rundir.RunDir,
-    device: torch.device,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Trains to the end; returns the averaged weights and the header of their file."""
-    settings = recipe.pretrain
-    steps = training_run.num_steps(settings.images, settings.batch)
-    header = {
-        "kind": "model",
-        "config": config,
-        "sampling": recipe.sampling.model_dump(mode="json", exclude_none=True),
-        "provenance": [{"command": "pretrain", "recipe": recipe.model_dump(mode="json"), "steps": steps}],
-    }
-    snapshots = _Snapshots(settings, steps, run_dir.path / "checkpoints", header)
-
-    def negative_log_lik(wrapped: nn.Module, items: Tensor, label: Tensor, rng: StepRng) -> Loss:
-        """Negative log-likelihood (or bound) per dimension."""
-        row_rng = rng("pretrain")
-        draw = map_draw(lambda tensor: tensor.to(device), model.draw(len(items), row_rng))
-        x = model.codec.encode(items.to(device), row_rng)
-        log_lik = wrapped(x, label.to(device), draw)
-        return Loss(-log_lik.mean() / math.prod(model.codec.state_shape), {})
-
-    stream = Shuffled(real.items, real.labels, "pretrain", recipe.seed, hflip=recipe.data.hflip)
-    plan = training_run.plan_of(run_dir, recipe, "pretraining", steps, settings, snapshots.due)
-    meter = training_run.meter_of(run_dir, settings, device)
-    for event in loop.fit(model, negative_log_lik, stream, plan, meter):
-        if isinstance(event, loop.Evaluate):
-            for width, tensors in event.averages.further():
-                snapshots.keep(event.step, width, tensors)
-            snapshots.keep(event.step, None, event.averages.whole())
-    assert isinstance(event, loop.Finished), "the last event"
-    return event.averages.whole(), snapshots.header_at(steps, None)
+def negative_log_lik(model: LikelihoodModel, wrapped: nn.Module, items: Tensor, label: Tensor, rng: StepRng) -> Loss:
+    """Negative log-likelihood (or bound) per dimension."""
+    device, row_rng = next(model.parameters()).device, rng("pretrain")
+    draw = map_draw(lambda tensor: tensor.to(device), model.draw(len(items), row_rng))
+    x = model.codec.encode(items.to(device), row_rng)
+    log_lik = wrapped(x, label.to(device), draw)
+    return Loss(-log_lik.mean() / math.prod(model.codec.state_shape), {})
 
 
 class _Snapshots:
@@ -119,10 +109,16 @@ class _Snapshots:
         is_asked_for = every is not None or len(settings.ema_widths) > 1
         self.due = frozenset([*range(every or steps, steps, every or steps), *([steps] * is_asked_for)])
 
-    def keep(self, step: int, width: float | None, ema: dict[str, Tensor]) -> None:
-        """Writes a snapshot. width: None for the first average."""
+    def keep(self, event: loop.Evaluate) -> None:
+        """Writes all averages of a step."""
+        self._write(event.step, None, event.averages.whole())
+        for width, tensors in event.averages.further():
+            self._write(event.step, width, tensors)
+
+    def _write(self, step: int, width: float | None, tensors: dict[str, Tensor]) -> None:
+        """width: None for the first average."""
         if dist.is_main():
-            checkpoint.save(self.path / snapshot_name(step, width), ema, self.header_at(step, width))
+            checkpoint.save(self.path / snapshot_name(step, width), tensors, self.header_at(step, width))
 
     def header_at(self, step: int, width: float | None) -> dict[str, Any]:
         """The header with the average that the weights are, where it is a power function."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ddo_cli import checkpoint, console, dist, rundir
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet, check_images, digest
 from ddo_cli.data.pairs import Shuffled
+from ddo_cli.engines import dry_run as dry_runs
 from ddo_cli.engines import training_run
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.errors import UsageError
@@ -34,7 +36,9 @@ GRID_ITEMS = 32
 REVIVE_EVERY, REVIVE_IMAGES = 25, 32
 
 
-def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = False) -> dict[str, Any]:
+def run(
+    recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = False, measure: bool = True
+) -> dict[str, Any]:
     """Trains the tokenizer recipe.model on recipe.data; returns what `pretrain` does, and `image_error`: the mean
     squared error of reconstructed pixels in [-1, 1].
 
@@ -55,16 +59,20 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     parameters = sum(p.numel() for p in model.parameters())
     identity = {"data_sha256": digest(real), **scoring.identity}
     rundir.RunDir(out).check("pretrain", recipe, **identity)
+    stream = Shuffled(real.items, real.labels, "pretrain", recipe.seed, hflip=recipe.data.hflip)
+    objective = partial(_reconstruction, model, recipe, stream)
     if dry_run:
-        return {
+        plan = {
             "out": str(out), "dry_run": True, "model": vqvae.NAME, "parameters": parameters,
             "images": steps * settings.batch, "steps": steps, "batch": settings.batch, "data": real.name,
-            "estimate": {"not_estimated": "a tokenizer of any size is small beside the model on top of it"},
         }  # fmt: skip
+        return plan | dry_runs.of_pretraining(recipe, model, objective, stream, device) if measure else plan
     with training_run.claimed("pretrain", recipe, settings, out, identity) as (run_dir, state):
         if not run_dir.is_finished(state):
             console.info(f"pretrain {vqvae.NAME}: {parameters:,} parameters, {steps} steps of {settings.batch} images")
-            ema = _train(model, recipe, real, run_dir, device)
+            loop_plan = training_run.plan_of(run_dir, recipe, "pretraining", steps, settings)
+            meter = training_run.meter_of(run_dir, settings, device)
+            ema = loop.train(model, objective, stream, loop_plan, meter)
             model.load_state_dict(ema)
             model.eval()
             figures = _finish(model, ema, recipe, real, scoring, steps, run_dir)
@@ -73,30 +81,23 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
         return training_run.result(run_dir, state, "metric", "score", "image_error")
 
 
-def _train(
-    model: Vqvae, recipe: Recipe, real: ItemSet, run_dir: rundir.RunDir, device: torch.device
-) -> dict[str, Tensor]:
-    """Trains to the end; returns the averaged weights."""
-    settings = recipe.pretrain
+def _reconstruction(
+    model: Vqvae, recipe: Recipe, stream: Shuffled, wrapped: nn.Module, items: Tensor, label: Tensor, rng: StepRng
+) -> Loss:
+    """Mean squared error of pixels, and the quantisation loss."""
+    settings, device = recipe.pretrain, next(model.parameters()).device
     steps = training_run.num_steps(settings.images, settings.batch)
-    stream = Shuffled(real.items, real.labels, "pretrain", recipe.seed, hflip=recipe.data.hflip)
-    first_row = loop.local_rows(settings.batch, settings.micro_batch)[0][0]
-
-    def reconstruction(wrapped: nn.Module, items: Tensor, label: Tensor, rng: StepRng) -> Loss:
-        """Mean squared error of pixels, and the quantisation loss."""
-        images = vqvae.scaled(items.to(device))
-        if rng.step % REVIVE_EVERY == 0 and 2 * rng.step < steps and rng.rows.start == first_row:
-            # The same images for every process: a function of weights and step, as all of a step must be.
-            first = rng.step * settings.batch
-            some, _ = stream.rows(first, first + min(settings.batch, REVIVE_IMAGES))
-            _revive(model, vqvae.scaled(some.to(device)), ("revive", recipe.seed, rng.step))
-        out = wrapped(images)
-        error = F.mse_loss(out.images, images)
-        codes = error.new_tensor(float(len(out.tokens.unique())))
-        return Loss(error + out.loss, {"image_error": error, "quantisation": out.loss, "codes_used": codes})
-
-    plan = training_run.plan_of(run_dir, recipe, "pretraining", steps, settings)
-    return loop.train(model, reconstruction, stream, plan, training_run.meter_of(run_dir, settings, device))
+    is_first = rng.rows.start == loop.local_rows(settings.batch, settings.micro_batch)[0][0]
+    images = vqvae.scaled(items.to(device))
+    if rng.step % REVIVE_EVERY == 0 and 2 * rng.step < steps and is_first:
+        # The same images for every process: a function of weights and step, as all of a step must be.
+        first = rng.step * settings.batch
+        some, _ = stream.rows(first, first + min(settings.batch, REVIVE_IMAGES))
+        _revive(model, vqvae.scaled(some.to(device)), ("revive", recipe.seed, rng.step))
+    out = wrapped(images)
+    error = F.mse_loss(out.images, images)
+    codes = error.new_tensor(float(len(out.tokens.unique())))
+    return Loss(error + out.loss, {"image_error": error, "quantisation": out.loss, "codes_used": codes})
 
 
 def _revive(model: Vqvae, images: Tensor, key: tuple[str | int, ...]) -> None:

@@ -77,7 +77,7 @@ def run(
     if dry_run:
         return {**found, "batches": num_batches(len(seeds), spec.batch), "steps": spec.steps, "dry_run": True}
     warn_if_never_unconditional(file, spec)
-    draw = partial(generate, model, spec=spec, batch=spec.batch, classes=classes, as_given=seeds, device=device)
+    draw = partial(drawn, model, spec=spec, classes=classes, as_given=seeds, device=device)
     with rundir.locked(out):
         writer.out_dir.claim()
         # Files appear while processes read the directory: what is missing is for the main process to say.
@@ -86,13 +86,10 @@ def run(
         speed = 0.0
         is_new = manifest is None
         if manifest is None:
-            kept: Callable[..., Iterator[Batch]] = partial(draw, as_latents=keep == "latents")
-            if keep == "encoded":
-                kept = partial(_encoded, model, draw, device)
-            speed = _draw(kept, writer, missing, title)
+            speed = _draw(partial(draw, keep=keep), writer, missing, title)
             manifest = writer.finish()
         if dist.is_main() and (is_new or not grid.is_file()):
-            made = draw(writer.seeds[:GRID_ITEMS])
+            made = draw(writer.seeds[:GRID_ITEMS], keep="images")
             pictures.contact_sheet(np.concatenate([batch.items.numpy() for batch in made]), grid)
     return {
         **found,
@@ -125,7 +122,7 @@ def grid_path(out: Path) -> Path:
 
 
 def _draw(draw: Callable[..., Iterator[Batch]], writer: Writer, missing: list[int], title: str) -> float:
-    """Draws and stores the missing batches; returns items per second. draw: `generate`, of seeds and batch numbers."""
+    """Draws and stores the missing batches; returns items per second. draw: `drawn`, of seeds and batch numbers."""
     own = dist.shard(missing)
     done = len(writer.seeds) - len(missing) * writer.batch
     if done > 0:
@@ -139,13 +136,15 @@ def _draw(draw: Callable[..., Iterator[Batch]], writer: Writer, missing: list[in
     return sum(dist.gathered(drawn)) / max(time.monotonic() - start, 1e-9)
 
 
-def _encoded(
-    model: LikelihoodModel, draw: Callable[..., Iterator[Batch]], device: torch.device, *args: Any, **more: Any
+def drawn(
+    model: LikelihoodModel, seeds: Sequence[int], spec: SamplingRecipe, keep: Keep, device: torch.device, **more: Any
 ) -> Iterator[Batch]:
-    """`draw`, its images encoded."""
-    for batch in draw(*args, **more):
-        with torch.no_grad():
-            yield batch._replace(items=model.codec.latents(batch.items.to(device)).cpu())
+    """`generate`, with what a set keeps of each example: see `kept_of_fakes`."""
+    for batch in generate(model, seeds, spec, batch=spec.batch, as_latents=keep == "latents", device=device, **more):
+        if keep == "encoded":
+            with torch.no_grad():
+                batch = batch._replace(items=model.codec.latents(batch.items.to(device)).cpu())
+        yield batch
 
 
 def kept_of_fakes(model: LikelihoodModel, fake_as: str | None, spec: SamplingRecipe) -> Keep:
