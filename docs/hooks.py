@@ -5,9 +5,9 @@ written in LaTeX between dollar signs and become MathML, which browsers draw wit
 """
 
 import html
-import json
 import re
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,10 +15,11 @@ import typer
 from typer.utils import get_params_from_function
 
 from ddo_cli.cli import app
-from ddo_cli.recipe.keys import described
+from ddo_cli.recipe import keys
 from ddo_cli.recipe.load import load, recipe_names
 
-COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS: dict[str, Any] = {name: c.whole for name, c in typer.main.get_command(app).commands.items()}  # type: ignore[attr-defined]
+HELP = {name: command.help for name, command in typer.main.get_command(app).commands.items()}  # type: ignore[attr-defined]
 VALUES = {int: "N", float: "X", Path: "PATH"}  # how the value of an option is written; any other is TEXT
 
 
@@ -43,14 +44,16 @@ def on_page_content(content: str, **_: Any) -> str:
 
 def commands() -> Iterator[str]:
     """All commands: a line each, then one section with the arguments and options of each."""
-    yield from table(["command", ""], ([f"[`ddo {name}`](#{name})", c.help] for name, c in COMMANDS.items()))
+    yield from table(["command", ""], ([f"[`ddo {name}`](#{name})", text] for name, text in HELP.items()))
     for name, command in COMMANDS.items():
         types = {key: value.annotation for key, value in get_params_from_function(command.callback).items()}
-        rows = [parameter_row(parameter, types[parameter.name]) for parameter in command.params]
-        required = [row[0].strip("`") for row in rows if row[2] == "required"]
-        yield f"\n## `ddo {name}` {{#{name}}}\n\n{command.help}\n"
+        rows = {parameter: parameter_row(parameter, types[parameter.name]) for parameter in command.params}
+        required = [row[0].strip("`") for row in rows.values() if row[2] == "required"]
+        yield f"\n## `ddo {name}` {{#{name}}}\n\n{HELP[name]}\n"
         yield f"```text\n{' '.join(['ddo', name, *required, '[OPTIONS]'])}\n```\n"
-        yield from table(["option", "", "default"], rows)
+        for title, group in groupby(command.params, lambda parameter: parameter.rich_help_panel):
+            yield f"\n**{title or 'Options of this command'}**\n"
+            yield from table(["", "", "default"], (rows[parameter] for parameter in group))
 
 
 def parameter_row(parameter: Any, annotation: Any) -> list[str]:
@@ -70,26 +73,6 @@ def parameter_row(parameter: Any, annotation: Any) -> list[str]:
     else:
         default = "" if parameter.default in (None, False) else f"`{parameter.default}`"
     return [names, cell(parameter.help or ""), default]
-
-
-def recipe_keys() -> Iterator[str]:
-    """One table per section of the schema."""
-    section = None
-    rows: list[list[str]] = []
-    for key in described():
-        name, _, last = key.name.rpartition(".")
-        if name != section:
-            yield from key_table(section, rows)
-            section, rows = name, []
-        default = "" if key.default is None else f"`{json.dumps(key.default)}`"
-        rows.append([f"`{last}`", cell(key.meaning), cell(key.type), default])
-    yield from key_table(section, rows)
-
-
-def key_table(section: str | None, rows: list[list[str]]) -> Iterator[str]:
-    if rows:
-        yield f"\n## `{section}` {{#{section}}}\n" if section else "\n## The run itself {#run}\n"
-        yield from table(["key", "", "type", "default"], rows)
 
 
 def recipe_table() -> Iterator[str]:
@@ -127,4 +110,4 @@ def cell(text: str) -> str:
     return "".join(escaped).replace("|", "\\|")
 
 
-GENERATED = {"commands": commands, "recipe-keys": recipe_keys, "recipes": recipe_table}
+GENERATED = {"commands": commands, "recipe-keys": lambda: [keys.markdown()], "recipes": recipe_table}
