@@ -57,6 +57,11 @@ def drop_labels(label: Tensor, draw: Draw) -> Tensor:
     return torch.where(draw.drop, torch.full_like(label, NO_LABEL), label)
 
 
+def one_hot(label: Tensor, num_classes: int) -> Tensor:
+    """(B, K) bool; a row of False for the label -1."""
+    return label[:, None] == torch.arange(num_classes, device=label.device)
+
+
 class Options(BaseModel):
     """Base of the option groups that models declare: unknown keys are errors."""
 

@@ -14,8 +14,7 @@ from test_hostile import refused
 from ddo_cli import checkpoint
 from ddo_cli.engines.weights import convert, export
 from ddo_cli.errors import CheckpointError, UsageError
-from ddo_cli.models import registry
-from ddo_cli.models.edm import files as foreign
+from ddo_cli.models import registry, snapshots
 from ddo_cli.models.edm2 import files as edm2_files
 from ddo_cli.models.edm2.published import PUBLISHED
 
@@ -118,7 +117,7 @@ def snapshot(
 
 
 def read(path):
-    return edm2_files.read(path, foreign.open_network(path))
+    return edm2_files.read(path, snapshots.open_snapshot(path))
 
 
 def converted(path):

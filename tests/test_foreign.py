@@ -17,8 +17,8 @@ from ddo_cli.errors import CheckpointError
 from ddo_cli.models import registry
 from ddo_cli.models.adm.keys import EdmKeys
 from ddo_cli.models.edm import keys as edm_keys
-from ddo_cli.models.edm.files import edm_checkpoint, read_edm, read_pickle
-from ddo_cli.safe_pickle import Record
+from ddo_cli.models.edm.files import read_edm
+from ddo_cli.safe_pickle import Record, read_pickle
 
 NETWORK = {
     "model_channels": 8,
@@ -175,7 +175,7 @@ def test_a_network_comes_back_bit_for_bit(official, tmp_path, num_classes, proto
     ema = network(official, official_tensors(model), num_classes, **theirs)
     content = {"ema": ema, "loss_fn": persistent(official, "EDMLoss", P_mean=-1.2), "augment_pipe": None}
     path = write(tmp_path / "edm.pkl", {**content, "dataset_kwargs": official.easy_dict(path="x")}, protocol)
-    converted = edm_checkpoint(path)
+    converted = read_edm(path)
     own = model.state_dict()
     assert list(converted.tensors) == list(own)
     assert all(torch.equal(converted.tensors[key], own[key]) for key in own)
@@ -238,10 +238,10 @@ def test_every_preconditioner_around_every_network(official, tmp_path, kind, inn
 
 def test_noise_levels_that_are_not_the_cosine_schedules(official, tmp_path):
     content, _ = pickled_network(official, "iDDPMPrecond", "SongUNet")
-    edm_checkpoint(write(tmp_path / "a.pkl", content))
+    read_edm(write(tmp_path / "a.pkl", content))
     wrong = network(official, {"u": levels() * 1.01, **official_tensors(random_model(2, learned_variance=True))}, 2)
     with pytest.raises(CheckpointError, match="cosine"):
-        edm_checkpoint(write(tmp_path / "b.pkl", {"ema": wrong}))
+        read_edm(write(tmp_path / "b.pkl", {"ema": wrong}))
 
 
 def test_the_source_is_text(official, tmp_path):
@@ -308,7 +308,7 @@ def test_tensors_that_do_not_fit_are_named(official, tmp_path, change, problem):
     tensors = official_tensors(random_model())
     change(tensors)
     with pytest.raises(CheckpointError, match=problem):
-        edm_checkpoint(write(tmp_path / "a.pkl", {"ema": network(official, tensors)}))
+        read_edm(write(tmp_path / "a.pkl", {"ema": network(official, tensors)}))
 
 
 @pytest.mark.parametrize(
@@ -335,13 +335,13 @@ def test_tensors_that_do_not_fit_are_named(official, tmp_path, change, problem):
 def test_networks_that_are_not_known_are_named(official, tmp_path, kwargs, problem):
     ema = network(official, official_tensors(random_model()), **kwargs)
     with pytest.raises(CheckpointError, match=problem):
-        edm_checkpoint(write(tmp_path / "a.pkl", {"ema": ema}))
+        read_edm(write(tmp_path / "a.pkl", {"ema": ema}))
 
 
 @pytest.mark.parametrize("content", [[], {}, {"ema": None}, {"net": {}}, None, 3])
 def test_without_an_averaged_network(tmp_path, content):
     with pytest.raises(CheckpointError, match="'ema'"):
-        edm_checkpoint(write(tmp_path / "a.pkl", content))
+        read_edm(write(tmp_path / "a.pkl", content))
 
 
 def test_a_module_inside_itself_is_refused(official, tmp_path):
@@ -352,7 +352,7 @@ def test_a_module_inside_itself_is_refused(official, tmp_path):
     given = {"img_resolution": 8, "img_channels": 3, "label_dim": 0, "sigma_data": 0.5}
     ema = persistent(official, "EDMPrecond", **{**state, **given, "_modules": {"model": unet}})
     with pytest.raises(CheckpointError, match="not a module of its own"):
-        edm_checkpoint(write(tmp_path / "a.pkl", {"ema": ema}))
+        read_edm(write(tmp_path / "a.pkl", {"ema": ema}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -464,7 +464,7 @@ def test_hostile_files_are_refused(official, tmp_path, name):
         read_pickle(path)
     assert str(path) in str(caught.value)
     with pytest.raises(CheckpointError):
-        edm_checkpoint(path)
+        read_edm(path)
 
 
 def test_the_trap_works(official):
@@ -534,4 +534,4 @@ def test_every_truncation_and_any_changed_byte_is_answered(official, tmp_path):
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
-        edm_checkpoint(tmp_path / "absent.pkl")
+        read_edm(tmp_path / "absent.pkl")

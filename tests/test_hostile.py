@@ -35,7 +35,7 @@ from test_foreign import (  # noqa: F401
 from ddo_cli import console
 from ddo_cli.engines.weights import convert, export
 from ddo_cli.errors import CheckpointError, printable
-from ddo_cli.models.edm import files as foreign
+from ddo_cli.models.edm.files import read_edm
 
 SECONDS = 2.0  # of processor time for one hostile file
 MEGABYTES = 200  # above what the process had before
@@ -52,7 +52,7 @@ def refused(path, problem, act=None):
     """Reads a hostile file; it must be refused within bounds, by one message that names the file. Returns that."""
     memory, start = peak(), time.process_time()
     with pytest.raises(CheckpointError, match=problem) as caught:
-        (act or foreign.edm_checkpoint)(path)
+        (act or read_edm)(path)
     assert time.process_time() - start < SECONDS
     assert peak() - memory < MEGABYTES
     message = str(caught.value)

@@ -12,9 +12,8 @@ from ddo_cli.errors import CheckpointError, DataError, RecipeError, UsageError
 from ddo_cli.generation import labels_of
 from ddo_cli.likelihood import repeat_draw
 from ddo_cli.models import registry
-from ddo_cli.models.tokens import sampled_log_prob
+from ddo_cli.models.tokens import Cache, sampled_log_prob
 from ddo_cli.models.var import layers as var_blocks
-from ddo_cli.models.var.layers import Cache
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
 
@@ -288,14 +287,17 @@ def test_half_precision_changes_the_network_passes_only(models):
 def test_keys_and_values_are_kept_in_the_type_of_attention(models, monkeypatch):
     """Which rounds them when they come in, once, to what it would make of them at every scale."""
     model, logits = models[False], []
-    forward, caches = model.head.forward, model._caches
+    forward, caches = model.head.forward, model.caches
     monkeypatch.setattr(model.head, "forward", lambda h, c: logits.append(forward(h, c)) or logits[-1])
-    assert model._caches(2)[0].key.dtype == torch.float32
+    assert model.caches(2, model.position[0])[0].key.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        assert {tensor.dtype for cache in model._caches(2) for tensor in cache} == {torch.bfloat16}
+        assert {tensor.dtype for cache in model.caches(2, model.position[0]) for tensor in cache} == {torch.bfloat16}
         model.sample(LABEL, RowRng(range(2)), SPECS["guided"])
-        own, wide = list(logits), [Cache(*(t.to(torch.float32) for t in cache)) for cache in caches(4)]
-        monkeypatch.setattr(model, "_caches", lambda rows: wide)
+        own, wide = (
+            list(logits),
+            [Cache(*(t.to(torch.float32) for t in cache)) for cache in caches(4, model.position[0])],
+        )
+        monkeypatch.setattr(model, "caches", lambda rows, position: wide)
         logits.clear()
         model.sample(LABEL, RowRng(range(2)), SPECS["guided"])
     assert len(own) == len(logits) == 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -46,6 +46,10 @@ class DiffusionOptions(Options):
     sigma_max: float = Field(80.0, gt=0)
     precond: PrecondName = "edm"  # what the raw network was trained to estimate, and of which noise levels
     learned_variance: bool = False  # the network has twice the channels: F, and where DDPM's log variance lies
+
+    def of_network(self) -> dict[str, Any]:
+        """The options that a model's own class adds: arguments of its network."""
+        return self.model_dump(exclude=set(DiffusionOptions.model_fields))
 
 
 SAMPLING_FIELDS = (

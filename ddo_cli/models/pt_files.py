@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -87,6 +87,22 @@ def check_size(tensors: Iterable[Tensor], path: str | Path) -> None:
             f"{path}: refused: its tensors claim {claimed:,} bytes and the file has {size:,}; published files store "
             "every number"
         )
+
+
+def misfits(
+    expected: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    shown: Callable[[str, Tensor], str] = lambda key, tensor: key,
+) -> list[str]:
+    """How tensors differ from those of a network's state dict, one line each, sorted. shown: a tensor's name there."""
+    problems = [f"missing {shown(key, tensor)}" for key, tensor in expected.items() if key not in tensors]
+    problems += [f"unexpected {shown(key, tensor)}" for key, tensor in tensors.items() if key not in expected]
+    problems += [
+        f"{shown(key, tensor)} of shape {tuple(tensors[key].shape)} instead of {tuple(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in tensors and (tensors[key].shape != tensor.shape or not tensors[key].is_floating_point())
+    ]
+    return sorted(problems)
 
 
 def _check_zip(file: Path, path: str | Path) -> None:

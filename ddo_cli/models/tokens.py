@@ -1,11 +1,58 @@
-"""What the models of tokens share: the distribution that a token is drawn from, and the draw by one uniform number."""
+"""What models of tokens share: an exact likelihood, and tokens drawn from it by one uniform number each."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from abc import ABC
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
+import torch
+from torch import Tensor, nn
+
+from ddo_cli.likelihood import LikelihoodModel, check_fields
 from ddo_cli.recipe.schema import SamplingRecipe
+
+
+class Cache(NamedTuple):
+    """Keys and values of a block so far, (B, heads, L, head width) each; filled from position 0 on."""
+
+    key: Tensor
+    value: Tensor
+
+
+class TokenModel(LikelihoodModel, ABC):
+    """x: int64 tokens (B, L). `predict` returns log p of each token given the earlier ones, (B, L) nats, float32."""
+
+    sampling_fields: ClassVar[tuple[str, ...]] = ("cfg_scale", "temperature", "top_k", "top_p")
+    blocks: nn.ModuleList
+    heads: int  # of each block
+
+    def units(self) -> Sequence[nn.Module]:
+        """The transformer's blocks."""
+        return list(self.blocks)
+
+    def log_lik(self, prediction: Tensor, x: Tensor, draw: Any) -> Tensor:
+        """log p(x), exact, (B,) nats: the sum over all tokens."""
+        return prediction.sum(1)
+
+    def log_ratio(self, prediction: Tensor, ref_prediction: Tensor, x: Tensor, draw: Any) -> Tensor:
+        """log p(x) - log p_ref(x), (B,): subtracted token by token, where the terms are small, and then summed."""
+        return (prediction - ref_prediction).sum(1)
+
+    def caches(self, num_rows: int, position: Tensor) -> list[Cache]:
+        """Empty caches of all blocks, for the positions of an embedding (L, width).
+
+        Of the type in which attention computes: keys are rounded as they come in, and not all of them at every step.
+        """
+        length, width = position.shape
+        kind = position.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else position.dtype
+        size = (2, num_rows, self.heads, length, width // self.heads)
+        return [Cache(*position.new_empty(size, dtype=dtype).unbind()) for _ in self.blocks]
+
+    def check_sampling(self, spec: SamplingRecipe) -> None:
+        """As in the contract."""
+        check_fields(self, spec, self.sampling_fields)
 
 
 def sampled_log_prob(

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from ddo_cli import checkpoint
 from ddo_cli.errors import CheckpointError, UsageError
 from ddo_cli.files import sha256
-from ddo_cli.models import pt_files, registry
+from ddo_cli.models import pt_files, registry, snapshots
 from ddo_cli.models.adm import files as adm_files
 from ddo_cli.models.diffusers import files as diffusers_files
 from ddo_cli.models.discriminators import files as dg_files
 from ddo_cli.models.discriminators import registry as discriminators
-from ddo_cli.models.edm import files as foreign
+from ddo_cli.models.edm import files as edm_files
 from ddo_cli.models.edm2 import files as edm2_files
 from ddo_cli.models.var import files as var_files
 from ddo_cli.models.var import tokenizers
@@ -173,8 +173,8 @@ def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, A
             f"{source} is no file of published weights; give a {FORMAT_NAMES} file, or a folder of diffusers"
         )
     if source.suffix == ".pkl":
-        pickled = foreign.open_network(source)
-        return _edm2(source, pickled) if edm2_files.is_edm2(pickled) else _edm(source, pickled)
+        snapshot = snapshots.open_snapshot(source)
+        return _edm2(source, snapshot) if edm2_files.is_edm2(snapshot) else _edm(source, snapshot)
     stored = pt_files.read(source, adm_files.EXPECTED, inside=(var_files.NESTED_VAR,))
     pt_files.check_size(stored.values(), source)
     if var_files.is_var(stored) or var_files.is_vae(stored):
@@ -188,9 +188,9 @@ def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, A
     return _discriminator_guidance(source, model, trunk)
 
 
-def _edm(source: Path, pickled: foreign.Pickled) -> Content:
+def _edm(source: Path, snapshot: snapshots.Snapshot) -> Content:
     """A network of EDM's pickles, with its published way of sampling."""
-    file = foreign.read_edm(source, pickled)
+    file = edm_files.read_edm(source, snapshot)
     side, is_adm = file.config["shape"][-1], file.config["name"] == "adm-unet"
     sampling = _IMAGENET if is_adm else {"sampler": "heun", "steps": 18 if side <= SMALL else 40}
     notes: dict[str, Any] = {"classes_found": " around ".join(file.classes), "stored_tensors": len(file.stored)}
@@ -199,14 +199,14 @@ def _edm(source: Path, pickled: foreign.Pickled) -> Content:
     return Content("edm", file.config, file.tensors, sampling, notes)
 
 
-def _edm2(source: Path, pickled: foreign.Pickled) -> Content:
+def _edm2(source: Path, snapshot: snapshots.Snapshot) -> Content:
     """A network of EDM2's pickles, with its published way of sampling and, by the file's name, which average it is."""
-    file = edm2_files.read(source, pickled)
+    file = edm2_files.read(source, snapshot)
     ema = edm2_files.ema_of(source.name)
     notes = {
-        "published_as": file.published or "no published size",
+        "published_as": edm2_files.published_as(file.config) or "no published size",
         "stored_tensors": len(file.stored),
-        "stored_dtype": file.dtype,
+        "stored_dtype": str(file.stored["unet.out_conv.weight"].dtype).removeprefix("torch."),
         **({"ema": ema} if ema else {}),
         **({"note": _FLOAT16} if file.half else {}),
     }

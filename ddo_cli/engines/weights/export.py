@@ -21,11 +21,11 @@ from ddo_cli import checkpoint, console
 from ddo_cli.engines.weights.convert import FORMAT_NAMES, FORMATS, parse_settings
 from ddo_cli.errors import CheckpointError, UsageError
 from ddo_cli.files import replacing, sha256
-from ddo_cli.models import pt_files, registry
+from ddo_cli.models import pt_files, registry, snapshots
 from ddo_cli.models.adm import files as adm_files
 from ddo_cli.models.adm import keys as adm_keys
 from ddo_cli.models.diffusers import files as diffusers_files
-from ddo_cli.models.edm import files as foreign
+from ddo_cli.models.edm.files import read_edm
 from ddo_cli.models.edm2 import files as edm2_files
 from ddo_cli.models.var import files as var_files
 from ddo_cli.safe_pickle import Storage
@@ -122,12 +122,12 @@ def _original(like: Path, settings: Sequence[str]) -> Original:
 
 def _edm(like: Path) -> Original:
     """An EDM pickle."""
-    pickled = foreign.open_network(like)
-    if edm2_files.is_edm2(pickled):
+    snapshot = snapshots.open_snapshot(like)
+    if edm2_files.is_edm2(snapshot):
         raise UsageError(
             f"--like {like} is a file of EDM2, which can be converted but not written; give one of EDM or ADM"
         )
-    file = foreign.read_edm(like, pickled)
+    file = read_edm(like, snapshot)
 
     def write(tensors: dict[str, Tensor], path: Path) -> None:
         for key, tensor in tensors.items():
@@ -145,7 +145,7 @@ def _edm(like: Path) -> Original:
                 stream.write(values.view(torch.uint8).numpy().data if len(values) else b"")
 
     return Original(
-        "edm", file.config, file.stored, file.names.to_edm, write, lambda path: foreign.read_edm(path).stored
+        "edm", file.config, file.stored, file.names.to_edm, write, lambda path: read_edm(path).stored
     )
 
 

@@ -168,31 +168,9 @@ class AdmUnetOptions(DiffusionOptions):
     attention: tuple[PositiveInt, ...] = (32, 16, 8)
     num_head_channels: PositiveInt = 64
     num_heads: PositiveInt | None = None
-    dropout: float = Field(
-        0.0, ge=0, lt=1
-    )  # 0.1 in the 64x64 trainings; 0 here, as model and reference share their draw
+    dropout: float = Field(0.0, ge=0, lt=1)  # 0.1 in the 64x64 trainings; 0 here: model and reference share their draw
     augment_dim: int = Field(0, ge=0)
     group_channels: PositiveInt = 1
-
-
-def network(shape: tuple[int, ...], num_classes: int, options: AdmUnetOptions) -> AdmUnet:
-    """The network for states of this shape. Raises ValueError unless they are square."""
-    channels, side = square(shape)
-    return AdmUnet(
-        in_channels=channels,
-        out_channels=channels * (2 if options.learned_variance else 1),
-        size=side,
-        num_classes=num_classes,
-        width=options.width,
-        channel_mult=options.channel_mult,
-        num_blocks=options.num_blocks,
-        attention=options.attention,
-        num_head_channels=options.num_head_channels,
-        num_heads=options.num_heads,
-        dropout=options.dropout,
-        augment_dim=options.augment_dim,
-        group_channels=options.group_channels,
-    )
 
 
 @register("adm-unet", AdmUnetOptions, DiffusionDrawOptions)
@@ -200,5 +178,12 @@ def build(
     shape: tuple[int, ...], num_classes: int, options: AdmUnetOptions, draw_options: DiffusionDrawOptions
 ) -> DiffusionModel:
     """A denoiser of square uint8 images. Raises ValueError for another shape."""
-    net = network(shape, num_classes, options)
+    channels, side = square(shape)
+    net = AdmUnet(
+        in_channels=channels,
+        out_channels=channels * (2 if options.learned_variance else 1),
+        size=side,
+        num_classes=num_classes,
+        **options.of_network(),
+    )
     return DiffusionModel(net, PixelCodec(shape), num_classes, options, draw_options)

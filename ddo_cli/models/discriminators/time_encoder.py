@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from ddo_cli.diffusion import vp_sde
-from ddo_cli.likelihood import NO_LABEL, Options
+from ddo_cli.likelihood import NO_LABEL, Options, one_hot
 from ddo_cli.models.discriminators.registry import register, register_classifier
 from ddo_cli.models.toy.patch_unet import Stage
 from ddo_cli.trainable import Trainable
@@ -90,8 +90,7 @@ class TimeEncoder(Trainable):
         angles = c_noise[:, None] * self.frequencies  # (B, frequencies)
         emb = self.noise_emb(torch.cat([angles.cos(), angles.sin()], dim=1))  # (B, E)
         if self.label_emb is not None:
-            classes = torch.arange(self.num_classes, device=label.device)
-            emb = emb + self.label_emb((label[:, None] == classes).to(emb.dtype))  # -1 adds nothing
+            emb = emb + self.label_emb(one_hot(label, self.num_classes).to(emb.dtype))
         return F.silu(self.emb(F.silu(emb)))
 
     def _encoded(self, x_vp: Tensor, emb: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ddo_cli.diffusion import vp_sde
-from ddo_cli.likelihood import Options
+from ddo_cli.likelihood import Options, one_hot
 from ddo_cli.models.discriminators.registry import register
 from ddo_cli.trainable import Trainable
 
@@ -43,7 +43,7 @@ class TimeMlp(Trainable):
         angles = (vp_sde.sigma_of(t).log() / 4).to(dtype)[:, None] * self.frequencies
         inputs = [x_vp.to(dtype), angles.cos(), angles.sin()]
         if self.num_classes:
-            inputs.append((label[:, None] == torch.arange(self.num_classes, device=label.device)).to(dtype))
+            inputs.append(one_hot(label, self.num_classes).to(dtype))
         h = torch.cat(inputs, dim=1)
         for layer in self.hidden:
             h = F.silu(layer(h))  # (B, width); smooth, so that guided densities have a divergence
@@ -55,4 +55,4 @@ def build(shape: tuple[int, ...], num_classes: int, options: TimeMlpOptions) -> 
     """A discriminator of points (d,). Raises ValueError for any other shape."""
     if len(shape) != 1:
         raise ValueError("it needs points of shape (d,); images need discriminator.name = time-encoder")
-    return TimeMlp(dim=shape[0], num_classes=num_classes, width=options.width, depth=options.depth)
+    return TimeMlp(dim=shape[0], num_classes=num_classes, **options.model_dump())

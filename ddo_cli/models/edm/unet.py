@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ddo_cli.codec import PixelCodec
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
+from ddo_cli.likelihood import one_hot
 from ddo_cli.models.registry import register
 
 _NORM_EPS = 1e-6  # of every GroupNorm
@@ -126,9 +127,7 @@ class EdmUnet(nn.Module):
         """
         emb = self.noise_features(c_noise)  # (B, N)
         if self.label_emb is not None:
-            classes = torch.arange(self.num_classes, device=label.device)
-            one_hot = (label[:, None] == classes).to(emb.dtype)  # (B, K); -1 is a row of zeros
-            emb = emb + self.label_emb(one_hot * math.sqrt(self.num_classes))
+            emb = emb + self.label_emb(one_hot(label, self.num_classes).to(emb.dtype) * math.sqrt(self.num_classes))
         if self.augment_emb is not None:  # zeros and not left out: DDP wants each parameter to have a gradient
             emb = emb + self.augment_emb(emb.new_zeros(len(emb), self.augment_dim) if augment is None else augment)
         emb = F.silu(self.emb1(F.silu(self.emb0(emb))))  # (B, E)
@@ -332,16 +331,6 @@ def build(
         out_channels=2 * shape[0] if options.learned_variance else None,
         size=shape[1],
         num_classes=num_classes,
-        channels=options.channels,
-        channel_mult=options.channel_mult,
-        channel_mult_emb=options.channel_mult_emb,
-        channel_mult_noise=options.channel_mult_noise,
-        num_blocks=options.num_blocks,
-        attn_resolutions=options.attn_resolutions,
-        dropout=options.dropout,
-        augment_dim=options.augment_dim,
-        embedding=options.embedding,
-        encoder=options.encoder,
-        resample_filter=options.resample_filter,
+        **options.of_network(),
     )
     return DiffusionModel(net, PixelCodec(shape), num_classes, options, draw_options)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ddo_cli.errors import CheckpointError, printable
-from ddo_cli.models import pt_files, registry
-from ddo_cli.models.edm import files as foreign
+from ddo_cli.models import registry, snapshots
 from ddo_cli.models.edm2.published import PUBLISHED
 from ddo_cli.models.edm2.vae_codec import BIAS, CHANNELS, DEFAULT_VAE, FACTOR, SCALE
+from ddo_cli.models.snapshots import Network, Snapshot
 from ddo_cli.safe_pickle import Array, Record
 
 # Constructor of the network: argument -> our option, its default there.
@@ -38,56 +38,24 @@ _FIXED: dict[str, Any] = {
     "resample_filter": [1, 1],
     "logvar_channels": 128,
 }
-# Read apart, or of no use here: see the same in `foreign`.
-_READ = {"img_resolution", "img_channels", "label_dim", "dropout", "use_fp16", "sigma_data"}
-_MOST_BLOCKS = 500  # the published have 36; chosen by us, so that a hostile file costs a second at most
+_MOST_BLOCKS = 500  # the published have 36; our choice, so that a hostile file costs a second at most
 _NAME = re.compile(r"-(?P<kimg>\d{7})-(?P<std>0\.\d{3})\.pkl")
 
 
-class Edm2File(NamedTuple):
-    """A pickle as it was read; see `foreign.EdmFile`.
-
-    dtype: of the stored weights. published: the network's published name, if it has one.
-    """
-
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    stored: dict[str, Tensor]
-    dtype: str
-    half: bool
-    published: str | None
-
-
-def is_edm2(pickled: foreign.Pickled) -> bool:
+def is_edm2(snapshot: Snapshot) -> bool:
     """Whether the averaged network is one of EDM2's."""
-    return pickled.outer.class_name == "Precond"
+    return snapshot.outer.class_name == "Precond"
 
 
-def read(path: str | Path, pickled: foreign.Pickled) -> Edm2File:
-    """The averaged network (`ema`) of an EDM2 .pkl, and the autoencoder's place in it, float32.
+def read(path: str | Path, snapshot: Snapshot) -> Network:
+    """The averaged network (`ema`) of an EDM2 .pkl; its autoencoder is told by the configuration.
 
     Raises CheckpointError if the file holds another network or encoder, or its tensors do not fit.
     """
-    outer = pickled.outer
-    try:
-        config = _config(pickled, path)
-        stored = dict(foreign.tensors_of(outer, "", set()))
-        pt_files.check_size(stored.values(), path)
-        _check_blocks(config["options"], len(stored))
-        names = _Names()
-        tensors = dict(names.from_edm(key, _as_evaluated(key, stored)) for key in stored)
-        with torch.device("meta"):
-            expected = registry.build(config).state_dict()
-        half = bool((outer.state or {}).get("use_fp16"))
-    except foreign.DAMAGE as error:
-        raise CheckpointError(
-            f"{path}: the network does not fit its description ({type(error).__name__}: {printable(str(error))}); "
-            "download it again"
-        ) from None
-    foreign.check_fits(expected, tensors, names, path)
-    own = {key: tensors[key].to(torch.float32).clone(memory_format=torch.contiguous_format) for key in expected}
-    dtype = str(stored["unet.out_conv.weight"].dtype).removeprefix("torch.")
-    return Edm2File(config, own, stored, dtype, half, published_as(config))
+    encoder = snapshot.content.get("encoder")
+    return snapshots.read_network(
+        path, snapshot, "unet", lambda state, classes: _config(state, classes[1], encoder, path), _names
+    )
 
 
 def ema_of(name: str) -> dict[str, float | int] | None:
@@ -120,12 +88,15 @@ def _as_evaluated(name: str, stored: dict[str, Tensor]) -> Tensor:
 
 
 class _Names:
-    """Official names <-> ours."""
+    """Official names <-> ours. stored: the file's tensors."""
+
+    def __init__(self, stored: dict[str, Tensor]):
+        self.stored = stored
 
     def from_edm(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
         if name.startswith("net."):
             raise KeyError(f"unexpected {name}")
-        return re.sub(r"^unet\.", "net.", name), tensor
+        return re.sub(r"^unet\.", "net.", name), _as_evaluated(name, self.stored)
 
     def to_edm(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
         return re.sub(r"^net\.", "unet.", name), tensor.reshape(()) if name.endswith("_gain") else tensor
@@ -135,17 +106,11 @@ class _Names:
 # Configuration
 
 
-def _config(pickled: foreign.Pickled, path: str | Path) -> dict[str, Any]:
+def _config(state: dict[str, Any], network: str, encoder: Any, path: str | Path) -> dict[str, Any]:
     """Configuration of the preconditioned network, from the arguments it was made with, and of its encoder."""
-    state = pickled.outer.state or {}
-    given = foreign.plain_arguments(state["_init_kwargs"])
-    if (network := state["_modules"]["unet"].class_name) != "UNet":
+    if network != "UNet":
         raise CheckpointError(f"{path} holds a Precond around a {printable(network)}; EDM2's network is a UNet")
-    if unknown := sorted(given.keys() - _ARGUMENTS.keys() - _FIXED.keys() - _READ):
-        listed = printable(", ".join(unknown))
-        raise CheckpointError(f"{path}: the network was made with arguments that are not known: {listed}")
-    if state["_init_args"] != ():
-        raise CheckpointError(f"{path}: the network was made with arguments that have no name")
+    given = snapshots.arguments(state, {*_ARGUMENTS, *_FIXED, *snapshots.READ}, path)
     for key, known in _FIXED.items():
         if (value := given.get(key, known)) != known:
             raise CheckpointError(
@@ -153,15 +118,14 @@ def _config(pickled: foreign.Pickled, path: str | Path) -> dict[str, Any]:
                 "program knows nothing else"
             )
     options = {ours: given.get(theirs, default) for theirs, (ours, default) in _ARGUMENTS.items()}
-    options["sigma_data"] = foreign.number(state["sigma_data"], "sigma_data")
-    keys = ("img_channels", "img_resolution", "label_dim")
-    channels, side, classes = (foreign.number(state[key], key, int) for key in keys)
+    options["sigma_data"] = snapshots.number(state["sigma_data"], "sigma_data")
+    channels, side, num_classes = snapshots.shape_of(state)
     shape = (channels, side, side)
-    if _is_latent(pickled.content.get("encoder"), path):
+    if _is_latent(encoder, path):
         if channels != CHANNELS:
             raise CheckpointError(f"{path}: its network has {channels} channels and its autoencoder {CHANNELS}")
         options["codec"], shape = "sd-vae", (3, FACTOR * side, FACTOR * side)
-    return registry.config_of("edm2-unet", shape, classes, options, {})
+    return registry.config_of("edm2-unet", shape, num_classes, options, {})
 
 
 def _is_latent(encoder: Any, path: str | Path) -> bool:
@@ -192,13 +156,15 @@ def _is_latent(encoder: Any, path: str | Path) -> bool:
     return True
 
 
-def _check_blocks(options: dict[str, Any], num_tensors: int) -> None:
+def _names(config: dict[str, Any], stored: dict[str, Tensor]) -> _Names:
     """Raises ValueError if there are too few tensors for so many blocks: building them could take hours."""
+    options, num_tensors = config["options"], len(stored)
     blocks = len(options["channel_mult"]) * (2 * options["num_blocks"] + 3)
     if blocks > _MOST_BLOCKS:
         raise ValueError(f"{blocks} blocks are more than any network of its kind has")
     if 4 * blocks > num_tensors:  # a gain, two convolutions and a linear layer
         raise ValueError(f"{num_tensors} tensors are too few")
+    return _Names(stored)
 
 
 def published_as(config: dict[str, Any]) -> str | None:

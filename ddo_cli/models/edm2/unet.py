@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ddo_cli.codec import Codec, PixelCodec
 from ddo_cli.diffusion.denoiser import DiffusionDraw, DiffusionDrawOptions, DiffusionModel, DiffusionOptions
+from ddo_cli.likelihood import one_hot
 from ddo_cli.models.edm2.layers import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
 from ddo_cli.models.edm2.vae_codec import DEFAULT_VAE, StabilityCodec
 from ddo_cli.models.registry import register
@@ -121,9 +122,8 @@ class Edm2Unet(nn.Module):
         """Embedding of noise level and label, (B, E). Without a label the noise level's share stays as it is."""
         emb: Tensor = self.emb_noise(self.emb_fourier(c_noise))
         if self.emb_label is not None:
-            classes = torch.arange(self.num_classes, device=label.device)
-            one_hot = (label[:, None] == classes).to(emb.dtype)  # (B, K); -1 is a row of zeros
-            emb = mp_sum(emb, self.emb_label(one_hot * math.sqrt(self.num_classes)), _LABEL_BALANCE)
+            classes = one_hot(label, self.num_classes).to(emb.dtype) * math.sqrt(self.num_classes)  # (B, K)
+            emb = mp_sum(emb, self.emb_label(classes), _LABEL_BALANCE)
         return mp_silu(emb)
 
 
@@ -273,16 +273,12 @@ def build(shape: tuple[int, ...], num_classes: int, options: Edm2Options, draw_o
         raise ValueError(f"edm2-unet needs square images, not items of shape {shape}")
     codec = PixelCodec(shape) if options.codec == "rgb" else StabilityCodec(shape, options.vae)
     channels, size, _ = codec.state_shape
+    settings = {key: value for key, value in options.of_network().items() if key not in ("codec", "vae")}
     net = Edm2Unet(
         in_channels=channels,
         out_channels=2 * channels if options.learned_variance else None,
         size=size,
         num_classes=num_classes,
-        width=options.width,
-        channel_mult=options.channel_mult,
-        num_blocks=options.num_blocks,
-        attn_resolutions=options.attn_resolutions,
-        head_width=options.head_width,
-        dropout=options.dropout,
+        **settings,
     )
     return Edm2Model(net, codec, num_classes, options, draw_options)

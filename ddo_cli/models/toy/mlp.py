@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ddo_cli.codec import Codec
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
+from ddo_cli.likelihood import one_hot
 from ddo_cli.models.registry import register
 
 
@@ -44,8 +45,7 @@ class MLP(nn.Module):
         angles = c_noise[:, None] * self.frequencies
         condition = torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, 2 frequencies)
         if self.num_classes:
-            classes = torch.arange(self.num_classes, device=label.device)
-            condition = torch.cat([condition, (label[:, None] == classes).to(x.dtype)], dim=1)  # all zeros for -1
+            condition = torch.cat([condition, one_hot(label, self.num_classes).to(x.dtype)], dim=1)
         h = F.silu(self.stem(x) + self.shifts[0](condition))  # (B, width)
         for layer, shift in zip(self.hidden, self.shifts[1:], strict=True):
             h = F.silu(layer(h) + shift(condition))
@@ -64,5 +64,5 @@ def build(
     """A denoiser of points of shape (d,). Raises ValueError for any other shape."""
     if len(shape) != 1:
         raise ValueError("mlp models points of shape (d,); images need patch-unet or pixel-transformer")
-    net = MLP(dim=shape[0], num_classes=num_classes, width=options.width, depth=options.depth)
+    net = MLP(dim=shape[0], num_classes=num_classes, **options.of_network())
     return DiffusionModel(net, Codec(shape), num_classes, options, draw_options)

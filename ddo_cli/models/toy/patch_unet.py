@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ddo_cli.codec import PixelCodec
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
+from ddo_cli.likelihood import one_hot
 from ddo_cli.models.registry import register
 
 _NUM_FREQUENCIES = 16  # of the noise level's Fourier features; chosen by us
@@ -81,8 +82,7 @@ class PatchUNet(nn.Module):
         angles = c_noise[:, None] * self.frequencies  # (B, 16)
         emb = self.noise_emb(torch.cat([angles.cos(), angles.sin()], dim=1))  # (B, E)
         if self.label_emb is not None:
-            classes = torch.arange(self.num_classes, device=label.device)
-            emb = emb + self.label_emb((label[:, None] == classes).to(emb.dtype))  # -1 adds nothing
+            emb = emb + self.label_emb(one_hot(label, self.num_classes).to(emb.dtype))
         emb = F.silu(self.emb(F.silu(emb)))  # (B, E)
 
         patches = F.pixel_unshuffle(x, self.patch)  # (B, C p p, H/p, W/p)
@@ -170,10 +170,7 @@ def build(
         in_channels=shape[0],
         size=shape[1],
         num_classes=num_classes,
-        patch=options.patch,
-        widths=options.widths,
-        depths=options.depths,
-        emb_width=options.emb_width,
+        **options.of_network(),
     )
     net = net.to(memory_format=torch.channels_last)  # 1.5 times faster convolutions on a CPU
     return DiffusionModel(net, PixelCodec(shape), num_classes, options, draw_options)

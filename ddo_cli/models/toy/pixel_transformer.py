@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ddo_cli.codec import LevelCodec
-from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, check_fields, drop_labels
+from ddo_cli.likelihood import NO_LABEL, DrawOptions, Options, Sampled, drop_labels
 from ddo_cli.models.registry import register
-from ddo_cli.models.tokens import inverse_cdf, is_guided, of_tokens, sampled_log_prob
+from ddo_cli.models.tokens import Cache, TokenModel, inverse_cdf, is_guided, of_tokens, sampled_log_prob
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
 
@@ -33,7 +33,7 @@ class AutoregressiveDraw(NamedTuple):
     drop: Tensor
 
 
-class PixelTransformer(LikelihoodModel):
+class PixelTransformer(TokenModel):
     """p(x) = prod_i p(x_i | x_<i, label), x int64 tokens (B, L); the label is the token before the first pixel."""
 
     def __init__(
@@ -47,7 +47,7 @@ class PixelTransformer(LikelihoodModel):
             raise ValueError(f"model.options.heads = {options.heads} must divide width = {options.width}")
         self.codec, self.num_classes = LevelCodec(shape, options.levels), num_classes
         self.options, self.draw_options = options, draw_options
-        self.length = shape[1] * shape[2]
+        self.length, self.heads = shape[1] * shape[2], options.heads
         width = options.width
         self.start = nn.Embedding(num_classes + 1, width)  # row 0: no label
         self.token = nn.Embedding(options.levels, width)
@@ -78,14 +78,6 @@ class PixelTransformer(LikelihoodModel):
         """log p(x_i | x_<i, label), (B, L), nats, float32."""
         return of_tokens(self.logits(x, drop_labels(label, draw)).log_softmax(2), x)
 
-    def log_lik(self, prediction: Tensor, x: Tensor, draw: AutoregressiveDraw) -> Tensor:
-        """log p(x), exact, (B,) nats."""
-        return prediction.sum(1)
-
-    def log_ratio(self, prediction: Tensor, ref_prediction: Tensor, x: Tensor, draw: AutoregressiveDraw) -> Tensor:
-        """log p(x) - log p_ref(x), (B,): subtracted token by token, where the terms are small, and then summed."""
-        return (prediction - ref_prediction).sum(1)
-
     # -----------------------------------------------------------------------------------------------------------------
     # Sampling
 
@@ -99,7 +91,7 @@ class PixelTransformer(LikelihoodModel):
         uniform = rng.rand((self.length,), dtype=torch.float64).to(label.device)  # (B, L)
         guided = is_guided(spec)
         labels = torch.cat([label, torch.full_like(label, NO_LABEL)]) if guided else label  # (B or 2B,)
-        caches = [new_cache(self.options, len(labels), self.position) for _ in self.blocks]
+        caches = self.caches(len(labels), self.position)
         x = torch.empty(len(label), self.length, dtype=torch.int64, device=label.device)
         h = self._start(labels)  # (B or 2B, 1, width)
         for i in range(self.length):
@@ -111,14 +103,6 @@ class PixelTransformer(LikelihoodModel):
             x[:, i] = inverse_cdf(sampled_log_prob(conditional, unconditional, spec), uniform[:, i])
             h = self.token(x[:, i].repeat(2) if guided else x[:, i])[:, None]
         return Sampled(x, self.length * (2 if guided else 1))
-
-    def units(self) -> list[nn.Module]:
-        """The transformer's blocks."""
-        return list(self.blocks)
-
-    def check_sampling(self, spec: SamplingRecipe) -> None:
-        """As in the contract."""
-        check_fields(self, spec, ("cfg_scale", "temperature", "top_k", "top_p"))
 
     @torch.no_grad()
     def log_density(self, x: Tensor, label: Tensor, spec: SamplingRecipe) -> Tensor:
@@ -133,19 +117,6 @@ class PixelTransformer(LikelihoodModel):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces
-
-
-class Cache(NamedTuple):
-    """Keys and values of a block, (B, heads, L, width / heads) each; filled from position 0 on."""
-
-    key: Tensor
-    value: Tensor
-
-
-def new_cache(options: PixelTransformerOptions, num_rows: int, position: Tensor) -> Cache:
-    """The empty cache of one block, for as many positions as the embedding `position` (L, width) has."""
-    empty = position.new_empty(2, num_rows, options.heads, len(position), options.width // options.heads)
-    return Cache(empty[0], empty[1])
 
 
 class Block(nn.Module):

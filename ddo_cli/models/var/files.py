@@ -249,15 +249,8 @@ def _renamed(stored: dict[str, Tensor], of_vae: bool = False) -> dict[str, Tenso
 def _checked(expected: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
     """The tensors in float32. Raises CheckpointError unless they are those of the network."""
     wanted = expected.state_dict()
-    problems = [f"missing {key}" for key in wanted if key not in tensors]
-    problems += [f"unexpected {key}" for key in tensors if key not in wanted]
-    problems += [
-        f"{key} of shape {tuple(tensors[key].shape)} instead of {tuple(tensor.shape)}"
-        for key, tensor in wanted.items()
-        if key in tensors and (tensors[key].shape != tensor.shape or not tensors[key].is_floating_point())
-    ]
-    if problems:
-        listed = printable("; ".join(sorted(problems)[:5]), 400)
+    if problems := pt_files.misfits(wanted, tensors):
+        listed = printable("; ".join(problems[:5]), 400)
         raise CheckpointError(f"{path}: {len(problems)} tensors do not fit the network of its shapes: {listed}")
     return {key: tensors[key].to(torch.float32).contiguous() for key in wanted}
 

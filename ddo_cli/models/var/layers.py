@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddo_cli.models.tokens import Cache
+
 NORM_EPS = 1e-6
 LARGEST_SCALE = 100.0  # of normalised queries
-
-
-class Cache(NamedTuple):
-    """Keys and values of a block so far, (B, heads, L, head width) each; filled from position 0 on."""
-
-    key: Tensor
-    value: Tensor
 
 
 class Attention(nn.Module):

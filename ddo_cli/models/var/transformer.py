@@ -7,7 +7,6 @@ the likelihood of an image's tokens is exact and takes one pass, and sampling ta
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,10 +16,10 @@ from torch import Tensor, nn
 
 from ddo_cli.codec import Codec, hash_of
 from ddo_cli.errors import DataError, RecipeError, UsageError
-from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, check_fields, drop_labels
+from ddo_cli.likelihood import NO_LABEL, DrawOptions, Options, Sampled, drop_labels
 from ddo_cli.models.registry import register
-from ddo_cli.models.tokens import inverse_cdf, is_guided, of_tokens, sampled_log_prob
-from ddo_cli.models.var.layers import Block, Cache, Head
+from ddo_cli.models.tokens import TokenModel, inverse_cdf, is_guided, of_tokens, sampled_log_prob
+from ddo_cli.models.var.layers import Block, Head
 from ddo_cli.models.var.vqvae import Vqvae, VqvaeOptions, load_into
 from ddo_cli.models.var.vqvae_layers import full_precision
 from ddo_cli.recipe.schema import SamplingRecipe
@@ -95,7 +94,7 @@ class TokenCodec(Codec):
         return self.vqvae.decode(f_hat)
 
 
-class Var(LikelihoodModel):
+class Var(TokenModel):
     """x: int64 tokens (B, L) of all scales. The VQVAE is part of the model and stays as it is.
 
     Guidance grows with the scale, as published: at scale s of S the logits are
@@ -104,6 +103,7 @@ class Var(LikelihoodModel):
     "cfg 1.5" is cfg_scale 2.5.
     """
 
+    sampling_fields = (*TokenModel.sampling_fields, "smooth")
     level: Tensor  # (L,), the scale of each token
 
     def __init__(
@@ -133,10 +133,6 @@ class Var(LikelihoodModel):
         level = torch.cat([torch.full((side**2,), s) for s, side in enumerate(self.sides)])
         self.register_buffer("level", level, persistent=False)
         self._initialise()
-
-    def units(self) -> Sequence[nn.Module]:
-        """The blocks."""
-        return list(self.blocks)
 
     def no_decay(self, name: str, parameter: nn.Parameter) -> bool:
         """Vectors, positions, levels, learned scales and the blocks' constant modulation."""
@@ -188,14 +184,6 @@ class Var(LikelihoodModel):
         keep = draw.keep if self.training and draw.keep.shape[1] else None
         return of_tokens(self.logits(x, drop_labels(label, draw), keep).log_softmax(2), x)
 
-    def log_lik(self, prediction: Tensor, x: Tensor, draw: VarDraw) -> Tensor:
-        """log p(x), exact, (B,) nats: the sum over all tokens."""
-        return prediction.sum(1)
-
-    def log_ratio(self, prediction: Tensor, ref_prediction: Tensor, x: Tensor, draw: VarDraw) -> Tensor:
-        """log p(x) - log p_ref(x), (B,): subtracted token by token, where the terms are small, and then summed."""
-        return (prediction - ref_prediction).sum(1)
-
     # -----------------------------------------------------------------------------------------------------------------
     # Sampling
 
@@ -213,7 +201,7 @@ class Var(LikelihoodModel):
         embedded = self._class(rows)
         silu, condition = self._conditions(embedded)
         positions = self._positions()
-        caches = self._caches(len(rows))
+        caches = self.caches(len(rows), self.position[0])
         f_hat = positions.new_zeros(len(label), self.options.vqvae.z_channels, self.sides[-1], self.sides[-1])
         h = embedded[:, None] + self.start + positions[:, :1]  # (B or 2B, 1, C)
         x = []
@@ -232,10 +220,6 @@ class Var(LikelihoodModel):
                 word = self.word(quantize.reduced(f_hat, scale + 1).flatten(2).transpose(1, 2))  # (B, next l, C)
                 h = (word + positions[:, stop : stop + word.shape[1]]).repeat(2 if guided else 1, 1, 1)
         return Sampled(f_hat if spec.smooth else torch.cat(x, dim=1), len(self.sides) * (2 if guided else 1))
-
-    def check_sampling(self, spec: SamplingRecipe) -> None:
-        """As in the contract."""
-        check_fields(self, spec, ("cfg_scale", "temperature", "top_k", "top_p", "smooth"))
 
     @torch.no_grad()
     def log_density(self, x: Tensor, label: Tensor, spec: SamplingRecipe) -> Tensor:
@@ -274,13 +258,6 @@ class Var(LikelihoodModel):
         silu = F.silu(embedded)
         shared = self.shared_adaln(silu).unflatten(1, (1, 6, -1)) if self.options.shared_adaln else silu
         return silu, shared
-
-    def _caches(self, rows: int) -> list[Cache]:
-        size, kind = (2, rows, self.heads, self.length, self.width // self.heads), self.position.device.type
-        # The type in which attention computes: keys, normalised in float32, are rounded as they come in, and not all of
-        # them again at every scale.
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.position.dtype
-        return [Cache(*self.position.new_empty(size, dtype=dtype).unbind()) for _ in self.blocks]
 
     def _initialise(self) -> None:
         """The published initialisation."""
