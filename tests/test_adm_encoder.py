@@ -16,8 +16,8 @@ from torch.testing import assert_close
 from ddo_cli import checkpoint
 from ddo_cli.diffusion import guidance
 from ddo_cli.errors import CheckpointError, RecipeError
-from ddo_cli.models.adm.layers import PUBLISHED, AdmClassifier, time_embedding
 from ddo_cli.models.discriminators import registry as discriminators
+from ddo_cli.models.discriminators.adm_encoder import PUBLISHED, AdmClassifier, time_embedding
 from ddo_cli.models.discriminators.adm_head import AdmHead
 from ddo_cli.models.discriminators.on_trunk import TrunkDiscriminator
 

@@ -7,9 +7,9 @@ from test_adm_encoder import TINY, classifier, head, states, tiny_classifier, ti
 
 from ddo_cli import checkpoint
 from ddo_cli.errors import CheckpointError
-from ddo_cli.models.adm.layers import PUBLISHED
 from ddo_cli.models.discriminators import files as dg_files
 from ddo_cli.models.discriminators import registry as discriminators
+from ddo_cli.models.discriminators.adm_encoder import PUBLISHED
 
 
 def hollow(build, path) -> str:

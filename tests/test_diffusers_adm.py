@@ -11,7 +11,6 @@ from test_diffusers import LABELS, built, change, randomised, relative
 from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.errors import CheckpointError, UsageError
 from ddo_cli.models import registry
-from ddo_cli.models.adm.unet import AdmUnetOptions, network
 from ddo_cli.models.diffusers import files as diffusers_files
 from ddo_cli.models.diffusers import from_adm as diffusers_adm
 from ddo_cli.models.diffusers import unet as diffusers_unet
@@ -110,9 +109,9 @@ def test_the_published_networks_have_their_names(side, options):
     config = registry.config_of("adm-unet", (3, side, side), 1000, options, {})
     unet, _ = diffusers_adm.configs(config)
     with torch.device("meta"):
-        net = network((3, side, side), 1000, AdmUnetOptions.model_validate(config["options"]))
+        model = registry.build(config)
         expected = diffusers_unet.DiffusersUnet(unet).unet.state_dict()
-        found = diffusers_adm.tensors({f"net.{name}": tensor for name, tensor in net.state_dict().items()}, config)
+        found = diffusers_adm.tensors(model.state_dict(), config)
     assert {name: tensor.shape for name, tensor in found.items()} == {
         name: tensor.shape for name, tensor in expected.items()
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from ddo_cli.errors import RecipeError
 
 E = TypeVar("E")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Catalog(Generic[E]):
@@ -24,9 +25,14 @@ class Catalog(Generic[E]):
         self.key, self.builtin, self.remedy, self.also = key, builtin, remedy, also
         self.entries: dict[str, E] = {}
 
-    def add(self, name: str, entry: E) -> None:
-        """Makes `entry` known under `name`."""
-        self.entries[name] = entry
+    def adder(self, name: str, make_entry: Callable[[F], E]) -> Callable[[F], F]:
+        """Decorator of a builder, which makes its entry known under `name`."""
+
+        def add(build: F) -> F:
+            self.entries[name] = make_entry(build)
+            return build
+
+        return add
 
     def find(self, name: str) -> E:
         """The entry called `name`. Raises RecipeError naming the nearest."""

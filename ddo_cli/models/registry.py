@@ -65,11 +65,7 @@ _catalog: Catalog[Entry] = Catalog(
 def register(name: str, options: type[Options], draw_options: type[DrawOptions]) -> Callable[[B], B]:
     """Decorator of a builder: makes the model known under `name`."""
 
-    def add(build: B) -> B:
-        _catalog.add(name, Entry(options, draw_options, build))
-        return build
-
-    return add
+    return _catalog.adder(name, lambda build: Entry(options, draw_options, build))
 
 
 def load_file(path: str | None) -> None:
@@ -103,8 +99,10 @@ def problems(name: str, options: dict[str, Any], draw: dict[str, Any], draw_key:
         entry = find(name)
     except RecipeError as error:
         return [str(error)]
-    found = option_problems("model.options", name, entry.options, options)
-    return found + option_problems(draw_key, name, entry.draw_options, draw)
+    return [
+        *option_problems("model.options", name, entry.options, options),
+        *option_problems(draw_key, name, entry.draw_options, draw),
+    ]
 
 
 def build(config: dict[str, Any], draw: dict[str, Any] | None = None) -> LikelihoodModel:
@@ -113,9 +111,9 @@ def build(config: dict[str, Any], draw: dict[str, Any] | None = None) -> Likelih
     Raises RecipeError listing what is wrong with the options.
     """
     draw_values = {**config["draw"], **(draw or {})}
-    if found := problems(config["name"], config["options"], draw_values, "finetune.draw"):
+    if lines := problems(config["name"], config["options"], draw_values, "finetune.draw"):
         remedy = f"; the weights are those of a {config['name']}: give options of that model, or a recipe made for it"
-        raise RecipeError("\n".join(found) + remedy)
+        raise RecipeError("\n".join(lines) + remedy)
     entry = find(config["name"])
     try:
         return entry.build(
@@ -153,8 +151,8 @@ def config_of(
     name: str, shape: tuple[int, ...], num_classes: int, options: dict[str, Any], draw: dict[str, Any]
 ) -> dict[str, Any]:
     """The configuration that a weight file carries, with every default written out."""
-    if found := problems(name, options, draw):
-        raise RecipeError("\n".join(found))
+    if lines := problems(name, options, draw):
+        raise RecipeError("\n".join(lines))
     entry = find(name)
     return {
         "name": name,

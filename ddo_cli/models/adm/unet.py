@@ -19,6 +19,7 @@ from ddo_cli.models.adm.layers import (
     Attention,
     Block,
     ResBlock,
+    check_sizes,
     cosines_and_sines,
     embedded,
     encoder_blocks,
@@ -66,7 +67,7 @@ class AdmUnet(nn.Module):
         self.width, self.augment_dim, emb_width = width, augment_dim, 4 * width
         widths = level_widths(width, channel_mult)
         attending = [size >> level in attention for level in range(len(widths))]
-        _check_sizes(size, widths, attending, num_head_channels, num_heads)
+        check_sizes(size, widths, attending, num_head_channels, num_heads)
         res = partial(ResBlock, emb_width=emb_width, dropout=dropout, group_channels=group_channels)
 
         def attend(channels: int) -> Attention:
@@ -142,17 +143,6 @@ def _skip_widths(widths: list[int], num_blocks: int) -> list[int]:
         halving = level < len(widths) - 1
         found += [channels] * (num_blocks + halving)
     return found
-
-
-def _check_sizes(size: int, widths: list[int], attending: list[bool], head_channels: int, heads: int | None) -> None:
-    shrunk = 2 ** (len(widths) - 1)
-    if not widths or size % shrunk:
-        raise ValueError(f"side {size} must be a multiple of 2**(levels of channel_mult - 1) = {shrunk}")
-    attended = [width for width, attends in zip(widths, attending, strict=True) if attends] + widths[-1:]
-    if heads is None and any(width % head_channels for width in attended):
-        raise ValueError(f"channels {attended} of attending levels must be multiples of num_head_channels")
-    if heads is not None and any(width % heads for width in attended):
-        raise ValueError(f"channels {attended} of attending levels must be multiples of num_heads")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

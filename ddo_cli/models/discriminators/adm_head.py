@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from ddo_cli.models.adm.layers import AdmEncoder
+from ddo_cli.models.discriminators.adm_encoder import AdmEncoder
 from ddo_cli.models.discriminators.on_trunk import TrunkDiscriminator, TrunkFile, load_trunk
 from ddo_cli.models.discriminators.registry import register
 

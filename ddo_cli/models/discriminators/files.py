@@ -18,8 +18,8 @@ from torch import Tensor
 from ddo_cli import checkpoint
 from ddo_cli.errors import CheckpointError
 from ddo_cli.models import pt_files
-from ddo_cli.models.adm.layers import PUBLISHED, AdmEncoder
 from ddo_cli.models.discriminators import registry as discriminators
+from ddo_cli.models.discriminators.adm_encoder import PUBLISHED, AdmEncoder
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -31,7 +31,7 @@ BUILTIN = {
     "trunk": "ddo_cli.models.discriminators.on_trunk",
 }
 CLASSIFIERS = {
-    "adm-classifier": "ddo_cli.models.adm.layers",
+    "adm-classifier": "ddo_cli.models.discriminators.adm_encoder",
     "time-encoder-classifier": "ddo_cli.models.discriminators.time_encoder",
 }
 # What x_vp and t mean to a network. Stored in its file; a file of another process is refused.
@@ -62,20 +62,12 @@ _CATALOGS = {"discriminator": _discriminators, "classifier": _classifiers}
 
 def register(name: str, options: type[Options]) -> Callable[[B], B]:
     """Decorator of a builder: makes the discriminator known under `name`."""
-    return _adder(_discriminators, name, options)
+    return _discriminators.adder(name, lambda build: Entry(options, build))
 
 
 def register_classifier(name: str, options: type[Options]) -> Callable[[B], B]:
     """Decorator of a builder: makes the noisy-image classifier known under `name`."""
-    return _adder(_classifiers, name, options)
-
-
-def _adder(catalog: Catalog[Entry], name: str, options: type[Options]) -> Callable[[B], B]:
-    def add(build: B) -> B:
-        catalog.add(name, Entry(options, build))
-        return build
-
-    return add
+    return _classifiers.adder(name, lambda build: Entry(options, build))
 
 
 def config_of(
@@ -87,8 +79,8 @@ def config_of(
     it ignores labels. Raises RecipeError listing what is wrong with the options.
     """
     entry = _CATALOGS[kind].find(name)
-    if found := option_problems(f"{kind}.options", name, entry.options, options):
-        raise RecipeError("\n".join(found))
+    if lines := option_problems(f"{kind}.options", name, entry.options, options):
+        raise RecipeError("\n".join(lines))
     values = entry.options.model_validate(options).model_dump(mode="json")
     return {"name": name, "shape": list(shape), "num_classes": num_classes, "options": values}
 

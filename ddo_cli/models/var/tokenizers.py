@@ -30,12 +30,7 @@ _catalog: Catalog[Entry] = Catalog("model.name", BUILTIN, "a new tokenizer is a 
 
 def register(name: str, options: type[Options]) -> Callable[[B], B]:
     """Decorator of a builder: makes the tokenizer known under `name`."""
-
-    def add(build: B) -> B:
-        _catalog.add(name, Entry(options, build))
-        return build
-
-    return add
+    return _catalog.adder(name, lambda build: Entry(options, build))
 
 
 def problems(name: str, options: dict[str, Any]) -> list[str]:
