@@ -1,4 +1,4 @@
-"""Files of `torch.save`, tensors by name, read without running what a hostile one may hold."""
+"""Files of `torch.save` with tensors by name, read without running code that a hostile one may hold."""
 
 from __future__ import annotations
 
@@ -57,22 +57,22 @@ def _at(content: object, place: tuple[str, ...]) -> object:
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, of which no two share memory unless they repeat numbers, which `check_size` is there for."""
-    seen, found = set(), {}
+    """The tensors, sharing no memory; those that repeat numbers stay as they are, for `check_size` to refuse."""
+    seen, apart = set(), {}
     for key, tensor in tensors.items():
         storage = tensor.untyped_storage()
         shares = storage.data_ptr() in seen and tensor.numel() * tensor.element_size() <= storage.nbytes()
         seen.add(storage.data_ptr())
-        found[key] = tensor.clone() if shares else tensor
-    return found
+        apart[key] = tensor.clone() if shares else tensor
+    return apart
 
 
 def _reason(error: Exception) -> str:
     """What torch found wrong, without its advice to read the file in a way that runs it."""
     reason = str(error).split("WeightsUnpickler error:")[-1].strip()
     advised, _, rest = reason.partition("\n\n")
-    found = (rest.strip() if advised.startswith("Weights only") else reason).split("\n")[0]
-    return printable(found or type(error).__name__)
+    line = (rest.strip() if advised.startswith("Weights only") else reason).split("\n")[0]
+    return printable(line or type(error).__name__)
 
 
 def check_size(tensors: Iterable[Tensor], path: str | Path) -> None:

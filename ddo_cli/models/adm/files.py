@@ -43,17 +43,17 @@ def unet(stored: dict[str, Tensor], path: str | Path, **told: Any) -> AdmFile:
     told: as `adm_published.described` takes it, where shapes do not tell.
     Raises CheckpointError for other tensors, for the upsampler, and where something must be told.
     """
-    found = adm_published.described({key: tuple(tensor.shape) for key, tensor in stored.items()}, str(path), **told)
-    if found.in_channels != found.channels:
+    described = adm_published.described({key: tuple(tensor.shape) for key, tensor in stored.items()}, str(path), **told)
+    if described.in_channels != described.channels:
         raise CheckpointError(
-            f"{path} is an upsampler: beside a noisy image of {found.size}x{found.size} it reads one to enlarge, "
-            "which no command here has; convert the diffusion model of the size you want"
+            f"{path} is an upsampler: beside a noisy image of {described.size}x{described.size} it reads one to "
+            "enlarge, which no command here has; convert the diffusion model of the size you want"
         )
-    shape = (found.channels, found.size, found.size)
-    config = registry.config_of("adm-unet", shape, found.num_classes, found.options, {})
+    shape = (described.channels, described.size, described.size)
+    config = registry.config_of("adm-unet", shape, described.num_classes, described.options, {})
     options = options_of(config)
     tensors = {}
     for key, tensor in stored.items():
-        own, value = adm_keys.from_openai(key, tensor.to(torch.float32), found.order, options)
-        tensors[own] = value.contiguous()
-    return AdmFile(config, tensors, stored, found)
+        name, value = adm_keys.from_openai(key, tensor.to(torch.float32), described.order, options)
+        tensors[name] = value.contiguous()
+    return AdmFile(config, tensors, stored, described)

@@ -122,9 +122,9 @@ def described(
         "attention": tuple(size >> level for level in layout.attending),
         **({"num_heads": num_heads} if num_heads else {}),
     }
-    found = Described(name, layout.in_channels, layout.channels, size, layout.num_classes, order, options)
-    _check(found, layout, shapes, where)
-    return found
+    network = Described(name, layout.in_channels, layout.channels, size, layout.num_classes, order, options)
+    _check(network, layout, shapes, where)
+    return network
 
 
 class _Layout(NamedTuple):
@@ -186,17 +186,17 @@ def _matches(layout: _Layout, entry: Published) -> bool:
     )
 
 
-def _check(found: Described, layout: _Layout, shapes: Shapes, where: str) -> None:
-    """Raises CheckpointError unless the network of `found` has exactly these tensors."""
-    settings = {key: value for key, value in found.options.items() if key not in ("precond", "learned_variance")}
-    outputs = found.channels * (2 if layout.learned_variance else 1)
+def _check(network: Described, layout: _Layout, shapes: Shapes, where: str) -> None:
+    """Raises CheckpointError unless the network has exactly these tensors."""
+    settings = {key: value for key, value in network.options.items() if key not in ("precond", "learned_variance")}
+    outputs = network.channels * (2 if layout.learned_variance else 1)
     try:
         with torch.device("meta"):
             net = AdmUnet(
-                in_channels=found.in_channels,
+                in_channels=network.in_channels,
                 out_channels=outputs,
-                size=found.size,
-                num_classes=found.num_classes,
+                size=network.size,
+                num_classes=network.num_classes,
                 **settings,
             )
     except (ValueError, RuntimeError) as error:

@@ -1,7 +1,7 @@
 """ADM's U-Net (arXiv 2105.05233, section 4), as OpenAI published it and as EDM trained it again (arXiv 2206.00364).
 
 The two programs write the same function differently; parameters here have OpenAI's names, in its "legacy" order of the
-attention's channels. `adm_keys` translates EDM's tensors and the other order.
+attention's channels. `adm.keys` translates EDM's tensors and the other order.
 """
 
 from __future__ import annotations
@@ -138,11 +138,8 @@ def head_width(channels: int, num_head_channels: int, num_heads: int | None) -> 
 
 def _skip_widths(widths: list[int], num_blocks: int) -> list[int]:
     """Channels of what input_blocks leave, in their order: the first convolution, each level's blocks, its halving."""
-    found = [widths[0]]
-    for level, channels in enumerate(widths):
-        halving = level < len(widths) - 1
-        found += [channels] * (num_blocks + halving)
-    return found
+    last = len(widths) - 1
+    return [widths[0], *(width for level, width in enumerate(widths) for _ in range(num_blocks + (level < last)))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,7 +147,7 @@ def _skip_widths(widths: list[int], num_blocks: int) -> list[int]:
 
 
 class AdmUnetOptions(DiffusionOptions):
-    """Constructor options of the network; see AdmUnet. Published ones: adm_published."""
+    """Constructor options of the network; see AdmUnet. Published ones: `adm.published`."""
 
     width: int = Field(192, ge=2, multiple_of=2)
     channel_mult: tuple[PositiveFloat, ...] = Field((1, 2, 3, 4), min_length=1)

@@ -40,7 +40,7 @@ DDPM_STEPS, DDIM_STEPS = 250, 50  # of the default sampling: ADM's number (arXiv
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-class Found(NamedTuple):
+class Folder(NamedTuple):
     """What a folder holds: configuration and tensors of our model, defaults of sampling, and what to tell the user."""
 
     config: dict[str, Any]
@@ -61,7 +61,7 @@ class Places(NamedTuple):
 # Reading
 
 
-def read(folder: Path) -> Found:
+def read(folder: Path) -> Folder:
     """The model of a pipeline's folder, or of its unet folder beside the scheduler's; tensors in float32.
 
     Raises CheckpointError if it is no UNet2DModel that we can use, UsageError where the library is missing.
@@ -76,7 +76,7 @@ def read(folder: Path) -> Found:
         raise CheckpointError(f"{folder} cannot be converted: {error}") from None
     tensors = {PREFIX + _new_name(name): tensor for path in places.weights for name, tensor in _tensors(path).items()}
     _check_fit(tensors, expected, places.weights[0].parent)
-    return Found(config, tensors, _sampling(scheduler, config["shape"][1]), _notes(scheduler, tensors))
+    return Folder(config, tensors, _sampling(scheduler, config["shape"][1]), _notes(scheduler, tensors))
 
 
 def digest(folder: Path) -> str:

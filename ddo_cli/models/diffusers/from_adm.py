@@ -112,23 +112,23 @@ def _scheduler(options: dict[str, Any]) -> dict[str, Any]:
 
 def tensors(ours: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
     """The network's tensors under the library's names. ours: of the whole model, all below "net."."""
-    layers, found = _ENDS | _layers(config), dict[str, Tensor]()
+    layers, named = _ENDS | _layers(config), dict[str, Tensor]()
     for name, tensor in ours.items():
-        own = name.removeprefix("net.")
-        if own == _DROPPED:
+        key = name.removeprefix("net.")
+        if key == _DROPPED:
             continue
-        layer = max((each for each in layers if own.startswith(f"{each}.")), key=len)
-        part, kind = own[len(layer) :].rpartition(".")[::2]  # ".qkv", "weight"
+        layer = max((each for each in layers if key.startswith(f"{each}.")), key=len)
+        part, kind = key[len(layer) :].rpartition(".")[::2]  # ".qkv", "weight"
         theirs, part = layers[layer], part.removeprefix(".")
         if part == "qkv":
             width = head_width(len(tensor) // 3, config["options"]["num_head_channels"], config["options"]["num_heads"])
             # Channels of ADM: q, k, v of one head, then the next; theirs are three matrices.
             for letter, third in zip("qkv", tensor.unflatten(0, (-1, 3, width)).unbind(1), strict=True):
-                found[f"{theirs}.to_{letter}.{kind}"] = third.flatten(0, 1).flatten(1 if third.ndim > 2 else 0)
+                named[f"{theirs}.to_{letter}.{kind}"] = third.flatten(0, 1).flatten(1 if third.ndim > 2 else 0)
         else:
             flat = tensor.flatten(1) if part == "proj_out" and kind == "weight" else tensor  # a convolution of 1 pixel
-            found[".".join(filter(None, (theirs, _LAYERS.get(part, part), kind)))] = flat
-    return found
+            named[".".join(filter(None, (theirs, _LAYERS.get(part, part), kind)))] = flat
+    return named
 
 
 def _attending(config: dict[str, Any]) -> list[bool]:
@@ -139,26 +139,26 @@ def _attending(config: dict[str, Any]) -> list[bool]:
 def _layers(config: dict[str, Any]) -> dict[str, str]:
     """Their names of the residual blocks and attentions on the way down and up, by ours."""
     depth, attending = config["options"]["num_blocks"], _attending(config)
-    found, last = dict[str, str](), len(attending) - 1
+    names, last = dict[str, str](), len(attending) - 1
     number = 1
     for level, attends in enumerate(attending):
         theirs = f"down_blocks.{level}"
         for i in range(depth):
-            found[f"input_blocks.{number}.0"] = f"{theirs}.resnets.{i}"
+            names[f"input_blocks.{number}.0"] = f"{theirs}.resnets.{i}"
             if attends:
-                found[f"input_blocks.{number}.1"] = f"{theirs}.attentions.{i}"
+                names[f"input_blocks.{number}.1"] = f"{theirs}.attentions.{i}"
             number += 1
         if level < last:
-            found[f"input_blocks.{number}.0"] = f"{theirs}.downsamplers.0"
+            names[f"input_blocks.{number}.0"] = f"{theirs}.downsamplers.0"
             number += 1
     number = 0
     for level, attends in reversed(list(enumerate(attending))):
         theirs = f"up_blocks.{last - level}"
         for i in range(depth + 1):
-            found[f"output_blocks.{number}.0"] = f"{theirs}.resnets.{i}"
+            names[f"output_blocks.{number}.0"] = f"{theirs}.resnets.{i}"
             if attends:
-                found[f"output_blocks.{number}.1"] = f"{theirs}.attentions.{i}"
+                names[f"output_blocks.{number}.1"] = f"{theirs}.attentions.{i}"
             if level and i == depth:
-                found[f"output_blocks.{number}.{1 + attends}"] = f"{theirs}.upsamplers.0"
+                names[f"output_blocks.{number}.{1 + attends}"] = f"{theirs}.upsamplers.0"
             number += 1
-    return found
+    return names

@@ -84,8 +84,8 @@ def unet_arguments(unet: Config) -> Config:
         (full["in_channels"] not in (1, 3), "in_channels", "1 or 3, for images; latents are not supported"),
         (not isinstance(full["sample_size"], int), "sample_size", "the side of square images"),
     ]
-    if found := [f"{key} = {full[key]!r} must be {must}" for bad, key, must in wrong if bad]:
-        raise ValueError("; ".join(found))
+    if problems := [f"{key} = {full[key]!r} must be {must}" for bad, key, must in wrong if bad]:
+        raise ValueError("; ".join(problems))
     return full
 
 
@@ -100,10 +100,10 @@ def process(scheduler: Config) -> Process:
     if name not in (discrete | set(EDM_SCHEDULERS)):
         raise ValueError(f"the scheduler is a {name}; known: {', '.join(sorted(discrete | set(EDM_SCHEDULERS)))}")
     make = getattr(diffusers, name)
-    own = inspect.signature(make.__init__).parameters  # folders keep keys of the scheduler that they had before
+    arguments = inspect.signature(make.__init__).parameters  # folders keep keys of a scheduler they had before
     try:
         with torch.device("cpu"):  # the network may be under construction without memory
-            made = make(**{key: value for key, value in scheduler.items() if key in own})
+            made = make(**{key: value for key, value in scheduler.items() if key in arguments})
     except Exception as error:  # whatever the library makes of the values
         raise ValueError(f"{name} refuses its configuration: {str(error).splitlines()[0]}") from None
     config = scheduler | dict(made.config)
@@ -119,8 +119,8 @@ def process(scheduler: Config) -> Process:
         (config.get("variance_type") == "learned", "variance_type", "fixed, or learned_range as ADM's"),
         (config.get("timestep_type") == "continuous", "timestep_type", "discrete, the step's number"),
     ]
-    if found := [f"{key} = {config[key]!r} must be {must}" for bad, key, must in wrong if bad]:
-        raise ValueError("; ".join(found))
+    if problems := [f"{key} = {config[key]!r} must be {must}" for bad, key, must in wrong if bad]:
+        raise ValueError("; ".join(problems))
     levels = precond.Discrete(precond.sigmas_of_betas(made.betas), PREDICTIONS[prediction])
     learned = config.get("variance_type") == "learned_range"
     return Process(levels, levels.sigma_min, levels.sigma_max, 0.5, learned)
@@ -203,10 +203,10 @@ def build(
 ) -> DiffusersModel:
     """A denoiser of square uint8 images. Raises ValueError if shape or classes are not those of the configuration."""
     full, diffusion = unet_arguments(options.unet), process(options.scheduler)
-    own = (full["in_channels"], full["sample_size"], full["sample_size"])
-    if tuple(shape) != own or num_classes != (full["num_class_embeds"] or 0):
-        raise ValueError(f"unet makes images of shape {own} with num_class_embeds = {full['num_class_embeds']}")
-    outputs = own[0] * (2 if diffusion.learned_variance else 1)
+    made_for = (full["in_channels"], full["sample_size"], full["sample_size"])
+    if tuple(shape) != made_for or num_classes != (full["num_class_embeds"] or 0):
+        raise ValueError(f"unet makes images of shape {made_for} with num_class_embeds = {full['num_class_embeds']}")
+    outputs = made_for[0] * (2 if diffusion.learned_variance else 1)
     if full["out_channels"] != outputs or options.learned_variance != diffusion.learned_variance:
         raise ValueError(
             f"unet.out_channels = {full['out_channels']} must be {outputs} with the scheduler's variance_type = "

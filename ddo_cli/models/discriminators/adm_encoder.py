@@ -60,7 +60,7 @@ class AttentionPool(nn.Module):
     def __init__(self, channels: int, side: int, head_channels: int, num_outputs: int) -> None:
         super().__init__()
         self.head_channels = head_channels
-        # Initial scale chosen by us: position vectors of length about 1.
+        # Our choice; the paper gives none: position vectors of length about 1.
         self.positional_embedding = nn.Parameter(torch.randn(channels, side**2 + 1) / math.sqrt(channels))
         self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
         self.c_proj = nn.Conv1d(channels, num_outputs, 1)

@@ -28,7 +28,7 @@ _NEEDED = ("time_embed.0.weight", "input_blocks.0.0.weight", "out.2.positional_e
 _EXPECTED = "this program reads the published ADM classifiers and DG discriminators"
 
 
-class Found(NamedTuple):
+class Published(NamedTuple):
     """kind: "classifier" or "discriminator", config: as `discriminators.build` takes it, and the tensors it loads."""
 
     kind: str
@@ -36,7 +36,7 @@ class Found(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def read(path: str | Path, *, trunk: str | None = None, num_classes: int = 0) -> Found:
+def read(path: str | Path, *, trunk: str | None = None, num_classes: int = 0) -> Published:
     """The network of a published file.
 
     trunk: for a discriminator, this program's file of the classifier whose features it reads (`read` that one first).
@@ -52,7 +52,7 @@ def read(path: str | Path, *, trunk: str | None = None, num_classes: int = 0) ->
             raise CheckpointError(f"{path} is a classifier that is told labels; {_EXPECTED}")
         layout["time"] = PUBLISHED.get((channels, side), {}).get("time", "linear")
         config = discriminators.config_of("classifier", "adm-classifier", (channels, side, side), outputs, layout)
-        return Found("classifier", config, tensors)
+        return Published("classifier", config, tensors)
     if trunk is None:
         raise CheckpointError(
             f"{path} is a discriminator of features with {channels} channels; name with --trunk the classifier "
@@ -69,7 +69,7 @@ def read(path: str | Path, *, trunk: str | None = None, num_classes: int = 0) ->
     config = discriminators.config_of(
         "discriminator", "adm-discriminator", shape, num_classes if labels else 0, options
     )
-    return Found("discriminator", config, {f"head.{key}": tensor for key, tensor in tensors.items()})
+    return Published("discriminator", config, {f"head.{key}": tensor for key, tensor in tensors.items()})
 
 
 def _tensors(path: str | Path) -> dict[str, Tensor]:
@@ -151,9 +151,9 @@ def _check_trunk(config: dict[str, Any], channels: int, side: int, path: str | P
 
 def _trunks(channels: int) -> str:
     """Published classifiers whose features have so many channels, for messages."""
-    found = [
+    classifiers = [
         f"{side}x{side} of {in_channels} channels"
         for (in_channels, side), settings in PUBLISHED.items()
         if settings["channel_mult"][-1] * 128 == channels  # all have width 128
     ]
-    return f"published ones: {', '.join(found)}" if found else "no published one fits"
+    return f"published ones: {', '.join(classifiers)}" if classifiers else "no published one fits"

@@ -12,7 +12,7 @@ from ddo_cli.likelihood import Options, one_hot
 from ddo_cli.models.discriminators.registry import register
 from ddo_cli.trainable import Trainable
 
-_NUM_FREQUENCIES = 6  # cos and sin of k ln(sigma) / 4, k = 1..6; chosen by us
+_NUM_FREQUENCIES = 6  # cos and sin of k ln(sigma) / 4, k = 1..6; our choice, the paper gives none
 
 
 class TimeMlpOptions(Options):

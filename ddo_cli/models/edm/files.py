@@ -131,13 +131,13 @@ class _SongNames:
         if name == "u":
             return None
         try:
-            own = edm_keys.own_name(name)
-            known = edm_keys.official_name(own, self.size) == name
+            ours = edm_keys.own_name(name)
+            known = edm_keys.official_name(ours, self.size) == name
         except KeyError:
             known = False
         if not known:
             raise KeyError(f"unexpected {name}")
-        return own, tensor
+        return ours, tensor
 
     def to_edm(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
         return edm_keys.official_name(name, self.size), tensor

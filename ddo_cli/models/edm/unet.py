@@ -1,6 +1,6 @@
 """EDM's U-Net: DDPM++ and NCSN++ as trained in EDM (arXiv 2206.00364; 2011.13456, appendix H).
 
-The same tensors as the published weights under names of our own; `edm_keys` translates them.
+The same tensors as the published weights under names of our own; `edm.keys` translates them.
 """
 
 from __future__ import annotations

@@ -63,10 +63,9 @@ def ema_of(name: str) -> dict[str, float | int] | None:
 
     The name tells thousands of images of a count that is a multiple of 1024.
     """
-    found = _NAME.search(name)
-    if not found:
+    if not (match := _NAME.search(name)):
         return None
-    return {"std": float(found["std"]), "images": (int(found["kimg"]) * 1000 + 999) // 1024 * 1024}
+    return {"std": float(match["std"]), "images": (int(match["kimg"]) * 1000 + 999) // 1024 * 1024}
 
 
 def _as_evaluated(name: str, stored: dict[str, Tensor]) -> Tensor:

@@ -225,13 +225,13 @@ class Edm2Model(DiffusionModel):
 
     def forward(self, x: Tensor, label: Tensor, draw: DiffusionDraw, ref_prediction: Tensor | None = None) -> Tensor:
         """As in the contract; with options.uncertainty the plain case is -(w / e^u sum (D - x)^2 + u dims), (B,)."""
-        found = super().forward(x, label, draw, ref_prediction)
+        value = super().forward(x, label, draw, ref_prediction)
         if not self.is_weighted:
-            return found
+            return value
         u = self.log_variance(draw.sigma)
         if ref_prediction is not None:
-            return found + 0 * u  # the ratio's own value; DDP wants each parameter to have a gradient
-        return found / u.exp() - u * x[0].numel()
+            return value + 0 * u  # the ratio's own value; DDP wants each parameter to have a gradient
+        return value / u.exp() - u * x[0].numel()
 
     def before_step(self) -> None:
         """Forced weight normalisation of every layer that is trained."""

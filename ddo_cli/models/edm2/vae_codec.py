@@ -57,8 +57,8 @@ class StabilityCodec(LatentCodec):
         """uint8 (B, 3, H, W) -> mean and deviation, (B, 8, H / 8, W / 8) float32. Images enter in [0, 1]."""
 
         def run(images: Tensor) -> Tensor:
-            found = vae.encode(images.to(torch.float32) / 255).latent_dist
-            return torch.cat([found.mean, found.std], dim=1)
+            normal = vae.encode(images.to(torch.float32) / 255).latent_dist
+            return torch.cat([normal.mean, normal.std], dim=1)
 
         vae = self._autoencoder(items.device)
         with inference_precision("float32", items.device):
@@ -125,11 +125,11 @@ def _load(place: str, device: str) -> Any:
         why = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"the autoencoder {place} cannot be loaded ({why}); {_REMEDY}") from None
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    found = vae.config.in_channels, vae.config.latent_channels, factor
-    if found != (3, CHANNELS, FACTOR):
+    image_channels, channels = vae.config.in_channels, vae.config.latent_channels
+    if (image_channels, channels, factor) != (3, CHANNELS, FACTOR):
         raise CheckpointError(
-            f"the autoencoder {place} makes {found[1]} channels at 1/{factor} of the side of images of {found[0]}, and "
-            f"these models take {CHANNELS} at 1/{FACTOR} of RGB images; {_REMEDY}"
+            f"the autoencoder {place} makes {channels} channels at 1/{factor} of the side of images of "
+            f"{image_channels}, and these models take {CHANNELS} at 1/{FACTOR} of RGB images; {_REMEDY}"
         )
     return vae.to(device).eval().requires_grad_(False)
 

@@ -14,7 +14,7 @@ from ddo_cli.models.registry import register
 
 
 class MlpOptions(DiffusionOptions):
-    """Options of `mlp`. The defaults are small on purpose: maximum likelihood leaves errors for DDO to mend."""
+    """Options of `mlp`. The defaults are small: it underfits on purpose, so that DDO has something to improve."""
 
     width: int = Field(32, ge=1)  # of every hidden layer
     depth: int = Field(3, ge=1)  # hidden layers

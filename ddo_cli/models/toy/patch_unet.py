@@ -14,7 +14,7 @@ from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, Dif
 from ddo_cli.likelihood import one_hot
 from ddo_cli.models.registry import register
 
-_NUM_FREQUENCIES = 16  # of the noise level's Fourier features; chosen by us
+_NUM_FREQUENCIES = 16  # of the noise level's Fourier features; our choice
 _MAX_FREQUENCY = 16.0  # c_noise = ln(sigma) / 4 spans about [-1.5, 1.1]: the fastest feature has 6 periods there
 
 

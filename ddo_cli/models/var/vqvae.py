@@ -172,14 +172,14 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def searched(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, L) of f, and the vectors (B, L, z) that each is the nearest code of."""
-        found, vectors, rest = [], [], f
+        tokens, vectors, rest = [], [], f
         for scale in range(len(self.sides)):
             rows = self.reduced(rest, scale).flatten(2).transpose(1, 2)  # (B, p_s^2, z)
             nearest = self._nearest(rows)  # (B, p_s^2)
             rest = rest - self.contribution(self.codes(nearest, scale), scale)
-            found.append(nearest)
+            tokens.append(nearest)
             vectors.append(rows)
-        return torch.cat(found, dim=1), torch.cat(vectors, dim=1)
+        return torch.cat(tokens, dim=1), torch.cat(vectors, dim=1)
 
     def f_hat(self, tokens: Tensor) -> Tensor:
         """The sum of what all scales contribute, float32."""
@@ -244,11 +244,11 @@ def load_into(vqvae: Vqvae, path: str | Path) -> None:
     """Reads the weights of a tokenizer. Raises CheckpointError if the file holds another one."""
     file = checkpoint.load(path, kind=tokenizers.KIND)
     expected = config_of(vqvae.shape, vqvae.options)
-    found = file.header.get("config", {})
-    if found != expected:
-        merged = [{"shape": config.get("shape"), **config.get("options", {})} for config in (found, expected)]
-        keys = sorted(key for key in merged[0].keys() | merged[1].keys() if merged[0].get(key) != merged[1].get(key))
-        told = ", ".join(f"{key} {merged[0].get(key)} instead of {merged[1].get(key)}" for key in keys)
+    config = file.header.get("config", {})
+    if config != expected:
+        theirs, ours = ({"shape": part.get("shape"), **part.get("options", {})} for part in (config, expected))
+        keys = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+        told = ", ".join(f"{key} {theirs.get(key)} instead of {ours.get(key)}" for key in keys)
         raise CheckpointError(f"{path} holds another tokenizer: {told}; set model.options.vqvae to the file's options")
     try:
         vqvae.load_state_dict(file.tensors)
