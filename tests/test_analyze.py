@@ -55,7 +55,9 @@ def blind(x_vp, t, label):
 
 def mixture_model(mixture=MODEL):
     config = registry.config_of("mixture", (2,), 0, {"components": len(mixture.means)}, {})
-    return registry.build(config).set(mixture)
+    model = registry.build(config)
+    model.net.load_state_dict({"means": mixture.means, "covs": mixture.covs, "weights": mixture.weights})
+    return model
 
 
 def subject(potential=optimal, weight=1.0, num=4000, spec=SPEC, **guide):

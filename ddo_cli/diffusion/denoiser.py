@@ -1,4 +1,4 @@
-"""A diffusion denoiser as a likelihood model: a preconditioned raw network."""
+"""Diffusion models: a preconditioned raw network, its ELBO as the likelihood, and its samplers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddo_cli.diffusion import generalised_sampler, guidance, precond, probabilit
 from ddo_cli.diffusion.churn import Boost, Churn
 from ddo_cli.diffusion.guidance import Guide, Interval
 from ddo_cli.diffusion.precond import PrecondName
-from ddo_cli.diffusion.trace import Denoiser, Trace
+from ddo_cli.diffusion.trace import Denoiser, Trace, rows_of
 from ddo_cli.errors import NumericsError, UsageError
 from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, check_fields, drop_labels
 from ddo_cli.recipe.schema import SamplingRecipe
@@ -42,10 +42,10 @@ class DiffusionOptions(Options):
     """Options of every diffusion model, beside its network's own."""
 
     sigma_data: float = Field(0.5, gt=0)
-    sigma_min: float = Field(0.002, gt=0)  # defaults of sampling; a network that knows fewer levels narrows them
+    sigma_min: float = Field(0.002, gt=0)  # noise levels of sampling, clipped to those that the network knows
     sigma_max: float = Field(80.0, gt=0)
-    precond: PrecondName = "edm"  # what the raw network was trained to estimate, and of which noise levels
-    learned_variance: bool = False  # the network has twice the channels: F, and where DDPM's log variance lies
+    precond: PrecondName = "edm"  # what the raw network was trained to predict, and at which noise levels
+    learned_variance: bool = False  # the network returns F and DDPM's log variance, twice the channels
 
     def of_network(self) -> dict[str, Any]:
         """The options that a model's own class adds: arguments of its network."""
@@ -62,8 +62,8 @@ SAMPLING_FIELDS = (
 class DiffusionModel(LikelihoodModel):
     """Preconditioned denoiser. `net(x, c_noise, label)` returns F of x's shape (arXiv 2206.00364).
 
-    With options.learned_variance it returns twice as many channels, F first; what the others say only matters to DDPM's
-    sampler, and they are not trained by the likelihood.
+    With options.learned_variance it returns twice as many channels: F, then the v of iDDPM, which only DDPM's sampler
+    uses and which the likelihood does not train.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class DiffusionModel(LikelihoodModel):
     ):
         """preconditioner: in place of the one that the options name."""
         super().__init__()
-        with torch.device("cpu"):  # tables of levels, which are numbers even where the network is on the meta device
+        with torch.device("cpu"):  # its tables of noise levels hold numbers even where the network is on meta
             self.precond = preconditioner or precond.PRECONDITIONERS[options.precond](options.sigma_data)
         self.net, self.codec, self.num_classes = net, codec, num_classes
         self.options, self.draw_options = options, draw_options
@@ -87,37 +87,32 @@ class DiffusionModel(LikelihoodModel):
     # Likelihood
 
     def denoise(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
-        """D(x; sigma), float32 whatever the state's type. sigma: (B,) or scalar."""
+        """D(x; sigma) in float32, whatever the type of x. sigma: (B,) or scalar."""
         return self.evaluate(x, sigma, label)[0]
 
     def evaluate(self, x: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor | None]:
-        """D(x; sigma), float32, and of its shape where the learned variance lies between its bounds, if it is."""
+        """D(x; sigma) in float32; with learned variance also v in [-1, 1] (iDDPM eq. 15), else None."""
         x = x.to(torch.float32)
-        sigma = sigma.to(x.device, torch.float32).expand(len(x))
-        rows = sigma.view(-1, *[1] * (x.ndim - 1))  # (B, 1, ...)
-        c_skip, c_out, c_in, c_noise = self.precond.coefficients(rows)
+        sigma = rows_of(sigma.to(x.device, torch.float32).expand(len(x)), x)  # (B, 1, ...)
+        c_skip, c_out, c_in, c_noise = self.precond.coefficients(sigma)
         f = self.net(c_in * x, c_noise.view(-1), label)
-        variance = None
-        if self.options.learned_variance:
-            f, variance = f.chunk(2, dim=1)
-        return c_skip * x + c_out * f.to(torch.float32), variance
+        f, v = f.chunk(2, dim=1) if self.options.learned_variance else (f, None)
+        return c_skip * x + c_out * f.to(torch.float32), v
 
     def draw(self, num_rows: int, rng: RowRng) -> DiffusionDraw:
         """sigma, eps and label drops of one estimate. Each row draws sigma, then the drop, then its noise."""
-        options: DiffusionDrawOptions = self.draw_options
+        options = self.draw_options
         sigma = self.precond.round_sigma(torch.exp(options.p_mean + options.p_std * rng.randn()))  # (B,)
         drop = rng.rand() < options.label_dropout  # (B,)
         return DiffusionDraw(sigma, rng.randn(self.codec.state_shape), drop)
 
     def predict(self, x: Tensor, label: Tensor, draw: DiffusionDraw) -> Tensor:
         """D(x + sigma eps; sigma), of x's shape."""
-        rows = draw.sigma.view(-1, *[1] * (x.ndim - 1))
-        return self.denoise(x + rows * draw.eps, draw.sigma, drop_labels(label, draw))
+        return self.denoise(x + rows_of(draw.sigma, x) * draw.eps, draw.sigma, drop_labels(label, draw))
 
     def log_lik(self, prediction: Tensor, x: Tensor, draw: DiffusionDraw) -> Tensor:
         """-w(sigma) sum (D - x)^2: one draw of the ELBO up to a constant, (B,)."""
-        error = (prediction - x).flatten(1).square().sum(1)  # (B,)
-        return -self.precond.weight(draw.sigma) * error
+        return -self.precond.weight(draw.sigma) * (prediction - x).flatten(1).square().sum(1)
 
     def log_ratio(self, prediction: Tensor, ref_prediction: Tensor, x: Tensor, draw: DiffusionDraw) -> Tensor:
         """-w(sigma) sum (D - D_ref) (D + D_ref - 2 x), (B,): the difference of squares, factored.
@@ -136,10 +131,9 @@ class DiffusionModel(LikelihoodModel):
         Each row draws its latent, then (with classes) a label, used or not, then the sampler's noise step by step: the
         order of EDM's scripts, whose images come back for the same seeds.
 
-        x0: items (B, ...) in model space that are noised to spec.sigma_max and sampled from there (SDEdit, arXiv
-        2108.01073). spec.steps stays the number of steps from that level down, where SDEdit keeps the upper part of a
-        fixed schedule out: with few steps, as our models take, a low level would be left with one of them, and a curve
-        over levels would show the integrator's error. So every level costs the same.
+        x0: states (B, ...) that are noised to spec.sigma_max and sampled from there (SDEdit, arXiv 2108.01073).
+        spec.steps is the number of steps below that level. SDEdit cuts a fixed schedule instead: of few steps a low
+        level would keep one, and a curve over levels would show the integrator's error.
         """
         latent = rng.randn(self.codec.state_shape).to(label.device, sampling_plan.dtype_of(spec))
         if self.num_classes:
@@ -152,7 +146,7 @@ class DiffusionModel(LikelihoodModel):
             s_max=math.inf if spec.s_max is None else spec.s_max,
             s_noise=1.0 if spec.s_noise is None else spec.s_noise,
             rng=rng,
-            boost=self._boost(),
+            boost=self.boost,
             trace=trace,
             round_sigma=self.precond.round_sigma,
         )
@@ -172,24 +166,27 @@ class DiffusionModel(LikelihoodModel):
         return Sampled(x, trace.nfe, trace.disc_nfe)
 
     def steered(self, label: Tensor, spec: SamplingRecipe, trace: Trace) -> Denoiser:
-        """The denoiser of a batch with the recipe's classifier-free guidance and every guide, counting in `trace`."""
+        """The denoiser of a batch with classifier-free guidance and all guides; counts evaluations in `trace`."""
 
-        def bound(own_label: Tensor) -> Denoiser:
+        def bound(label: Tensor) -> Denoiser:
             def denoise(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
                 trace.nfe += 1
                 if not self.options.learned_variance:
-                    return self.denoise(x, sigma, own_label).to(x.dtype)
-                denoised, trace.variance = self.evaluate(x, sigma, own_label)
+                    return self.denoise(x, sigma, label).to(x.dtype)
+                denoised, trace.variance = self.evaluate(x, sigma, label)
                 return denoised.to(x.dtype)
 
             return denoise
+
+        def clipped(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
+            return unclipped(x, sigma, stage).clamp(-1, 1)
 
         denoise = bound(label)
         if spec.cfg_scale is not None and spec.cfg_scale != 1:
             unconditional = bound(torch.full_like(label, NO_LABEL))
             denoise = guidance.extrapolated(denoise, unconditional, spec.cfg_scale, _cfg_interval(spec))
         if spec.clip_denoised:
-            denoise = _clipped(denoise)
+            unclipped, denoise = denoise, clipped
         for guide in self.guides:
             denoise = guide.steer(denoise, label, trace)
         return denoise
@@ -214,14 +211,14 @@ class DiffusionModel(LikelihoodModel):
         return units() if callable(units) else ()
 
     def check_sampling(self, spec: SamplingRecipe) -> None:
-        """Adds: a sampler, noise levels and guides that go together; levels that the network knows."""
+        """Raises UsageError for a sampler, noise levels or guides that do not go together or with the network."""
         check_fields(self, spec, SAMPLING_FIELDS)
         sampling_plan.check(spec, self.options, self.precond)
         if (spec.cfg_sigma_min, spec.cfg_sigma_max) != (None, None):
             if spec.cfg_scale in (None, 1.0):
                 raise UsageError("sampling.cfg_sigma_min and cfg_sigma_max are of a cfg_scale other than 1; set it too")
             self._check_interval("the guidance of sampling.cfg_scale", _cfg_interval(spec), spec)
-        boost = self._boost()
+        boost = self.boost
         for guide in self.guides:
             if isinstance(interval := getattr(guide, "interval", None), Interval) and not boost:
                 self._check_interval("--guidance-interval", interval, spec)
@@ -233,26 +230,28 @@ class DiffusionModel(LikelihoodModel):
         sampling_plan.check_interval(what, interval, spec, self.sigmas(spec)[:-1])
 
     def log_density(self, x: Tensor, label: Tensor, spec: SamplingRecipe) -> Tensor:
-        """log p(x) in nats, (B,): see `flow.log_density`. Labels, cfg_scale and guides are honoured.
+        """log p(x) in nats, (B,), with cfg_scale and guides: see `probability_flow.log_density`.
 
         Raises UsageError if `spec` asks for churn or a guide boosts, which no ODE describes.
         """
         if spec.s_churn:
             raise UsageError(f"sampling.s_churn = {spec.s_churn}: the density exists for the ODE only; leave churn out")
-        if self._boost():
+        if self.boost:
             raise UsageError("boost depends on a sampler's steps: the density exists for the ODE only; leave it out")
         denoise = self.steered(label, spec, Trace())
         return probability_flow.log_density(denoise, x, *self.bounds(spec), self.options.sigma_data)
 
-    def _boost(self) -> Boost | None:
+    @property
+    def boost(self) -> Boost | None:
+        """Discriminator guidance's boosting, if a guide asks for it."""
         return next((boost for guide in self.guides if (boost := getattr(guide, "boost", None))), None)
 
     def bounds(self, spec: SamplingRecipe) -> tuple[float, float]:
-        """Smallest and largest noise level of a sampling run, inside what the network knows."""
+        """Smallest and largest noise level of a sampling run."""
         return sampling_plan.bounds(spec, self.options, self.precond)
 
     def sigmas(self, spec: SamplingRecipe) -> Tensor:
-        """Decreasing noise levels of a sampling run, (steps + 1,): see `levels.sigmas`."""
+        """Decreasing noise levels of a sampling run, (steps + 1,): see `sampling_plan.sigmas`."""
         return sampling_plan.sigmas(spec, self.options, self.precond)
 
 
@@ -265,10 +264,3 @@ def as_diffusion(model: LikelihoodModel, refusal: str) -> DiffusionModel:
 
 def _cfg_interval(spec: SamplingRecipe) -> Interval:
     return Interval(spec.cfg_sigma_min or 0.0, math.inf if spec.cfg_sigma_max is None else spec.cfg_sigma_max)
-
-
-def _clipped(denoise: Denoiser) -> Denoiser:
-    def clipped(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
-        return denoise(x, sigma, stage).clamp(-1, 1)
-
-    return clipped

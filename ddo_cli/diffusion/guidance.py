@@ -20,7 +20,7 @@ Decay = Literal["constant", "linear", "cosine"]
 
 
 class Potential(Protocol):
-    """What a gradient guide climbs: (B,) from x_vp = x / sqrt(1 + sigma^2), VP time t (B,) float64, and label (B,).
+    """The function whose gradient guides: (B,) of x_vp = x / sqrt(1 + sigma^2), VP time t (B,) float64, label (B,).
 
     Discriminator guidance: the logit, an estimate of log p_data - log p_model at that time. Classifier guidance:
     log p(label | x_vp).
@@ -30,7 +30,7 @@ class Potential(Protocol):
 
 
 class Guide(Protocol):
-    """Anything that changes a denoiser. `label` (B,) is that of the batch; passes are counted in `trace`."""
+    """Changes a denoiser. label: (B,), of the batch. trace: counts evaluations."""
 
     def steer(self, denoise: Denoiser, label: Tensor, trace: Trace) -> Denoiser: ...
 
@@ -42,12 +42,12 @@ class Interval(NamedTuple):
     high: float = math.inf
 
     def holds(self, sigma: Tensor) -> Tensor:
-        """Whether they lie within, of sigma's shape."""
+        """Whether each level lies in the interval, of sigma's shape."""
         return (sigma > self.low) & (sigma <= self.high)
 
 
 def extrapolated(good: Denoiser, bad: Denoiser, scale: float, interval: Interval = Interval()) -> Denoiser:  # noqa: B008
-    """D_bad + scale (D_good - D_bad) within the interval, elsewhere D_good; `bad` is evaluated where it is needed.
+    """D_bad + scale (D_good - D_bad) inside the interval, D_good elsewhere, where `bad` is not evaluated.
 
     Classifier-free guidance: conditional and unconditional (arXiv 2207.12598); 1 is the conditional model itself.
     """
@@ -57,7 +57,7 @@ def extrapolated(good: Denoiser, bad: Denoiser, scale: float, interval: Interval
         if not bool(inside.any()):
             return good(x, sigma, stage)
         base = bad(x, sigma, stage)
-        denoised = good(x, sigma, stage)  # the later pass, so that a learned variance is its own
+        denoised = good(x, sigma, stage)  # last, so that the trace keeps its learned variance
         return torch.where(inside, base + scale * (denoised - base), denoised)
 
     return denoise
@@ -95,11 +95,11 @@ class GradientGuide(NamedTuple):
     """D + w sigma^2 grad_x L(x / sqrt(1 + sigma^2), tau(sigma)): discriminator guidance (arXiv 2211.17091, eq. 8).
 
     weight, weight_2nd: w of a step's predictor and of its corrector (the published runs leave the corrector unguided).
-    time_min, time_max: w is 0 for samples whose own VP time lies outside.
-    decay: constant, or w times t (linear) or (1 - cos(pi t)) / 2 (cosine); chosen by us.
-    boost: see `churn.Boost`; it reads L as a log-ratio, so it is for discriminators only.
-    Where w is 0 for the whole batch the potential is not evaluated. L is climbed as it is: the published code takes the
-    log of a probability clipped to [1e-5, 1 - 1e-5], which leaves samples beyond |L| = 11.5 without guidance.
+    time_min, time_max: w is 0 for samples whose VP time lies outside.
+    decay: w is constant, or times t (linear) or (1 - cos(pi t)) / 2 (cosine); our choice, the paper gives none.
+    boost: see `churn.Boost`; for discriminators only, since it reads L as a log-ratio.
+    Where w is 0 for the whole batch the potential is not evaluated. L is not clipped: the published code clips the
+    probability to [1e-5, 1 - 1e-5], which leaves samples beyond |L| = 11.5 without guidance.
     """
 
     potential: Potential
@@ -149,13 +149,13 @@ def potential_at(potential: Potential, x: Tensor, sigma: Tensor, label: Tensor) 
 def climb(potential: Potential, x: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """L (B,) and sigma^2 grad_x L, of x's shape and type. sigma: scalar or (B,).
 
-    The chain rule's factor is m = 1 / sqrt(1 + sigma^2), since L sees m x. One backward pass; the potential is
-    evaluated in float32 unless a caller differentiates through it (then x carries a graph, and its type is kept);
-    not in the precision that sampling may ask for its own passes, in which small gradients vanish.
+    The chain rule's factor is m = 1 / sqrt(1 + sigma^2), since L sees m x. One backward pass, in float32 whatever the
+    precision of sampling, since small gradients vanish in half precision; in the type of x where a caller
+    differentiates through it (x then carries a graph).
     """
     differentiated = torch.is_grad_enabled() and x.requires_grad
     full = torch.autocast(x.device.type, enabled=False)
-    with torch.inference_mode(False), torch.enable_grad(), full:  # whatever the caller's mode
+    with torch.inference_mode(False), torch.enable_grad(), full:  # the caller may have turned gradients off
         sigma = sigma.to(x.device, torch.float64)
         scale = rows_of(vp_sde.scale_of(sigma), x)
         t = vp_sde.time_of(sigma).expand(len(x)).clone()

@@ -144,9 +144,7 @@ def _edm(like: Path) -> Original:
                 stream.seek(offset)
                 stream.write(values.view(torch.uint8).numpy().data if len(values) else b"")
 
-    return Original(
-        "edm", file.config, file.stored, file.names.to_edm, write, lambda path: read_edm(path).stored
-    )
+    return Original("edm", file.config, file.stored, file.names.to_edm, write, lambda path: read_edm(path).stored)
 
 
 def _adm(like: Path, stored: dict[str, Tensor], given: dict[str, Any]) -> Original:

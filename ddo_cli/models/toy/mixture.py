@@ -42,13 +42,6 @@ class MixtureModel(DiffusionModel):
         mixture = GaussianMixture(self.net.means, self.net.covs, self.net.weights)
         return mixture.denoise(x, sigma.to(x.device))
 
-    def set(self, mixture: GaussianMixture) -> MixtureModel:
-        """This model, with the parameters of `mixture`."""
-        self.net.means.copy_(mixture.means)
-        self.net.covs.copy_(mixture.covs)
-        self.net.weights.copy_(mixture.weights)
-        return self
-
 
 @register("mixture", MixtureOptions, DiffusionDrawOptions)
 def build(
