@@ -267,9 +267,9 @@ def test_the_mean_regeneration_of_a_normal_is_known(side, mean, std, sampler):
 
 def test_ode_solvers_weigh_the_corrector_like_the_predictor_where_the_sampler_has_none():
     s = subject()._replace(guide=GradientGuide(optimal, 2.0, 0.0))
-    assert s.ode_sides()["guided"][0].weight_2nd == 0.0  # heun: as chosen
+    assert s.ode_sides()["guided"].guides[0].weight_2nd == 0.0  # heun: as chosen
     s = s._replace(spec=SPEC.merged(sampler="euler"))
-    assert s.ode_sides()["guided"][0].weight_2nd == 2.0
+    assert s.ode_sides()["guided"].guides[0].weight_2nd == 2.0
 
 
 def test_rmse_and_psnr_of_known_images():
