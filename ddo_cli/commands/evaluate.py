@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-import typer
+from typer import Argument, Option
 
 from ddo_cli import console
 from ddo_cli.commands.options import (
@@ -34,13 +34,13 @@ class Metrics(NamedTuple):
     """What is measured."""
 
     metrics: Annotated[
-        str, typer.Option(help="Some of fid, sfid, is, kid, precision, recall, density, coverage, fd_dinov2, fd_clip.")
+        str, Option(help="Some of fid, sfid, is, kid, precision, recall, density, coverage, fd_dinov2, fd_clip.")
     ] = "fid"
     uncertainty: Annotated[
-        bool, typer.Option("--uncertainty", help="Standard error of the FID, and its limit for infinitely many images.")
+        bool, Option("--uncertainty", help="Standard error of the FID, and its limit for N to infinity.")
     ] = False
-    per_class: Annotated[bool, typer.Option("--per-class", help="An FID of each class.")] = False
-    adm: Annotated[bool, typer.Option("--adm", help="IS as in ADM's suite: chunks of 5000 images.")] = False
+    per_class: Annotated[bool, Option("--per-class", help="An FID of each class.")] = False
+    adm: Annotated[bool, Option("--adm", help="IS as in ADM's suite: chunks of 5000 images.")] = False
 
 
 class Extractor(NamedTuple):
@@ -48,16 +48,16 @@ class Extractor(NamedTuple):
 
     weights: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             help="Inception-v3 weights of torch-fidelity; NAME=PATH for another network (fd_dinov2, fd_clip), may be "
             "repeated. Default: those found on this machine, or else the embedded extractor."
         ),
     ] = None
     extractor: Annotated[
         str | None,
-        typer.Option(help="In place of Inception: of `ddo train-extractor`, TorchScript, or Python (which is run)."),
+        Option(help="In place of Inception: of `ddo train-extractor`, TorchScript, or Python (which is run)."),
     ] = None
-    download: Annotated[bool, typer.Option("--download", help="Fetch missing published weights.")] = False
+    download: Annotated[bool, Option("--download", help="Fetch missing published weights.")] = False
     precision: Annotated[
         Any,
         choice("--precision", "float32", "tf32", "bf16", help="Scores in tf32 and bf16 are marked as not comparable."),
@@ -68,16 +68,14 @@ class Pictures(NamedTuple):
     """Pictures of the nearest images and of likelihoods."""
 
     nearest: Annotated[
-        int, typer.Option(min=0, max=64, help="Draw this many images that lie closest to the reference's.")
+        int, Option(min=0, max=64, help="Draw this many images that lie closest to the reference's.")
     ] = 0
     nll: Annotated[
         bool,
-        typer.Option("--nll", help="Draw a histogram of sFID features' likelihood under the reference's Gaussian."),
+        Option("--nll", help="Draw a histogram of the features' likelihood under the reference's."),
     ] = False
-    compare: Annotated[list[str] | None, typer.Option(help="A further set in this histogram. May be repeated.")] = None
-    pictures: Annotated[Path | None, typer.Option(help="Directory of the pictures.", show_default="fid-pictures")] = (
-        None
-    )
+    compare: Annotated[list[str] | None, Option(help="A further set in this histogram. May be repeated.")] = None
+    pictures: Annotated[Path | None, Option(help="Directory of the pictures.", show_default="fid-pictures")] = None
 
 
 class Passes(NamedTuple):
@@ -87,7 +85,7 @@ class Passes(NamedTuple):
     workers: Workers = None
     no_cache: Annotated[
         bool,
-        typer.Option("--no-cache", help="Compute all features anew, and store none.", rich_help_panel="Run"),
+        Option("--no-cache", help="Neither use nor store features.", rich_help_panel="Run"),
     ] = False
 
 
@@ -107,18 +105,16 @@ def fid(
     passes: Passes,
     device: "torch.device",
     source: Annotated[
-        str, typer.Argument(help="Images (a folder, zip, npz, sample set), or a run or weight file that draws them.")
+        str, Argument(help="Images (folder, zip, npz, sample set), or a run or weight file to draw them.")
     ],
     ref: Annotated[
         str | None,
-        typer.Option(help="Images, or statistics of EDM, EDM2, ADM or `ddo stats`. Default: embedded:digits32."),
+        Option(help="Images, or statistics of EDM, EDM2, ADM or `ddo stats`. Default: embedded:digits32."),
     ] = None,
-    num_images: Annotated[
-        int | None, typer.Option(min=2, help="Number of images to use or to draw. Default: all, or 50000.")
-    ] = None,
-    repeat: Annotated[int, typer.Option(min=1, max=100, help="Number of seed ranges, each with its own score.")] = 1,
-    benchmark: Annotated[str | None, typer.Option(help="Show published results, e.g. of cifar10-uncond.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="CSV file to which a row is appended.")] = None,
+    num_images: Annotated[int | None, Option(min=2, help="Images to use or to draw. Default: all, or 50000.")] = None,
+    repeat: Annotated[int, Option(min=1, max=100, help="Number of seed ranges, each with its own score.")] = 1,
+    benchmark: Annotated[str | None, Option(help="Show published results, e.g. of cifar10-uncond.")] = None,
+    csv: Annotated[Path | None, Option(help="CSV file to which a row is appended.")] = None,
     dry_run: DryRun = False,
 ) -> Result:
     """Fréchet distance between a set of images and a reference, and related metrics: IS, KID, precision, recall, ..."""
@@ -154,19 +150,17 @@ def fid(
 def stats(
     device: "torch.device",
     data: Images,
-    out: Annotated[Path, typer.Option(help="The .safetensors file to write, for --ref of `ddo fid`.")],
+    out: Annotated[Path, Option(help="The .safetensors file to write, for --ref of `ddo fid`.")],
     metric: Annotated[
         Any,
-        choice("--metric", "fid", "fd_dinov2", "fd_clip", "fd_embedded", help="Metric whose features are used."),
+        choice("--metric", "fid", "fd_dinov2", "fd_clip", "fd_embedded", help="Whose features are used."),
     ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="Weights of the published network. Default: those found on this machine.")
-    ] = None,
+    weights: Annotated[str | None, Option(help="Weights of the published network. Default: those found here.")] = None,
     extractor: Annotated[
-        str | None, typer.Option(help="An extractor of `ddo train-extractor` or your own, in place of a published one.")
+        str | None, Option(help="An extractor of `ddo train-extractor` or your own, in place of a published one.")
     ] = None,
     features: Annotated[
-        bool, typer.Option("--features", help="Store the features of each image: KID, precision and recall need them.")
+        bool, Option("--features", help="Store the features of each image: KID, precision and recall need them.")
     ] = False,
     num_images: NumImages = None,
     batch: Batch = 256,
@@ -187,18 +181,14 @@ class Analyses(NamedTuple):
 
     what: Annotated[
         str | None,
-        typer.Option(help="Some of gain, trajectory, nfe, regeneration, density, or all. Default: the quick ones."),
+        Option(help="Some of gain, trajectory, nfe, regeneration, density, or all. Default: the quick ones."),
     ] = None
-    num_images: Annotated[int | None, typer.Option(min=2, help="nfe: images per score.", show_default="1024")] = None
-    steps_list: Annotated[
-        str | None, typer.Option(help="nfe: numbers of sampling steps.", show_default="4,6,8,12,18")
-    ] = None
-    noise_level: Annotated[
-        float | None, typer.Option(help="regeneration: standard deviation of the noise.", show_default="1.0")
-    ] = None
-    regenerations: Annotated[
-        int | None, typer.Option(min=1, help="regeneration: images made of each image.", show_default="100")
-    ] = None
+    num_images: Annotated[int | None, Option(min=2, help="nfe: images per score.", show_default="1024")] = None
+    steps_list: Annotated[str | None, Option(help="nfe: numbers of sampling steps.", show_default="4,6,8,12,18")] = None
+    noise_level: Annotated[float | None, Option(help="regeneration: scale of the noise.", show_default="1.0")] = None
+    regenerations: Annotated[int | None, Option(min=1, help="regeneration: repeats per image.", show_default="100")] = (
+        None
+    )
 
     def check(self, on_request: Sequence[str]) -> None:
         """Raises UsageError for a setting of an analysis that is not made. on_request: those not made by default."""
@@ -227,9 +217,9 @@ def analyze(
     sampling: dict[str, Any],
     device: "torch.device",
     data: Annotated[
-        str | None, typer.Option(help="Real images not trained on. Default: those that `ddo train-disc` held out.")
+        str | None, Option(help="Real images not trained on. Default: `ddo train-disc`'s held-out ones.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Directory of the pictures and figures.")] = Path("analysis"),
+    out: Annotated[Path, Option(help="Directory of the pictures and figures.")] = Path("analysis"),
     dry_run: DryRun = False,
 ) -> Result:
     """Measure what a discriminator's guidance does to a model: its gain in nats, trajectories, regenerated images."""

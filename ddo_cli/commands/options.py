@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Optional, TypeVar
 
 import typer
 from rich.table import Table
+from typer import Argument, Option
 from typer.core import TyperCommand
 from typer.models import OptionInfo
 
@@ -139,42 +140,38 @@ def choice(option: str, *known: str, help: str) -> Any:
             raise UsageError(f"{option} {text} is not known; use one of {', '.join(known)}")
         return text
 
-    return typer.Option(option, parser=parse, metavar="|".join(known), help=help)
+    return Option(option, parser=parse, metavar="|".join(known), help=help)
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel="Run")]
+Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout.", rich_help_panel="Run")]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.", rich_help_panel="Run")
+    bool, Option("--dry-run", help="Check everything, print the plan, write nothing.", rich_help_panel="Run")
 ]
 MeasuredDryRun = Annotated[
     bool,
-    typer.Option(
+    Option(
         "--dry-run",
-        help="Check everything, print the plan, measure two training steps and a batch of samples, write nothing.",
+        help="Check everything, measure two training steps and a batch of samples, write nothing.",
         rich_help_panel="Run",
     ),
 ]
 Measure = Annotated[
     bool,
-    typer.Option(" /--no-measure", help="With --dry-run: the plan alone.", show_default=False, rich_help_panel="Run"),
+    Option(" /--no-measure", help="With --dry-run: the plan alone.", show_default=False, rich_help_panel="Run"),
 ]
-Device = Annotated[str | None, typer.Option(help="cuda or cpu. Default: cuda if there is one.", rich_help_panel="Run")]
-ModelFile = Annotated[
-    str | None, typer.Option(help="Python file that registers your own model.", rich_help_panel="Run")
-]
-Batch = Annotated[int, typer.Option(min=1, help="Images per network pass.", rich_help_panel="Run")]
+Device = Annotated[str | None, Option(help="cuda or cpu. Default: cuda if there is one.", rich_help_panel="Run")]
+ModelFile = Annotated[str | None, Option(help="Python file that registers your own model.", rich_help_panel="Run")]
+Batch = Annotated[int, Option(min=1, help="Images per network pass.", rich_help_panel="Run")]
 Workers = Annotated[
     int | None,
-    typer.Option(
-        min=0, max=64, help="Processes that decode images. Default: depends on the machine.", rich_help_panel="Run"
-    ),
+    Option(min=0, max=64, help="Processes that decode images. Default: depends on the machine.", rich_help_panel="Run"),
 ]
-Images = Annotated[str, typer.Argument(help="Images: a folder, zip, npz, sample set, or embedded:<name>.")]
-NumImages = Annotated[int | None, typer.Option(min=2, help="Number of images, always the same ones. Default: all.")]
+Images = Annotated[str, Argument(help="Images: a folder, zip, npz, sample set, or embedded:<name>.")]
+NumImages = Annotated[int | None, Option(min=2, help="Number of images, always the same ones. Default: all.")]
 Form = Annotated[
     Any, choice("--format", "png", "npz", "shards", help="Format. Default: png for images, npz for points.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Use a discriminator that was trained for another model.")]
+Force = Annotated[bool, Option("--force", help="Use a discriminator that was trained for another model.")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,11 +188,11 @@ _TITLES = {"data": "Data and model", "model": "Data and model", "metric": "Score
 class _KeyOptions:
     """A reader with an option for each of these keys; it returns read(values by key, **values of its own options).
 
-    A value is None if the option was not typed. default: what then holds, for --help.
+    A value is None if the option was not typed. source: of the default, for --help.
     """
 
-    def __init__(self, read: Callable[..., Any], keys: Iterable[str], default: str):
-        self.read, self.keys, self.default = read, {_NAMES.get(key, key.split(".")[-1]): key for key in keys}, default
+    def __init__(self, read: Callable[..., Any], keys: Iterable[str], source: str):
+        self.read, self.keys, self.source = read, {_NAMES.get(key, key.split(".")[-1]): key for key in keys}, source
 
     @cached_property
     def __signature__(self) -> inspect.Signature:
@@ -207,13 +204,11 @@ class _KeyOptions:
 
     def _parameter(self, name: str, key: Any) -> inspect.Parameter:
         kind = key.type.removesuffix(" | null")
-        option = typer.Option(
+        option = Option(
             *([_FLAGS[key.name]] if key.name in _FLAGS else []),
             help=key.meaning,
             metavar=_METAVARS.get(kind, kind.replace(" ", "") if "|" in kind else None),
-            show_default=self.default
-            if key.default is None
-            else self.default.replace("recipe", f"recipe, else {key.default}"),
+            show_default=f"recipe, else {key.default}" if self.source == "recipe" and key.default else self.source,
             rich_help_panel=_TITLES.get(key.name.partition(".")[0], "Training"),
         )
         annotation: Any = Annotated[Optional[_TYPES.get(kind, str)], option]  # noqa: UP045
@@ -228,12 +223,10 @@ def recipe_options(*keys: str, check_model: bool = False) -> Callable[..., Any]:
 
     def read(
         given: dict[str, Any],
-        recipe: Annotated[
-            str, typer.Option(help="A recipe by name (see `ddo recipes`) or a YAML file.")
-        ] = "quickstart",
+        recipe: Annotated[str, Option(help="A recipe by name (see `ddo recipes`) or a YAML file.")] = "quickstart",
         overrides: Annotated[
             list[str] | None,
-            typer.Argument(metavar="[KEY=VALUE]...", help="Any recipe key, e.g. finetune.ema_half_life=500."),
+            Argument(metavar="[KEY=VALUE]...", help="Any recipe key, e.g. finetune.ema_half_life=500."),
         ] = None,
     ) -> "Recipe":
         from ddo_cli.models import registry
@@ -260,7 +253,7 @@ def sampling_options(*keys: str) -> Callable[..., Any]:
         given: dict[str, Any],
         overrides: Annotated[
             list[str] | None,
-            typer.Argument(metavar="[KEY=VALUE]...", help="Any sampling key, e.g. sigma_max=20 top_k=5."),
+            Argument(metavar="[KEY=VALUE]...", help="Any sampling key, e.g. sigma_max=20 top_k=5."),
         ] = None,
     ) -> dict[str, Any]:
         from ddo_cli.recipe.load import parse_sampling
@@ -305,11 +298,9 @@ def device_and_models(model_file: ModelFile = None, device: Device = None) -> "t
 
 
 def seeds_of(
-    seeds: Annotated[str | None, typer.Option(help="Seeds such as 0-49999 or 3,7,10-20.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="First seed.", show_default="0")] = None,
-    num_images: Annotated[
-        int | None, typer.Option(min=1, help="Number of images.", show_default=str(NUM_IMAGES))
-    ] = None,
+    seeds: Annotated[str | None, Option(help="Seeds such as 0-49999 or 3,7,10-20.")] = None,
+    seed: Annotated[int | None, Option(min=0, max=MAX_SEED, help="First seed.", show_default="0")] = None,
+    num_images: Annotated[int | None, Option(min=1, help="Number of images.", show_default=str(NUM_IMAGES))] = None,
 ) -> Sequence[int]:
     """The seeds of --seeds, or else --num-images of them from --seed on. Raises UsageError if both are given."""
     from ddo_cli.data.samples import parse_seeds
@@ -340,9 +331,7 @@ def _ascending(text: str) -> str:
 
 
 def classes_of(
-    classes: Annotated[
-        str | None, typer.Option(help="Only these classes, e.g. 3,5. Default: all.", rich_help_panel="Seeds")
-    ] = None,
+    classes: Annotated[str | None, Option(help="Only these classes, e.g. 3,5.", rich_help_panel="Seeds")] = None,
 ) -> list[int] | None:
     """The classes of --classes."""
     return parsed("--classes", classes, numbers, "write classes such as 3,5")
@@ -351,23 +340,17 @@ def classes_of(
 class Pair(NamedTuple):
     """A discriminator and the model that it guides."""
 
-    disc: Annotated[
-        str | None, typer.Option(help="Discriminator of `ddo train-disc`. Default: the newest below runs/.")
-    ] = None
-    ckpt: Annotated[
-        str | None, typer.Option(help="Model to guide. Default: the one that the discriminator was trained for.")
-    ] = None
+    disc: Annotated[str | None, Option(help="Of `ddo train-disc`. Default: the newest below runs/.")] = None
+    ckpt: Annotated[str | None, Option(help="Model to guide. Default: the one that --disc was trained for.")] = None
     force: Force = False
 
 
 def second_network(
     guide_ckpt: Annotated[
-        str | None, typer.Option(help="Weaker version of the model, or an unconditional one, that guides it.")
+        str | None, Option(help="Weaker or unconditional version of the model, which guides it.")
     ] = None,
-    autoguidance_scale: Annotated[float, typer.Option(help="Scale of this guidance, 1 = off.")] = 1.0,
-    guidance_interval: Annotated[
-        str | None, typer.Option(metavar="LOW,HIGH", help="Noise levels at which it acts. Default: all.")
-    ] = None,
+    autoguidance_scale: Annotated[float, Option(help="Scale of this guidance, 1 = off.")] = 1.0,
+    guidance_interval: Annotated[str | None, Option(metavar="LOW,HIGH", help="Noise levels at which it acts.")] = None,
 ) -> "guides.Others":
     """Guidance by a second network (autoguidance, arXiv 2406.02507)."""
     from ddo_cli.engines.sampling import guides

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-import typer
+from typer import Option
 
 from ddo_cli import console
 from ddo_cli.commands.options import (
@@ -44,8 +44,8 @@ def sample(
     sampling: dict[str, Any],
     second_network: "guides.Others",
     device: "torch.device",
-    ckpt: Annotated[str, typer.Option(help="Model: a weight file or embedded:<name>.")] = "embedded:digits32",
-    out: Annotated[Path, typer.Option(help="Directory of the sample set.")] = Path("samples"),
+    ckpt: Annotated[str, Option(help="Model: a weight file or embedded:<name>.")] = "embedded:digits32",
+    out: Annotated[Path, Option(help="Directory of the sample set.")] = Path("samples"),
     form: Form = None,
     dry_run: DryRun = False,
 ) -> dict[str, Any]:
@@ -63,8 +63,8 @@ def sample(
 class Classifier(NamedTuple):
     """Classifier guidance."""
 
-    classifier: Annotated[str | None, typer.Option(help="Noisy-image classifier of `ddo train-classifier`.")] = None
-    classifier_weight: Annotated[float, typer.Option(help="Classifier-guidance weight.")] = 1.0
+    classifier: Annotated[str | None, Option(help="Noisy-image classifier of `ddo train-classifier`.")] = None
+    classifier_weight: Annotated[float, Option(help="Classifier-guidance weight.")] = 1.0
 
 
 @options(
@@ -89,7 +89,7 @@ def guide_sample(
     classes: list[int] | None,
     sampling: dict[str, Any],
     device: "torch.device",
-    out: Annotated[Path, typer.Option(help="Directory of the sample set.")] = Path("guided"),
+    out: Annotated[Path, Option(help="Directory of the sample set.")] = Path("guided"),
     form: Form = None,
     dry_run: DryRun = False,
 ) -> dict[str, Any]:
@@ -108,13 +108,13 @@ class Editor(NamedTuple):
 
     disc: Annotated[
         str | None,
-        typer.Option(help="Discriminator of `ddo train-disc`. Default: the newest of this model below runs/, if any."),
+        Option(help="Discriminator of `ddo train-disc`. Default: the newest of this model below runs/, if any."),
     ] = None
     ckpt: Annotated[
         str | None,
-        typer.Option(help="Model that edits. Default: the one that --disc was trained for, or embedded:digits32."),
+        Option(help="Model that edits. Default: the one that --disc was trained for, or embedded:digits32."),
     ] = None
-    no_guidance: Annotated[bool, typer.Option("--no-guidance", help="Edit without guidance only.")] = False
+    no_guidance: Annotated[bool, Option("--no-guidance", help="Edit without guidance only.")] = False
     force: Force = False
 
 
@@ -123,14 +123,10 @@ class Score(NamedTuple):
 
     ref: Annotated[
         str | None,
-        typer.Option(
-            help="Target images, or an .npz with mu and sigma. Default: the discriminator's data, or digits32."
-        ),
+        Option(help="Target images, or an .npz with mu and sigma. Default: the discriminator's data, or digits32."),
     ] = None
-    weights: Annotated[
-        str | None, typer.Option(help="Inception-v3 weights for an FID. Default: the embedded extractor.")
-    ] = None
-    extractor: Annotated[str | None, typer.Option(help="An extractor of `ddo train-extractor`.")] = None
+    weights: Annotated[str | None, Option(help="Inception-v3 weights, for an FID.")] = None
+    extractor: Annotated[str | None, Option(help="An extractor of `ddo train-extractor`.")] = None
 
 
 @options(
@@ -147,13 +143,11 @@ def edit(
     score: Score,
     device: "torch.device",
     source: Images,
-    level: Annotated[str, typer.Option(help="Noise levels to start from; pixels lie in [-1, 1].")] = "0.5,1,2,5",
-    num_images: Annotated[int, typer.Option(min=1, help="Number of images, the first ones.")] = 64,
-    label: Annotated[
-        int | None, typer.Option(help="Class that every image is translated to. Default: the images' own.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
-    out: Annotated[Path, typer.Option(help="Directory of the edited images.")] = Path("edited"),
+    level: Annotated[str, Option(help="Noise levels to start from; pixels lie in [-1, 1].")] = "0.5,1,2,5",
+    num_images: Annotated[int, Option(min=1, help="Number of images, the first ones.")] = 64,
+    label: Annotated[int | None, Option(help="Class to translate to. Default: the images' own.")] = None,
+    seed: Annotated[int, Option(min=0, help="Seed of the noise.")] = 0,
+    out: Annotated[Path, Option(help="Directory of the edited images.")] = Path("edited"),
     form: Form = None,
     dry_run: DryRun = False,
 ) -> Result:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from ddo_cli import console
 from ddo_cli.commands.options import DryRun, Measure, MeasuredDryRun, Result, device_of, options, recipe_options
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def finetune_ddo(
     recipe: "Recipe",
     device: "torch.device",
-    out: Annotated[Path | None, typer.Option(help="Directory of the run. Default: runs/<recipe>.")] = None,
+    out: Annotated[Path | None, Option(help="Directory of the run. Default: runs/<recipe>.")] = None,
     dry_run: MeasuredDryRun = False,
     measure: Measure = True,
 ) -> Result:
@@ -65,9 +65,9 @@ def train_disc(
     typed: dict[str, Any],
     device: "torch.device",
     out: Annotated[
-        Path | None, typer.Option(help="Directory of the run. Default: runs/<recipe>-disc, with --ckpt and its hash.")
+        Path | None, Option(help="Directory. Default: runs/<recipe>-disc, with --ckpt and its hash.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Use a --fake set of another model.")] = False,
+    force: Annotated[bool, Option("--force", help="Use a --fake set of another model.")] = False,
     dry_run: DryRun = False,
 ) -> Result:
     """Train a discriminator of real against generated images, for `ddo guide-sample`. Run again to continue."""
@@ -95,7 +95,7 @@ def train_disc(
 def pretrain(
     recipe: "Recipe",
     device: "torch.device",
-    out: Annotated[Path | None, typer.Option(help="Directory of the run. Default: runs/<recipe>-pretrain.")] = None,
+    out: Annotated[Path | None, Option(help="Directory of the run. Default: runs/<recipe>-pretrain.")] = None,
     dry_run: MeasuredDryRun = False,
     measure: Measure = True,
 ) -> Result:
@@ -118,7 +118,7 @@ def pretrain(
 def train_classifier(
     recipe: "Recipe",
     device: "torch.device",
-    out: Annotated[Path | None, typer.Option(help="Directory of the run. Default: runs/<recipe>-classifier.")] = None,
+    out: Annotated[Path | None, Option(help="Directory of the run. Default: runs/<recipe>-classifier.")] = None,
     dry_run: DryRun = False,
 ) -> dict[str, Any]:
     """Train a classifier of noisy images, for classifier guidance or under a discriminator. Run again to continue."""
@@ -131,13 +131,11 @@ def train_classifier(
 @options(device=device_of)
 def train_extractor(
     device: "torch.device",
-    data: Annotated[str, typer.Option(help="Labelled images: a folder, zip, npz, or embedded:<name>.")],
-    out: Annotated[Path, typer.Option(help="The weight file to write.")],
-    held_out: Annotated[
-        str | None, typer.Option(help="Images for the accuracy. Default: a tenth of the data, which is held out.")
-    ] = None,
-    images: Annotated[int, typer.Option(min=1, help="Images to train on, counting repeats.")] = 100_000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")] = 0,
+    data: Annotated[str, Option(help="Labelled images: a folder, zip, npz, or embedded:<name>.")],
+    out: Annotated[Path, Option(help="The weight file to write.")],
+    held_out: Annotated[str | None, Option(help="Images for the accuracy. Default: a tenth of the data.")] = None,
+    images: Annotated[int, Option(min=1, help="Images to train on, counting repeats.")] = 100_000,
+    seed: Annotated[int, Option(min=0, help="Seed of all random numbers.")] = 0,
     dry_run: DryRun = False,
 ) -> dict[str, Any]:
     """Train a small classifier whose features give a Fréchet distance where Inception's do not fit."""

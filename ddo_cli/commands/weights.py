@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from ddo_cli import console
 from ddo_cli.commands.options import (
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FileSettings = Annotated[
     list[str] | None,
-    typer.Argument(
+    Argument(
         metavar="[KEY=VALUE]...",
         help="Settings that the file does not hold. ADM .pt: qkv=legacy|new, schedule=linear|cosine, size=, "
         "num_heads=. VAR .pth: patch_nums=1,2,3,...",
@@ -36,18 +36,14 @@ FileSettings = Annotated[
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(
-            help="EDM or EDM2 .pkl; ADM diffusion model, ADM classifier or DG .pt; VAR .pth; diffusers folder."
-        ),
+        Argument(help="EDM or EDM2 .pkl; ADM diffusion model, ADM classifier or DG .pt; VAR .pth; diffusers folder."),
     ],
-    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    out: Annotated[Path, Option(help="The safetensors file to write.")],
     settings: FileSettings = None,
-    model: Annotated[str | None, typer.Option(help="Of a discriminator: the converted model that it guides.")] = None,
-    trunk: Annotated[
-        str | None, typer.Option(help="Of a discriminator: the converted classifier that it stands on.")
-    ] = None,
-    vae: Annotated[Path | None, typer.Option(help="Of a VAR: the published file of its tokenizer.")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Read the file again and compare every tensor.")] = False,
+    model: Annotated[str | None, Option(help="Of a discriminator: the converted model that it guides.")] = None,
+    trunk: Annotated[str | None, Option(help="Of a discriminator: the converted classifier under it.")] = None,
+    vae: Annotated[Path | None, Option(help="Of a VAR: the published file of its tokenizer.")] = None,
+    verify: Annotated[bool, Option("--verify", help="Read the file again and compare every tensor.")] = False,
     dry_run: DryRun = False,
 ) -> dict[str, Any]:
     """Convert published weights to safetensors, without running the code inside them."""
@@ -59,11 +55,9 @@ def convert(
 
 
 def export(
-    ckpt: Annotated[str, typer.Argument(help="A converted or finetuned model.")],
-    out: Annotated[Path, typer.Option(help="The file to write like ORIGINAL; without one, a folder for diffusers.")],
-    like: Annotated[
-        Path | None, typer.Option(help="ORIGINAL: the published .pkl, .pt or .pth that the model comes from.")
-    ] = None,
+    ckpt: Annotated[str, Argument(help="A converted or finetuned model.")],
+    out: Annotated[Path, Option(help="The file to write like ORIGINAL; without one, a folder for diffusers.")],
+    like: Annotated[Path | None, Option(help="ORIGINAL: the published .pkl, .pt or .pth of the model.")] = None,
     settings: FileSettings = None,
     dry_run: DryRun = False,
 ) -> dict[str, Any]:
@@ -74,14 +68,10 @@ def export(
 
 
 def ema(
-    sources: Annotated[
-        list[Path], typer.Argument(metavar="FILES...", help="Snapshots of one run, or the directory that holds them.")
-    ],
-    std: Annotated[float, typer.Option(help="Relative standard deviation of the average, EDM2's sigma_rel.")],
-    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
-    at: Annotated[
-        int | None, typer.Option(min=1, help="Images of training at which it ends. Default: the last snapshot's.")
-    ] = None,
+    sources: Annotated[list[Path], Argument(metavar="FILES...", help="Snapshots of one run, or their directory.")],
+    std: Annotated[float, Option(help="Relative standard deviation of the average, EDM2's sigma_rel.")],
+    out: Annotated[Path, Option(help="The safetensors file to write.")],
+    at: Annotated[int | None, Option(min=1, help="Images at which it ends. Default: the last snapshot's.")] = None,
     model_file: ModelFile = None,
     dry_run: DryRun = False,
 ) -> Result:
@@ -103,13 +93,13 @@ def ema(
 def encode(
     device: "torch.device",
     data: Images,
-    ckpt: Annotated[str, typer.Option(help="A model of latents or tokens, whose encoder is used.")],
-    out: Annotated[Path, typer.Option(help="Directory of the set, for data.source.")],
+    ckpt: Annotated[str, Option(help="A model of latents or tokens, whose encoder is used.")],
+    out: Annotated[Path, Option(help="Directory of the set, for data.source.")],
     num_images: NumImages = None,
-    shard: Annotated[int, typer.Option(min=1, help="Images per file.")] = 1024,
-    batch: Annotated[int, typer.Option(min=1, help="Images per network pass.")] = 64,
+    shard: Annotated[int, Option(min=1, help="Images per file.")] = 1024,
+    batch: Annotated[int, Option(min=1, help="Images per network pass.")] = 64,
     dtype: Annotated[
-        Any, choice("--dtype", "float32", "float16", help="Type of latents. Default: as the encoder makes them.")
+        Any, choice("--dtype", "float32", "float16", help="Type of latents. Default: the encoder's.")
     ] = None,
     workers: Workers = None,
     dry_run: DryRun = False,
@@ -124,9 +114,7 @@ def encode(
 
 
 def info(
-    path: Annotated[
-        str, typer.Argument(help="A weight file, sample or encoded set, run directory, or embedded:<name>.")
-    ],
+    path: Annotated[str, Argument(help="A weight file, sample or encoded set, run directory, or embedded:<name>.")],
 ) -> dict[str, Any]:
     """What a checkpoint, sample set, encoded set or run holds: model, provenance, hashes."""
     from ddo_cli.engines.weights import info
@@ -135,9 +123,7 @@ def info(
 
 
 def recipes(
-    keys: Annotated[
-        bool, typer.Option("--keys", help="Every key of a recipe instead: default, type, meaning.")
-    ] = False,
+    keys: Annotated[bool, Option("--keys", help="Every key of a recipe instead: default, type, meaning.")] = False,
 ) -> Result:
     """The recipes that come with the program."""
     from ddo_cli.recipe.keys import described

@@ -53,11 +53,9 @@ class ModelRecipe(Section):
     file: str | None = Field(None, description="Python file that registers your own model.")
     options: dict[str, Any] = Field(default_factory=dict, description="Constructor options of the model.")
     draw: dict[str, Any] = Field(
-        default_factory=dict, description="Randomness of pretraining: p_mean, p_std, label_dropout, ..."
+        default_factory=dict, description="Randomness of pretraining: p_mean, label_dropout, ..."
     )
-    ckpt: str = Field(
-        "embedded:digits32", description="Model to improve or to guide: a weight file or embedded:<name>."
-    )
+    ckpt: str = Field("embedded:digits32", description="Model to improve or guide: a weight file or embedded:<name>.")
 
 
 def _respacing(value: Any) -> Any:
@@ -84,7 +82,7 @@ class SamplingRecipe(Section):
 
     batch: int = Field(256, ge=1, description="Images per network pass; changes only the rounding of results.")
     sampler: Annotated[str | None, BeforeValidator(_sampler)] = Field(
-        None, description=f"Sampler: {', '.join(SAMPLERS)}."
+        None, description=f"One of {', '.join(SAMPLERS)}."
     )
     steps: int | None = Field(None, ge=1, le=10_000, description="Sampling steps.")
     labels: Literal["balanced", "random", "position"] | None = Field(
@@ -94,7 +92,7 @@ class SamplingRecipe(Section):
     )
     precision: Precision | None = Field(None, description="Precision of network passes. Default: float32.")
     dtype: Literal["float64", "float32"] | None = Field(
-        None, description="Type of state and noise levels. Default: float64; EDM2 uses float32."
+        None, description="Type of the sampler's state. Default: float64."
     )
     spacing: Literal["karras", "vp", "steps"] | None = Field(
         None,
@@ -113,36 +111,34 @@ class SamplingRecipe(Section):
     s_noise: float | None = Field(None, gt=0, description="Standard deviation of the churn's noise.")
     discretization: Literal["vp", "ve", "iddpm", "edm"] | None = Field(
         None,
-        description="EDM's generalised sampler (heun or euler), used for its ablations and baselines: time steps. It "
-        "is chosen by setting this key, schedule, scaling or step_ratio. Default then: edm.",
+        description="Time steps of EDM's generalised sampler (heun or euler), used for its ablations and baselines. It "
+        "is chosen by setting this key, schedule, scaling or step_ratio. Default: edm.",
     )
     schedule: Literal["vp", "ve", "linear"] | None = Field(
-        None, description="Of the generalised sampler: noise schedule. Default then: linear."
+        None, description="Generalised sampler: noise schedule. Default: linear."
     )
     scaling: Literal["vp", "none"] | None = Field(
-        None, description="Of the generalised sampler: signal scaling. Default then: none."
+        None, description="Generalised sampler: signal scaling. Default: none."
     )
     step_ratio: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Of the generalised sampler: place of Heun's second evaluation within a step. Default then: 1.",
+        description="Generalised sampler: place of Heun's second evaluation within a step. Default: 1.",
     )
-    clip_denoised: bool | None = Field(
-        None, description="Clip the denoised image to [-1, 1] in each step, as ADM does."
-    )
+    clip_denoised: bool | None = Field(None, description="Clip the denoised image to [-1, 1] in each step (ADM).")
     cfg_scale: float | None = Field(None, ge=0, description="Scale of classifier-free guidance, 1 = off.")
     cfg_sigma_min: float | None = Field(
-        None, ge=0, description="Classifier-free guidance only at noise levels above this (arXiv 2404.07724)."
+        None, ge=0, description="Guidance only above this noise level (arXiv 2404.07724)."
     )
-    cfg_sigma_max: float | None = Field(None, gt=0, description="Classifier-free guidance only up to this noise level.")
+    cfg_sigma_max: float | None = Field(None, gt=0, description="Guidance only up to this noise level.")
     temperature: float | None = Field(None, gt=0, description="Autoregressive models: softmax temperature.")
     top_k: int | None = Field(None, ge=1, description="Autoregressive models: sample from the k most likely values.")
     top_p: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Autoregressive models: sample from the most likely values of total probability p.",
+        description="Autoregressive models: sample from the most likely values, of probability p.",
     )
     smooth: bool | None = Field(
         None,
@@ -203,22 +199,20 @@ class MetricRecipe(Section):
     ref: str | None = Field(None, description="Reference images or statistics. Default: the training data.")
     num_images: int = Field(4096, ge=2, le=250_000, description="Images per score.")
     repeats: int = Field(
-        3, ge=1, le=4, description="Scores of promoted models are means over this many ranges of seeds."
+        3, ge=1, le=4, description="Ranges of seeds over which the scores of promoted models are averaged."
     )
     weights: str | None = Field(None, description="Inception weights of the FID.")
     benchmark: Annotated[Benchmark | None, BeforeValidator(_benchmark)] = Field(
         None, description="Benchmark whose published results are shown beside the score."
     )
-    extractor: str | None = Field(
-        None, description="Of fd_embedded: an extractor of `ddo train-extractor`. Default: the embedded one."
-    )
+    extractor: str | None = Field(None, description="For fd_embedded: an extractor of `ddo train-extractor`.")
 
 
 class GuidanceRecipe(Section):
     """How a discriminator guides sampling (arXiv 2211.17091)."""
 
     dg_weight: float = Field(
-        1.0, ge=0, description="Guidance weight in a step's predictor: 0 = off, 1 = aims at the data."
+        1.0, ge=0, description="Guidance weight in a step's predictor; 0 = off, 1 aims at the data."
     )
     dg_weight_2nd: float = Field(0.0, ge=0, description="Guidance weight in the step's corrector (heun).")
     time_min: float = Field(0.01, ge=0, le=1, description="Guide only at VP times from here on, in [0, 1].")
@@ -226,9 +220,7 @@ class GuidanceRecipe(Section):
     decay: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="Weight over time; linear and cosine fall with t (our choice; the paper gives none)."
     )
-    boost: bool = Field(
-        False, description="Push samples whose log-ratio is negative further: with churn and a doubled weight."
-    )
+    boost: bool = Field(False, description="Churn and a doubled weight for samples with negative log-ratio.")
     boost_churn_period: int = Field(5, ge=1, description="Steps between churns of boosted samples.")
     boost_weight_period: int = Field(2, ge=1, description="Steps between doubled weights of boosted samples.")
     boost_churn: float = Field(4.0, ge=0, description="S_churn of boosted samples.")

@@ -51,7 +51,7 @@ class TrainRecipe(Section):
     lr_final: float = Field(0.1, ge=0, le=1, description="Of linear: last learning rate, as a share of lr.")
     batch: int = Field(64, ge=1, description="Real images per optimizer step, over all processes.")
     micro_batch: int | None = Field(
-        None, ge=1, description="Real images per forward pass of one process. Default: its share of the batch."
+        None, ge=1, description="Images per forward pass of a process. Default: its share of the batch."
     )
     ema_half_life: float = Field(500.0, ge=0, description="Half-life of the averaged weights in images; 0: none.")
     ema_widths: list[Annotated[float, Field(gt=0, lt=MAX_STD)]] = Field(
@@ -70,16 +70,11 @@ class TrainRecipe(Section):
         "the weight in each step, except for vectors and weights that the model exempts.",
     )
     grad_clip: float | None = Field(None, gt=0, description="Largest gradient norm. Default: no clipping.")
-    precision: Precision = Field(
-        "float32",
-        description="Precision of training passes; log-ratios are always float32, and fp16 scales the loss.",
-    )
+    precision: Precision = Field("float32", description="Precision of training passes; log-ratios are always float32.")
     activation_checkpointing: bool = Field(
-        False, description="Recompute each block in the backward pass: less memory for one more forward pass."
+        False, description="Recompute blocks in the backward pass: less memory, more time."
     )
-    sharding: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="fsdp: weights, averages and optimizer state are sharded over the processes."
-    )
+    sharding: Literal["ddp", "fsdp"] = Field("ddp", description="fsdp shards weights, averages and optimizer state.")
     log_every: int = Field(10, ge=1, description="Steps between log lines.")
     save_every: int = Field(20, ge=1, description="Steps between saves of the state that resuming needs.")
 
@@ -107,7 +102,7 @@ class PretrainRecipe(TrainRecipe):
 
     images: int = Field(96_000, ge=1, description="Images to train on, counting repeats.")
     ema_ramp: float | None = Field(
-        0.05, gt=0, description="The half-life is at most this share of the images seen so far (EDM)."
+        0.05, gt=0, description="Upper bound of the half-life, as a share of the images seen (EDM)."
     )
     snapshot_every: int | None = Field(
         None, ge=1, description="Images between snapshots of averaged weights for `ddo ema`. Default: at the end only."
@@ -155,20 +150,18 @@ class FinetuneRecipe(TrainRecipe):
     alpha: Coefficient = Field(4.0, description="Weight of the fake term. Several values, such as 1,2,4, are swept.")
     beta: Coefficient = Field(
         0.05,
-        description="Scale of the log-ratio, about 1 / dimension. Several values are swept, in pairs with alpha's.",
+        description="Scale of the log-ratio, about 1 / dimension. Several values are swept.",
     )
     divide_by_alpha: bool = Field(False, description="Divide the loss by max(alpha, 1), as VAR's trainer does.")
     images_per_round: int = Field(7680, ge=1, description="Real images per round.")
     num_fake: int = Field(4096, ge=1, le=100_000_000, description="Samples drawn from the reference per round.")
-    fake_as: Literal["images", "latents"] | None = Field(
-        None, description="Form in which these samples are stored. Default: the model's choice."
-    )
+    fake_as: Literal["images", "latents"] | None = Field(None, description="How these samples are stored.")
     reference_precision: Literal["float32", "bf16"] = Field(
         "float32",
         description="Storage of the reference's weights. bf16 saves memory and changes the log-ratio a little.",
     )
     draw: dict[str, Any] = Field(
-        default_factory=dict, description="Training noise in place of the reference's, e.g. {p_std: 1.0}."
+        default_factory=dict, description="Randomness in place of the reference's, e.g. {p_std: 1.0}."
     )
     eval_every: int = Field(3840, ge=1, description="Images between candidates of a round.")
     keep_candidates: Literal["all", "best"] = Field("all", description="Candidates kept on disk after a round.")
@@ -176,10 +169,10 @@ class FinetuneRecipe(TrainRecipe):
         2.0, gt=1, description="Stop when the model's plain loss on real images exceeds the reference's by this factor."
     )
     sweep_rungs: int = Field(
-        3, ge=1, description="Of a sweep: 3 drops half of the settings at 1/4 and at 1/2 of a round, 1 drops none."
+        3, ge=1, description="Sweep: 3 drops half of the settings at 1/4 and 1/2 of a round, 1 drops none."
     )
     sweep_images: int | None = Field(
-        None, ge=2, description="Of a sweep: images per score before the end. Default: half of metric.num_images."
+        None, ge=2, description="Sweep: images per early score. Default: half of metric.num_images."
     )
     from_round: Annotated[dict[Annotated[int, Field(ge=2)], dict[str, Any]], BeforeValidator(_numbers)] = Field(
         default_factory=dict,
@@ -235,13 +228,9 @@ class DiscriminatorRecipe(TrainRecipe):
     name: str = Field("time-encoder", description="A registered discriminator.")
     options: dict[str, Any] = Field(default_factory=dict, description="Its constructor options.")
     conditional: bool = Field(True, description="The discriminator sees the label, if the model has classes.")
-    fake: str | None = Field(
-        None, description="Generated images, as `ddo sample` drew them. Default: drawn from model.ckpt and kept."
-    )
+    fake: str | None = Field(None, description="Generated images, of `ddo sample`. Default: drawn from model.ckpt.")
     num_fake: int = Field(50_000, ge=1, le=100_000_000, description="Images to generate.")
-    held_out: int = Field(
-        1024, ge=16, description="Real images, and as many generated ones, that are held out to measure the loss."
-    )
+    held_out: int = Field(1024, ge=16, description="Real images, and as many generated ones, held out for the loss.")
     time: Literal["importance", "uniform", "model"] = Field(
         "importance", description="Density of the VP time t; model: the one that the model's own noise levels have."
     )
@@ -250,12 +239,12 @@ class DiscriminatorRecipe(TrainRecipe):
         "none", description="likelihood: rows are weighted so that every density of t optimises importance's objective."
     )
     images: int = Field(
-        500_000, ge=1, description="Real images to train on at most, counting repeats; as many generated ones."
+        500_000, ge=1, description="Most real images to train on, counting repeats; as many generated ones."
     )
     eval_every: int = Field(25_000, ge=1, description="Images between checkpoints, each with its held-out loss.")
     patience: int = Field(4, ge=1, description="Stop after this many checkpoints in a row without a better loss.")
     select: Literal["bce", "fid"] = Field(
-        "bce", description="Final checkpoint: lowest held-out loss (bce), or best metric of guided samples (fid)."
+        "bce", description="Final checkpoint: by held-out bce, or by fid of guided samples."
     )
     lr: float = Field(3e-4, gt=0)
     weight_decay: float = Field(1e-7, ge=0)
@@ -270,9 +259,7 @@ class ClassifierRecipe(TrainRecipe):
     name: str = Field("time-encoder-classifier", description="A registered classifier.")
     options: dict[str, Any] = Field(default_factory=dict, description="Its constructor options.")
     held_out: int = Field(1024, ge=16, description="Images held out to measure the accuracy.")
-    time: Literal["importance", "uniform", "model"] = Field(
-        "uniform", description="Density of the VP time t; rows are not weighted."
-    )
+    time: Literal["importance", "uniform", "model"] = Field("uniform", description="Density of the VP time t.")
     t_min: float = Field(1e-5, gt=0, lt=1, description="Smallest t of importance and uniform.")
     images: int = Field(500_000, ge=1, description="Images to train on, counting repeats.")
     lr: float = Field(3e-4, gt=0)
