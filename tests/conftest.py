@@ -15,6 +15,7 @@ from launch import launch
 from PIL import Image
 
 from ddo_cli import checkpoint, cli, console
+from ddo_cli.engines import scoring
 from ddo_cli.models import registry
 from ddo_cli.recipe.load import load
 from ddo_cli.recipe.schema import Recipe
@@ -22,7 +23,7 @@ from ddo_cli.recipe.schema import Recipe
 CPU = torch.device("cpu")
 TINY_UNET = {"patch": 4, "widths": [16], "depths": [1], "emb_width": 16}
 TINY_TRANSFORMER = {"width": 16, "depth": 1, "heads": 2}
-TINY_EDM2 = {"width": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [16], "head_width": 8}
+TINY_EDM2 = {"width": 4, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [16], "head_width": 4}
 TINY_VQVAE = {
     "channels": 4, "channel_mult": [1, 1, 2], "num_blocks": 1, "groups": 2, "z_channels": 4, "vocabulary": 16,
     "patch_nums": [1, 2, 4, 8],
@@ -65,6 +66,14 @@ def _collected_once():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_disks():
+    """Files of tests need not outlive a power cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _plain_process():
     """Undoes what a command run in this process leaves: JSON output, flushed denormals (hypothesis refuses them)."""
@@ -74,7 +83,8 @@ def _plain_process():
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Figures are one black pixel: drawing them takes half of a tiny run. Those of wider fixtures are drawn."""
+    """Figures are one black pixel and grids have one image: they take most of a tiny run. Wider fixtures draw them."""
+    monkeypatch.setattr(scoring, "GRID_SEEDS", range(1))
     pixel = Image.new("RGB", (1, 1))
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: pixel.save(path, "png"))
 
