@@ -4,9 +4,10 @@ import pytest
 import torch
 from test_adm_unet import TINY, perturbed
 
+from ddo_cli.diffusion.denoiser import DiffusionDrawOptions
 from ddo_cli.models.adm.keys import EdmKeys, from_openai, reordered, to_openai
 from ddo_cli.models.adm.published import PUBLISHED
-from ddo_cli.models.adm.unet import AdmUnetOptions, network
+from ddo_cli.models.adm.unet import AdmUnetOptions, build
 
 # file -> keys of the official preconditioner's state dict, its buffers, parameters
 EDM_TABLE = {
@@ -21,7 +22,7 @@ def test_edm_s_networks_have_the_published_names(name):
     entry = PUBLISHED[name]
     options = AdmUnetOptions.model_validate(entry.options)
     with torch.device("meta"):
-        net = network((3, entry.size, entry.size), entry.num_classes, options)
+        net = build((3, entry.size, entry.size), entry.num_classes, options, DiffusionDrawOptions()).net
     assert sum(tensor.numel() for tensor in net.parameters()) == parameters
     names = EdmKeys(entry.size, options)
     state = {f"net.{key}": tensor for key, tensor in net.state_dict().items()}

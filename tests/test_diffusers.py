@@ -57,7 +57,7 @@ def make_folder(path: Path, scheduler=None, **changes) -> UNet2DModel:
     return unet
 
 
-def built(found: diffusers_files.Found):
+def built(found: diffusers_files.Folder):
     model = registry.build(found.config).eval()
     model.load_state_dict(found.tensors)
     return model

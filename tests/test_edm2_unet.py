@@ -14,7 +14,6 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from ddo_cli import checkpoint
 from ddo_cli.diffusion.denoiser import DiffusionDraw
-from ddo_cli.engines import step_cost
 from ddo_cli.engines.ddo import finetune
 from ddo_cli.models import registry
 from ddo_cli.models.edm2 import layers as magnitude
@@ -394,7 +393,6 @@ def test_ddo_starts_at_a_ratio_of_zero(tmp_path, monkeypatch):
         ckpt, model.state_dict(), {"kind": "model", "config": config, "sampling": sampling, "provenance": []}
     )
     forced = []
-    monkeypatch.setattr(step_cost, "timed", lambda *setup: {})  # its steps are not the run's
     monkeypatch.setattr(magnitude.MPConv, "force_norm", _counted(magnitude.MPConv.force_norm, forced))
     recipe = tiny_recipe(
         str(ckpt), "diffusion", "finetune.rounds=1", "finetune.log_every=1", "finetune.images_per_round=8",
