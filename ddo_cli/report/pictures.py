@@ -1,4 +1,4 @@
-"""Pictures that people look at: contact sheets, densities, curves. Arrays in, one PNG file out."""
+"""Contact sheets, densities, curves, histograms: arrays in, one PNG file out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from ddo_cli.errors import RunError
 from ddo_cli.files import replacing
 
-MADE_BY = {"Software": "ddo"}  # in each picture, so that it may be replaced by a newer one
+MADE_BY = {"Software": "ddo"}  # marks our pictures: only those may be overwritten
 
 
 class Curve(NamedTuple):
@@ -28,15 +28,15 @@ class Curve(NamedTuple):
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises RunError where the file that a picture will be written to exists, and this program did not draw it."""
+    """Raises RunError if a picture would overwrite a file that this program did not draw."""
     if not path.exists():
         return
     try:
         with Image.open(path) as image:
-            is_own = all(image.info.get(key) == value for key, value in MADE_BY.items())
+            is_ours = MADE_BY.items() <= image.info.items()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # no picture at all
-        is_own = False
-    if not is_own:
+        is_ours = False
+    if not is_ours:
         raise RunError(
             f"{path} would be replaced by a picture, and ddo did not draw it; move it, or choose another --out"
         )
@@ -70,7 +70,7 @@ def _tiled(items: np.ndarray, columns: int) -> np.ndarray:
 
 
 def image_rows(rows: dict[str, np.ndarray], path: Path) -> None:
-    """Rows of as many images each, uint8 (N, C, H, W), one under the other with its name above."""
+    """Rows with the same number of images each, uint8 (N, C, H, W), one below the other under their titles."""
     strips = {title: _tiled(items, len(items)) for title, items in rows.items()}
     height, width = next(iter(strips.values())).shape[:2]
     figure, axes = _figure(1, size=(8, 8 * height / width + 0.35), rows=len(rows))
@@ -140,7 +140,7 @@ def histograms(values: dict[str, np.ndarray], path: Path, xlabel: str, bins: int
     finite = np.concatenate([numbers[np.isfinite(numbers)] for numbers in values.values()])
     if not len(finite):
         raise ValueError("a histogram of no finite numbers cannot be drawn")
-    # A few far outliers would press everything else into one bin: the outer 0.1% at each end goes to the end bins.
+    # A few far outliers would leave one bin for everything else: the outer 0.1% at each end goes into the end bins.
     low, high = np.quantile(finite, [0.001, 0.999])
     edges = np.linspace(low, high, bins + 1) if high > low else np.linspace(low - 0.5, low + 0.5, bins + 1)
     figure, (axis,) = _figure(1, size=(5.2, 3.4))
@@ -156,7 +156,7 @@ def histograms(values: dict[str, np.ndarray], path: Path, xlabel: str, bins: int
 
 def _figure(panels: int, size: tuple[float, float], rows: int = 1) -> tuple[Any, list[Any]]:
     """A figure of rows of panels, each of this size in inches, and its axes row by row."""
-    # Figure without pyplot: no global state and no window system.
+    # Without pyplot: no global state, no window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

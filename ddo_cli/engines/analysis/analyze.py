@@ -1,8 +1,7 @@
-"""`ddo analyze`: what discriminator guidance does to a model, in the quantities of its paper (arXiv 2211.17091)."""
+"""`ddo analyze`: the effect of discriminator guidance on a model, in the paper's quantities (arXiv 2211.17091)."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from ddo_cli import console, dist, rundir
+from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet, check_fits, describe_items, digest, holds_images
 from ddo_cli.data.pairs import split
@@ -22,8 +22,7 @@ from ddo_cli.engines.analysis.subject import Finding, Settings, Subject
 from ddo_cli.engines.sampling import guides, sample
 from ddo_cli.errors import CheckpointError, DataError, UsageError
 from ddo_cli.files import read_json, write_json
-from ddo_cli.models.discriminators import registry as discriminators
-from ddo_cli.recipe.schema import Recipe, SamplingRecipe
+from ddo_cli.recipe.schema import Recipe, SamplingRecipe, nearest
 
 ANALYSES: dict[str, Callable[[Subject, Settings], Finding]] = {
     "gain": analyses.gain,
@@ -32,8 +31,8 @@ ANALYSES: dict[str, Callable[[Subject, Settings], Finding]] = {
     "regeneration": regeneration,
     "density": analyses.density,
 }
-NAMES = ("out", "discriminator", "model", "data")  # of an analysis's identity: hashes say what is behind them
-ON_REQUEST = ("nfe",)  # takes minutes where the others take seconds
+NAMES = ("out", "discriminator", "model", "data")  # are stored but not compared: the hashes identify the content
+ON_REQUEST = ("nfe",)  # takes minutes; the others take seconds
 
 
 def run(
@@ -50,10 +49,10 @@ def run(
     device: torch.device,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Writes <name>.json and <name>.png of each analysis into `out`; returns the figures of each under its name.
+    """Writes <name>.json and <name>.png of each analysis into `out`; returns the main figures of each under its name.
 
-    what: names between commas, or "all"; None: those that take seconds.
-    data: real items that the discriminator was not trained on; None: those that its training held out.
+    what: names between commas, or "all"; None: all that take seconds.
+    data: real items that the discriminator was not trained on; None: those held out from its training.
     disc, ckpt, sampling, guidance, force: as for `guide_sample.run`.
     """
     chosen = guides.choose(disc, ckpt, guidance or {}, device=device, force=force)
@@ -61,7 +60,7 @@ def run(
     spec = sample.spec_of(chosen.model.checkpoint, **(sampling or {}))
     base.check_sampling(spec)
     guides.warn_of_other_sampler(chosen.discriminator, spec)
-    recipe = _recipe_of(chosen.discriminator)
+    recipe = _recipe_of(file)
     real, rows = _held_out(recipe, data, file.header["trained_on"].get("data_sha256"), base, file.path)
     guide = guides.discriminator_guide(chosen.discriminator.network, chosen.settings, len(base.codec.state_shape))
     subject = Subject(base, guide, spec, recipe or Recipe(), real, rows, device)
@@ -81,38 +80,35 @@ def run(
         low, high = subject.window()
         plan = {"sampler": spec.sampler, "steps": spec.steps, "sigma_guided": f"{low:.3g} to {high:.3g}"}
         return {**shown, "analyses": names, **plan, "dry_run": True}
-    found = {}
+    summaries = {}
     with rundir.locked(out):
         _check_place(out, identity)
         for name in names:
             finding = ANALYSES[name](subject, settings)
             if dist.is_main():
-                # The picture second: one without figures is not ours.
+                # The picture second: without its JSON file, a picture counts as another program's.
                 write_json(out / f"{name}.json", {"analysis": name, **identity, **finding.content})
                 finding.draw(out / f"{name}.png")
                 console.info(f"{name}: {out / name}.png and .json")
-            found[name] = finding.summary
+            summaries[name] = finding.summary
         dist.barrier()
-    return {**shown, **found}
+    return {**shown, **summaries}
 
 
 def _check_place(out: Path, identity: dict[str, Any]) -> None:
-    """Raises RunError unless `out` holds nothing but analyses of the same discriminator, data and settings, or does not
-    exist. Writes nothing.
-    """
+    """Raises RunError unless `out` is new or holds only analyses of the same discriminator, data and settings."""
     if not dist.is_main():
         return
-    there = [name for name in ANALYSES if (out / f"{name}.json").is_file()]
-    rundir.check_free(out, "analyses alone", [f"{name}{end}" for name in there for end in (".json", ".png")])
+    files = [file for file in (out / f"{name}.json" for name in ANALYSES) if file.is_file()]
+    rundir.check_free(out, "analyses alone", [f"{file.stem}{end}" for file in files for end in (".json", ".png")])
     ours = {key: value for key, value in identity.items() if key not in NAMES}
-    for name in there:
-        file = out / f"{name}.json"
+    for file in files:
         stored = read_json(file)
         rundir.check_same(f"{file} holds figures of something else", ours, {key: stored.get(key) for key in ours})
 
 
 def table_of(out: Path) -> tuple[list[str], list[tuple[str, ...]]]:
-    """The gain by noise level, for people."""
+    """The gain by noise level, as columns and rows of a table."""
     content = read_json(out / "gain.json")
 
     def row(name: str, level: dict[str, Any]) -> tuple[str, ...]:
@@ -137,29 +133,28 @@ def select(what: str | None, subject: Subject) -> list[str]:
         return [name for name in possible if name not in ON_REQUEST]
     asked = {name.strip() for name in what.split(",")}
     for name in sorted(asked - ANALYSES.keys() - {"all"}):
-        near = difflib.get_close_matches(name, ANALYSES, 1)
-        guess = f" (did you mean '{near[0]}'?)" if near else ""
-        raise UsageError(f"--what {name} is not known{guess}; use some of {', '.join(ANALYSES)} between commas, or all")
+        known = f"{', '.join(ANALYSES)} between commas, or all"
+        raise UsageError(f"--what {name} is not known{nearest(name, ANALYSES)}; use some of {known}")
     for name in sorted(asked & reasons.keys()):
         raise UsageError(f"--what {name} does not apply here: {reasons[name]}; use some of {', '.join(possible)}")
     return possible if "all" in asked else [name for name in possible if name in asked]
 
 
 def _inapplicable(subject: Subject) -> dict[str, str]:
-    """Why an analysis cannot be done, by name."""
-    found = {}
+    """Reasons why analyses cannot be done, by name."""
+    reasons = {}
     if subject.real.encoded is not None:
-        found["regeneration"] = f"it compares images, and these data are {describe_items(subject.real)}: give --data"
+        reasons["regeneration"] = f"it compares images, and these data are {describe_items(subject.real)}: give --data"
         if subject.recipe.metric.ref is None:
-            found["nfe"] = f"it scores images, and these data are {describe_items(subject.real)}: give --data"
+            reasons["nfe"] = f"it scores images, and these data are {describe_items(subject.real)}: give --data"
     elif not holds_images(subject.real):
-        found["regeneration"] = "it compares images, and these data are points"
-        found["nfe"] = "it scores images, and these data are points, whose density is that of infinitely many steps"
+        reasons["regeneration"] = "it compares images, and these data are points"
+        reasons["nfe"] = "it scores images, and these data are points, whose density is that of infinitely many steps"
     if subject.recipe.metric.name != "js":
-        found["density"] = "it needs points of known density, as in a recipe with metric.name = js"
+        reasons["density"] = "it needs points of known density, as in a recipe with metric.name = js"
     elif subject.spec.s_churn:
-        found["density"] = f"s_churn = {subject.spec.s_churn:g}, and the density exists for the ODE only"
-    return found
+        reasons["density"] = f"s_churn = {subject.spec.s_churn:g}, and the density exists for the ODE only"
+    return reasons
 
 
 def _check(subject: Subject, settings: Settings, names: list[str]) -> None:
@@ -186,24 +181,23 @@ def _check(subject: Subject, settings: Settings, names: list[str]) -> None:
 # Held-out data
 
 
-def _recipe_of(found: discriminators.Loaded) -> Recipe | None:
+def _recipe_of(file: Checkpoint) -> Recipe | None:
     """The recipe that trained a discriminator; None for one that `ddo train-disc` did not make."""
-    link = (found.checkpoint.header.get("provenance") or [{}])[-1]
+    link = (file.header.get("provenance") or [{}])[-1]
     if link.get("command") != "train-disc":
         return None
     try:
         return Recipe.model_validate(link["recipe"])
     except (KeyError, ValidationError) as error:
         raise CheckpointError(
-            f"{found.checkpoint.path} holds a recipe that this version cannot read ({error}); train it again with "
-            "ddo train-disc"
+            f"{file.path} holds a recipe that this version cannot read ({error}); train it again with ddo train-disc"
         ) from None
 
 
 def _held_out(
     recipe: Recipe | None, data: str | None, trained_sha256: str | None, base: DiffusionModel, file: str
 ) -> tuple[ItemSet, np.ndarray]:
-    """Real items, and which of them the discriminator was not trained on: known by the hash of what it was trained on.
+    """Real items, and the rows that the discriminator was not trained on, known by the hash of its training data.
 
     Raises DataError or UsageError.
     """

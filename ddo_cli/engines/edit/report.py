@@ -1,4 +1,4 @@
-"""What `ddo edit` reports: closeness to the source against closeness to the target set, in figures and pictures."""
+"""Figures and pictures of `ddo edit`: fidelity to the source against distance from the target set."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ddo_cli.metrics.stats import Statistics
 from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.report import pictures
 
-SHOWN = 12  # images in a row of the contact sheet; chosen by us
+SHOWN = 12  # images in a row of the contact sheet; our choice
 
 
 class Way(NamedTuple):
@@ -35,12 +35,12 @@ class Way(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its directory."""
+        """Name of its directory."""
         return f"level-{self.sigma:g}{'-guided' if self.is_guided else ''}"
 
     @property
     def title(self) -> str:
-        """For people."""
+        """In tables and pictures."""
         return f"noise level {self.sigma:g}{', guided' if self.is_guided else ''}"
 
     @property
@@ -50,7 +50,7 @@ class Way(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What edited images are to look like, and the features that tell."""
+    """The set that edited images should look like, and the features that the distance compares."""
 
     name: str
     reference: ItemSet | Statistics
@@ -71,13 +71,12 @@ def open_target(
     chosen = select_extractor(metric, weights, extractor, device)
     reference = _reference(ref, disc, chosen)
     name = reference.name if isinstance(reference, ItemSet) else str(ref)
-    for warning in few(sources.name, len(sources.items), chosen):
-        console.warn(warning)
-    if isinstance(reference, ItemSet):
-        for warning in few(name, len(reference.items), chosen):
-            console.warn(warning)
-    found = digest(reference) if isinstance(reference, ItemSet) else sha256(Path(name))
-    return Target(name, reference, chosen, {"extractor_sha256": chosen.sha256, "reference_sha256": found})
+    for images in (sources, reference):
+        if isinstance(images, ItemSet):
+            for warning in few(images.name, len(images.items), chosen):
+                console.warn(warning)
+    content = digest(reference) if isinstance(reference, ItemSet) else sha256(Path(name))
+    return Target(name, reference, chosen, {"extractor_sha256": chosen.sha256, "reference_sha256": content})
 
 
 def _reference(ref: str | None, disc: discriminators.Loaded | None, extractor: Extractor) -> ItemSet | Statistics:
@@ -86,9 +85,9 @@ def _reference(ref: str | None, disc: discriminators.Loaded | None, extractor: E
     if disc is None or ref is not None or not data:
         return open_reference(ref or DEFAULT_REFERENCE, extractor)
     try:
-        found = open_images(data["source"], data.get("num"))
-        check_images(found, "a distance needs images")
-        return found
+        images = open_images(data["source"], data.get("num"))
+        check_images(images, "a distance needs images")
+        return images
     except DataError as error:
         raise DataError(
             f"{error} (the data that {disc.checkpoint.path} was trained on; another target can be given by --ref)"
@@ -96,10 +95,10 @@ def _reference(ref: str | None, disc: discriminators.Loaded | None, extractor: E
 
 
 def psnr(images: np.ndarray, sources: np.ndarray) -> float:
-    """20 log10(255 / RMSE) in dB, the RMSE being that of all pixels of all images. uint8 arrays of equal shape.
+    """20 log10(255 / RMSE) in dB, with the RMSE over all pixels of all images. uint8 arrays of equal shape.
 
-    Pooled, since a mean of PSNRs hangs on the images that hardly changed. Equal sets count as one value that differs by
-    one grey level, so that the figure is finite.
+    Pooled, since a mean of PSNRs is dominated by the images that hardly changed. Equal sets count as if one value
+    differed by one grey level, so that the result is finite.
     """
     pairs = zip(images.astype(np.int64), sources.astype(np.int64), strict=True)
     total = sum(int(np.square(image - source).sum()) for image, source in pairs)
@@ -107,7 +106,7 @@ def psnr(images: np.ndarray, sources: np.ndarray) -> float:
 
 
 def pictures_of(out: Path, num: int) -> dict[str, str]:
-    """Files of the contact sheet and of the curve, which needs a distance and so two images."""
+    """Files of the contact sheet and of the curve; the curve needs a distance and so two images."""
     grid = {"grid": str(out / "edit-grid.png")}
     return grid if num < 2 else {**grid, "curve": str(out / "edit.png")}
 
@@ -133,18 +132,20 @@ def write(
         rows[way.title] = _row(items)
         level = {"sigma": way.sigma, "time": way.time, "guided": way.is_guided, "psnr": psnr(items, sources)}
         levels.append({**level, key: distance(items), "nfe": manifest["nfe"], "disc_nfe": manifest["disc_nfe"]})
-    found = {"levels": levels, "source_distance": distance(sources)}
+    figures = {"levels": levels, "source_distance": distance(sources)}
     if dist.is_main():
         files = {name: Path(path) for name, path in pictures_of(out, len(sources)).items()}
         pictures.image_rows(rows, files["grid"])
         if scorer is not None:
-            pictures.curves(_curves(levels, key), files["curve"], _axis(levels))
-    return found
+            sigmas = [level["sigma"] for level in levels]
+            axis = f"PSNR to the source, dB (noise level {max(sigmas):g} left, {min(sigmas):g} right)"
+            pictures.curves(_curves(levels, key), files["curve"], axis)
+    return figures
 
 
-def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the figures by level, for people."""
-    key = found["metric"]
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the figures by level."""
+    key = result["metric"]
     rows = [
         [
             Way(level["sigma"], level["guided"]).title,
@@ -154,13 +155,13 @@ def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             str(level["nfe"]),
             str(level["disc_nfe"]),
         ]
-        for level in found["levels"]
+        for level in result["levels"]
     ]
     return ["", "VP time", "PSNR, dB", key, "nfe", "disc_nfe"], rows
 
 
 def _row(items: np.ndarray) -> np.ndarray:
-    """The first images, filled up with white ones so that a few are not drawn huge."""
+    """The first images, padded with white ones so that a few are not drawn huge."""
     shown = items[:SHOWN]
     return np.concatenate([shown, np.full((SHOWN - len(shown), *shown.shape[1:]), 255, dtype=np.uint8)])
 
@@ -169,11 +170,7 @@ def _curves(levels: list[dict[str, Any]], key: str) -> dict[str, list[pictures.C
     """Distance to the target over PSNR to the source, a line for each of guided and not (the paper's Fig. 10b)."""
     lines = []
     for is_guided, title in ((False, "without guidance"), (True, "with guidance")):
-        if own := [level for level in levels if level["guided"] == is_guided]:
-            lines.append(pictures.Curve(title, [e["psnr"] for e in own], [e[key] for e in own], marker="o"))
+        if chosen := [level for level in levels if level["guided"] == is_guided]:
+            x, y = ([level[quantity] for level in chosen] for quantity in ("psnr", key))
+            lines.append(pictures.Curve(title, x, y, marker="o"))
     return {f"{key} to the target": lines}
-
-
-def _axis(levels: list[dict[str, Any]]) -> str:
-    sigmas = [level["sigma"] for level in levels]
-    return f"PSNR to the source, dB (noise level {max(sigmas):g} left, {min(sigmas):g} right)"
