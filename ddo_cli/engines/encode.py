@@ -1,4 +1,4 @@
-"""`ddo encode`: what a model's frozen encoder makes of an image set, once, for every later training run."""
+"""`ddo encode`: encodes an image set with a model's frozen encoder, once for all later training runs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import registry
 
 RESULTS = ("complete", "shards", "source_digest")  # keys of a manifest that are no settings
-TIMED = 8  # images whose encoding tells --dry-run the speed
-MARGIN = 1.05  # of the size on disk: headers and a file system's blocks
+TIMED = 8  # images whose encoding is timed for --dry-run
+MARGIN = 1.05  # factor on the size on disk, for headers and file system blocks
 
 
 def run(
@@ -42,10 +42,10 @@ def run(
 ) -> dict[str, Any]:
     """Writes `model.codec.latents` of every image of `data` into `out`, a data source for training that model.
 
-    num: use so many images, as `data.num` picks them; shard: images per file; batch: images per network pass; dtype:
-    "float16" halves the size of latents; workers: processes that decode images, None: as suits the machine. Images are
-    shared out over the processes that torchrun started. The same call continues an unfinished set and leaves a finished
-    one as it is. Raises DataError, UsageError, CheckpointError or RunError.
+    num: number of images to use, chosen as by `data.num`; shard: images per file; batch: images per network pass;
+    dtype: "float16" halves the size of latents; workers: processes that decode images, None: chosen for the machine.
+    Images are shared out over the processes that torchrun started. The same call continues an unfinished set and does
+    nothing to a finished one. Raises DataError, UsageError, CheckpointError or RunError.
     """
     model, file = ckpt if isinstance(ckpt, registry.Loaded) else registry.load_model(ckpt, device)
     stream = open_stream(data, num)
@@ -71,7 +71,7 @@ def run(
     }
     num_shards = -(-stream.num // shard)
     size = int(stream.num * (math.prod(shape) * kind.itemsize + 8) * MARGIN)
-    found = {
+    result = {
         "out": str(out), "num_images": stream.num, "shape": list(shape), "dtype": manifest["dtype"],
         "encoder": manifest["encoder"], "shards": num_shards, "bytes": size,
     }  # fmt: skip
@@ -82,14 +82,14 @@ def run(
     out_dir.check()
     if dry_run:
         plan = {"images_per_second": round(speed, 2), "seconds": round(stream.num / speed / dist.world_size())}
-        return {**found, "bytes_free": _free(out), **plan, "dry_run": True}
+        return {**result, "bytes_free": _free(out), **plan, "dry_run": True}
     with rundir.locked(out):
         stored = out_dir.claim()
         missing = [number for number in range(num_shards) if not latents.shard_file(out, number).is_file()]
         missing = dist.from_main(missing)
         if stored.get("complete") and len(stored.get("shards", ())) == num_shards and not missing:
             console.info(f"{out} is finished; nothing to do")
-            return {**found, "source_digest": stored["source_digest"]}
+            return {**result, "source_digest": stored["source_digest"]}
         if (needed := size * len(missing) // num_shards) > dist.from_main(_free(out)):
             raise RunError(
                 f"{out}: {needed / 1e9:.1f} GB are to be written, and {_free(out) / 1e9:.1f} are free; make room"
@@ -101,11 +101,11 @@ def run(
             latents.finish(out, {**manifest, "source_digest": _source_digest(stream, infos)}, infos)
         dist.barrier()
         digest = read_json(out / latents.MANIFEST)["source_digest"]
-    return {**found, "source_digest": digest, "images_per_second": round(speed, 2)}
+    return {**result, "source_digest": digest, "images_per_second": round(speed, 2)}
 
 
 class _Encoder:
-    """A model's encoder, and the type its numbers are stored in."""
+    """A model's encoder and the type in which latents are stored."""
 
     def __init__(self, model: LikelihoodModel, dtype: str | None, device: torch.device):
         self.model, self.dtype, self.device = model, dtype, device
@@ -113,18 +113,18 @@ class _Encoder:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (b, C, H, W) -> (b, ...) on the CPU."""
-        made = self.model.codec.latents(images.to(self.device)).cpu()
+        encoded = self.model.codec.latents(images.to(self.device)).cpu()
         if self.dtype is None:
-            return made
-        if not made.is_floating_point():
-            raise UsageError(f"--dtype {self.dtype}: this model's items are tokens, {made.dtype}; leave it out")
-        made = made.to(getattr(torch, self.dtype))
-        if not bool(made.isfinite().all()):
+            return encoded
+        if not encoded.is_floating_point():
+            raise UsageError(f"--dtype {self.dtype}: this model's items are tokens, {encoded.dtype}; leave it out")
+        encoded = encoded.to(getattr(torch, self.dtype))
+        if not bool(encoded.isfinite().all()):
             raise UsageError(f"--dtype {self.dtype}: a latent is too large for it; leave it out")
-        return made
+        return encoded
 
     def probe(self, stream: ImageStream, batch: int) -> tuple[tuple[int, ...], torch.dtype, float]:
-        """Shape and type of what an image becomes, and images per second. Raises UsageError if there is nothing to do.
+        """Shape and type of an encoded image, and images per second. Raises UsageError if the model has no encoder.
 
         The first pass, which loads and warms up, is not timed.
         """
@@ -132,12 +132,12 @@ class _Encoder:
         _, images = next(iter(stream.batches(len(rows), rows)))
         self(images[:1])
         start = time.monotonic()
-        made = self(images)
-        return tuple(made.shape[1:]), made.dtype, len(rows) / max(time.monotonic() - start, 1e-9)
+        encoded = self(images)
+        return tuple(encoded.shape[1:]), encoded.dtype, len(rows) / max(time.monotonic() - start, 1e-9)
 
 
 def _free(out: Path) -> int:
-    """Bytes that the disk of `out` has left."""
+    """Free bytes on the disk of `out`."""
     return shutil.disk_usage(next(place for place in (out, *out.absolute().parents) if place.exists())).free
 
 
@@ -146,30 +146,25 @@ def _write(
 ) -> float:
     """Encodes this process's share of the missing shards; images per second of all processes."""
     workers = stream.default_workers(encoder.device, batch) if workers is None else workers
-    own = dist.shard(missing)
-    total, drawn, start = sum(len(_rows(stream, number, shard)) for number in own), 0, time.monotonic()
-    with console.progress(f"encoding {stream.name}", total, "images") as bar:
-        for number in own:
-            rows = _rows(stream, number, shard)
+    rows_of = {number: np.arange(number * shard, min((number + 1) * shard, stream.num)) for number in missing}
+    shards_here = dist.shard(missing)
+    num_here, start = sum(len(rows_of[number]) for number in shards_here), time.monotonic()
+    with console.progress(f"encoding {stream.name}", num_here, "images") as bar:
+        for number in shards_here:
+            rows = rows_of[number]
             inspection, parts = Inspection(stream.labels[rows]), []
-            for found, images in stream.batches(batch, rows, workers):
+            for positions, images in stream.batches(batch, rows, workers):
                 parts.append(encoder(images))
-                inspection.update(found - rows[0], images)
+                inspection.update(positions - rows[0], images)
                 bar.advance(len(images))
             notes = {"digests": inspection.total.tolist()}
             labels = torch.from_numpy(stream.labels[rows])
             latents.write_shard(latents.shard_file(out, number), torch.cat(parts), labels, notes)
-            drawn += len(rows)
-    return sum(dist.gathered(drawn)) / max(time.monotonic() - start, 1e-9)
-
-
-def _rows(stream: ImageStream, number: int, shard: int) -> np.ndarray:
-    """The images of a shard."""
-    return np.arange(number * shard, min((number + 1) * shard, stream.num))
+    return sum(dist.gathered(num_here)) / max(time.monotonic() - start, 1e-9)
 
 
 def _source_digest(stream: ImageStream, infos: list[latents.ShardInfo]) -> str:
-    """`Inspection.digest` of all images, from what the shards note of theirs: it is a sum."""
+    """`Inspection.digest` of all images, which is a sum over images, from the partial sums noted in the shards."""
     whole = Inspection(stream.labels, stream.num_classes)
     whole.seen[:], whole.shape = 1, tuple(stream.shape)
     whole.total = np.sum([info.notes["digests"] for info in infos], axis=0, dtype=np.int64).reshape(LIMBS)

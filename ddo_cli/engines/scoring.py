@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +34,7 @@ class Scoring:
     """The recipe's metric, with the reference statistics computed once. Lower is better."""
 
     def __init__(self, recipe: Recipe, real: ItemSet, spec: SamplingRecipe, device: torch.device):
-        """Opens everything, so that a mistake shows at once; features of the reference wait for the first score."""
+        """Opens everything, so that a mistake shows at once; the reference's features wait for the first score."""
         self.metric, self.spec, self.device = recipe.metric, spec, device
         self.density: DensityScorer | None = None
         self.identity: dict[str, str] = {}  # hashes that a continued run compares
@@ -70,65 +69,59 @@ class Scoring:
         return 0 if self.density is not None else self.repeats * self.metric.num_images
 
     def check(self, boosts: bool = False) -> None:
-        """Raises UsageError if the metric cannot be taken of samples drawn like this. boosts: whether a guide does."""
+        """Raises UsageError if the metric cannot be computed for this sampler. boosts: whether a guide boosts it."""
         if self.density is not None and (self.spec.s_churn or boosts):
             raise UsageError("metric js is of the density that an ODE draws: leave sampling.s_churn and boost out")
 
     def run(self, model: LikelihoodModel, repeat: int, images: int | None = None) -> dict[str, float]:
-        """The metric's figures, `self.key` among them, on the seeds of one repeat. Equal on every process.
+        """The metric's figures, `self.key` among them, on the seeds of this repeat. Equal on every process.
 
-        images: only the first so many of those seeds (a density has none); None: all.
+        images: use only this many of those seeds (a density uses none); None: all.
         """
         if self.density is not None:
-            with inference_precision("float32", self.device):  # as `generate` is, apart from the run's own precision
+            with inference_precision("float32", self.device):  # the precision of `generate`, not of training
                 return dist.from_main(self.density.score(model, self.spec))
         first = repeat * self.metric.num_images
         seeds = range(first, first + (images or self.metric.num_images))
-        own = dist.shard(range(num_batches(len(seeds), self.spec.batch)))
-        made = generate(model, seeds, self.spec, batch=self.spec.batch, only=own, device=self.device)
-        with console.progress(f"{self.key} {repeat + 1}/{self.repeats}", len(own), "batches") as bar:
-            return self.frechet.score(_counted(made, bar))
+        numbers = dist.shard(range(num_batches(len(seeds), self.spec.batch)))
+        batches = generate(model, seeds, self.spec, batch=self.spec.batch, only=numbers, device=self.device)
+        with console.progress(f"{self.key} {repeat + 1}/{self.repeats}", len(numbers), "batches") as bar:
+            return self.frechet.score(_counted(batches, bar))
 
     def passes(self, model: LikelihoodModel, images: int | None = None) -> int:
-        """What one score costs, in forward passes of one row; a backward pass counts as two."""
+        """Cost of a score in forward passes of one row; a backward pass counts as two."""
         if self.density is not None:
-            points = self.density.size**2
-            return (
-                points * 4 * probability_flow.STEPS * (1 + 2 * math.prod(model.codec.shape))
-            )  # a backward pass for each dimension
+            per_evaluation = 1 + 2 * math.prod(model.codec.shape)  # a backward pass for each dimension
+            return self.density.size**2 * 4 * probability_flow.STEPS * per_evaluation
         return model.passes(self.spec) * (images or self.metric.num_images)
 
     def picture(self, model: LikelihoodModel, path: Path) -> None:
-        """What the model draws, for people: the same seeds for every model, or its density beside the data's."""
+        """Draws samples of the model, on the same seeds for every model, or its density beside the data's."""
         if not dist.is_main():
             return
         if self.density is not None:
-            found = self.density.densities(model, self.spec)
-            pictures.densities({"data": found.p_data, "model": found.p_model}, found.extent, path)
+            grid = self.density.densities(model, self.spec)
+            pictures.densities({"data": grid.p_data, "model": grid.p_model}, grid.extent, path)
             return
-        made = generate(model, GRID_SEEDS, self.spec, batch=self.spec.batch, device=self.device)
-        pictures.contact_sheet(_stacked([batch.items for batch in made]), path, columns=8)
+        batches = generate(model, GRID_SEEDS, self.spec, batch=self.spec.batch, device=self.device)
+        pictures.contact_sheet(torch.cat([batch.items for batch in batches]).numpy(), path, columns=8)
 
 
-def _counted(made: Iterator[Batch], bar: console.Bar) -> Iterator[Tensor]:
-    for batch in made:
+def _counted(batches: Iterator[Batch], bar: console.Bar) -> Iterator[Tensor]:
+    for batch in batches:
         yield batch.items
         bar.advance()
 
 
-def _stacked(items: list[Tensor]) -> np.ndarray:
-    return torch.cat(items).numpy()
-
-
 def open_reference(ref: str, extractor: Extractor) -> ItemSet | stats.Statistics:
-    """What `FrechetScorer` takes: images, or the statistics of a file of them. Raises DataError or CheckpointError."""
+    """The reference of a `FrechetScorer`: images, or statistics from a file. Raises DataError or CheckpointError."""
     if references.is_reference(ref):
         return references.read_reference(ref).statistics(extractor)
     return open_comparable(ref)
 
 
 def open_comparable(source: str) -> ItemSet:
-    """Images that a Fréchet distance can be taken of. Raises DataError."""
+    """Images for a Fréchet distance. Raises DataError where `source` holds none, or one."""
     opened = open_images(source)
     if opened.items.ndim != 4:
         raise DataError(f"{source} holds points, not images; a Frechet distance needs images (points: metric js)")

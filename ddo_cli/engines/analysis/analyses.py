@@ -15,7 +15,7 @@ from ddo_cli import console, dist
 from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.diffusion.guidance import Potential, potential_at
 from ddo_cli.diffusion.trace import Denoiser, Trace
-from ddo_cli.engines.analysis.subject import Finding, Settings, Subject
+from ddo_cli.engines.analysis.subject import Finding, Settings, Subject, shared_out
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.errors import NumericsError
 from ddo_cli.generation import generate, num_batches
@@ -24,7 +24,7 @@ from ddo_cli.report import pictures
 from ddo_cli.report.pictures import Curve
 from ddo_cli.rng import RowRng
 
-# Chosen by us: enough for smooth curves and pictures.
+# Our choice, enough for smooth curves and pictures:
 TRAJECTORIES = 256  # sampling runs, and held-out items beside them
 POINTS = 4096  # of a scatter plot
 
@@ -36,15 +36,15 @@ POINTS = 4096  # of a scatter plot
 def gain(subject: Subject, settings: Settings) -> Finding:
     """Gain(theta, phi) with its standard error, in nats per item; with weight 1 it is the paper's. See `metrics.gain`.
 
-    weight: the predictor's. Heun with another weight in its corrector samples with about the mean of both.
+    The weight is the predictor's; Heun with another weight in its corrector samples with about the mean of both.
     """
     x0, label = subject.held_out()
     measured = gains.measure(
         subject.base, subject.guide, x0, label, subject.spec, subject.window(), seed=subject.recipe.seed,
         device=subject.device,
     )  # fmt: skip
-    found = measured.figures(subject.guide.weight)
-    levels = found["levels"]
+    figures = measured.figures(subject.guide.weight)
+    levels = figures["levels"]
     bad = [level for level in levels if not math.isfinite(level["gain"])]
     if bad:
         raise NumericsError(
@@ -59,8 +59,8 @@ def gain(subject: Subject, settings: Settings) -> Finding:
             "it is too strong (see best_weight), overfitted, or trained on samples of few steps, whose errors it mends "
             "as well and the gain does not count"
         )
-    summary = {key: value for key, value in found.items() if key != "levels"}
-    content = {**found, "weight": subject.guide.weight, "num_items": len(x0)}
+    summary = {key: value for key, value in figures.items() if key != "levels"}
+    content = {**figures, "weight": subject.guide.weight, "num_items": len(x0)}
     return Finding(summary | {"weight": subject.guide.weight}, content, lambda path: _draw_gain(levels, content, path))
 
 
@@ -89,7 +89,7 @@ def _draw_gain(levels: list[dict[str, Any]], content: dict[str, Any], path: Path
 
 
 class Recorder:
-    """A guide that changes nothing and keeps noise level and log-ratio of every state that a predictor evaluates."""
+    """A guide that changes nothing and records noise level and log-ratio of every state that a predictor evaluates."""
 
     def __init__(self, potential: Potential):
         self.potential = potential
@@ -97,16 +97,16 @@ class Recorder:
         self.log_ratios: list[Tensor] = []  # (B,) each
 
     def steer(self, denoise: Denoiser, label: Tensor, trace: Trace) -> Denoiser:
-        """The denoiser itself, overheard. A new batch starts a new record."""
+        """The denoiser, with recording. A new batch starts a new record."""
         self.sigmas, self.log_ratios = [], []
 
-        def overheard(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
+        def recorded(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
             if stage == "predictor":
                 self.sigmas.append(float(sigma.mean()))
                 self.log_ratios.append(potential_at(self.potential, x, sigma, label).cpu())
             return denoise(x, sigma, stage)
 
-        return overheard
+        return recorded
 
 
 def trajectory(subject: Subject, settings: Settings) -> Finding:
@@ -114,55 +114,53 @@ def trajectory(subject: Subject, settings: Settings) -> Finding:
 
     The paper shows d / (1 - d) = exp(L). Where guidance works, the guided curve lies on the data's.
     """
-    found = {name: _along(subject, name, model) for name, model in subject.sides().items()}
-    found["data"] = _of_data(subject, found["model"]["sigma"])
+    curves = {name: _along(subject, name, model) for name, model in subject.sides().items()}
+    curves["data"] = _of_data(subject, curves["model"]["sigma"])
     low, high = subject.window()
 
     def mean(curve: dict[str, list[float]]) -> float | None:
         inside = [value for value, sigma in zip(curve["mean"], curve["sigma"], strict=True) if low <= sigma <= high]
         return sum(inside) / len(inside) if inside else None
 
-    summary = {f"mean_log_ratio_{name}": mean(curve) for name, curve in found.items()}
+    summary = {f"mean_log_ratio_{name}": mean(curve) for name, curve in curves.items()}
 
     def draw(path: Path) -> None:
         lines = [
             Curve(name, [math.log10(sigma) for sigma in curve["sigma"]], curve["mean"], "o",
                   (curve["quartile_1"], curve["quartile_3"]))
-            for name, curve in found.items()
+            for name, curve in curves.items()
         ]  # fmt: skip
         pictures.curves({"log-ratio: mean and quartiles": lines}, path, "log10 sigma")
 
-    return Finding(summary, {**found, **summary, "num": TRAJECTORIES, "window": [low, high]}, draw)
+    return Finding(summary, {**curves, **summary, "num": TRAJECTORIES, "window": [low, high]}, draw)
 
 
 def _along(subject: Subject, name: str, model: DiffusionModel) -> dict[str, list[float]]:
     """Figures of L at every predictor of a sampling run."""
     recorder = Recorder(subject.guide.potential)
-    seeds, batch = range(TRAJECTORIES), min(subject.spec.batch, TRAJECTORIES)
-    own = dist.shard(range(num_batches(len(seeds), batch)))
-    model = model.guided_by([recorder])
-    made = generate(model, seeds, subject.spec, batch=batch, only=own, device=subject.device)
-    drawn = []
-    with console.progress(f"trajectory, {name}", len(own), "batches") as bar:
-        for one in made:
-            rows = torch.stack(recorder.log_ratios)[:, : len(one.items)]  # without the rows that fill a batch up
-            drawn.append((recorder.sigmas, rows))
-            bar.advance()
-    parts = [part for rank in dist.gathered(drawn) for part in rank]
-    sigma = np.mean([sigmas for sigmas, _ in parts], axis=0).tolist()
-    return _quartiles(sigma, torch.cat([rows for _, rows in parts], dim=1))
+    model, spec = model.guided_by([recorder]), subject.spec
+    seeds, batch = range(TRAJECTORIES), min(spec.batch, TRAJECTORIES)
+
+    def record(number: int) -> tuple[list[float], Tensor]:
+        (drawn,) = generate(model, seeds, spec, batch=batch, only=[number], device=subject.device)
+        # Without the rows that fill a batch up.
+        return recorder.sigmas, torch.stack(recorder.log_ratios)[:, : len(drawn.items)]
+
+    records = shared_out(f"trajectory, {name}", "batches", range(num_batches(len(seeds), batch)), record).values()
+    sigma = np.mean([sigmas for sigmas, _ in records], axis=0).tolist()
+    return _quartiles(sigma, torch.cat([rows for _, rows in records], dim=1))
 
 
 def _of_data(subject: Subject, levels: Sequence[float]) -> dict[str, list[float]]:
     x0, label = subject.held_out(TRAJECTORIES)
     x0, label = x0.to(subject.device, torch.float64), label.to(subject.device)
-    found = []
+    log_ratios = []
     for step, level in enumerate(levels):
         rng = RowRng.for_rows("trajectory", subject.recipe.seed, step, rows=range(len(x0)))
         x = x0 + level * rng.randn(x0.shape[1:], dtype=torch.float64).to(subject.device)
         sigma = torch.tensor(level, dtype=torch.float64, device=subject.device)
-        found.append(potential_at(subject.guide.potential, x, sigma, label).cpu())
-    return _quartiles(levels, torch.stack(found))
+        log_ratios.append(potential_at(subject.guide.potential, x, sigma, label).cpu())
+    return _quartiles(levels, torch.stack(log_ratios))
 
 
 def _quartiles(sigma: Sequence[float], log_ratio: Tensor) -> dict[str, list[float]]:
@@ -182,7 +180,7 @@ def _quartiles(sigma: Sequence[float], log_ratio: Tensor) -> dict[str, list[floa
 
 
 class _Passes:
-    """A guide that changes nothing and keeps the last batch's trace, which counts the network passes."""
+    """A guide that changes nothing and keeps the last batch's trace, which counts network evaluations."""
 
     trace = Trace()
 

@@ -1,15 +1,16 @@
-"""What the analyses of `ddo analyze` share: a model with its guide and held-out data, settings, and what one finds."""
+"""Shared by the analyses of `ddo analyze`: a model with its guide and held-out data, settings, and results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ddo_cli import console, dist
 from ddo_cli.data.items import ItemSet
 from ddo_cli.diffusion import samplers, vp_sde
 from ddo_cli.diffusion.denoiser import DiffusionModel
@@ -18,9 +19,12 @@ from ddo_cli.generation import encoded
 from ddo_cli.likelihood import NO_LABEL
 from ddo_cli.recipe.schema import Recipe, SamplingRecipe
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 
 class Settings(NamedTuple):
-    """What the options of `ddo analyze` set beside model, discriminator and sampler."""
+    """Settings of `ddo analyze` beside model, discriminator and sampler."""
 
     steps_list: tuple[int, ...] = (4, 6, 8, 12, 18)  # of nfe
     num: int = 1024  # images per score of nfe
@@ -51,9 +55,9 @@ class Subject(NamedTuple):
         return {"model": self.base, "guided": self.base.guided_by([self.guide])}
 
     def ode_sides(self) -> dict[str, DiffusionModel]:
-        """The same for an ODE solver, which has no place for boosting: that acts on a stochastic sampler's steps.
+        """The same for an ODE solver, without boosting, which acts on the steps of a stochastic sampler.
 
-        A solver with correctors weighs them as chosen where the sampler has them too, and otherwise like predictors.
+        The solver's correctors take their own weight if the sampler has correctors, and the predictors' otherwise.
         """
         second = self.guide.weight_2nd if samplers.find(self.spec.sampler).has_corrector else self.guide.weight
         return {"model": self.base, "guided": self.base.guided_by([self.guide._replace(boost=None, weight_2nd=second)])}
@@ -63,7 +67,7 @@ class Subject(NamedTuple):
         return self.base.bounds(self.spec)
 
     def window(self) -> tuple[float, float]:
-        """Those of them between which it is guided; not increasing where there are none."""
+        """The lowest and highest noise level with guidance; not increasing if there is none."""
         times = torch.tensor([self.guide.time_min, self.guide.time_max], dtype=torch.float64)
         first, last = vp_sde.sigma_of(times).tolist()
         low, high = self.bounds()
@@ -76,3 +80,14 @@ class Finding(NamedTuple):
     summary: dict[str, Any]
     content: dict[str, Any]
     draw: Callable[[Path], None]
+
+
+def shared_out(title: str, unit: str, tasks: Sequence[T], act: Callable[[T], R]) -> dict[T, R]:
+    """`act(task)` of every task, by task; the processes share the tasks, and all get every result. Collective."""
+    results, tasks_here = [], dist.shard(tasks)
+    with console.progress(title, len(tasks_here), unit) as bar:
+        for task in tasks_here:
+            results.append((task, act(task)))
+            bar.advance()
+    every = dict(pair for rank in dist.gathered(results) for pair in rank)
+    return {task: every[task] for task in tasks}

@@ -1,8 +1,8 @@
 """`ddo edit`: image to image by SDEdit (arXiv 2108.01073), with and without discriminator guidance.
 
-Source images are noised to an intermediate level and sampled from there. The higher the level, the more the result is
-the model's own (a smaller distance to its data) and the less it keeps of the source (a lower PSNR): discriminator
-guidance is to improve that trade-off (arXiv 2211.17091, Fig. 10). All levels, guided and not, share each image's noise.
+Source images are noised to an intermediate level and sampled from there. A higher level brings the result closer to the
+model's data (smaller distance) and further from the source (lower PSNR); discriminator guidance should improve that
+trade-off (arXiv 2211.17091, Fig. 10). All levels, with and without guidance, share each image's noise.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng, seed_from
 
 STATE = "edit.json"
-RESULTS = ("request", "source", "figures")  # its keys that are no settings
+RESULTS = ("request", "source", "figures")  # keys that are no settings
 
 
 def run(
@@ -52,9 +52,9 @@ def run(
     device: torch.device,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Edits the first `num` images of `source` from each noise level into `out`; returns what `edit --json` prints.
+    """Edits the first `num` images of `source` from each noise level into `out`; returns the object of `edit --json`.
 
-    disc: None: the newest discriminator below runs/ that was trained against the model; without one nothing is guided.
+    disc: None: the newest discriminator below runs/ that was trained against the model; if there is none, no guidance.
     ckpt: None: the model that `disc` was trained against, or the embedded one.
     guidance: values of GuidanceRecipe in place of the discriminator's own; use_guidance False: weight 0.
     label: translate every image to this class; None: the labels of the source, where the model has classes.
@@ -104,12 +104,12 @@ def run(
         if dist.from_main(is_whole and state.get("request") == request):
             console.info(f"{out} is finished; nothing to do")
             return {**shown, **state["figures"], **pictures}
-        made = {way: manifests[way] or _draw(job, way, writer) for way, writer in writers.items()}
-        found = edit_report.write(out, sources.items, made, target, spec.batch)
+        complete = {way: manifests[way] or _draw(job, way, writer) for way, writer in writers.items()}
+        figures = edit_report.write(out, sources.items, complete, target, spec.batch)
         if dist.is_main():
-            write_json(out / STATE, {**made_by, "request": request, "source": source, "figures": found})
+            write_json(out / STATE, {**made_by, "request": request, "source": source, "figures": figures})
         dist.barrier()
-    return {**shown, **found, **pictures}
+    return {**shown, **figures, **pictures}
 
 
 class _Job(NamedTuple):
@@ -130,9 +130,9 @@ def _writer(out: Path, way: Way, made_by: dict[str, Any], editor: Editor) -> Wri
 
 def _draw(job: _Job, way: Way, writer: Writer) -> dict[str, Any]:
     """Edits and stores the missing batches; returns the set's manifest."""
-    own = dist.shard(dist.from_main(writer.missing()))
-    with console.progress(way.title, len(own) * job.spec.batch, "images") as bar:
-        for batch in _edited(job, way, own):
+    numbers = dist.shard(dist.from_main(writer.missing()))
+    with console.progress(way.title, len(numbers) * job.spec.batch, "images") as bar:
+        for batch in _edited(job, way, numbers):
             writer.write(batch)
             bar.advance(job.spec.batch)
     return writer.finish()
@@ -140,21 +140,21 @@ def _draw(job: _Job, way: Way, writer: Writer) -> dict[str, Any]:
 
 @torch.no_grad()
 def _edited(job: _Job, way: Way, only: Sequence[int]) -> Iterator[Batch]:
-    """The batches of these numbers. They are cut as `likelihood.generate` cuts seeds, for the same reasons.
+    """The batches of these numbers. They are cut as `generate` cuts seeds, for the same reasons.
 
-    The noise of an image is a function of its number and the seed. It is not that of `ddo sample` for the same numbers:
-    an image that was itself drawn from this noise would not be independent of it.
+    The noise of an image is a function of its number and the seed. It differs from that of `ddo sample` for the same
+    number: a source image that was itself drawn from this noise would not be independent of it.
     """
     spec, total = job.spec.merged(sigma_max=way.sigma), len(job.sources.items)
     model = job.editor.model(way.is_guided)
     size = min(spec.batch, total)
     for number in only:
-        own = list(range(number * spec.batch, min((number + 1) * spec.batch, total)))
-        padded = own + [own[-1]] * (size - len(own))
+        rows = list(range(number * spec.batch, min((number + 1) * spec.batch, total)))
+        padded = rows + [rows[-1]] * (size - len(rows))
         x0 = model.codec.encode(torch.from_numpy(job.sources.items[padded]).to(job.device))
         label = torch.from_numpy(job.sources.labels[padded])
         rng = RowRng([seed_from("edit", job.seed, row) for row in padded])
         with inference_precision(spec.precision or "float32", job.device):
             sampled = model.sample(label.to(job.device), rng, spec, x0)
-        items = model.codec.decode(sampled.x).cpu()[: len(own)]
-        yield Batch(number, items, label[: len(own)], torch.tensor(own), sampled.nfe, sampled.disc_nfe)
+        items = model.codec.decode(sampled.x).cpu()[: len(rows)]
+        yield Batch(number, items, label[: len(rows)], torch.tensor(rows), sampled.nfe, sampled.disc_nfe)

@@ -1,4 +1,4 @@
-"""What `ddo edit` starts from: a model with its guide, noise levels and source images, checked before anything runs."""
+"""Inputs of `ddo edit`: a model with its guide, noise levels and source images, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEFAULT_MODEL = "embedded:digits32"
 
 
 class Editor(NamedTuple):
-    """The model, a discriminator of it if there is one, and how it guides; settings None: not at all."""
+    """The model, a discriminator of it if there is one, and the settings of guidance; None: no guidance."""
 
     base: DiffusionModel
     file: checkpoint.Checkpoint
@@ -46,7 +46,7 @@ class Editor(NamedTuple):
         return {"discriminator_sha256": self.disc.checkpoint.sha256, **self.settings.model_dump(mode="json")}
 
     def tell(self, spec: SamplingRecipe) -> None:
-        """Says on stderr whether there is guidance, and why not."""
+        """Prints on stderr whether there is guidance, and if not why."""
         if self.disc is None:
             why = f"no discriminator below {guides.RUNS}/ was trained against it"
             console.info(f"{self.file.path} edits without guidance: {why}")
@@ -77,10 +77,10 @@ def choose(
         given["boost"] = False  # the discriminator's own boost would be refused at weight 0
     if disc is None:
         name = ckpt or DEFAULT_MODEL
-        found = guides.discriminator_of(sha256(checkpoint.resolve(name)))
-        if found is None:
+        file = guides.discriminator_of(sha256(checkpoint.resolve(name)))
+        if file is None:
             return _without_discriminator(name, given, device)
-        disc, ckpt = str(found), name
+        disc, ckpt = str(file), name
     chosen = guides.choose(disc, ckpt, given, device=device, force=force)
     is_on = chosen.settings.dg_weight or chosen.settings.dg_weight_2nd
     base = guides.diffusion_model(chosen.model)

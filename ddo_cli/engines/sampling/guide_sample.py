@@ -32,10 +32,10 @@ def run(
     device: torch.device,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Draws one guided item per seed into `out` and returns what layout promises of `guide-sample --json`.
+    """Draws one guided item per seed into `out` and returns the object that `guide-sample --json` prints.
 
     disc: None: the newest discriminator below runs/; ckpt: None: the model that it was trained against.
-    guidance: values of GuidanceRecipe in place of those stored with the discriminator.
+    guidance: values of GuidanceRecipe that override those stored with the discriminator.
     With weight 0 and no other guide the items are those of `ddo sample`, bit for bit.
     """
     given = guidance or {}
@@ -59,7 +59,7 @@ def run(
 
 
 def _check_effect(settings: GuidanceRecipe, given: dict[str, Any], sampler: str | None) -> None:
-    """Raises UsageError for options that the others leave without effect."""
+    """Raises UsageError for options that have no effect with the others."""
     if given.get("dg_weight_2nd") and not samplers.find(sampler).has_corrector:
         raise UsageError(f"--dg-weight-2nd is of heun's correctors, and sampler {sampler} has none; leave it out")
     for key in ("boost_churn_period", "boost_weight_period", "boost_churn"):

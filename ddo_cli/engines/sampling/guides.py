@@ -35,7 +35,7 @@ def diffusion_model(loaded: registry.Loaded) -> DiffusionModel:
 
 def finished_discriminators(runs: Path = RUNS) -> list[Path]:
     """The final checkpoints of the finished `ddo train-disc` below `runs`, newest first."""
-    found = []
+    files = []
     for state in sorted(runs.glob("*/state.json")):
         file = state.with_name("final.safetensors")
         try:
@@ -44,18 +44,18 @@ def finished_discriminators(runs: Path = RUNS) -> list[Path]:
             console.warn(f"{error}; left out")
             continue
         if content.get("command") == "train-disc" and content.get("finished") and file.is_file():
-            found.append(file)
-    return dist.from_main(sorted(found, key=lambda file: file.stat().st_mtime, reverse=True))
+            files.append(file)
+    return dist.from_main(sorted(files, key=lambda file: file.stat().st_mtime, reverse=True))
 
 
 def newest_discriminator(runs: Path = RUNS) -> Path:
     """The final checkpoint of the last finished `ddo train-disc` below `runs`. Raises UsageError if there is none."""
-    found = finished_discriminators(runs)
-    if not found:
+    files = finished_discriminators(runs)
+    if not files:
         raise UsageError(
             f"no finished discriminator in {runs}/*; run `ddo train-disc` first, or give one with --disc FILE"
         )
-    return found[0]
+    return files[0]
 
 
 def discriminator_of(model_sha256: str, runs: Path = RUNS) -> Path | None:
@@ -68,7 +68,7 @@ def discriminator_of(model_sha256: str, runs: Path = RUNS) -> Path | None:
 
 
 class Chosen(NamedTuple):
-    """A discriminator, the model it guides, and how."""
+    """A discriminator, the model that it guides, and the settings."""
 
     model: registry.Loaded
     discriminator: discriminators.Loaded
@@ -80,32 +80,26 @@ def choose(
 ) -> Chosen:
     """The discriminator (None: the newest of the runs) and the model (None: the one it names), checked to be a pair.
 
-    given: values of GuidanceRecipe in place of the discriminator's own; None leaves them alone.
+    given: values of GuidanceRecipe that override the discriminator's, where not None.
     force: a discriminator that was trained against another model is a warning instead of an error.
     """
     file = disc or str(newest_discriminator())
-    found = discriminators.load("discriminator", file, device)
-    trained_on = found.checkpoint.header["trained_on"]
-    model = _load_model(ckpt or trained_on["model"], file, ckpt is None, device)
-    base = diffusion_model(model)
-    _check_pair(found, base, model, file, force)
-    settings = GuidanceRecipe.model_validate(found.checkpoint.header["guidance"]).merged(**given)
-    return Chosen(model, found, settings)
-
-
-def _load_model(ckpt: str, file: str, named: bool, device: torch.device) -> registry.Loaded:
+    loaded = discriminators.load("discriminator", file, device)
+    header = loaded.checkpoint.header
     try:
-        return registry.load_model(ckpt, device)
+        model = registry.load_model(ckpt or header["trained_on"]["model"], device)
     except CheckpointError as error:
-        if not named:
+        if ckpt is not None:
             raise
         raise CheckpointError(f"{error}; it is the model that {file} names: say with --ckpt where it is now") from None
+    _check_pair(header["config"], header["trained_on"], model, file, force)
+    return Chosen(model, loaded, GuidanceRecipe.model_validate(header["guidance"]).merged(**given))
 
 
 def _check_pair(
-    found: discriminators.Loaded, base: DiffusionModel, model: registry.Loaded, file: str, force: bool
+    config: dict[str, Any], trained_on: dict[str, Any], model: registry.Loaded, file: str, force: bool
 ) -> None:
-    config, trained_on = found.checkpoint.header["config"], found.checkpoint.header["trained_on"]
+    base = diffusion_model(model)
     if tuple(config["shape"]) != base.codec.state_shape:
         raise UsageError(
             f"{file} was made for states of shape {tuple(config['shape'])}, and {model.checkpoint.path} draws "
@@ -127,15 +121,15 @@ def _check_pair(
         console.warn(f"{message}; used nevertheless (--force)")
 
 
-def warn_of_other_sampler(found: discriminators.Loaded, spec: SamplingRecipe) -> None:
+def warn_of_other_sampler(loaded: discriminators.Loaded, spec: SamplingRecipe) -> None:
     """Names the sampling settings that differ from those of the set that the discriminator was trained on."""
-    drawn = found.checkpoint.header["trained_on"].get("sampling")
+    drawn = loaded.checkpoint.header["trained_on"].get("sampling")
     if drawn is None:
         return
     ours = {key: value for key, value in spec.model_dump(mode="json").items() if key != "batch"}
     if lines := differing_keys(ours, {key: drawn.get(key) for key in ours}):
         console.warn(
-            "the discriminator has seen samples drawn with other settings, whose errors it mends "
+            "the discriminator has seen samples drawn with other settings, whose errors it corrects "
             f"(there -> now): {'; '.join(lines)}"
         )
 
@@ -170,7 +164,7 @@ def check_acts(base: DiffusionModel, guide: GradientGuide, spec: SamplingRecipe)
 
 
 class Others(NamedTuple):
-    """Guides beside the discriminator, given by options. Paths may be None, scales then mean nothing."""
+    """Guides beside the discriminator, given by options; those whose path is None are off."""
 
     guide_ckpt: str | None = None  # a worse version of the model, for autoguidance
     guidance: float = 1.0  # its scale, 1 = off
@@ -182,11 +176,12 @@ class Others(NamedTuple):
 def other_guides(others: Others, base: DiffusionModel, device: torch.device) -> tuple[list[Guide], dict[str, Any]]:
     """The guides, innermost first, and what a sample set's manifest records of them. Raises UsageError."""
     _check_others(others)
-    found: list[Guide] = []
+    guides: list[Guide] = []
     record: dict[str, Any] = {}
     if others.guide_ckpt is not None:
         second, sha256 = _second_network(others.guide_ckpt, base, device)
-        found.append(AutoGuide(second, others.guidance, Interval(*others.interval) if others.interval else Interval()))
+        interval = Interval(*others.interval) if others.interval else Interval()
+        guides.append(AutoGuide(second, others.guidance, interval))
         record["autoguidance"] = {"sha256": sha256, "scale": others.guidance}
         if others.interval:
             record["autoguidance"]["interval"] = list(others.interval)
@@ -201,15 +196,15 @@ def other_guides(others: Others, base: DiffusionModel, device: torch.device) -> 
             )
         weight = others.classifier_weight
         network = _ClassLogProbability(loaded.network)
-        found.append(GradientGuide(network, weight, weight, time_min=0.0, time_max=1.0))
+        guides.append(GradientGuide(network, weight, weight, time_min=0.0, time_max=1.0))
         record["classifier"] = {"sha256": loaded.checkpoint.sha256, "weight": weight}
-    return found, record
+    return guides, record
 
 
 def _second_network(ckpt: str, base: DiffusionModel, device: torch.device) -> tuple[Network, str]:
     """The denoiser that --guide-ckpt names, and its hash."""
-    bad = registry.load_model(ckpt, device)
-    model = diffusion_model(bad)
+    loaded = registry.load_model(ckpt, device)
+    model = diffusion_model(loaded)
     if model.codec.state_shape != base.codec.state_shape or model.num_classes not in (0, base.num_classes):
         raise UsageError(
             f"--guide-ckpt {ckpt} draws {model.codec.state_shape} with {model.num_classes} classes, the model "
@@ -222,11 +217,11 @@ def _second_network(ckpt: str, base: DiffusionModel, device: torch.device) -> tu
             f"--guide-ckpt {ckpt} draws in the space of a {theirs}, the model in that of a {ours}; give one of the "
             "same space"
         )
-    return (model if model.num_classes or not base.num_classes else _Unconditional(model)), bad.checkpoint.sha256
+    return (model if model.num_classes or not base.num_classes else _Unconditional(model)), loaded.checkpoint.sha256
 
 
 class _Unconditional(NamedTuple):
-    """A network that knows no classes, whatever the labels of the one that it guides."""
+    """A network without classes, which ignores the labels of the model that it guides."""
 
     model: DiffusionModel
 

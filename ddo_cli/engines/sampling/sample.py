@@ -39,13 +39,13 @@ def run(
     title: str = "sampling",
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Draws one item per seed into `out` and returns what layout promises of `sample --json`.
+    """Draws one item per seed into `out` and returns the object that `sample --json` prints.
 
     sampling: values of SamplingRecipe in place of the checkpoint's own.
     form: None: png for images, npz for points.
     guidance: what identifies the guides that steer the model, for the set's manifest.
-    keep: what of an example, see `kept_of_fakes`; all but images are for training and go into shards.
-    Continues a set that an earlier run left unfinished; a finished one is left as it is.
+    keep: the form in which examples are kept, see `kept_of_fakes`; all but images are for training and go into shards.
+    Continues a set that an earlier run left unfinished; does nothing to a finished one.
     """
     model, file = ckpt if isinstance(ckpt, registry.Loaded) else registry.load_model(ckpt, device)
     spec = spec_of(file, **(sampling or {}))
@@ -59,7 +59,7 @@ def run(
         )
     if keep != "images" and form != "shards":
         raise ValueError(f"{keep} examples are kept in shards only, not as {form}")
-    model.codec.encoder_id()  # loads an autoencoder that is no part of the weights, before anything is drawn
+    model.codec.encoder_id()  # loads a separate autoencoder now, before anything is drawn
     made_by: dict[str, Any] = {
         "checkpoint_sha256": file.sha256,
         "sampling": spec.model_dump(mode="json"),
@@ -73,14 +73,14 @@ def run(
     grid = grid_path(out)
     if dist.is_main() and not manifest_of(out):
         pictures.check_replaceable(grid)
-    found = {"out": str(out), "num_images": len(seeds), "checkpoint_sha256": file.sha256, "sampler": spec.sampler}
+    result = {"out": str(out), "num_images": len(seeds), "checkpoint_sha256": file.sha256, "sampler": spec.sampler}
     if dry_run:
-        return {**found, "batches": num_batches(len(seeds), spec.batch), "steps": spec.steps, "dry_run": True}
+        return {**result, "batches": num_batches(len(seeds), spec.batch), "steps": spec.steps, "dry_run": True}
     warn_if_never_unconditional(file, spec)
     draw = partial(drawn, model, spec=spec, classes=classes, as_given=seeds, device=device)
     with rundir.locked(out):
         writer.out_dir.claim()
-        # Files appear while processes read the directory: what is missing is for the main process to say.
+        # Files appear while processes read the directory, so the main process decides what is missing.
         missing = dist.from_main(writer.missing())
         manifest = dist.from_main(writer.complete())
         speed = 0.0
@@ -89,10 +89,10 @@ def run(
             speed = _draw(partial(draw, keep=keep), writer, missing, title)
             manifest = writer.finish()
         if dist.is_main() and (is_new or not grid.is_file()):
-            made = draw(writer.seeds[:GRID_ITEMS], keep="images")
-            pictures.contact_sheet(np.concatenate([batch.items.numpy() for batch in made]), grid)
+            batches = draw(writer.seeds[:GRID_ITEMS], keep="images")
+            pictures.contact_sheet(np.concatenate([batch.items.numpy() for batch in batches]), grid)
     return {
-        **found,
+        **result,
         "nfe": manifest["nfe"],
         **({"disc_nfe": manifest["disc_nfe"]} if {"discriminator_sha256", "classifier"} & set(guidance or ()) else {}),
         "images_per_second": round(speed, 2),
@@ -102,12 +102,12 @@ def run(
 
 
 def spec_of(file: Checkpoint, **given: Any) -> SamplingRecipe:
-    """The checkpoint's own sampling settings, with the given values that are not None in their place."""
+    """The checkpoint's sampling settings, overridden by the given values that are not None."""
     return SamplingRecipe(**file.header.get("sampling", {})).merged(**given)
 
 
 def warn_if_never_unconditional(file: Checkpoint, spec: SamplingRecipe) -> None:
-    """Warns of classifier-free guidance with a model that has always seen labels."""
+    """Warns of classifier-free guidance with a model that was never trained without labels."""
     if spec.cfg_scale not in (None, 1.0) and not file.header["config"]["draw"].get("label_dropout"):
         console.warn(
             f"cfg_scale = {spec.cfg_scale}: this model was trained without dropping labels (label_dropout 0), so its "
@@ -123,13 +123,13 @@ def grid_path(out: Path) -> Path:
 
 def _draw(draw: Callable[..., Iterator[Batch]], writer: Writer, missing: list[int], title: str) -> float:
     """Draws and stores the missing batches; returns items per second. draw: `drawn`, of seeds and batch numbers."""
-    own = dist.shard(missing)
+    numbers = dist.shard(missing)
     done = len(writer.seeds) - len(missing) * writer.batch
     if done > 0:
         console.info(f"{writer.out}: continues, {done} of {len(writer.seeds)} items are there")
     drawn, start = 0, time.monotonic()
-    with console.progress(title, min(len(own) * writer.batch, len(writer.seeds)), "items") as bar:
-        for batch in draw(writer.seeds, only=own):
+    with console.progress(title, min(len(numbers) * writer.batch, len(writer.seeds)), "items") as bar:
+        for batch in draw(writer.seeds, only=numbers):
             writer.write(batch)
             drawn += len(batch.items)
             bar.advance(len(batch.items))
@@ -139,7 +139,7 @@ def _draw(draw: Callable[..., Iterator[Batch]], writer: Writer, missing: list[in
 def drawn(
     model: LikelihoodModel, seeds: Sequence[int], spec: SamplingRecipe, keep: Keep, device: torch.device, **more: Any
 ) -> Iterator[Batch]:
-    """`generate`, with what a set keeps of each example: see `kept_of_fakes`."""
+    """The batches of `generate`, with examples in the form that the set keeps: see `kept_of_fakes`."""
     for batch in generate(model, seeds, spec, batch=spec.batch, as_latents=keep == "latents", device=device, **more):
         if keep == "encoded":
             with torch.no_grad():
@@ -148,11 +148,11 @@ def drawn(
 
 
 def kept_of_fakes(model: LikelihoodModel, fake_as: str | None, spec: SamplingRecipe) -> Keep:
-    """What a fake set keeps of an example: latents, which are x itself (float32 or int32); encoded, which is what the
-    model's frozen encoder makes of the image, once and not at each visit; images, where the model has no encoder.
+    """The form in which a fake set keeps examples: "latents", x itself (float32 or int32); "encoded", images encoded by
+    the model's frozen encoder, once instead of at each visit; "images", where the model has no encoder.
 
-    fake_as: latents or images; None: as the model wants it for training.
-    Raises UsageError for latents of a model that takes none for items, or is sampled so that it draws none.
+    fake_as: latents or images; None: the model's choice for training.
+    Raises UsageError for latents if the model takes none as items, or if its sampler draws none.
     """
     if (fake_as or model.codec.fake_as) != "latents":
         return "encoded" if model.codec.latent_shapes else "images"
