@@ -45,7 +45,10 @@ def check_replaceable(path: Path) -> None:
 def contact_sheet(items: np.ndarray, path: Path, columns: int | None = None) -> None:
     """Images side by side, or a scatter plot of points. items: uint8 (N, C, H, W) or float (N, 2)."""
     if items.ndim == 2:
-        _scatter(items, path)
+        figure, (axis,) = _figure(1, size=(4, 4))
+        axis.scatter(items[:, 0], items[:, 1], s=2, alpha=0.5)
+        axis.set_aspect("equal")
+        _save(figure, path)
         return
     n, _, height, width = items.shape
     sheet, scale = _tiled(items, columns or math.ceil(math.sqrt(n))), max(1, 64 // max(height, width))
@@ -78,13 +81,6 @@ def image_rows(rows: dict[str, np.ndarray], path: Path) -> None:
         axis.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set_title(title, fontsize=10)
         axis.set_axis_off()
-    _save(figure, path)
-
-
-def _scatter(points: np.ndarray, path: Path) -> None:
-    figure, (axis,) = _figure(1, size=(4, 4))
-    axis.scatter(points[:, 0], points[:, 1], s=2, alpha=0.5)
-    axis.set_aspect("equal")
     _save(figure, path)
 
 

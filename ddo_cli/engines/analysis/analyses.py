@@ -56,8 +56,8 @@ def gain(subject: Subject, settings: Settings) -> Finding:
         places = ", ".join(f"{level['sigma_min']:.2g} to {level['sigma_max']:.2g}" for level in harmful)
         console.warn(
             f"guidance of weight {subject.guide.weight:g} leads the score away from held-out data's at sigma {places}: "
-            "it is too strong (see best_weight), overfitted, or trained on samples of few steps, whose errors it mends "
-            "as well and the gain does not count"
+            "it is too strong (see best_weight), overfitted, or trained on samples of few steps, whose errors it "
+            "corrects as well and the gain does not count"
         )
     summary = {key: value for key, value in figures.items() if key != "levels"}
     content = {**figures, "weight": subject.guide.weight, "num_items": len(x0)}
@@ -110,9 +110,9 @@ class Recorder:
 
 
 def trajectory(subject: Subject, settings: Settings) -> Finding:
-    """The log-ratio L along sampling runs with and without guidance, and of diffused real data (the paper's Fig. 7).
+    """The log-ratio L along sampling runs with and without guidance, and of noisy real data (the paper's Fig. 7).
 
-    The paper shows d / (1 - d) = exp(L). Where guidance works, the guided curve lies on the data's.
+    The paper shows d / (1 - d) = exp(L). Where guidance works, the guided curve coincides with the data's.
     """
     curves = {name: _along(subject, name, model) for name, model in subject.sides().items()}
     curves["data"] = _of_data(subject, curves["model"]["sigma"])

@@ -40,7 +40,7 @@ def round_trip_steps(subject: Subject) -> int:
 def mean_regeneration(
     subject: Subject, model: DiffusionModel, x0: Tensor, label: Tensor, number: int, settings: Settings
 ) -> Tensor:
-    """The mean item, as on disk but float64, of one x0 (...) noised often and brought back to 0 by the ODE.
+    """Mean of many regenerations of one x0 (...): noised, then brought back to 0 by the ODE; grey levels, float64.
 
     number: of the item; the noise depends on it alone.
     """

@@ -77,7 +77,7 @@ def choose(
         given["boost"] = False  # the discriminator's own boost would be refused at weight 0
     if disc is None:
         name = ckpt or DEFAULT_MODEL
-        file = guides.discriminator_of(sha256(checkpoint.resolve(name)))
+        file = guides.newest_discriminator(sha256(checkpoint.resolve(name)))
         if file is None:
             return _without_discriminator(name, given, device)
         disc, ckpt = str(file), name
@@ -118,7 +118,7 @@ def check_levels(levels: Sequence[float], spec: SamplingRecipe, base: DiffusionM
 
 
 def check_outside(out: Path, source: str) -> None:
-    """Raises UsageError if `out` lies in the source folder, where the next run would find it among the sources."""
+    """Raises UsageError if `out` lies in the source folder, since the next run would read it as sources."""
     folder = Path(source).resolve()
     if folder.is_dir() and folder in (out.resolve(), *out.resolve().parents):
         raise UsageError(

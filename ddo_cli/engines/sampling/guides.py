@@ -33,10 +33,13 @@ def diffusion_model(loaded: registry.Loaded) -> DiffusionModel:
     )
 
 
-def finished_discriminators(runs: Path = RUNS) -> list[Path]:
-    """The final checkpoints of the finished `ddo train-disc` below `runs`, newest first."""
+def newest_discriminator(model_sha256: str | None = None) -> Path | None:
+    """The final checkpoint of the newest finished `ddo train-disc` below RUNS; None if there is none.
+
+    model_sha256: consider only discriminators that were trained against this model.
+    """
     files = []
-    for state in sorted(runs.glob("*/state.json")):
+    for state in sorted(RUNS.glob("*/state.json")):
         file = state.with_name("final.safetensors")
         try:
             content = read_json(state)
@@ -45,23 +48,8 @@ def finished_discriminators(runs: Path = RUNS) -> list[Path]:
             continue
         if content.get("command") == "train-disc" and content.get("finished") and file.is_file():
             files.append(file)
-    return dist.from_main(sorted(files, key=lambda file: file.stat().st_mtime, reverse=True))
-
-
-def newest_discriminator(runs: Path = RUNS) -> Path:
-    """The final checkpoint of the last finished `ddo train-disc` below `runs`. Raises UsageError if there is none."""
-    files = finished_discriminators(runs)
-    if not files:
-        raise UsageError(
-            f"no finished discriminator in {runs}/*; run `ddo train-disc` first, or give one with --disc FILE"
-        )
-    return files[0]
-
-
-def discriminator_of(model_sha256: str, runs: Path = RUNS) -> Path | None:
-    """The newest of the runs' discriminators that was trained against this model; None if there is none."""
-    for file in finished_discriminators(runs):
-        trained_on = checkpoint.read_header(file, kind="discriminator").get("trained_on", {})
+    for file in dist.from_main(sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)):
+        trained_on = checkpoint.read_header(file, kind="discriminator").get("trained_on", {}) if model_sha256 else {}
         if trained_on.get("model_sha256") == model_sha256:
             return file
     return None
@@ -83,7 +71,11 @@ def choose(
     given: values of GuidanceRecipe that override the discriminator's, where not None.
     force: a discriminator that was trained against another model is a warning instead of an error.
     """
-    file = disc or str(newest_discriminator())
+    file = disc or str(newest_discriminator() or "")
+    if not file:
+        raise UsageError(
+            f"no finished discriminator in {RUNS}/*; run `ddo train-disc` first, or give one with --disc FILE"
+        )
     loaded = discriminators.load("discriminator", file, device)
     header = loaded.checkpoint.header
     try:
@@ -122,7 +114,7 @@ def _check_pair(
 
 
 def warn_of_other_sampler(loaded: discriminators.Loaded, spec: SamplingRecipe) -> None:
-    """Names the sampling settings that differ from those of the set that the discriminator was trained on."""
+    """Warns of sampling settings that differ from those of the discriminator's training set."""
     drawn = loaded.checkpoint.header["trained_on"].get("sampling")
     if drawn is None:
         return
