@@ -89,7 +89,7 @@ class RunDir:
     def claim(self, command: str, recipe: Recipe, **identity: Any) -> dict[str, Any]:
         """Takes the directory, whose lock is held; the state, equal on every process. Raises as `check` does.
 
-        identity: what the run depends on beside the recipe, such as hashes of its inputs.
+        identity: what the run depends on in addition to the recipe, such as hashes of its inputs.
         """
         self.check(command, recipe, **identity)
         if dist.is_main():
@@ -118,7 +118,7 @@ class RunDir:
         return isinstance(state, dict) and state.keys() == {"command", *identity} and state["command"] == command
 
     def is_finished(self, state: dict[str, Any]) -> bool:
-        """Whether nothing is left to do; then it tells the user."""
+        """Whether nothing is left to do; if so, prints that."""
         is_finished = bool(state.get("finished")) and dist.from_main(self.final.is_file())
         if is_finished:
             console.info(f"{self.path} is finished; nothing to do")

@@ -27,7 +27,7 @@ class Picture(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table under a heading of its own."""
+    """A table with its heading."""
 
     title: str
     columns: Sequence[str]

@@ -24,7 +24,7 @@ R = TypeVar("R")
 
 
 class Settings(NamedTuple):
-    """Settings of `ddo analyze` beside model, discriminator and sampler."""
+    """Settings of `ddo analyze`, except model, discriminator and sampler."""
 
     steps_list: tuple[int, ...] = (4, 6, 8, 12, 18)  # of nfe
     num: int = 1024  # images per score of nfe

@@ -56,7 +56,7 @@ def run(
 
     disc: None: the newest discriminator below runs/ that was trained against the model; if there is none, no guidance.
     ckpt: None: the model that `disc` was trained against, or the embedded one.
-    guidance: values of GuidanceRecipe in place of the discriminator's own; use_guidance False: weight 0.
+    guidance: values of GuidanceRecipe that override the discriminator's; use_guidance False: weight 0.
     label: translate every image to this class; None: the labels of the source, where the model has classes.
     ref, weights, extractor: as for `fid.run`; ref None: the data that the discriminator was trained on.
     Sets of an earlier run with the same settings are kept; levels may be added.
@@ -78,7 +78,7 @@ def run(
     for claimed in (out_dir, *(writer.out_dir for writer in writers.values())):
         claimed.check()
     target = edit_report.open_target(ref, editor.disc, weights, extractor, sources, device)
-    editor.tell(spec)
+    editor.announce(spec)
     sample.warn_if_never_unconditional(editor.file, spec)
     if label is not None and ref is None:
         console.warn(f"the distance is to all classes of {target.name}; give images of class {label} alone by --ref")

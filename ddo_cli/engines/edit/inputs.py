@@ -33,7 +33,7 @@ class Editor(NamedTuple):
     settings: GuidanceRecipe | None
 
     def model(self, is_guided: bool) -> DiffusionModel:
-        """The model, steered by the discriminator where that is asked for and there is one that has weight."""
+        """The model, guided if `is_guided` and there is a discriminator with a weight."""
         if not is_guided or self.disc is None or self.settings is None:
             return self.base
         guide = guides.discriminator_guide(self.disc.network, self.settings, len(self.base.codec.state_shape))
@@ -45,7 +45,7 @@ class Editor(NamedTuple):
             return {}
         return {"discriminator_sha256": self.disc.checkpoint.sha256, **self.settings.model_dump(mode="json")}
 
-    def tell(self, spec: SamplingRecipe) -> None:
+    def announce(self, spec: SamplingRecipe) -> None:
         """Prints on stderr whether there is guidance, and if not why."""
         if self.disc is None:
             why = f"no discriminator below {guides.RUNS}/ was trained against it"
@@ -74,7 +74,7 @@ def choose(
             raise UsageError(f"--no-guidance and --dg-weight {given['dg_weight']:g} contradict; leave one of them out")
         given = {"dg_weight": 0.0, "dg_weight_2nd": 0.0}
     if given.get("dg_weight") == 0:
-        given["boost"] = False  # the discriminator's own boost would be refused at weight 0
+        given["boost"] = False  # the boost stored with the discriminator would be refused at weight 0
     if disc is None:
         name = ckpt or DEFAULT_MODEL
         file = guides.newest_discriminator(sha256(checkpoint.resolve(name)))

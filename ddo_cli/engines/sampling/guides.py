@@ -156,7 +156,7 @@ def check_acts(base: DiffusionModel, guide: GradientGuide, spec: SamplingRecipe)
 
 
 class Others(NamedTuple):
-    """Guides beside the discriminator, given by options; those whose path is None are off."""
+    """Guides in addition to the discriminator; those whose path is None are off."""
 
     guide_ckpt: str | None = None  # a worse version of the model, for autoguidance
     guidance: float = 1.0  # its scale, 1 = off

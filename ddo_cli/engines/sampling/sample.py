@@ -41,7 +41,7 @@ def run(
 ) -> dict[str, Any]:
     """Draws one item per seed into `out` and returns the object that `sample --json` prints.
 
-    sampling: values of SamplingRecipe in place of the checkpoint's own.
+    sampling: values of SamplingRecipe that override the checkpoint's.
     form: None: png for images, npz for points.
     guidance: what identifies the guides that steer the model, for the set's manifest.
     keep: the form in which examples are kept, see `kept_of_fakes`; all but images are for training and go into shards.
@@ -116,7 +116,7 @@ def warn_if_never_unconditional(file: Checkpoint, spec: SamplingRecipe) -> None:
 
 
 def grid_path(out: Path) -> Path:
-    """The contact sheet of a set: beside its directory, where no other program takes it for a sample."""
+    """The contact sheet of a set, next to its directory: inside, other programs would read it as a sample."""
     place = out if out.name else out.resolve()  # "." has no name of its own
     return place.with_name(f"{place.name}-grid.png")
 
