@@ -7,7 +7,7 @@ written in LaTeX between dollar signs and become MathML, which browsers draw wit
 import html
 import re
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -51,27 +51,28 @@ def commands() -> Iterator[str]:
         required = [row[0].strip("`") for row in rows.values() if row[2] == "required"]
         yield f"\n## `ddo {name}` {{#{name}}}\n\n{HELP[name]}\n"
         yield f"```text\n{' '.join(['ddo', name, *required, '[OPTIONS]'])}\n```\n"
-        for title, group in groupby(command.params, lambda parameter: parameter.rich_help_panel):
-            yield f"\n**{title or 'Options of this command'}**\n"
-            yield from table(["", "", "default"], (rows[parameter] for parameter in group))
+        groups: dict[str, list[list[str]]] = {}  # as --help shows them
+        for parameter, row in rows.items():
+            groups.setdefault(parameter.rich_help_panel or "", []).append(row)
+        titled = ([[f"**{title}**", "", ""], *group] if title else group for title, group in groups.items())
+        yield from table(["", "", "default"], chain.from_iterable(titled))
 
 
 def parameter_row(parameter: Any, annotation: Any) -> list[str]:
     """Names with the kind of value, the help, and the default where it is a value."""
     kinds = [kind for kind in (annotation, *get_args(annotation)) if kind in VALUES]
-    value = VALUES[kinds[0]] if kinds else "TEXT"
-    if not parameter.opts[0].startswith("-"):
+    value = parameter.metavar or (VALUES[kinds[0]] if kinds else "TEXT")
+    spelled = [*parameter.opts, *parameter.secondary_opts]
+    if not spelled[0].startswith("-"):
         names = f"`{parameter.metavar or parameter.name.upper()}`"
-    elif parameter.is_flag:
-        names = ", ".join(f"`{option}`" for option in [*parameter.opts, *parameter.secondary_opts])
     else:
-        names = ", ".join(f"`{option} {parameter.metavar or value}`" for option in parameter.opts)
+        names = ", ".join(f"`{option}`" if parameter.is_flag else f"`{option} {value}`" for option in spelled)
     if parameter.required:
         default = "required"
     elif isinstance(parameter.show_default, str):
         default = f"`{parameter.show_default}`"
     else:
-        default = "" if parameter.default in (None, False) else f"`{parameter.default}`"
+        default = "" if parameter.default is None or isinstance(parameter.default, bool) else f"`{parameter.default}`"
     return [names, cell(parameter.help or ""), default]
 
 

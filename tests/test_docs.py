@@ -283,6 +283,10 @@ def test_options_and_keys_of_the_lines_exist(name, hooks):
     for words in (words[words.index("ddo_cli") :] if "ddo_cli" in words else words for words in typed):
         if words[0] not in ("ddo", "ddo_cli"):
             continue
-        options = {option for parameter in hooks.COMMANDS[words[1]].params for option in parameter.opts}
+        options = {
+            option
+            for parameter in hooks.COMMANDS[words[1]].params
+            for option in parameter.opts + parameter.secondary_opts
+        }
         assert {word for word in words[2:] if word.startswith("--")} <= options, words
         assert {word.partition("=")[0] for word in words[2:] if "=" in word} <= known, words
