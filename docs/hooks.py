@@ -15,6 +15,7 @@ import typer
 from typer.utils import get_params_from_function
 
 from ddo_cli.cli import app
+from ddo_cli.diffusion.samplers import SAMPLERS
 from ddo_cli.recipe import keys
 from ddo_cli.recipe.load import load, recipe_names
 
@@ -89,6 +90,16 @@ def recipe_table() -> Iterator[str]:
             yield f"\n### `{name}` {{#{name}}}\n\n```yaml\n{files[name].read_text(encoding='utf-8').rstrip()}\n```\n"
 
 
+def samplers() -> Iterator[str]:
+    """The table of samplers."""
+    rows = []
+    for sampler in SAMPLERS.values():
+        text = getattr(sampler.integrate, "func", sampler.integrate).__doc__.partition("\n")[0]
+        evaluations = "n" if sampler.evaluations == 1 else f"{sampler.evaluations}n - 1"
+        rows.append([f"`{sampler.name}`", cell(text), evaluations, str(sampler.steps), "yes" if sampler.churns else ""])
+    yield from table(["`--sampler`", "", "evaluations in n steps", "default n", "takes churn"], rows)
+
+
 def head(name: str) -> list[str]:
     """The comment that a recipe opens with, line by line."""
     lines = recipe_names()[name].read_text(encoding="utf-8").splitlines()
@@ -111,4 +122,9 @@ def cell(text: str) -> str:
     return "".join(escaped).replace("|", "\\|")
 
 
-GENERATED = {"commands": commands, "recipe-keys": lambda: [keys.markdown()], "recipes": recipe_table}
+GENERATED = {
+    "commands": commands,
+    "recipe-keys": lambda: [keys.markdown()],
+    "recipes": recipe_table,
+    "samplers": samplers,
+}
