@@ -1,4 +1,4 @@
-"""Things that a recipe names: imported when first asked for; a misspelt name is answered with the nearest."""
+"""Lazy registry; unknown names get a suggestion."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def build(config: dict[str, Any], draw: dict[str, Any] | None = None) -> Likelih
 
 
 class Loaded(NamedTuple):
-    """A model on its device, in eval mode, and its file without the tensors, whose memory is free again."""
+    """A model on its device, in eval mode, and its file; the file's own copy of the tensors is freed."""
 
     model: LikelihoodModel
     checkpoint: Checkpoint

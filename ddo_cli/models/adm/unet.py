@@ -32,7 +32,7 @@ from ddo_cli.models.registry import register
 class AdmUnet(nn.Module):
     """The raw network F. Its defaults are the network of 64x64 ImageNet.
 
-    in_channels, out_channels: of the state and of F; they differ where F tells a variance, or x brings a condition
+    in_channels, out_channels: of x and of F; they differ with a learned variance, or with a condition beside the state
     size: side of the states, a multiple of 2**(len(channel_mult) - 1)
     num_classes: 0 = unconditional, labels are then ignored
     width: channels of the noise level's features; channel_mult: each level's channels, in widths, finest first

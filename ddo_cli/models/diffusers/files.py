@@ -174,7 +174,7 @@ def _check_fit(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: P
 
 
 def _sampling(scheduler: Config, side: int) -> dict[str, Any]:
-    """Defaults of sampling: the scheduler's own kind, in fewer steps where it would take them all."""
+    """Default sampling settings: the scheduler's kind of sampler, with fewer steps than it was trained on."""
     name, known = scheduler["_class_name"], diffusers_unet.process(scheduler).preconditioner
     if not isinstance(known, Discrete):
         return {"sampler": "heun", "steps": 18 if side <= 32 else 40}  # arXiv 2206.00364, table 2
@@ -204,7 +204,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _public(config: Config) -> Config:
-    """Without the library's notes about the writing (its version, the name on the hub)."""
+    """Without the library's private keys (its version, the name on the hub)."""
     return {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
 
 

@@ -2,7 +2,7 @@
 
 The network is the library's own, built from its `config.json`; its scheduler's configuration says at which noise
 levels it was trained and what it predicts. Both stay in the options as the folder had them, so that they can be
-written back.
+exported again.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class _Labels(nn.Embedding):
 
 
 class DiffusersModel(DiffusionModel):
-    """A denoiser that has learned images without labels only where its training dropped some."""
+    """A denoiser that knows images without labels only if its training dropped labels."""
 
     def check_sampling(self, spec: SamplingRecipe) -> None:
         """Adds: guidance needs a model that dropped labels in training."""

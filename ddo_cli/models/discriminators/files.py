@@ -150,7 +150,7 @@ def _check_trunk(config: dict[str, Any], channels: int, side: int, path: str | P
 
 
 def _trunks(channels: int) -> str:
-    """Published classifiers whose features have so many channels, for messages."""
+    """The published classifiers with this many feature channels, as text."""
     classifiers = [
         f"{side}x{side} of {in_channels} channels"
         for (in_channels, side), settings in PUBLISHED.items()

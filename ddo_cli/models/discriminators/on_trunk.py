@@ -80,7 +80,9 @@ def load_trunk(shape: tuple[int, ...], options: TrunkFile) -> Trunk:
             "the program where the path leads to it"
         ) from None
     if not callable(getattr(trunk, "features", None)):
-        raise ValueError(f"the trunk {options.trunk} has no method features(x_vp, t); see models/discriminators.py")
+        raise ValueError(
+            f"the trunk {options.trunk} has no method features(x_vp, t); see models/discriminators/registry.py"
+        )
     if options.trunk_sha256 != file.sha256:
         raise CheckpointError(
             f"{options.trunk} has changed since the discriminator was trained on it (sha256 {file.sha256[:12]}, then "

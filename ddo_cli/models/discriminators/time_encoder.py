@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -12,30 +11,24 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from ddo_cli.diffusion import vp_sde
-from ddo_cli.likelihood import NO_LABEL, Options, one_hot
+from ddo_cli.likelihood import NO_LABEL, Options
 from ddo_cli.models.discriminators.registry import register, register_classifier
-from ddo_cli.models.toy.patch_unet import Stage
-from ddo_cli.trainable import Trainable
+from ddo_cli.models.toy.patch_unet import PatchEncoder
 
-_NUM_FREQUENCIES = 16  # of the time's Fourier features
-_MAX_FREQUENCY = 16.0  # ln(sigma) / 4 spans about [-1.6, 1.3]: the fastest feature has 7 periods there
 _NORM_GROUPS = 8
 _COARSEST = 4  # smallest side of the coarsest level: patches do not grow beyond it
 _FINE_ENOUGH = 8  # levels are added until the coarsest has at most this side, so that it sees the whole image
 _WIDTHS = (64, 96, 128)  # of the default's levels; further ones are as wide as the last
 
 
-class TimeEncoder(Trainable):
+class TimeEncoder(PatchEncoder):
     """`num_outputs` numbers of a noisy state. Any channel count; square states of a side that the levels divide.
 
-    Patches are folded into channels, then residual blocks at ever lower resolution, as in PatchUNet's encoder; features
-    are normalised, modulated by the embedding and averaged over positions. Time enters as ln(sigma(t)) / 4, in which
-    the levels of noise are evenly spread: t itself crowds the small ones against 0.
+    Its features are normalised, modulated by the embedding and averaged over positions. Time enters as
+    ln(sigma(t)) / 4, in which the levels of noise are evenly spread: t itself crowds the small ones against 0.
 
     num_classes: 0 = labels are ignored
     """
-
-    frequencies: Tensor
 
     def __init__(
         self,
@@ -49,22 +42,12 @@ class TimeEncoder(Trainable):
         depths: Sequence[int],
         emb_width: int,
     ) -> None:
-        super().__init__()
-        if len(widths) != len(depths) or not widths:
-            raise ValueError(f"widths {list(widths)} and depths {list(depths)} must be of the same length, at least 1")
+        super().__init__(in_channels, num_classes, patch, widths, depths, emb_width)
         if widths[-1] % _NORM_GROUPS:
             raise ValueError(f"the last of widths {list(widths)} must be a multiple of {_NORM_GROUPS}")
         multiple = patch * 2 ** (len(widths) - 1)
         if size % multiple:
             raise ValueError(f"side {size} must be a multiple of patch * 2**(levels - 1) = {multiple}")
-        self.num_classes, self.patch = num_classes, patch
-        frequencies = torch.exp(torch.linspace(0.0, math.log(_MAX_FREQUENCY), _NUM_FREQUENCIES))
-        self.register_buffer("frequencies", frequencies, persistent=False)
-        self.noise_emb = nn.Linear(2 * _NUM_FREQUENCIES, emb_width)
-        self.label_emb = nn.Linear(num_classes, emb_width, bias=False) if num_classes else None
-        self.emb = nn.Linear(emb_width, emb_width)
-        self.stem = nn.Conv2d(in_channels * patch**2, widths[0], 1)
-        self.encoder = nn.ModuleList(Stage(w, depth, emb_width) for w, depth in zip(widths, depths, strict=True))
         self.shrink = nn.ModuleList(nn.Conv2d(4 * fine, coarse, 1) for fine, coarse in pairwise(widths))
         self.norm = nn.GroupNorm(_NORM_GROUPS, widths[-1])
         self.affine = nn.Linear(emb_width, 2 * widths[-1])
@@ -74,33 +57,20 @@ class TimeEncoder(Trainable):
 
     def outputs(self, x_vp: Tensor, t: Tensor, label: Tensor) -> Tensor:
         """(B, num_outputs). x_vp: float (B, C, H, W) in VP coordinates; t: (B,); label: int64 (B,), -1 = none."""
-        emb = self._embedding(t, label, x_vp.dtype)
-        h = F.silu(self.norm(self._encoded(x_vp, emb)))  # (B, widths[-1], h, w)
+        features, emb = self._encoded(x_vp, t, label)
+        h = F.silu(self.norm(features))  # (B, widths[-1], h, w)
         scale, shift = self.affine(emb)[:, :, None, None].chunk(2, dim=1)  # (B, widths[-1], 1, 1) each
         pooled = F.silu(torch.addcmul(shift, h, 1 + scale)).mean((2, 3))  # (B, widths[-1])
         return self.head(pooled)
 
     def features(self, x_vp: Tensor, t: Tensor) -> Tensor:
         """(B, widths[-1], h, w): what the pooling head sees, before its normalisation."""
-        label = torch.full((len(x_vp),), NO_LABEL, device=x_vp.device)
-        return self._encoded(x_vp, self._embedding(t, label, x_vp.dtype))
+        return self._encoded(x_vp, t, torch.full((len(x_vp),), NO_LABEL, device=x_vp.device))[0]
 
-    def _embedding(self, t: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:
-        c_noise = (vp_sde.sigma_of(t).log() / 4).to(dtype)  # (B,)
-        angles = c_noise[:, None] * self.frequencies  # (B, frequencies)
-        emb = self.noise_emb(torch.cat([angles.cos(), angles.sin()], dim=1))  # (B, E)
-        if self.label_emb is not None:
-            emb = emb + self.label_emb(one_hot(label, self.num_classes).to(emb.dtype))
-        return F.silu(self.emb(F.silu(emb)))
-
-    def _encoded(self, x_vp: Tensor, emb: Tensor) -> Tensor:
-        h = F.pixel_unshuffle(x_vp, self.patch).contiguous(memory_format=torch.channels_last)
-        h = self.stem(h)  # (B, widths[0], H/p, W/p)
-        for level, stage in enumerate(self.encoder):
-            h = stage(h, emb)
-            if level < len(self.shrink):
-                h = self.shrink[level](F.pixel_unshuffle(h, 2))  # (B, widths[level + 1], half, half)
-        return h
+    def _encoded(self, x_vp: Tensor, t: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, widths[-1], h, w) and embedding (B, E)."""
+        emb = self.embedding((vp_sde.sigma_of(t).log() / 4).to(x_vp.dtype), label)
+        return self.levels(self.patches(x_vp), emb)[-1], emb
 
 
 class TimeEncoderDiscriminator(TimeEncoder):

@@ -61,7 +61,7 @@ def read(path: str | Path, snapshot: Snapshot) -> Network:
 def ema_of(name: str) -> dict[str, float | int] | None:
     """Which average a file holds, by its published name: relative width `std` and number of training `images`.
 
-    The name tells thousands of images of a count that is a multiple of 1024.
+    The name gives thousands of images; the count itself is a multiple of 1024.
     """
     if not (match := _NAME.search(name)):
         return None
@@ -69,10 +69,10 @@ def ema_of(name: str) -> dict[str, float | int] | None:
 
 
 def _as_evaluated(name: str, stored: dict[str, Tensor]) -> Tensor:
-    """The tensor as EDM2's program uses it: where files store float16, a gain divided by root fan-in is rounded to it.
+    """The tensor as EDM2's code evaluates it.
 
-    That quotient g / sqrt(n), which scales the filters, is formed from the stored half-precision number and so is one
-    itself. We keep the float32 gain that gives the same quotient; taking the stored one is off by about 1e-4 relative.
+    It computes g / sqrt(fan-in), which scales the filters, in the stored type: in float16 files it is rounded. We keep
+    the float32 gain that gives the same quotient; the stored one would be off by about 1e-4 relative.
     """
     tensor = stored[name]
     prefix, _, last = name.rpartition(".")

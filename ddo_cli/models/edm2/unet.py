@@ -198,9 +198,8 @@ class Edm2DrawOptions(DiffusionDrawOptions):
 class Edm2Model(DiffusionModel):
     """A denoiser with EDM2's uncertainty head, a small network of the noise level beside the U-Net.
 
-    The head only matters to training by the plain likelihood (`forward` without a reference) and only where the draw
-    options ask for it; it stays in the weights otherwise, untrained. `log_lik` is the ELBO in any case: the weights of
-    a loss are not the weights of the bound.
+    The head acts in maximum-likelihood training only (`forward` without a reference), and only with the draw option
+    `uncertainty`; otherwise it stays in the weights untrained. `log_lik` is the ELBO without it.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The latent space of EDM2's ImageNet-512 models: Stability's autoencoder, and EDM2's scaling of its latents.
 
-An image (3, H, W) becomes mean and deviation of 4 channels at an eighth of its side, which is what a data set of
-latents keeps; x is a draw of them, shifted and scaled per channel to mean 0 and deviation 0.5 over ImageNet.
+An image (3, H, W) becomes mean and deviation of 4 channels at an eighth of its side, which a data set of latents
+stores; x is a draw of them, shifted and scaled per channel to mean 0 and deviation 0.5 over ImageNet.
 """
 
 from __future__ import annotations

@@ -13,18 +13,72 @@ from ddo_cli.codec import PixelCodec
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.likelihood import one_hot
 from ddo_cli.models.registry import register
+from ddo_cli.trainable import Trainable
 
 _NUM_FREQUENCIES = 16  # of the noise level's Fourier features; our choice
 _MAX_FREQUENCY = 16.0  # c_noise = ln(sigma) / 4 spans about [-1.5, 1.1]: the fastest feature has 6 periods there
 
 
-class PatchUNet(nn.Module):
+class PatchEncoder(Trainable):
+    """The embedding of noise level and label, and the way down on patches, which discriminators have too.
+
+    Patches are folded into channels (pixel unshuffle), so that the full resolution costs one 1x1 convolution.
+    """
+
+    frequencies: Tensor
+    shrink: nn.ModuleList  # from each level to the next; made by the subclass
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        patch: int,
+        widths: Sequence[int],
+        depths: Sequence[int],
+        emb_width: int,
+    ) -> None:
+        super().__init__()
+        if len(widths) != len(depths) or not widths:
+            raise ValueError(f"widths {list(widths)} and depths {list(depths)} must be of the same length, at least 1")
+        self.num_classes, self.patch = num_classes, patch
+        frequencies = torch.exp(torch.linspace(0.0, math.log(_MAX_FREQUENCY), _NUM_FREQUENCIES))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.noise_emb = nn.Linear(2 * _NUM_FREQUENCIES, emb_width)
+        self.label_emb = nn.Linear(num_classes, emb_width, bias=False) if num_classes else None
+        self.emb = nn.Linear(emb_width, emb_width)
+        self.stem = nn.Conv2d(in_channels * patch**2, widths[0], 1)
+        levels = zip(widths, depths, strict=True)
+        self.encoder = nn.ModuleList(Stage(width, depth, emb_width) for width, depth in levels)
+
+    def embedding(self, c_noise: Tensor, label: Tensor) -> Tensor:
+        """(B, E) of noise levels (B,) and labels (B,)."""
+        angles = c_noise[:, None] * self.frequencies  # (B, frequencies)
+        emb = self.noise_emb(torch.cat([angles.cos(), angles.sin()], dim=1))
+        if self.label_emb is not None:
+            emb = emb + self.label_emb(one_hot(label, self.num_classes).to(emb.dtype))
+        return F.silu(self.emb(F.silu(emb)))
+
+    def patches(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C p p, H/p, W/p)."""
+        return F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)
+
+    def levels(self, patches: Tensor, emb: Tensor) -> list[Tensor]:
+        """What each level of the encoder leaves, (B, widths[level], side, side), finest first."""
+        h, outputs = self.stem(patches), list[Tensor]()
+        for level, stage in enumerate(self.encoder):
+            if level:
+                h = self.shrink[level - 1](F.pixel_unshuffle(h, 2))
+            h = stage(h, emb)
+            outputs.append(h)
+        return outputs
+
+
+class PatchUNet(PatchEncoder):
     """The raw network F of a denoiser: a convolutional U-Net whose pixels are patches.
 
-    Patches are folded into channels (pixel unshuffle), so that the full resolution costs two 1x1 convolutions. A stem
-    narrower than the values of a patch cannot carry the noise that F has to predict, so the last layer also sees the
-    patches themselves, scaled by a gain that depends on the noise level. There is no normalisation: residual branches
-    start at zero, which keeps the training stable without it.
+    A stem narrower than the values of a patch cannot carry the noise that F has to predict, so the last layer also sees
+    the patches themselves, scaled by a gain that depends on the noise level. There is no normalisation: residual
+    branches start at zero, which keeps the training stable without it.
 
     size: side of the images in pixels, a multiple of patch * 2**(len(widths) - 1)
     num_classes: 0 = unconditional, labels are then ignored
@@ -33,8 +87,6 @@ class PatchUNet(nn.Module):
     depths: residual blocks of each level on the way down, and again on the way up except for the coarsest
     emb_width: width of the embedding of noise level and label
     """
-
-    frequencies: Tensor
 
     def __init__(
         self,
@@ -47,24 +99,12 @@ class PatchUNet(nn.Module):
         depths: Sequence[int] = (1, 2),
         emb_width: int = 128,
     ) -> None:
-        super().__init__()
-        if len(widths) != len(depths) or not widths:
-            raise ValueError(f"widths {list(widths)} and depths {list(depths)} must be of the same length, at least 1")
+        super().__init__(in_channels, num_classes, patch, widths, depths, emb_width)
         multiple = patch * 2 ** (len(widths) - 1)
         if size % multiple:
             raise ValueError(f"size = {size} must be a multiple of patch * 2**(levels - 1) = {multiple}")
-        self.num_classes, self.patch = num_classes, patch
         folded = in_channels * patch**2
-
-        frequencies = torch.exp(torch.linspace(0.0, math.log(_MAX_FREQUENCY), _NUM_FREQUENCIES))
-        self.register_buffer("frequencies", frequencies, persistent=False)
-        self.noise_emb = nn.Linear(2 * _NUM_FREQUENCIES, emb_width)
-        self.label_emb = nn.Linear(num_classes, emb_width, bias=False) if num_classes else None
-        self.emb = nn.Linear(emb_width, emb_width)
-
-        self.stem = nn.Conv2d(folded, widths[0], 1)
         levels = list(zip(widths, depths, strict=True))
-        self.encoder = nn.ModuleList(Stage(width, depth, emb_width) for width, depth in levels)
         self.decoder = nn.ModuleList(Stage(width, depth, emb_width) for width, depth in levels[:-1])
         self.shrink = nn.ModuleList(nn.Conv2d(4 * fine, coarse, 1) for fine, coarse in pairwise(widths))
         self.grow = nn.ModuleList(nn.Conv2d(coarse, 4 * fine, 1) for fine, coarse in pairwise(widths))
@@ -79,21 +119,9 @@ class PatchUNet(nn.Module):
 
         x: float (B, C, H, W), already multiplied by c_in. c_noise: float (B,). label: int64 (B,), -1 = no label.
         """
-        angles = c_noise[:, None] * self.frequencies  # (B, 16)
-        emb = self.noise_emb(torch.cat([angles.cos(), angles.sin()], dim=1))  # (B, E)
-        if self.label_emb is not None:
-            emb = emb + self.label_emb(one_hot(label, self.num_classes).to(emb.dtype))
-        emb = F.silu(self.emb(F.silu(emb)))  # (B, E)
-
-        patches = F.pixel_unshuffle(x, self.patch)  # (B, C p p, H/p, W/p)
-        patches = patches.contiguous(memory_format=torch.channels_last)
-        h = self.stem(patches)  # (B, widths[0], H/p, W/p)
-        skips = []
-        for level, stage in enumerate(self.encoder):
-            h = stage(h, emb)
-            if level < len(self.shrink):
-                skips.append(h)
-                h = self.shrink[level](F.pixel_unshuffle(h, 2))  # (B, widths[level + 1], half, half)
+        emb = self.embedding(c_noise, label)  # (B, E)
+        patches = self.patches(x)  # (B, C p p, H/p, W/p)
+        *skips, h = self.levels(patches, emb)
         for level in reversed(range(len(self.grow))):
             h = skips[level] + F.pixel_shuffle(self.grow[level](h), 2)  # (B, widths[level], double, double)
             h = self.decoder[level](h, emb)

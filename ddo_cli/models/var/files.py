@@ -27,7 +27,7 @@ LISTS = (  # published sides of the token maps
     (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
 )
 
-# Official name (without the numbers' meaning changed) -> ours; tried in order, whole names only.
+# Official name -> ours: patterns of whole names, tried in order.
 _VAR_NAMES = [
     (r"pos_start", "start"),
     (r"pos_1LC", "position"),
@@ -218,7 +218,7 @@ def _check_codes(stored: dict[str, Tensor], tokenizer: vqvae.VqvaeOptions, path:
 
 
 def _count(stored: dict[str, Tensor], pattern: str) -> int:
-    """How many different numbers stand in the names that match. Raises ValueError unless they are 0, 1, ..."""
+    """The number of blocks whose names match. Raises ValueError unless they are numbered 0, 1, ..."""
     numbers = sorted({int(match[1]) for key in stored if (match := re.fullmatch(pattern, key))})
     if not numbers or numbers != list(range(len(numbers))):
         raise ValueError(f"the blocks named {pattern.replace(chr(92), '')} are not numbered from 0 on")
@@ -257,7 +257,7 @@ def _checked(expected: nn.Module, tensors: dict[str, Tensor], path: str | Path) 
 
 @contextlib.contextmanager
 def _blamed(path: str | Path) -> Iterator[None]:
-    """Turns what reading odd tensors may raise into a CheckpointError of this file."""
+    """Raises a CheckpointError that names the file in place of the errors that malformed tensors cause."""
     try:
         yield
     except _DAMAGE as error:

@@ -31,7 +31,7 @@ _GATES = {20: 1e-3, 24: 1e-4, 30: 1e-5, 1000: 5e-6}
 
 
 class VarOptions(Options):
-    """Options of `var`. The defaults are those of VAR-d16; with another depth alone, those of that size."""
+    """Options of `var`. Defaults: VAR-d16; with another `depth` alone, the published network of that depth."""
 
     depth: int = Field(16, ge=1, le=1000)
     width: int | None = Field(None, ge=1)  # None: 64 for each of `depth`
@@ -39,7 +39,7 @@ class VarOptions(Options):
     shared_adaln: bool = False  # one modulation layer for all blocks (d36)
     l2_norm: bool = True  # of queries and keys
     vqvae: VqvaeOptions = VqvaeOptions()  # of the tokenizer, whose weights lie in the model's file
-    tokenizer: str | None = None  # the tokenizer's own file: read by `ddo pretrain`, and by nothing after it
+    tokenizer: str | None = None  # the tokenizer's weight file, read by `ddo pretrain` only
 
 
 class VarDrawOptions(DrawOptions):
@@ -95,7 +95,7 @@ class TokenCodec(Codec):
 
 
 class Var(TokenModel):
-    """x: int64 tokens (B, L) of all scales. The VQVAE is part of the model and stays as it is.
+    """x: int64 tokens (B, L) of all scales. The VQVAE is part of the model and stays frozen.
 
     Guidance grows with the scale, as published: at scale s of S the logits are
         uncond + (1 + (cfg_scale - 1) s / (S - 1)) (cond - uncond).
@@ -254,7 +254,7 @@ class Var(TokenModel):
         return self.level_embedding(self.level) + self.position
 
     def _conditions(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the head and of the blocks."""
+        """The class's condition of the head (B, C), and of the blocks."""
         silu = F.silu(embedded)
         shared = self.shared_adaln(silu).unflatten(1, (1, 6, -1)) if self.options.shared_adaln else silu
         return silu, shared

@@ -62,7 +62,7 @@ class VqvaeOptions(Options):
 
 
 class Reconstruction(NamedTuple):
-    """What training sees: images (B, C, H, W), not clipped; the quantisation loss; latents and tokens."""
+    """Outputs of a training pass: images (B, C, H, W), not clipped; the quantisation loss; latents and tokens."""
 
     images: Tensor
     loss: Tensor
@@ -126,7 +126,7 @@ def scaled(items: Tensor) -> Tensor:
 
 
 class Quantised(NamedTuple):
-    """f_hat whose gradient is that of f, the quantisation loss, and the tokens (B, L)."""
+    """f_hat with the gradient of f (straight-through), the quantisation loss, and the tokens (B, L)."""
 
     f_hat: Tensor
     loss: Tensor
@@ -187,7 +187,7 @@ class Quantizer(nn.Module):
         return last
 
     def inputs(self, tokens: Tensor) -> Tensor:
-        """What a transformer sees in place of tokens 1..L-1, (B, L - 1, z): f_hat so far, at each next scale's size."""
+        """The transformer's inputs for tokens 1..L-1, (B, L - 1, z): f_hat so far, at the size of the next scale."""
         partial = self._partial_sums(tokens)
         # zip stops before the last sum is made: `partial` is its second iterator.
         return torch.cat(
@@ -223,9 +223,9 @@ class Quantizer(nn.Module):
 
 
 def phi_of_scale(num_scales: int) -> tuple[int, ...]:
-    """Which phi each scale has: the nearest of 4 ticks from 1/12 to 11/12, in float64.
+    """The phi of each scale: the nearest of 4 ticks from 1/12 to 11/12, in float64.
 
-    Of 10 scales the third and the eighth are ties but for rounding, and published weights know its outcome.
+    Of 10 scales the third and the eighth are ties that rounding decides; published weights were trained with it.
     """
     ticks = np.linspace(1 / 3 / NUM_PHI, 1 - 1 / 3 / NUM_PHI, NUM_PHI)
     return tuple(int(np.abs(ticks - s / (num_scales - 1)).argmin()) for s in range(num_scales))

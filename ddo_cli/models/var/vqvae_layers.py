@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ddo_cli.precision import inference_precision
 
 NORM_EPS = 1e-6
-# Names of the convolutions that everything passes, those outside of residual branches.
+# Names of the convolutions outside of residual branches: the whole signal passes them.
 STREAM = ("conv_in", "conv_out", "resample", "shortcut", "quant_conv", "post_quant_conv")
 
 
@@ -47,7 +47,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The way back, with one residual block more per level; `up[l]` works at the size of the encoder's `down[l]`."""
+    """Latents -> images, with one more residual block per level; `up[l]` has the size of the encoder's `down[l]`."""
 
     def __init__(self, image_channels: int, widths: Sequence[int], num_blocks: int, groups: int, z_channels: int):
         super().__init__()
@@ -98,7 +98,7 @@ class Level(nn.Module):
 
 
 def middle(width: int, groups: int) -> nn.Sequential:
-    """What lies between the ways down and up, at the smallest size."""
+    """The blocks at the smallest size, between the levels of encoder or decoder."""
     return nn.Sequential(Residual(width, width, groups), Attention(width, groups), Residual(width, width, groups))
 
 
@@ -152,10 +152,10 @@ class Upsample(nn.Conv2d):
 
 
 def start_as_identity(model: nn.Module) -> None:
-    """Makes each convolution of STREAM pass on its input's channels, as many as fit, as they are.
+    """Initialises each convolution of STREAM as the identity, on as many channels as fit.
 
-    About ten of them follow one another from image to image. With torch's own start their product all but loses the
-    directions in which images vary least, and training stays for long where shapes come back, but grey.
+    About ten of them follow one another. With torch's initialisation their product nearly loses the directions in
+    which images vary least, and reconstructions stay grey for a long time.
     """
     for name, conv in model.named_modules():
         if name.rpartition(".")[2] in STREAM and isinstance(conv, nn.Conv2d):
