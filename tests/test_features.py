@@ -13,7 +13,6 @@ from ddo_cli import checkpoint
 from ddo_cli.errors import CheckpointError, DataError, UsageError
 from ddo_cli.files import sha256
 from ddo_cli.metrics.extractors.digit_net import DigitNet
-from ddo_cli.metrics.extractors.inception import load_inception
 from ddo_cli.metrics.extractors.select import (
     EMBEDDED_EXTRACTOR,
     NETWORKS,
@@ -146,7 +145,7 @@ def test_inception_is_torch_fidelitys(inception_state, inception_file, tmp_path)
     ((expected,), (of_grey,)) = theirs(images), theirs(grey.repeat(1, 3, 1, 1))
     assert expected.std() > 1e-3
     rng = torch.random.get_rng_state()
-    ours = load_inception(str(inception_file))
+    ours = select_extractor("fid", str(inception_file))
     assert torch.equal(torch.random.get_rng_state(), rng)  # a metric leaves a run's randomness alone
     assert (ours.name, ours.key, ours.num_features) == ("inception-v3-compat", "fid", 2048)
     assert ours.sha256 == sha256(inception_file)
@@ -173,7 +172,7 @@ class Hostile:
 def test_hostile_pickles_are_refused_and_not_run(tmp_path, save):
     save({"fc.bias": Hostile(tmp_path / "executed")}, tmp_path / "weights.pth")
     with pytest.raises(CheckpointError, match="cannot be read as a file of tensors"):
-        load_inception(str(tmp_path / "weights.pth"))
+        select_extractor("fid", str(tmp_path / "weights.pth"))
     assert not (tmp_path / "executed").exists()
     with contextlib.suppress(AttributeError, RuntimeError, pickle.UnpicklingError):
         torch.load(tmp_path / "weights.pth", weights_only=False)
@@ -182,25 +181,25 @@ def test_hostile_pickles_are_refused_and_not_run(tmp_path, save):
 
 def test_wrong_inception_files(tmp_path, inception_state):
     with pytest.raises(CheckpointError, match="does not exist"):
-        load_inception(str(tmp_path / "missing.pth"))
+        select_extractor("fid", str(tmp_path / "missing.pth"))
     path = tmp_path / "weights.pth"
     for content in (b"", b"junk", b"PK\x03\x04junk"):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match="cannot be read"):
-            load_inception(str(path))
+            select_extractor("fid", str(path))
     for other in ([torch.zeros(2)], {"a": 1}, torch.zeros(2)):
         torch.save(other, path)
         with pytest.raises(CheckpointError, match="something else than tensors"):
-            load_inception(str(path))
+            select_extractor("fid", str(path))
     torch.save({"a": torch.zeros(2)}, path)
     with pytest.raises(CheckpointError, match=r"does not fit Inception-v3.*Missing key"):
-        load_inception(str(path))
+        select_extractor("fid", str(path))
     torch.save({"a": torch.full((2,), torch.inf)}, path)
     with pytest.raises(CheckpointError, match="not finite"):
-        load_inception(str(path))
+        select_extractor("fid", str(path))
     save_file({**inception_state, "fc.bias": torch.zeros(1000)}, tmp_path / "w.safetensors")
     with pytest.raises(CheckpointError, match=r"size mismatch for fc\.bias"):
-        load_inception(str(tmp_path / "w.safetensors"))
+        select_extractor("fid", str(tmp_path / "w.safetensors"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from random_inception import random_state
 from ddo_cli.data.images import open_images
 from ddo_cli.engines.fid import fid
 from ddo_cli.engines.fid import scores as fid_scores
-from ddo_cli.metrics.extractors.inception import load_inception
+from ddo_cli.metrics.extractors.select import select_extractor
 from ddo_cli.metrics.kid import kernel_distance
 
 NUM = 30
@@ -96,7 +96,7 @@ def frechet(fake: np.ndarray, real: np.ndarray, ddof: int = 1) -> float:
 
 def test_equal_to_the_formula(root, found):
     """Of covariances divided by N - 1, not N."""
-    extractor = load_inception(str(root / "inception.pth"))
+    extractor = select_extractor("fid", str(root / "inception.pth"))
     real, fake = (
         extractor(torch.from_numpy(open_images(str(root / name)).items)).double().numpy() for name in ("real", "fake")
     )

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from ddo_cli.data import image_files, images
 from ddo_cli.data.digits import render_digits
-from ddo_cli.data.embedded import embedded_sets
+from ddo_cli.data.embedded import EMBEDDED_SETS
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet
 from ddo_cli.errors import DataError
@@ -393,8 +393,8 @@ def test_embedded_toy2d():
 
 
 def test_embedded_sets_are_listed():
-    assert {"digits32", "digits32-b", "digits8", "toy2d"} <= set(embedded_sets())
-    for name in embedded_sets():
+    assert {"digits32", "digits32-b", "digits8", "toy2d"} <= set(EMBEDDED_SETS)
+    for name in EMBEDDED_SETS:
         assert len(open_images(f"embedded:{name}", 5).items) == 5
     with pytest.raises(DataError, match=r"embedded:cifar does not come.*embedded:digits32"):
         open_images("embedded:cifar")

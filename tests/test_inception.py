@@ -6,8 +6,8 @@ from random_inception import random_state
 from safetensors.torch import save_file
 
 from ddo_cli.errors import NumericsError, UsageError
-from ddo_cli.metrics.extractors.inception import InceptionExtractor, load_inception
-from ddo_cli.metrics.extractors.select import load_extractor
+from ddo_cli.metrics.extractors.inception import InceptionExtractor
+from ddo_cli.metrics.extractors.select import load_extractor, select_extractor
 
 
 def some_images(num: int = 2, size: int = 32) -> torch.Tensor:
@@ -121,7 +121,7 @@ def test_same_weights_in_another_file_have_the_same_protocol(state, tmp_path):
     old = {key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
     save_file(old, tmp_path / "b.safetensors")
     save_file({**old, "fc.bias": old["fc.bias"] + 1e-3}, tmp_path / "c.safetensors")
-    a, b, c = (load_inception(str(tmp_path / name)) for name in ("a.pth", "b.safetensors", "c.safetensors"))
+    a, b, c = (select_extractor("fid", str(tmp_path / name)) for name in ("a.pth", "b.safetensors", "c.safetensors"))
     assert a.sha256 != b.sha256
     assert a.protocol() == b.protocol()
     assert c.protocol() != b.protocol()

@@ -38,7 +38,7 @@ def _toy2d(num: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 # The "-b" sets are further draws of the same distribution: their distance is that of a perfect model.
-_EMBEDDED: dict[str, Callable[[int | None], tuple[np.ndarray, np.ndarray]]] = {
+EMBEDDED_SETS: dict[str, Callable[[int | None], tuple[np.ndarray, np.ndarray]]] = {
     "digits32": partial(_digits32, seed=0),
     "digits32-b": partial(_digits32, seed=1),
     "digits8": _digits8,
@@ -47,14 +47,9 @@ _EMBEDDED: dict[str, Callable[[int | None], tuple[np.ndarray, np.ndarray]]] = {
 }
 
 
-def embedded_sets() -> list[str]:
-    """Names of the sets that come with the package, to be given as "embedded:<name>"."""
-    return list(_EMBEDDED)
-
-
 def open_embedded(source: str, num: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Items and labels of the set "embedded:<name>", `num` of them. Raises DataError if there is no such set."""
-    make = _EMBEDDED.get(source.removeprefix(EMBEDDED))
+    make = EMBEDDED_SETS.get(source.removeprefix(EMBEDDED))
     if make is None:
         raise DataError(f"{source} does not come with this program; known: {embedded_names()}")
     return make(num)
@@ -67,5 +62,5 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def embedded_names() -> str:
-    """The names for messages."""
-    return ", ".join(EMBEDDED + name for name in _EMBEDDED)
+    """The names of the sets, for messages."""
+    return ", ".join(EMBEDDED + name for name in EMBEDDED_SETS)

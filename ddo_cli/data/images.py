@@ -26,7 +26,7 @@ def open_images(source: str, num: int | None = None, cache: bool = True) -> Item
     channels first or last, or float points (N, d); label, labels or arr_1: class numbers or one-hot rows); a folder of
     nothing but .npz files with the same arrays (their concatenation, sorted by name); cifar-10-python.tar.gz or the
     folder in it (its training images); a sample set that ddo wrote; latents or tokens of `ddo encode` or of EDM2's own
-    archives, see `latents`, which are read when indexed; or "embedded:<name>", see `embedded.embedded_sets`.
+    archives, see `latents`, which are read when indexed; or "embedded:<name>", see `embedded.EMBEDDED_SETS`.
     num: use this many: a fixed random subset in the set's order (numpy's RandomState(0), as EDM); an embedded set that
     is generated is generated in this number.
     cache: whether large sets are kept decoded for later runs (`data.cache`); such items are read-only.

@@ -55,7 +55,7 @@ class Writer:
 
     def __init__(self, out: Path, form: Format, seeds: Sequence[int], batch: int, made_by: dict[str, Any]):
         self.out, self.form = out, form
-        self.seeds, self.batch = sorted(seeds), batch
+        self.seeds, self.batch, self.num_batches = sorted(seeds), batch, num_batches(len(seeds), batch)
         self.manifest = {"format": form, "num": len(seeds), "seeds": spell_seeds(self.seeds), "batch": batch, **made_by}
         self.out_dir = rundir.OutDir(
             out, MANIFEST, dict(self.manifest), "sample set", "another sample set", RESULTS,
@@ -64,7 +64,7 @@ class Writer:
 
     def missing(self) -> list[int]:
         """Numbers of the batches that are not on disk yet."""
-        return [number for number in range(num_batches(len(self.seeds), self.batch)) if not self._has(number)]
+        return [number for number in range(self.num_batches) if not self._shard(number).is_file()]
 
     def write(self, batch: Batch) -> None:
         """Stores a batch. PNG files and shards get their final names once they are complete."""
@@ -81,7 +81,7 @@ class Writer:
         """Completes the manifest (and the npz) once every process has written its batches; returns the manifest."""
         dist.barrier()
         if dist.is_main():
-            shards = [self._read(number) for number in range(num_batches(len(self.seeds), self.batch))]
+            shards = [self._read(number) for number in range(self.num_batches)]
             labels = torch.cat([shard["labels"] for shard in shards])
             passes = torch.stack([shard["nfe"] for shard in shards]).amax(0)
             self.manifest |= {"complete": True, "nfe": int(passes[0]), "disc_nfe": int(passes[1])}
@@ -112,7 +112,7 @@ class Writer:
             return [self.out / "samples.npz"]
         if self.form == "png":
             return [self.out / f"{seed:06d}.png" for seed in self.seeds]
-        return [self._shard(number) for number in range(num_batches(len(self.seeds), self.batch))]
+        return [self._shard(number) for number in range(self.num_batches)]
 
     def _shard(self, number: int) -> Path:
         # Parts of the other formats are hidden: they are gone when the set is complete.
@@ -127,9 +127,6 @@ class Writer:
             raise DataError(
                 f"{self._shard(number)} was damaged ({error}) and is removed; run the same command again"
             ) from None
-
-    def _has(self, number: int) -> bool:
-        return self._shard(number).is_file()
 
 
 def _compact(items: Tensor) -> Tensor:

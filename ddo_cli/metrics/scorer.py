@@ -12,7 +12,7 @@ from torch import Tensor
 from ddo_cli import dist
 from ddo_cli.metrics import frechet
 from ddo_cli.metrics.extractors.base import Extractor
-from ddo_cli.metrics.stats import HasMoments, Moments
+from ddo_cli.metrics.stats import Moments, Statistics
 
 
 class HasItems(Protocol):
@@ -43,12 +43,14 @@ class FrechetScorer:
     reference: images (all of them on every process) or moments; batch: reference images per network pass.
     """
 
-    def __init__(self, extractor: Extractor, reference: np.ndarray | HasItems | HasMoments, batch: int = 256) -> None:
+    def __init__(
+        self, extractor: Extractor, reference: np.ndarray | HasItems | Moments | Statistics, batch: int = 256
+    ) -> None:
         self.extractor = extractor
         items = reference if isinstance(reference, np.ndarray) else getattr(reference, "items", None)
         if items is not None:
             reference = moments_of(extractor, share_of_batches(items, batch))
-        moments = cast(HasMoments, reference)
+        moments = cast(Moments | Statistics, reference)
         self.reference = frechet.reference(moments.mean, moments.cov)
 
     def score(self, batches: Iterable[Tensor]) -> dict[str, float]:
@@ -59,7 +61,7 @@ class FrechetScorer:
         """
         return self.score_moments(moments_of(self.extractor, batches))
 
-    def score_moments(self, moments: HasMoments) -> dict[str, float]:
+    def score_moments(self, moments: Moments | Statistics) -> dict[str, float]:
         """`score` of moments that are reduced over all processes."""
         value = frechet.distance_to(self.reference, moments.mean, moments.cov)
         return {self.extractor.key: dist.from_main(value)}  # all processes must decide alike

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,20 +12,9 @@ from torch import Tensor
 
 from ddo_cli import dist, npz
 from ddo_cli.errors import DataError, printable
-from ddo_cli.files import replacing
 from ddo_cli.metrics import frechet
 
 _MAX_BYTES = 2**29  # of an array of statistics: the covariance of 8192 features
-
-
-class HasMoments(Protocol):
-    """Anything with a mean (F,) and a covariance (F, F)."""
-
-    @property
-    def mean(self) -> Tensor: ...
-
-    @property
-    def cov(self) -> Tensor: ...
 
 
 class Statistics(NamedTuple):
@@ -127,23 +116,12 @@ class Moments:
         return self._scatter / (self.n - 1)
 
     def statistics(self, extractor: str | None = None) -> Statistics:
-        """Statistics for `save`. extractor: its name."""
+        """The final moments. extractor: its name."""
         return Statistics(self.mean.cpu(), self.cov.cpu(), self.n, extractor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files: arrays `mu` (F,) and `sigma` (F, F), as EDM's; ours also `num_images` and `extractor`
-
-
-def save(path: Path, statistics: Statistics) -> None:
-    """Writes statistics atomically."""
-    arrays = {"mu": statistics.mean.cpu().numpy(), "sigma": statistics.cov.cpu().numpy()}
-    if statistics.num_images is not None:
-        arrays["num_images"] = np.array(statistics.num_images)
-    if statistics.extractor is not None:
-        arrays["extractor"] = np.array(statistics.extractor)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def holds_statistics(path: Path) -> bool:
@@ -152,17 +130,6 @@ def holds_statistics(path: Path) -> bool:
         return npz.members(path).keys() >= {"mu", "sigma"}
     except npz.DAMAGE:
         return False
-
-
-def load(path: Path, num_features: int, extractor: str) -> Statistics:
-    """Statistics of `num_features` features of the extractor of this name.
-
-    A file that names no extractor (EDM's do not) is accepted. Raises DataError if it cannot be read, holds something
-    else, names another extractor, has another number of features, or is not a mean with a covariance.
-    """
-    statistics = read_npz(path)
-    fits(str(path), statistics, num_features, extractor)
-    return statistics
 
 
 def read_npz(path: Path, mu: str = "mu", sigma: str = "sigma") -> Statistics:

@@ -98,21 +98,10 @@ class InceptionExtractor(Extractor):
                 handle.remove()
 
 
-def load_inception(
-    path: str | None, device: torch.device | str = "cpu", precision: Precision = "float32", download: bool = False
-) -> InceptionExtractor:
-    """Inception-v3 with the weights of a file: .safetensors, or a .pth of tensors only, read without running code.
-
-    path: None to search where `weights.find` does. Raises CheckpointError if it is missing, not such a file, or
-    of another network.
-    """
-    return from_file(weights.require("fid", path, download), device, precision)
-
-
 def from_file(
     file: weights.WeightFile, device: torch.device | str = "cpu", precision: Precision = "float32"
 ) -> InceptionExtractor:
-    """The same for a file of `weights.find`."""
+    """Inception-v3 with a file of `weights.find`. Raises CheckpointError if it is not of this network."""
     remedy = f"give {WEIGHTS_FILE} (torch-fidelity's and pytorch-fid's) or its tensors as .safetensors"
     try:
         return InceptionExtractor(weights.read_tensors(file, remedy), file.sha256, device, precision, file.is_published)
