@@ -101,10 +101,12 @@ class Joined:
         """Each part is read once, in the order of `rows` within it."""
         part_of = np.searchsorted(self.ends, rows, side="right")
         items = np.empty((len(rows), *self.shape), dtype=self.dtype)
-        for number in np.unique(part_of).tolist():
-            places = np.flatnonzero(part_of == number)
-            first = self.ends[number] - self.parts[number].num
-            items[places] = self.parts[number].read(rows[places] - first)
+        order = np.argsort(part_of, kind="stable")
+        for places in np.split(order, np.flatnonzero(np.diff(part_of[order])) + 1):
+            if len(places):
+                number = int(part_of[places[0]])
+                first = self.ends[number] - self.parts[number].num
+                items[places] = self.parts[number].read(rows[places] - first)
         return items
 
 
@@ -217,11 +219,13 @@ class ZipBytes:
         self.methods = np.array(methods, dtype=np.int8)
         self.places = np.array([(info.header_offset, info.compress_size, info.CRC) for info in infos], dtype=np.int64)
         self._file: IO[bytes] | None = None
+        self._archive: tuple[int, zipfile.ZipFile] | None = None
 
     def __call__(self, row: int) -> bytes:
         if self.methods[row] < 0:
-            with zipfile.ZipFile(self.path) as archive:
-                return archive.read(self.names[row])
+            if self._archive is None or self._archive[0] != os.getpid():  # its position must not be shared by a fork
+                self._archive = os.getpid(), zipfile.ZipFile(self.path)
+            return self._archive[1].read(self.names[row])
         offset, size, crc = self.places[row].tolist()
         content = self._at(offset + local_header_size(self._at(offset, 30)), size)
         if self.methods[row] == zipfile.ZIP_DEFLATED:
@@ -239,7 +243,7 @@ class ZipBytes:
         return content
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
+        return {**self.__dict__, "_file": None, "_archive": None}
 
 
 class ItemFiles:
