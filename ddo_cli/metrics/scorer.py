@@ -59,9 +59,6 @@ class FrechetScorer:
         batches: uint8 (b, C, H, W), this process's share of the images, which may be empty.
         Raises ValueError if all processes together pass fewer than two images.
         """
-        return self.score_moments(moments_of(self.extractor, batches))
-
-    def score_moments(self, moments: Moments | Statistics) -> dict[str, float]:
-        """`score` of moments that are reduced over all processes."""
+        moments = moments_of(self.extractor, batches)
         value = frechet.distance_to(self.reference, moments.mean, moments.cov)
         return {self.extractor.key: dist.from_main(value)}  # all processes must decide alike
