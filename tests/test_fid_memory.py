@@ -13,7 +13,7 @@ PASS = """
 import resource, sys
 import numpy as np, torch
 from ddo_cli.data.stream import open_stream
-from ddo_cli.engines.fid import one_pass as fid_pass
+from ddo_cli.engines.fid import one_pass
 from ddo_cli.metrics.extractors.base import Extractor
 
 class Pixels(Extractor):
@@ -23,8 +23,8 @@ class Pixels(Extractor):
         return {"pool": x[:, :64], "logits": x[:, :1008]}
 
 def run(path):
-    wanted = [fid_pass.Wanted(Pixels("pixels", 64, "", "cpu"), moments=("pool",), score="torch-fidelity")]
-    fid_pass.run(open_stream(path), wanted, 64, 0, torch.device("cpu"), "")
+    wanted = [one_pass.Wanted(Pixels("pixels", 64, "", "cpu"), moments=("pool",), score="torch-fidelity")]
+    one_pass.run(open_stream(path), wanted, "", batch=64, workers=0, device=torch.device("cpu"))
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
