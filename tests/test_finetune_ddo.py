@@ -127,7 +127,7 @@ def kills() -> Iterator[Any]:
         yield pytest.param(kind, number, before, marks=() if is_quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("kind", "number", "before"), kills())
+@pytest.mark.parametrize(("kind", "number", "before"), list(kills()))
 def test_resume_equals_uninterrupted(finished_of, tmp_path, monkeypatch, kind, number, before):
     _, ckpt, reference, _ = finished_of(kind)
     recipe = tiny_recipe(ckpt, kind)
