@@ -1,8 +1,8 @@
-"""One safetensors file with its configuration and provenance in the header. Knows no model.
+"""Weight files: safetensors with configuration and provenance in the header. Knows nothing about models.
 
-The header's only metadata entry is "ddo": JSON with sorted keys, so that equal content gives equal bytes. Its fields:
-`kind` ("model", "extractor", "train-state"), `config` (rebuilds the module), and what the writer adds, such as
-`provenance` (which reference, recipe and round) and `sampling` (defaults of `ddo sample`).
+The header's only metadata entry is "ddo", JSON with sorted keys, so that equal content gives equal bytes. Its fields:
+`kind` ("model", "extractor", "train-state"), `config` (rebuilds the module) and others of the writer, such as
+`provenance` (reference, recipe and round) and `sampling` (defaults of `ddo sample`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Checkpoint(NamedTuple):
 
 
 def embedded_names() -> list[str]:
-    """Names of the weights that come with the package."""
+    """Names of the embedded weight files."""
     return sorted(path.stem for path in ASSETS.glob("*.safetensors"))
 
 
@@ -62,12 +62,12 @@ def save(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file atomically. Raises OSError where the system refuses, e.g. for want of space."""
+    """Writes a safetensors file atomically. Raises OSError, for example if the disk is full."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         try:
             save_file(contiguous, temporary, metadata=metadata)
-        except SafetensorError as error:  # it wraps the system's error in a text
+        except SafetensorError as error:  # the system's error is in its text only
             number = re.search(r"os error (\d+)", str(error))
             if number is None:
                 raise

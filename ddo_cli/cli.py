@@ -1,4 +1,4 @@
-"""The program: its commands by name, and what becomes of errors. The commands themselves are in `commands/`."""
+"""The program `ddo`: the table of its commands, and how errors end it. The commands are in `commands/`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ddo_cli.commands import evaluate, sample, train, weights
 from ddo_cli.commands.options import Command
 from ddo_cli.errors import DdoError
 
-# Newer Typer carries its own copy of click, older ones import it: either way this is what a bad option raises.
+# Raised for a bad option, by click or by the copy of it inside newer versions of Typer.
 _ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 app = typer.Typer(
@@ -67,12 +67,12 @@ for name, function in COMMANDS.items():
 
 
 def main() -> None:
-    """Runs a command; a user's mistake is one message on stderr and exit code 2, never a traceback.
+    """Runs a command. A user's mistake gives one message on stderr and exit code 2, never a traceback.
 
-    Our own mistakes are tracebacks. Of several processes one that has made it ends at once, like one that met the
-    user's: on its way out of the interpreter, NCCL would wait for the others, who wait for it.
+    A bug gives a traceback. One of several processes then exits at once: a regular exit would let NCCL wait for the
+    others, which wait for this process.
     """
-    for stream in (sys.stdout, sys.stderr):  # a terminal without our letters is no reason to stop
+    for stream in (sys.stdout, sys.stderr):  # never fail because the terminal lacks UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
@@ -85,14 +85,14 @@ def main() -> None:
 
 
 def _run() -> None:
-    # Options are parsed after this; an error before --json is read must still answer in JSON.
+    # An error in parsing the options must be JSON, too.
     console.use_json("--json" in sys.argv)
     try:
         code = app(standalone_mode=False)
     except DdoError as error:
         _fail(error.kind, str(error), 2)
     except _ClickException as error:
-        if type(error).__name__ == "NoArgsIsHelpError":  # the help is already there
+        if type(error).__name__ == "NoArgsIsHelpError":  # which has been printed
             _exit(2)
         _fail("usage", f"{error.format_message()} ({_help_of(error)} lists the options)", 2)
     except (typer.Abort, KeyboardInterrupt):
@@ -106,7 +106,7 @@ def _run() -> None:
             errno.EACCES: "change its permissions, or choose another place",
             errno.EROFS: "choose another place",
         }
-        # Without torch nothing has been written but help.
+        # Without torch, only help can have been written.
         is_help = error.filename is None and "torch" not in sys.modules
         if (failed := _stdout_error() or (error if is_help else None)) is not None:
             _fail("disk", f"stdout: {failed.strerror}; send it elsewhere", 2)
@@ -123,7 +123,7 @@ def _run() -> None:
 
 
 def _help_of(error: Any) -> str:
-    """The line that shows the options of the command that was misused."""
+    """The command line that lists the options of the misused command."""
     context = getattr(error, "ctx", None)
     names = [] if context is None or context.parent is None else [context.info_name]
     return " ".join(["ddo", *names, "--help"])
@@ -131,16 +131,16 @@ def _help_of(error: Any) -> str:
 
 def _fail(kind: str, message: str, code: int) -> None:
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(1)  # the main process's message comes first, before torchrun ends them all
+        time.sleep(1)  # let rank 0 print first: torchrun then ends all processes
     console.error(kind, message)
     _exit(code)
 
 
 def _exit(code: int) -> None:
-    """Ends the process; under torchrun at once.
+    """Ends the process; under torchrun without cleaning up.
 
-    After a failure, leaving the process group in the regular way would wait for the others, who wait for this process;
-    torchrun ends them once this one has. After success, gloo's threads may abort an interpreter that takes them down.
+    After a failure, a regular exit would wait for the other processes, which wait for this one; torchrun ends them.
+    After success, gloo's threads may abort the interpreter that shuts them down.
     """
     if (failed := _stdout_error()) is not None:
         console.error("disk", f"stdout: {failed.strerror}; send it elsewhere")
@@ -150,7 +150,7 @@ def _exit(code: int) -> None:
 
 
 def _stdout_error() -> OSError | None:
-    """Why stdout cannot be written to, which then is let go."""
+    """Why stdout cannot be written to; its buffer is then discarded."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -160,4 +160,4 @@ def _stdout_error() -> OSError | None:
 
 
 def _is_one_of_several() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1  # `dist` would load torch
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1  # not by `dist`, which imports torch

@@ -1,4 +1,4 @@
-"""Everything that is printed: results on stdout, progress and messages on stderr, rank 0 only."""
+"""All output: results on stdout, progress and messages on stderr, from rank 0 only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ddo_cli.errors import RunError
 
 _out = Console(highlight=False, emoji=False)
 if not _out.is_terminal:
-    _out = Console(highlight=False, emoji=False, width=120)  # a log or a pipe has no width of its own
+    _out = Console(highlight=False, emoji=False, width=120)  # a log or a pipe has no width
 _err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 _json_only = False
 _is_answered = False  # whether the one JSON object has been printed
@@ -30,7 +30,7 @@ PLAIN_INTERVAL = 10.0  # seconds between progress lines where stderr is not a te
 
 
 def use_json(only_json: bool) -> None:
-    """With True, `result` prints JSON and tables are left out."""
+    """With True, `result` prints one JSON object and nothing else."""
     global _json_only, _is_answered
     _json_only, _is_answered = only_json, False
 
@@ -52,17 +52,17 @@ def warn(message: str) -> None:
 
 
 def error(kind: str, message: str) -> None:
-    """An error on stderr; with --json also as the object on stdout, from the main process, unless there is one."""
+    """An error on stderr; with --json also on stdout, unless the result is already there."""
     if _json_only and _is_main() and not _is_answered:
-        with contextlib.suppress(RunError):  # stdout takes nothing: stderr is what is left
+        with contextlib.suppress(RunError):  # stdout is full or closed: stderr remains
             _print_json({"error": {"kind": kind, "message": message}})
     _err.print(f"[red]error:[/red] {_escape(message)}")
 
 
 def result(content: Mapping[str, Any], summary: str | None = None, table: Table | None = None) -> None:
-    """What a command found: one JSON object with --json, else the table and the summary.
+    """Prints a command's result: one JSON object with --json, else the table and the summary.
 
-    Raises RunError where stdout cannot take it.
+    Raises RunError if stdout is full or closed.
     """
     if not _is_main():
         return
@@ -77,9 +77,9 @@ def result(content: Mapping[str, Any], summary: str | None = None, table: Table 
 
 
 def show(table: Table) -> None:
-    """A table among the lines of progress on stderr."""
+    """A table on stderr, during a run."""
     if _is_main():
-        _err.print(table, width=None if _err.is_terminal else 120)  # as wide as results in a log
+        _err.print(table, width=None if _err.is_terminal else 120)
 
 
 def _print_json(content: Mapping[str, Any]) -> None:
@@ -91,7 +91,7 @@ def _print_json(content: Mapping[str, Any]) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """`value` with null for NaN and infinities, which JSON does not know."""
+    """`value` with None for NaN and infinities, which JSON lacks."""
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -101,7 +101,7 @@ def _finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _to_stdout() -> Iterator[None]:
-    """Raises RunError where stdout is full or closed."""
+    """Raises RunError if stdout is full or closed."""
     try:
         yield
         sys.stdout.flush()
@@ -114,13 +114,13 @@ def _to_stdout() -> Iterator[None]:
 
 
 def release_stdout() -> None:
-    """Lets go of what stdout did not take, which Python would otherwise try to write again at exit."""
+    """Discards buffered output of a full or closed stdout; Python would try to write it again at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A Rich table of texts; the first column left-aligned, the others right-aligned."""
+    """A table of texts; the first column is left-aligned, the others right-aligned."""
     built = Table(title=title, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
         built.add_column(column, justify="left" if number == 0 else "right")
@@ -134,7 +134,7 @@ def _escape(text: str) -> str:
 
 
 def _visible(text: str) -> str:
-    """`text` with control characters written out: a name out of a foreign file must not steer the terminal."""
+    """`text` with control characters escaped: a name from a foreign file must not control the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
@@ -143,7 +143,7 @@ def _visible(text: str) -> str:
 
 
 class Bar(Protocol):
-    """A running count. `fields` is a short text shown beside it."""
+    """A progress bar. fields: a short text beside it."""
 
     def advance(self, count: int = 1, fields: str | None = None) -> None: ...
 
@@ -170,7 +170,7 @@ class _Live:
 
 
 class _Plain:
-    """A line now and then, for logs."""
+    """A line every PLAIN_INTERVAL seconds, for logs."""
 
     def __init__(self, title: str, total: int, done: int, unit: str):
         self.title, self.total, self.done, self.unit = title, total, done, unit
@@ -190,13 +190,13 @@ class _Plain:
 
 @contextlib.contextmanager
 def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
-    """A progress bar with speed and time left; plain lines where stderr is not a terminal; nothing off rank 0."""
+    """A progress bar with speed and time left; plain lines if stderr is no terminal; nothing on other ranks."""
     global _active
     if not _is_main():
         yield _Silent()
     elif not _err.is_terminal:
         yield _Plain(title, total, done, unit)
-    elif _active is not None:  # a stage inside another: a further line of the same display
+    elif _active is not None:  # a stage within another: one more line
         task = _active.add_task(f"  {title}", total=total, completed=done, fields="", unit=unit)
         yield _Live(_active, task)
         _active.remove_task(task)

@@ -1,16 +1,16 @@
-"""What a user can get wrong. `cli` turns each into one message on stderr and exit code 2."""
+"""Errors of the user or the environment. `cli` prints each as one message and exits with code 2."""
 
 from __future__ import annotations
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """`text` out of a foreign file as it may stand in a message: one line, no control characters, cut at `limit`."""
+    """`text` from a foreign file, safe for a message: one line, no control characters, cut at `limit`."""
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
     return shown if len(text) <= limit else f"{shown}..."
 
 
 class DdoError(Exception):
-    """A mistake of the user or of the surroundings. The message says what is wrong, where, and what to do."""
+    """A mistake of the user or a problem of the environment. The message says what, where, and what to do."""
 
     kind = "error"
 
@@ -28,7 +28,7 @@ class RecipeError(DdoError):
 
 
 class CheckpointError(DdoError):
-    """A weight file that is missing, damaged, or of another kind."""
+    """A weight file that is missing, damaged or of another kind."""
 
     kind = "checkpoint"
 

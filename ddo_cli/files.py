@@ -1,4 +1,4 @@
-"""Files are written to a temporary name and renamed, so that a reader sees the old content or the new, never a part."""
+"""Atomic files: written under a temporary name, then renamed. Readers see the old or the new content, never a part."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import Any
 
 from ddo_cli.errors import RunError
 
-LOCK = ".lock"  # in a directory that one process at a time writes
-# What `replacing` calls its temporary files, and nothing else: people have hidden files that end in .part, too.
+LOCK = ".lock"  # in a directory that one process at a time may write to
+# Exactly the temporary names of `replacing`: users may have other hidden files that end in .part.
 _TEMPORARY = re.compile(r"\..+\.\d+\.part")
 
-UMASK = os.umask(0o077)  # reading it means setting it
+UMASK = os.umask(0o077)  # can only be read by setting it
 os.umask(UMASK)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; renamed to it when the block ends, removed when the block fails.
+    """A temporary name beside `path`, renamed to `path` when the block ends and removed if it fails.
 
-    An OSError of the block, such as a full disk's, names `path`, unless it is of another file.
+    An OSError of the block, such as a full disk, names `path`, unless it is about another file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The process number keeps two writers apart. Leftovers of a killed process are overwritten or swept by `sweep`.
+    # The process id keeps two writers apart. `sweep` removes the leftovers of a killed process.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
@@ -37,7 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~UMASK)  # some writers make files that only their owner can read
         os.replace(temporary, path)
     except OSError as error:
-        # A failed write names no file, and the temporary name says nothing to who reads it.
+        # errno carries no file name: report the target, not the temporary.
         if error.filename is None or str(error.filename) == str(temporary):
             error.filename = str(path)
         raise
@@ -46,9 +46,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def sweep(directory: Path, *, below: bool = False) -> None:
-    """Removes what killed writers left in `directory`. Only for one that is known as ours, and whose lock is held.
+    """Removes temporary files of killed writers. Only for a directory of ours whose lock is held.
 
-    below: in its directories, too, but for those with a lock of their own: another process may be writing there.
+    below: also in subdirectories, except those with their own lock, where another process may be writing.
     """
     for path in directory.iterdir():
         if path.is_symlink():
@@ -71,7 +71,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """The content of a JSON file of a run. Raises RunError if it is missing, damaged, or not of this kind."""
+    """The content of a JSON file of a run. Raises RunError if it is missing, damaged or of another type."""
     try:
         content = json.loads(path.read_text())
         if not isinstance(content, kind):
@@ -93,7 +93,7 @@ def sha256(path: Path) -> str:
 
 
 def cache_directory() -> Path | None:
-    """$DDO_CACHE, else $XDG_CACHE_HOME/ddo, else ~/.cache/ddo; None where DDO_CACHE is "off" or empty."""
+    """$DDO_CACHE, else $XDG_CACHE_HOME/ddo, else ~/.cache/ddo; None if DDO_CACHE is "off" or empty."""
     chosen = os.environ.get("DDO_CACHE")
     if chosen is not None:
         return None if chosen in ("", "off") else Path(chosen)

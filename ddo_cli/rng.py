@@ -1,4 +1,4 @@
-"""Generators made from seeds, so that no random number depends on process count, batch size or order."""
+"""Random numbers that depend on seeds only: not on the number of processes, the batch size or the order."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ BLOCK = 32  # training rows that share a generator
 
 
 class RowRng:
-    """Random numbers of the rows of a batch, each row's a function of its own seed or number only.
+    """Random numbers of the rows of a batch. Those of a row depend on its own seed or number only.
 
-    Numbers are drawn on the CPU, where a generator gives the same stream whatever the accelerator.
-    Torch's CPU generator keeps 32 bits of a seed, as EDM's per-image generators do.
+    They are drawn on the CPU, so that they are the same for every accelerator. Torch's CPU generator uses 32 bits of a
+    seed, as EDM's per-image generators do.
     """
 
     def __init__(self, seeds: Sequence[int], rows_per_seed: int = 1, rows: slice = slice(None)):
@@ -34,10 +34,10 @@ class RowRng:
 
     @classmethod
     def for_rows(cls, *key: int | str, rows: range) -> RowRng:
-        """Numbers of training rows: `key` names the stream and step, `rows` are consecutive global row numbers.
+        """Numbers of training rows. key: stream and step; rows: consecutive row numbers within the global batch.
 
-        Rows come in fixed blocks with a generator each: cheaper than one per row, and still the same numbers however
-        the batch is shared among processes and micro-batches.
+        Each block of BLOCK rows has a generator: cheaper than one per row, and still independent of how the batch is
+        split into processes and micro-batches.
         """
         first = rows.start // BLOCK
         blocks = range(first, (rows.stop - 1) // BLOCK + 1)

@@ -1,10 +1,10 @@
-"""Reads a pickle without running any of it: a small machine that knows data, and a list of names it gives a meaning.
+"""Reads pickles of weights without running code from them: an interpreter of data opcodes with a list of known names.
 
-Python's own unpickler calls whatever a file names. Here a name in the file is looked up in `Machine.globals`; each
-entry is a function of this module that only stores or checks its arguments. Opcodes outside `Machine` and names outside
-the list are refused, so the worst that a hostile file can do is to be refused or to hold wrong numbers.
+Python's unpickler calls any function that a file names. Here a name is looked up in `Machine.globals`, whose functions
+only store or check their arguments. Other opcodes and names are refused, so the worst that a hostile file can do is to
+be refused or to hold wrong numbers.
 
-Sources: the opcodes' documentation in Python's `pickletools`, and the layout of torch's own tensor pickles.
+Sources: the documentation of opcodes in Python's `pickletools`, and the layout of torch's tensor pickles.
 """
 
 from __future__ import annotations
@@ -24,40 +24,27 @@ from torch import Tensor
 from ddo_cli import checkpoint
 from ddo_cli.errors import CheckpointError, printable
 
-# What an honest file stays far below, so that a hostile one costs seconds and megabytes only; chosen by us. The largest
-# published networks take about 70,000 operations, of which EDM's EMPTY_SET of 216 bytes is the costliest.
+# Limits far above what published files need, so that a hostile file costs seconds and megabytes only; our choice. The
+# largest published networks take about 70,000 operations, of which EDM's EMPTY_SET of 216 bytes is the costliest.
 _MOST_OPERATIONS = 300_000
 _MOST_DIMENSIONS = 8
 _LARGEST_KEY = 2**60  # larger integers hash to small ones: a dict of chosen keys would take quadratic time
 
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before zip files
 _STORAGE_TYPES = {
-    "torch.FloatStorage": torch.float32,
-    "torch.DoubleStorage": torch.float64,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
+    "torch.FloatStorage": torch.float32, "torch.DoubleStorage": torch.float64, "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16, "torch.CharStorage": torch.int8, "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
-}
+}  # fmt: skip
 _DAMAGE = (
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    MemoryError,
-    EOFError,
-)
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError, EOFError
+)  # fmt: skip
 
 
 @dataclass(eq=False)
 class Record:
-    """An object of a class that is not loaded: its name and attributes. source: its code, as text that nobody runs."""
+    """An object whose class is not loaded: class name and attributes. source: its code as text, never run."""
 
     class_name: str
     state: dict[Any, Any] | None
@@ -66,7 +53,7 @@ class Record:
 
 @dataclass(eq=False)
 class _ScalarType:
-    """A numpy type of numbers; the byte order comes with its state."""
+    """A numpy number type; its state sets the byte order."""
 
     code: str
     order: str = ""
@@ -77,7 +64,7 @@ class _ScalarType:
 
 
 class _Global(NamedTuple):
-    """A name from the file and the meaning that we give it."""
+    """A name in the file and the function that stands for it."""
 
     name: str
     call: Callable[..., Any]
@@ -85,13 +72,13 @@ class _Global(NamedTuple):
 
 @dataclass(eq=False)
 class Array:
-    """A numpy array of plain numbers; its values come with its state."""
+    """A numpy array of plain numbers; its state sets the values."""
 
     values: np.ndarray | None = None
 
 
 class Storage(NamedTuple):
-    """The numbers of a tensor, 1-D, and where their little-endian bytes begin in the file."""
+    """The numbers of a tensor, 1-D, and the offset of their little-endian bytes in the file."""
 
     values: Tensor
     offset: int
@@ -101,17 +88,16 @@ WEIGHTS = "a file that `ddo convert` knows"
 
 
 def read_pickle(path: str | Path, known: str = WEIGHTS) -> Any:
-    """The content of a pickle: dicts, lists, tuples, numbers, texts, tensors, and a `Record` for each other object.
+    """The content of a pickle: dicts, lists, tuples, numbers, texts, tensors, and a `Record` for any other object.
 
-    A numpy array is an `Array`, its values not to be written to. known: what would do instead, for the message.
-
-    Raises CheckpointError if the file is missing, damaged, or names anything outside the list.
+    A numpy array is an `Array` with read-only values. known: which files are read, for the message.
+    Raises CheckpointError if the file is missing or damaged, or has an unknown name.
     """
     return read_with_storages(path, known)[0]
 
 
 def read_with_storages(path: str | Path, known: str = WEIGHTS) -> tuple[Any, list[Storage]]:
-    """`read_pickle`, and the storages that the tensors are views of: what is written to a tensor appears there."""
+    """`read_pickle`, and the storages of which the tensors are views: writing to a tensor changes them."""
     file = checkpoint.resolve(path)
     with open(file, "rb") as stream:
         machine = Machine(str(path), file.stat().st_size, known)
@@ -119,19 +105,19 @@ def read_with_storages(path: str | Path, known: str = WEIGHTS) -> tuple[Any, lis
 
 
 def parse_pickle(where: str, raw: bytes, known: str = WEIGHTS) -> Any:
-    """`read_pickle` of bytes that `where` names."""
+    """`read_pickle` of bytes. where: their name in messages."""
     return Machine(where, len(raw), known).content(io.BytesIO(raw))
 
 
 class Machine:
-    """One reading of one file of `size` bytes. `path` and `known`, what would do instead, are for messages."""
+    """One reading of one file of `size` bytes. path, known: for messages."""
 
     def __init__(self, path: str, size: int, known: str):
         self.path, self.known = path, known
-        self.budget = size  # of bytes in storages and arrays: a file repeating one would fill the memory
+        self.budget = size  # bytes left for storages and arrays: a file that repeats one would fill the memory
         self.operations = 0
         self.storages: list[Storage] = []
-        self.places: dict[int, tuple[bytes, int]] = {}  # by id: bytes, held so that ids stay theirs, and their offset
+        self.places: dict[int, tuple[bytes, int]] = {}  # by id: bytes (kept alive, so that ids stay unique) and offset
         self.globals: dict[str, Callable[..., Any]] = {
             "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
             "dnnlib.util.EasyDict": _dict,
@@ -140,18 +126,16 @@ class Machine:
             "torch._utils._rebuild_parameter": _parameter,
             "torch.storage._load_from_bytes": self._storage,
             "torch.nn.modules.container.ModuleDict": _module_dict,
-            "numpy.core.multiarray.scalar": _scalar,
-            "numpy._core.multiarray.scalar": _scalar,
             "numpy.dtype": _scalar_type,
-            "numpy.ndarray": _refuse_call,  # an argument of the two below
-            "numpy.core.multiarray._reconstruct": _array,
-            "numpy._core.multiarray._reconstruct": _array,
-            "numpy.core.numeric._frombuffer": self._array_of_buffer,  # protocol 5
-            "numpy._core.numeric._frombuffer": self._array_of_buffer,
+            "numpy.ndarray": _refuse_call,  # an argument of _reconstruct
         }
+        for core in ("numpy.core", "numpy._core"):  # numpy 1 and 2
+            self.globals[f"{core}.multiarray.scalar"] = _scalar
+            self.globals[f"{core}.multiarray._reconstruct"] = _array
+            self.globals[f"{core}.numeric._frombuffer"] = self._array_of_buffer  # protocol 5
 
     def content(self, stream: BinaryIO) -> Any:
-        """What the pickle in the whole of `stream` holds. Raises CheckpointError."""
+        """The object in `stream`. Raises CheckpointError."""
         try:
             return self.run(stream, self.globals)
         except _DAMAGE as error:
@@ -162,9 +146,9 @@ class Machine:
             ) from None
 
     def run(self, stream: BinaryIO, known: dict[str, Callable[..., Any]], persistent: Any = None) -> Any:
-        """The object of the pickle that begins where `stream` stands; leaves `stream` behind it.
+        """The object of the pickle at the position of `stream`, which ends up behind the pickle.
 
-        persistent: function of a persistent id. Raises CheckpointError for what is refused, _DAMAGE for what is broken.
+        persistent: function of a persistent id. Raises CheckpointError for a refused file, _DAMAGE for a broken one.
         """
         stack: list[Any] = []
         marks: list[int] = []
@@ -274,7 +258,7 @@ class Machine:
         return Array(self._numbers(raw, kind, shape, {"C": "C", "F": "F"}[_of(order, str)]))
 
     def _numbers(self, raw: Any, kind: Any, shape: Any, order: Any) -> np.ndarray:
-        """A view of `raw`. Sizes are multiplied as whole numbers: numpy's own product of a hostile shape overflows."""
+        """A view of `raw`. Sizes are multiplied as Python integers: numpy's product of a hostile shape overflows."""
         dtype = _of(kind, _ScalarType).numpy
         raw = raw.encode("latin-1") if type(raw) is str else raw
         sizes = [_of(size, int) for size in _of(shape, tuple)]
@@ -299,8 +283,8 @@ class Machine:
             raise ValueError("a storage is of an unknown format")
         if _of(self.run(stream, {}), dict)["little_endian"] is not True:
             raise ValueError("a storage is big-endian")
-        kind, storage_type, key, _, count, view = self.run(stream, types, persistent=lambda found: _of(found, tuple))
-        # Texts only: comparing nested tuples of tuples can take for ever.
+        kind, storage_type, key, _, count, view = self.run(stream, types, persistent=lambda place: _of(place, tuple))
+        # Strings only: comparing deeply nested tuples can take forever.
         if _of(kind, str) != "storage" or view is not None or self.run(stream, {}) != [_of(key, str)]:
             raise ValueError("a storage is of an unknown layout")
         dtype = _STORAGE_TYPES[_of(storage_type, _Global).name]
@@ -309,7 +293,7 @@ class Machine:
         start = stream.tell()
         if len(blob) - start != count * dtype.itemsize:
             raise ValueError(f"a storage of {count} numbers has {len(blob) - start} bytes")
-        raw = bytearray(len(blob) - start)  # memory that torch may write to
+        raw = bytearray(len(blob) - start)  # writable memory for torch
         stream.readinto(raw)
         values = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
         self.storages.append(Storage(values, begin + start))
@@ -317,14 +301,14 @@ class Machine:
 
 
 def _of(value: Any, kind: type) -> Any:
-    """`value`, which must be of exactly this type: a subclass could behave otherwise."""
+    """`value`, which must have exactly this type: a subclass could behave differently."""
     if type(value) is not kind:
         raise TypeError(f"a {type(value).__name__} where a {kind.__name__} belongs")
     return value
 
 
 def _key(value: Any) -> Any:
-    """`value` as a key. Plain values only: hashing a deeply nested tuple overflows the interpreter's stack."""
+    """`value` as a dict key. Plain values only: hashing a deeply nested tuple overflows the stack."""
     if value is not None and type(value) not in (str, int, float, bool, bytes):
         raise TypeError(f"a {type(value).__name__} as a key")
     if type(value) is int and abs(value) >= _LARGEST_KEY:
@@ -333,7 +317,7 @@ def _key(value: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The meaning of each name
+# The functions that stand for names
 
 
 def _refuse_call(*arguments: Any) -> Any:
@@ -341,7 +325,7 @@ def _refuse_call(*arguments: Any) -> Any:
 
 
 def _persistent(meta: Any) -> Record:
-    """An object of EDM's code base: class name, attributes, and the source text of its module."""
+    """An object of EDM's code: class name, attributes, and the source text of its module."""
     if _of(_of(meta, dict)["type"], str) != "class":
         raise ValueError("an object is not described by a class")
     return Record(_of(meta["class_name"], str), _of(meta["state"], dict), _of(meta["module_src"], str))
@@ -381,7 +365,7 @@ def _scalar_type(code: Any, align: Any, copy: Any) -> _ScalarType:
 
 
 def _array(subtype: Any, shape: Any, code: Any) -> Array:
-    """The empty array that numpy makes before it sets the state."""
+    """The empty array whose state follows."""
     if _of(subtype, _Global).name != "numpy.ndarray":
         raise TypeError("an array of a class of its own")
     return Array()

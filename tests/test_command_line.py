@@ -256,7 +256,7 @@ def last_goods(monkeypatch):
     """What the plan of a run names as its last good checkpoint when it is about to begin; the run ends there."""
     found = []
 
-    def fit(model, plan, device):
+    def fit(model, objective, stream, plan, meter):
         found.append(plan.last_good())
         plan.state_file.write_bytes(b"")
         found.append(plan.last_good())

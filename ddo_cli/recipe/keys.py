@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
-from ddo_cli.recipe.schema import Recipe
-from ddo_cli.recipe.training import Section, TrainRecipe
+from ddo_cli.recipe.schema import Recipe, fields
+from ddo_cli.recipe.training import TrainRecipe
 
 
 class Key(NamedTuple):
@@ -20,24 +20,13 @@ class Key(NamedTuple):
     meaning: str
 
 
-def described(schema: Any = Recipe, prefix: str = "") -> Iterator[Key]:
-    """All keys, in the order of a recipe file."""
-    for name, field in schema.model_fields.items():
-        if _is_section(field.annotation):
-            yield from described(field.annotation, f"{prefix}{name}.")
-        else:
-            default = field.get_default(call_default_factory=True)
-            yield Key(f"{prefix}{name}", spelled(field.annotation), default, _description(schema, name))
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
-
-
-def _description(schema: Any, name: str) -> str:
-    """A section that changes only the default of an inherited key has no text of its own for it."""
-    fields = [parent.model_fields[name] for parent in schema.__mro__ if name in getattr(parent, "model_fields", ())]
-    return next(field.description for field in fields if field.description)
+def described(schema: Any = Recipe) -> Iterator[Key]:
+    """All keys of a recipe or section, in the order of a file."""
+    for name, section, field in fields(schema):
+        # A section that only changes the default of an inherited key has the text of the class above it.
+        parents = [getattr(parent, "model_fields", {}).get(name.rpartition(".")[2]) for parent in section.__mro__]
+        meaning = next(parent.description for parent in parents if parent and parent.description)
+        yield Key(name, spelled(field.annotation), field.get_default(call_default_factory=True), meaning)
 
 
 def spelled(annotation: Any) -> str:
@@ -56,7 +45,7 @@ def spelled(annotation: Any) -> str:
 
 def markdown() -> str:
     """All keys as Markdown: a table for each section, and one for what the training sections share."""
-    sections = {name: field.annotation for name, field in Recipe.model_fields.items() if _is_section(field.annotation)}
+    sections = {name.partition(".")[0]: section for name, section, _ in fields() if "." in name}
     tables = [_table("Top level", Recipe), _table("Keys of every training section", TrainRecipe)]
     return "\n".join(tables + [_table(f"`{name}`", schema) for name, schema in sections.items()])
 

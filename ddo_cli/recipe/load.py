@@ -1,8 +1,8 @@
-"""YAML files of recipes and key=value overrides. All problems of a recipe are reported together.
+"""Reads recipes: YAML files and key=value overrides. All problems of a recipe are reported together.
 
 One recipe serves every command: `pretrain` reads `model` and `pretrain`, `finetune-ddo` reads `finetune`, `train-disc`
-reads `discriminator` and stores `guidance` for `guide-sample`; all read `data`, `sampling` and `metric`. Counts of
-training are in images, as in the papers, not in steps.
+reads `discriminator` and stores `guidance` for `guide-sample`; all read `data`, `sampling` and `metric`. Training is
+counted in images, as in the papers, not in steps.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from ddo_cli.recipe.schema import DEFAULT_RECIPE, Recipe, SamplingRecipe, messag
 
 
 def recipe_dirs() -> list[Path]:
-    """Where named recipes live: inside the installed package, or beside it in a checkout."""
+    """Directories of named recipes: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     return [path for path in (package / "recipes", package.parent / "recipes") if path.is_dir()]
 
 
 def recipe_names() -> dict[str, Path]:
-    """Names and files of the recipes that come with the package."""
+    """The recipes of the package: name -> file."""
     return {path.stem: path for root in recipe_dirs() for path in sorted(root.rglob("*.yaml"))}
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe given by path or by name. Raises RecipeError naming the nearest."""
+    """The file of a recipe given by path or name. Raises RecipeError, which suggests the nearest name."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
@@ -48,12 +48,12 @@ def load(
     given: dict[str, Any] | None = None,
     check: Callable[[Recipe], list[str]] | None = None,
 ) -> Recipe:
-    """The recipe `name` with command-line values in place of its own.
+    """The recipe `name`, with values of the command line.
 
-    overrides: "section.key=value" strings; values are YAML. Of two for a key the later one counts.
-    given: values of options by dotted key; those that are None are left alone.
-    check: further problems of a valid recipe (for example of the model's own options).
-    Raises RecipeError listing every problem.
+    overrides: "section.key=value" strings with values in YAML; the last one of a key wins.
+    given: values of options by dotted key; None leaves the recipe's value.
+    check: finds further problems of a valid recipe, for example in the model's options.
+    Raises RecipeError that lists all problems.
     """
     path = find_recipe(name)
     try:
@@ -84,7 +84,7 @@ def load(
 
 
 def differing_keys(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Lines "key: theirs -> ours" of all keys whose values differ. None is the same as no key."""
+    """Lines "key: theirs -> ours" for all keys whose values differ. None equals a missing key."""
     left, right = dict(_flatten(theirs)), dict(_flatten(ours))
     return [
         f"{key}: {left.get(key, 'absent')} -> {right.get(key, 'absent')}"
@@ -99,10 +99,10 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as everywhere else; YAML 1.1 wants 1.0e-4."""
+    """YAML that reads 1e-4 as a number; YAML 1.1 requires 1.0e-4."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        """A dictionary. Raises _GivenTwiceError for a key that is there twice: YAML would keep the last, in silence."""
+        """A dictionary. Raises _GivenTwiceError for a repeated key, of which YAML would silently keep the last."""
         seen = set[Any]()
         for key_node, _ in node.value:
             if key_node.tag != "tag:yaml.org,2002:merge":
@@ -126,7 +126,7 @@ def _parse_yaml(text: str) -> Any:
 
 
 def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Values by key of "key=value" strings, and what is wrong with the others."""
+    """Values by key of "key=value" strings, and messages about the others."""
     values: dict[str, Any] = {}
     problems = []
     for override in overrides:
@@ -142,10 +142,9 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str
 
 
 def repeated(overrides: Sequence[str], given: dict[str, Any]) -> list[str]:
-    """A message for each key that a command line gives twice: one of the two would be left out in silence.
+    """A message for each key that a command line gives twice, since one value would be silently ignored.
 
-    given: values of options by key, as `load` takes them; it lets the later one win, which is what a program wants
-    that adds to a list of its own.
+    given: values of options by key. (`load` itself lets the last one win, for programs that append overrides.)
     """
     seen = {key: f"by its option ({value})" for key, value in given.items() if value is not None}
     problems = []
@@ -160,7 +159,7 @@ def repeated(overrides: Sequence[str], given: dict[str, Any]) -> list[str]:
 def _set(content: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for name in sections:
-        # A round of finetune.from_round is a number in a file and a text here.
+        # A round of finetune.from_round is an integer in a file, but text here.
         section: Any = int(name) if name.isdecimal() and int(name) in content else name
         if content.get(section) is None:
             content[section] = {}
@@ -179,9 +178,9 @@ def _flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def parse_sampling(overrides: Sequence[str], flags: dict[str, Any]) -> dict[str, Any]:
-    """Values of SamplingRecipe from "key=value" strings and flags, those that are None left out.
+    """Values of SamplingRecipe from "key=value" strings and options; options that are None are left out.
 
-    Raises RecipeError listing every problem.
+    Raises RecipeError that lists all problems.
     """
     values, problems = _parse_overrides(overrides)
     problems += repeated(overrides, flags)

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from ddo_cli.diffusion.samplers import SAMPLERS
@@ -272,16 +273,18 @@ class Recipe(Section):
 # Messages about mistakes
 
 
-def all_keys(schema: type[BaseModel] | None = None, prefix: str = "") -> list[str]:
-    """Dotted names of every recipe key."""
-    keys: list[str] = []
+def fields(schema: Any = None, prefix: str = "") -> Iterator[tuple[str, Any, FieldInfo]]:
+    """Every recipe key, in the order of a file: its dotted name, the section that it is in, and its field."""
     for name, field in (schema or Recipe).model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            keys += all_keys(inner, f"{prefix}{name}.")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from fields(field.annotation, f"{prefix}{name}.")
         else:
-            keys.append(f"{prefix}{name}")
-    return keys
+            yield f"{prefix}{name}", schema or Recipe, field
+
+
+def all_keys() -> list[str]:
+    """Dotted names of every recipe key."""
+    return [name for name, _, _ in fields()]
 
 
 def nearest_key(key: str) -> str:
