@@ -225,6 +225,6 @@ def test_embedded_recipes_run_dry(name, tmp_path):
     if name == "toy2d-dg":  # its model is analytic
         found = train_disc.run(load(name), tmp_path / "run", device=CPU, dry_run=True)
     else:
-        found = pretrain.run(load(name), tmp_path / "run", device=CPU, dry_run=True)
+        found = pretrain.run(load(name), tmp_path / "run", device=CPU, dry_run=True, measure=False)
     assert found["parameters"] > 0
     assert not (tmp_path / "run").exists()
