@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable
 
-import bench_memory
 import fid
 import torch
 
@@ -15,15 +14,17 @@ from ddo_cli.data.images import open_images
 from ddo_cli.data.pairs import Shuffled
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.diffusion.guidance import GradientGuide
-from ddo_cli.likelihood import generate, repeat_draw
+from ddo_cli.engines.pretrain.model import negative_log_lik
+from ddo_cli.generation import generate
 from ddo_cli.metrics.discrimination import noisy
 from ddo_cli.models import registry
 from ddo_cli.models.discriminators import registry as discriminators
-from ddo_cli.objectives.ddo import ddo_loss
+from ddo_cli.objectives.ddo import DdoSettings
+from ddo_cli.objectives.ddo_step import ddo_step
 from ddo_cli.objectives.discriminator import discriminator_loss
 from ddo_cli.recipe.load import load
 from ddo_cli.recipe.schema import SamplingRecipe
-from ddo_cli.rng import RowRng
+from ddo_cli.rng import RowRng, StepRng
 
 REPEATS = 15
 BATCH = 64
@@ -49,12 +50,10 @@ def ddo_step_against_plain_step() -> None:
     ref, _ = registry.load_model(recipe.model.ckpt, device)
     ref.requires_grad_(False)
     data = open_images(recipe.data.source, 2 * BATCH)
-    x = model.encode(torch.from_numpy(data.items))
-    label = torch.from_numpy(data.labels)
-    half = model.draw(BATCH, RowRng.for_rows("bench", rows=range(BATCH)))
-    draw = repeat_draw(half, 2)
+    items, label = torch.from_numpy(data.items), torch.from_numpy(data.labels)
+    real, fake = (items[:BATCH], label[:BATCH]), (items[BATCH:], label[BATCH:])
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-6)
-    settings = recipe.finetune
+    settings = DdoSettings(recipe.finetune.alpha, recipe.finetune.beta)
 
     def step(loss: torch.Tensor) -> None:
         optimizer.zero_grad()
@@ -62,13 +61,10 @@ def ddo_step_against_plain_step() -> None:
         optimizer.step()
 
     def plain() -> None:
-        step(-model(x, label, draw).mean() / x[0].numel())
+        step(negative_log_lik(model, model, items, label, StepRng((0,), 0, range(2 * BATCH))).loss)
 
     def ddo() -> None:
-        with torch.no_grad():
-            ref_prediction = ref.predict(x, label, draw)
-        r = model(x, label, draw, ref_prediction)
-        step(ddo_loss(r[:BATCH], r[BATCH:], settings.alpha, settings.beta).loss)
+        step(ddo_step(model, model, real, fake, StepRng((0,), 0, range(BATCH)), ref=ref, settings=settings).loss)
 
     ddo_time, plain_time = alternating(ddo, plain)
     print(f"DDO step / plain step on the same {2 * BATCH} images: {ddo_time / plain_time:.3f} (floor 4/3 = 1.333)")
@@ -113,7 +109,7 @@ def discriminator_step_against_its_network() -> None:
     network = default_discriminator()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-6, weight_decay=1e-7)
     rows = stream.rows(0, 2 * BATCH)
-    x0, label = model.encode(rows.items), rows.label
+    x0, label = model.codec.encode(rows.items), rows.label
     t = vp_sde.importance_sampled_time(torch.rand(2 * BATCH))
     states = noisy(x0, t, torch.randn(x0.shape))
 
@@ -125,7 +121,7 @@ def discriminator_step_against_its_network() -> None:
         batch = stream.rows(0, 2 * BATCH)
         rng = RowRng.for_rows("bench", 0, rows=range(2 * BATCH))
         times = vp_sde.importance_sampled_time(rng.rand(dtype=torch.float64))
-        x = noisy(model.encode(batch.items), times, rng.randn(model.shape))
+        x = noisy(model.codec.encode(batch.items), times, rng.randn(model.codec.shape))
         logit = network(x, times, batch.label)
         optimizer.zero_grad()
         discriminator_loss(logit[:BATCH], logit[BATCH:]).loss.backward()
@@ -145,13 +141,13 @@ def guided_against_unguided() -> None:
     network = default_discriminator().requires_grad_(False)
     guide = GradientGuide(network, weight=1.0)
     num = 256
-    x, label = torch.randn(num, *model.shape), torch.arange(num) % 10
+    x, label = torch.randn(num, *model.codec.shape), torch.arange(num) % 10
     sigma, t = torch.tensor(1.0), torch.full((num,), 0.26, dtype=torch.float64)
     counts = {}
 
     def sampling(guides: list[GradientGuide]) -> Callable[[], None]:
         def run() -> None:
-            batch = next(generate(model, range(num), spec, batch=num, guides=guides))
+            batch = next(generate(model.guided_by(guides), range(num), spec, batch=num))
             counts[bool(guides)] = batch.disc_nfe
 
         return run
@@ -177,7 +173,6 @@ BENCHMARKS: dict[str, tuple[Callable[[], None], ...]] = {
     "sample": (sampling_against_one_by_one,),
     "disc": (discriminator_step_against_its_network, guided_against_unguided),
     "fid": (fid.run,),  # minutes
-    "memory": (bench_memory.run,),  # minutes
 }
 
 if __name__ == "__main__":

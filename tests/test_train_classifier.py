@@ -10,7 +10,7 @@ from ddo_cli.errors import DataError, RecipeError
 from ddo_cli.models.discriminators import registry as discriminators
 
 SETTINGS = (
-    "classifier={options: {widths: [32, 64], depths: [1, 1]}, held_out: 64, images: 19200, batch: 64, lr: 2.0e-3, "
+    "classifier={options: {widths: [32, 64], depths: [1, 1]}, held_out: 64, images: 19200, batch: 64, lr: 1.0e-3, "
     "ema_half_life: 0.0, warmup: 0, lr_schedule: constant}",
     "data={source: embedded:digits32, num: 4096}",
 )
