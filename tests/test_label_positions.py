@@ -12,7 +12,6 @@ from ddo_cli.engines.sampling import sample
 from ddo_cli.errors import RunError, UsageError
 from ddo_cli.generation import generate
 from ddo_cli.models import registry
-from ddo_cli.recipe.schema import SamplingRecipe
 
 GIVEN = [7, 3, 20, 1, 15, 4, 0, 9, 30, 31, 12, 13, 14, 2, 5, 6, 8, 10, 11, 16]
 POSITION = {"labels": "position", "batch": 6, "steps": 2}
@@ -36,8 +35,8 @@ def test_the_label_is_the_place_among_the_seeds(kind, tmp_path):
     assert found.labels.tolist() == [GIVEN.index(seed) % 10 for seed in sorted(GIVEN)]
     assert found.labels.tolist() != [seed % 10 for seed in sorted(GIVEN)]
     # The items are those of the labels: another order draws others.
-    model, _ = registry.load_model(ckpt, CPU)
-    spec = SamplingRecipe(**settings_of(kind))
+    model, file = registry.load_model(ckpt, CPU)
+    spec = sample.spec_of(file, **settings_of(kind))
     (one,) = generate(model, GIVEN, spec, batch=6, only=[1])
     assert torch.equal(one.items, torch.from_numpy(found.items[6:12]))
     (other,) = generate(model, sorted(GIVEN), spec, batch=6, only=[1])
