@@ -1,4 +1,4 @@
-"""Processes started by torchrun; without it there is one. With `sharding` the sole caller of torch.distributed."""
+"""Processes started by torchrun, or one without it. With `sharding` the only caller of torch.distributed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
-# How long processes wait for one another: checkpoints, pictures and statistics are the main process's alone.
-_PATIENCE = timedelta(hours=2)
+# Collective timeout; long because rank 0 alone writes files.
+_TIMEOUT = timedelta(hours=2)
 
 
 def rank() -> int:
@@ -48,13 +48,13 @@ def init(device: str | None = None) -> torch.device:
         # connects in the first collective call, where a process that has failed shows as a hang.
         options: dict[str, Any] = {"device_id": torch.device(device)} if device.startswith("cuda") else {}
         with _stdout_to_stderr():
-            torch_dist.init_process_group("nccl" if options else "gloo", timeout=_PATIENCE, **options)
+            torch_dist.init_process_group("nccl" if options else "gloo", timeout=_TIMEOUT, **options)
     return torch.device(device)
 
 
 @contextlib.contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """Gloo reports its connections on stdout, where `--json` promises one object and nothing else."""
+    """Gloo prints its connections on stdout, where `--json` promises a single object."""
     sys.stdout.flush()
     saved = os.dup(1)
     os.dup2(2, 1)
@@ -66,7 +66,7 @@ def _stdout_to_stderr() -> Iterator[None]:
 
 
 def shutdown() -> None:
-    """Leaves the group, once every process has come so far."""
+    """Leaves the group once every process has come here."""
     if torch_dist.is_initialized():
         torch_dist.barrier()
         torch_dist.destroy_process_group()

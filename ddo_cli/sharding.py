@@ -1,8 +1,8 @@
 """Weights, averages and optimizer state spread over processes (FSDP2, arXiv 2304.11277), and their state on disk.
 
-Each process keeps its rows of every weight; those of a unit are gathered while it computes. Beside `dist` the one
-caller of torch.distributed. In one process nothing is spread, and a state on disk has the same form, so that a run goes
-on with any number of processes.
+Each process keeps its rows of every weight; the weights of a unit are gathered while it computes. With `dist` the only
+caller of torch.distributed. One process shards nothing but saves its state in the same form, so a run continues with
+any number of processes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ UNFINISHED = "unfinished-"
 
 
 def shard(module: nn.Module, units: Sequence[nn.Module], methods: Sequence[str] = ()) -> None:
-    """Spreads the trainable weights over the processes: unit by unit, then what lies outside of units. In place.
+    """Shards the trainable weights in place: unit by unit, then what lies outside of units.
 
-    methods: of `module` beside `forward` that compute with its weights.
-    Frozen weights (a tokenizer) and scalars stay whole on every process: the first are called on their own, the second
+    methods: methods other than `forward` that use the weights (registered with FSDP2).
+    Frozen weights (a tokenizer) and scalars stay whole on every process: the first are called separately, the second
     have no rows. `clip_grad_norm` averages the gradients of scalars.
     """
     if dist.world_size() == 1:
@@ -37,7 +37,7 @@ def shard(module: nn.Module, units: Sequence[nn.Module], methods: Sequence[str] 
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    # By itself FSDP would move weights to a GPU wherever there is one, also those of a run on CPUs.
+    # Without a mesh FSDP would move weights to a GPU if there is one, even in a run on CPUs.
     mesh = init_device_mesh(next(module.parameters()).device.type, (dist.world_size(),))
     for parameter in module.parameters():  # rows of a channels-last weight do not lie side by side
         parameter.data = parameter.data.contiguous()
@@ -49,17 +49,17 @@ def shard(module: nn.Module, units: Sequence[nn.Module], methods: Sequence[str] 
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether its weights are spread over processes."""
+    """Whether its weights are sharded."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def own_rows(tensor: Tensor) -> Tensor:
-    """This process's rows of a tensor that is spread, in place of which it can be changed; others as they are."""
+    """This process's rows of a sharded tensor, to change it in place; other tensors as they are."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The whole tensors, on every process, which all have to ask; those that are not spread as they are."""
+    """The gathered tensors, on every process; every process has to call it. Unsharded ones as they are."""
     return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
 
 
@@ -69,15 +69,15 @@ def clip_grad_norm(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not any(isinstance(gradient, DTensor) for gradient in gradients):
         return nn.utils.clip_grad_norm_(parameters, most)
-    own = [own_rows(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
+    rows = [own_rows(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
     whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
     for gradient in whole:
         dist.all_reduce_sum(gradient).div_(dist.world_size())
-    squares = dist.all_reduce_sum(_sum_of_squares(own)) + (_sum_of_squares(whole) if whole else 0)
+    squares = dist.all_reduce_sum(_sum_of_squares(rows)) + (_sum_of_squares(whole) if whole else 0)
     norm = squares.sqrt()
     if most < math.inf:
         factor = (most / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
-        for gradient in [*own, *whole]:
+        for gradient in [*rows, *whole]:
             gradient.mul_(factor)
     return norm
 
@@ -87,11 +87,11 @@ def _sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# On disk: one directory for each saved step, of which the newest whole one counts
+# On disk: one directory for each saved step; the newest complete one counts
 
 
 def newest(directory: Path) -> Path | None:
-    """The newest whole state in `directory`; None where there is none."""
+    """The newest complete state in `directory`; None if there is none."""
     whole = [path for path in directory.glob("*") if path.name.isdecimal()]
     return dist.from_main(max(whole, key=lambda path: int(path.name), default=None))
 
@@ -99,9 +99,9 @@ def newest(directory: Path) -> Path | None:
 def save(
     directory: Path, step: int, tensors: dict[str, Tensor], rest: dict[str, Tensor], header: dict[str, Any]
 ) -> None:
-    """Writes a state: each process its rows of `tensors`, the main one `rest` and the header. The older ones go.
+    """Writes a state (each process its rows of `tensors`, the main one `rest` and the header) and deletes older ones.
 
-    A state gets its name when it is whole, so a kill at any time leaves one.
+    A state gets its name when it is complete, so a kill at any time leaves one.
     """
     from torch.distributed import checkpoint as dcp
 
@@ -113,7 +113,7 @@ def save(
     dcp.save(tensors, checkpoint_id=unfinished, no_dist=dist.world_size() == 1)
     if dist.is_main():
         checkpoint.save(unfinished / REST, rest, header)
-        shutil.rmtree(target, ignore_errors=True)  # of the same step, by a run that was told to start again
+        shutil.rmtree(target, ignore_errors=True)  # of the same step, by a run that started again
         os.replace(unfinished, target)
         for older in directory.iterdir():
             if older != target:

@@ -45,8 +45,8 @@ def plan_of(
     settings: TrainRecipe,
     evaluate_at: Iterable[int] = (),
 ) -> Plan:
-    """The plan of a run that trains one network. After a loss that is not finite, its newest file is named: a
-    checkpoint, or the saved state, which holds weights, too.
+    """The plan of a run that trains one network. Its last good file is the newest checkpoint, or the saved state, which
+    holds weights, too.
     """
     state = state_file(run_dir)
 

@@ -24,7 +24,7 @@ def ema_decay(batch: int, half_life: float, n_images: int, ramp: float | None = 
 
 @torch.no_grad()
 def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
-    """ema <- decay * ema + (1 - decay) * weights for trained parameters, in place; the rest is the model's own."""
+    """ema <- decay * ema + (1 - decay) * weights for trained parameters, in place; other entries are the model's."""
     state = model.state_dict()
     trained = _trained(model)
     for name, average in ema.items():
@@ -35,7 +35,7 @@ def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
 
 
 def snapshot_name(step: int, width: float | None = None) -> str:
-    """The file of averaged weights after a step. width: of one of several averages, unless it is the first."""
+    """File name of the averaged weights after a step. width: of a further average; None: of the first."""
     return f"step-{step:06d}.safetensors" if width is None else f"step-{step:06d}-ema{width:.3f}.safetensors"
 
 
@@ -66,7 +66,7 @@ class Averages:
             yield width, sharding.full(tensors)
 
     def update(self, model: nn.Module, n_images: int) -> None:
-        """Takes a step's weights in. n_images: trained on so far, that step among them."""
+        """Adds the weights after a step. n_images: trained on so far, including that step."""
         batch, recipe = self.recipe.batch, self.recipe
         ramp = getattr(recipe, "ema_ramp", None)  # a key of pretraining only
         decays = [power_decay(batch, width, n_images) for width in self.widths]

@@ -1,4 +1,4 @@
-"""What is logged of training: means over the steps between two lines of a JSON-lines file."""
+"""The training log, a JSON-lines file: means over the steps since the line before."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Meter:
     ):
         """tags: repeated on every line, e.g. the round. batch: images of a step, over all processes.
 
-        derived: a line's figures, of the means: those that are no means themselves must not depend on how rows are cut.
+        derived: means -> figures of a line. Figures that are not means, such as a standard deviation, are computed
+        here, so that they do not depend on micro-batches or processes.
         """
         self.file, self.tags, self.batch, self.device, self.derived = file, tags, batch, device, derived
         self.sums: dict[str, Tensor] = {}
@@ -38,7 +39,7 @@ class Meter:
         self.text = ""
 
     def add(self, values: Mapping[str, Tensor], weight: float) -> None:
-        """Takes in the means over a micro-batch, whose share of the step is `weight`."""
+        """Adds the means over a micro-batch, which is the share `weight` of the step."""
         for key, value in values.items():
             self.sums[key] = self.sums.get(key, torch.zeros((), device=self.device)) + weight * value.detach()
 
@@ -69,15 +70,15 @@ class Meter:
         return record
 
     def state(self) -> dict[str, Tensor]:
-        """The sums so far, averaged over processes, which all have to ask."""
+        """The sums so far, averaged over processes; every process has to call it."""
         return {key: dist.all_reduce_sum(tensor.clone()) / dist.world_size() for key, tensor in self.sums.items()}
 
     def restore(self, sums: Mapping[str, Tensor], steps: int) -> None:
-        """Goes on from what `state` gave after so many steps."""
+        """Continues from the `state` saved after so many steps."""
         self.sums, self.steps = {key: tensor.to(self.device) for key, tensor in sums.items()}, steps
 
     def trim(self, step: int) -> None:
-        """Drops lines that a killed process wrote after its last save, of `step`: those steps are taken again."""
+        """Drops lines that a killed process wrote after its last save at `step`: those steps are repeated."""
         if not dist.is_main() or not self.file.is_file():
             return
         kept = []

@@ -17,7 +17,7 @@ from ddo_cli.trainable import Trainable
 # 80 steps only, so few of them may go to finding the scale.
 _FIRST_SCALE = 2.0**11
 _STEPS_TO_DOUBLE = 1000
-SMALLEST_SCALE = 1.0  # chosen by us: here gradients overflow that were not scaled up at all
+SMALLEST_SCALE = 1.0  # our choice: below it, gradients overflow that were not scaled up at all
 
 
 def build(model: Trainable, recipe: TrainRecipe) -> torch.optim.Adam:
@@ -44,9 +44,8 @@ def build(model: Trainable, recipe: TrainRecipe) -> torch.optim.Adam:
 
 
 def _with_moments(optimizer: torch.optim.Adam) -> torch.optim.Adam:
-    """The optimizer with the zeros that its first step would make, so that a saved state can be read into them.
-
-    What does not fit into memory also shows at once, not after the first step.
+    """Makes the moments, zeros, before the first step: a saved state is read into them, and memory that does not
+    suffice shows at once.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -73,9 +72,9 @@ class LossScale:
 
     @torch.no_grad()
     def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Gradients in their own units; once before the step.
+        """Divides the gradients by the scale, once before the step.
 
-        One by one: a sharded model's scalars are whole, and torch's GradScaler takes no list of both kinds.
+        One by one: the scalars of a sharded model are not sharded, and torch's GradScaler takes no list of both kinds.
         """
         if self.is_on:
             for parameter in parameters:
@@ -109,5 +108,5 @@ class LossScale:
             self.value, self.skipped, self._good = saved["scale"], saved["skipped"], saved["good_steps"]
 
     def log(self) -> dict[str, float]:
-        """What a line of the log tells of it."""
+        """Figures for a line of the log."""
         return {"loss_scale": self.value, "skipped_steps": self.skipped} if self.is_on else {}

@@ -15,13 +15,12 @@ from ddo_cli.trainable import Trainable
 
 
 def recompute_units(model: Trainable) -> None:
-    """From now on the backward pass of `model` keeps only the inputs of its units and computes their insides again.
+    """Activation checkpointing of each unit: the backward pass keeps its inputs only and computes the rest again.
 
-    Each unit becomes one of a derived class: a wrapping module would rename the weights in files, and a function kept
-    in the unit that calls the unit's own `forward` is a cycle of references, with which every model ever trained stays
-    in memory until the garbage collector's rarest pass. To be called before the model is sharded or wrapped, so that
-    the second pass runs on gathered weights, too. A second call changes nothing.
-    Raises UsageError if the model names no units.
+    Each unit is given a derived class. A wrapping module would rename the weights in files; a replaced `forward` on
+    the instance would be a reference cycle, which keeps a trained model in memory until garbage collection. To be
+    called before sharding or wrapping, so that the second pass runs on gathered weights, too. A second call changes
+    nothing. Raises UsageError if the model names no units.
     """
     for unit in units_of(model):
         if not isinstance(unit, _Recomputed):
@@ -29,7 +28,7 @@ def recompute_units(model: Trainable) -> None:
 
 
 def units_of(model: Trainable) -> Sequence[nn.Module]:
-    """What can be recomputed of the model. Raises UsageError if it names nothing."""
+    """The model's units. Raises UsageError if it names none."""
     units = model.units()
     if not units:
         raise UsageError(
@@ -40,7 +39,7 @@ def units_of(model: Trainable) -> Sequence[nn.Module]:
 
 
 class _Recomputed(nn.Module):
-    """Comes before a unit's own class in the order of methods."""
+    """Mixed in before the unit's class."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():  # sampling and scores

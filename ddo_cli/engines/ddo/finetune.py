@@ -136,7 +136,7 @@ def _promote(this: Round, trials: list[Trial], state: dict[str, Any]) -> dict[st
 
 
 def _sampling(recipe: Recipe, reference: registry.Loaded) -> SamplingRecipe:
-    """The recipe's sampling, where it leaves something open the reference's own."""
+    """The recipe's sampling; what it does not set is the reference's."""
     given = {key: getattr(recipe.sampling, key) for key in recipe.sampling.model_fields_set}
     spec = sample.spec_of(reference.checkpoint, **given)
     reference.model.check_sampling(spec)
@@ -144,7 +144,7 @@ def _sampling(recipe: Recipe, reference: registry.Loaded) -> SamplingRecipe:
 
 
 def _plans(recipe: Recipe, reference: registry.Loaded, scoring: Scoring) -> list[sweep.Plan]:
-    """What each round does. Raises RecipeError or UsageError where one of them could not be run."""
+    """The plan of each round. Raises RecipeError or UsageError if one of them cannot be run."""
     config, plans = reference.checkpoint.header["config"], []
     for number in range(1, recipe.finetune.rounds + 1):
         settings = recipe.finetune.of_round(number)

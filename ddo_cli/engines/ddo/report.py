@@ -61,10 +61,10 @@ def settings_by_round(recipe: Recipe) -> dict[str, Any]:
     starts = [1, *sorted(number for number in recipe.finetune.from_round if number <= last)]
     ends = [*(number - 1 for number in starts[1:]), last]
     dumped = [recipe.finetune.of_round(number).model_dump(mode="json", exclude={"from_round"}) for number in starts]
-    keys = [key for key in dumped[0] if any(one[key] != dumped[0][key] for one in dumped)]
+    keys = [key for key in dumped[0] if any(values[key] != dumped[0][key] for values in dumped)]
     rows = [
-        {"rounds": f"{start} to {end}" if start < end else f"{start}", **{key: one[key] for key in keys}}
-        for start, end, one in zip(starts, ends, dumped, strict=True)
+        {"rounds": f"{start} to {end}" if start < end else f"{start}", **{key: values[key] for key in keys}}
+        for start, end, values in zip(starts, ends, dumped, strict=True)
     ]
     return {"settings_by_round": rows} if keys else {}
 
@@ -106,7 +106,7 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any], key: st
     chosen = {record["round"]: _setting(record) for record in rounds if "nodes" in record}
     log = [line for line in log if line["round"] not in chosen or _setting(line) == chosen[line["round"]]]
     settings = [recipe.finetune.of_round(number) for number in range(1, recipe.finetune.rounds + 1)]
-    lengths = [-(-one.images_per_round // one.batch) * one.batch for one in settings]
+    lengths = [-(-finetune.images_per_round // finetune.batch) * finetune.batch for finetune in settings]
     before = [sum(lengths[:number]) for number in range(len(lengths))]  # images of the rounds before, by round
     at = [before[record["round"] - 1] + record["n_images"] for record in log]
     candidates = [

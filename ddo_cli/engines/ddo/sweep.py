@@ -28,7 +28,7 @@ class Setting(NamedTuple):
 
     @property
     def directory(self) -> str:
-        """The name of the node's directory: two settings never share one."""
+        """Name of the node's directory, different for every setting."""
         return self.title.replace(" ", "-")
 
 
@@ -105,7 +105,7 @@ def settings_of(recipe: FinetuneRecipe) -> list[Setting]:
 def rungs_of(num_nodes: int, steps: int, most: int) -> list[Rung]:
     """Rungs at ..., 1/4, 1/2 and 1 of `steps`, each reached by half the nodes of the one before, rounded down.
 
-    No more of them than it takes to halve down to one node, so that few nodes are compared late rather than early.
+    At most as many as halve the nodes down to one, so that few nodes are compared late rather than early.
     Raises UsageError if there are fewer steps than rungs need.
     """
     count = min(most, num_nodes.bit_length())  # log2 of the nodes, rounded down, plus 1
@@ -151,11 +151,11 @@ def fraction_spent(rounds: Sequence[dict[str, Any]]) -> float | None:
 
 def planned(rungs: Sequence[Rung], candidates_at: Sequence[int]) -> list[dict[str, Any]]:
     """Records as `cost` reads them, of a round in which no node diverges."""
-    found = []
+    records = []
     for number in range(rungs[0].num_nodes):
         reached = [rung.step for rung in rungs if number < rung.num_nodes]
         is_finished = len(reached) == len(rungs)
-        found.append(
+        records.append(
             {
                 "stopped_at": reached[-1],
                 "outcome": "finished" if is_finished else "stopped",
@@ -163,7 +163,7 @@ def planned(rungs: Sequence[Rung], candidates_at: Sequence[int]) -> list[dict[st
                 "candidates": [{"step": step} for step in candidates_at] if is_finished else [],
             }
         )
-    return found
+    return records
 
 
 def _short(value: float) -> str:

@@ -72,7 +72,7 @@ class Trial:
                             self.rungs[str(step)] = self._measure(step, averages.whole(), self.round.plan.images)
                             self._write()
         except NumericsError as error:
-            # A score that fails does so in one process's samples: the others wait for their sum.
+            # Samples that are not finite are met by one process only: the others wait for its share of the score.
             if not self.tags or (self.is_scoring and dist.world_size() > 1):
                 raise
             self._drop_out(error)
@@ -91,7 +91,7 @@ class Trial:
         return self.path / "checkpoints" / snapshot_name(step, width)
 
     def record(self) -> dict[str, Any]:
-        """What a sweep's table tells of the trial, JSON-ready."""
+        """The trial as a row of a sweep's table, JSON-ready."""
         outcome, stopped_at = "stopped", max(map(int, self.rungs), default=0)
         if str(self.steps) in self.candidates:
             outcome, stopped_at = "finished", self.steps
@@ -184,7 +184,7 @@ class Trial:
     def _measure(self, step: int, averages: dict[str, Tensor], images: int | None = None) -> dict[str, float]:
         """The figures of averaged weights. Empties `averages`.
 
-        Where weights are sharded it alone holds the whole averages: a score should not have them beside its own copy.
+        With sharded weights nothing else holds the gathered averages, so they free their memory before the score.
         """
         self.reached, self.is_scoring = max(self.reached, step), True
         self.networks.scratch.load_state_dict(averages)

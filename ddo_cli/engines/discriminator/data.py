@@ -52,7 +52,7 @@ def check_classes(real: ItemSet, num_fake: int, label_use: int) -> None:
 def draw(
     recipe: Recipe, spec: SamplingRecipe, run_dir: rundir.RunDir, label_use: int, real: ItemSet, device: torch.device
 ) -> ItemSet:
-    """The model's own samples, drawn into the run where they are not there yet."""
+    """Draws the model's samples into the run, or what an interrupted run left to draw."""
     path = run_dir.path / "samples"
     seeds = range(FIRST_FAKE_SEED, FIRST_FAKE_SEED + recipe.discriminator.num_fake)
     sampling = spec.model_dump()

@@ -37,7 +37,7 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, evaluations: Evaluations, chos
         return Curve(label, trained, [record[key] for record in log])
 
     def held_out(label: str, key: str) -> Curve:
-        return Curve(label, images, [found[key] for found in evaluations.values()], "o")
+        return Curve(label, images, [figures[key] for figures in evaluations.values()], "o")
 
     panels = {
         "cross-entropy, nats": [of_log("training", "loss"), held_out("held out", "bce")],
