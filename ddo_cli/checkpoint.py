@@ -5,8 +5,6 @@ The header's only metadata entry is "ddo", JSON with sorted keys, so that equal 
 `provenance` (reference, recipe and round) and `sampling` (defaults of `ddo sample`).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The program `ddo`: the table of its commands, and how errors end it. The commands are in `commands/`."""
 
-from __future__ import annotations
-
 import errno
 import io
 import os
@@ -62,8 +60,7 @@ for name, function in COMMANDS.items():
     app.command(name, cls=Command.of(function), help=function.__doc__)(lambda: None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Entry point
+# --- Entry point
 
 
 def main() -> None:

@@ -1,7 +1,5 @@
 """Items as they lie on disk <-> states x in model space."""
 
-from __future__ import annotations
-
 import hashlib
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal

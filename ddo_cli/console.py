@@ -1,7 +1,5 @@
 """All output: results on stdout, progress and messages on stderr, from rank 0 only."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
@@ -138,8 +136,7 @@ def _visible(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Progress
+# --- Progress
 
 
 class Bar(Protocol):

@@ -1,7 +1,5 @@
 """Processes started by torchrun, or one without it. With `sharding` the only caller of torch.distributed."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

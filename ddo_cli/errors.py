@@ -1,7 +1,5 @@
 """Errors of the user or the environment. `cli` prints each as one message and exits with code 2."""
 
-from __future__ import annotations
-
 
 def printable(text: str, limit: int = 200) -> str:
     """`text` from a foreign file, safe for a message: one line, no control characters, cut at `limit`."""

@@ -1,7 +1,5 @@
 """Atomic files: written under a temporary name, then renamed. Readers see the old or the new content, never a part."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Between items and states, whole sets at a time: seeds -> generated items, and items -> states."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -88,8 +86,7 @@ def decoding_precision(spec: SamplingRecipe) -> Precision:
     return "float32" if spec.precision in (None, "float32") else "tf32"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Labels
+# --- Labels
 
 
 def labels_of(seeds: Sequence[int], num_classes: int, classes: Sequence[int] | None = None) -> Tensor:
@@ -121,8 +118,7 @@ def check_labels(spec: SamplingRecipe, num_classes: int, num_seeds: int, classes
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Items to states
+# --- Items to states
 
 
 @torch.no_grad()

@@ -12,8 +12,6 @@ Real and fake rows, model and reference share ONE draw: the ratio is a small dif
 independent noise would drown it (DDO, arXiv 2503.01103, section 3.2). Row i of a draw belongs to row i of x.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -136,7 +134,7 @@ class LikelihoodModel(Trainable, ABC):
         """Network evaluations per sample, in units of one `predict`; CFG doubles them."""
         return 1 if spec.cfg_scale in (None, 1.0) else 2
 
-    def guided_by(self, guides: Sequence[Any]) -> LikelihoodModel:
+    def guided_by(self, guides: Sequence[Any]) -> "LikelihoodModel":
         """This model steered by guides, with the same weights. Raises UsageError for a model that has no denoiser."""
         if guides:
             raise UsageError(

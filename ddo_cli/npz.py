@@ -4,8 +4,6 @@
 member first, and nothing that would need pickle is read.
 """
 
-from __future__ import annotations
-
 import math
 import struct
 import tokenize

@@ -1,7 +1,5 @@
 """Precision of network passes: TF32 switches, autocast, and that of inference (sampling, features, autoencoding)."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Random numbers that depend on seeds only: not on the number of processes, the batch size or the order."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -33,7 +31,7 @@ class RowRng:
         self.rows_per_seed, self.rows = rows_per_seed, rows
 
     @classmethod
-    def for_rows(cls, *key: int | str, rows: range) -> RowRng:
+    def for_rows(cls, *key: int | str, rows: range) -> "RowRng":
         """Numbers of training rows. key: stream and step; rows: consecutive row numbers within the global batch.
 
         Each block of BLOCK rows has a generator: cheaper than one per row, and still independent of how the batch is

@@ -4,8 +4,6 @@
 again under the directory's lock, and takes the directory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Callable, Container, Iterator

@@ -7,8 +7,6 @@ be refused or to hold wrong numbers.
 Sources: the documentation of opcodes in Python's `pickletools`, and the layout of torch's tensor pickles.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import pickletools
@@ -316,8 +314,7 @@ def _key(value: Any) -> Any:
     return value
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The functions that stand for names
+# --- The functions that stand for names
 
 
 def _refuse_call(*arguments: Any) -> Any:

@@ -5,8 +5,6 @@ caller of torch.distributed. One process shards nothing but saves its state in t
 any number of processes.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import shutil
@@ -86,8 +84,7 @@ def _sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack([tensor.square().sum() for tensor in tensors]).sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# On disk: one directory for each saved step; the newest complete one counts
+# --- On disk: one directory for each saved step; the newest complete one counts
 
 
 def newest(directory: Path) -> Path | None:

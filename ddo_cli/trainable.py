@@ -1,7 +1,5 @@
 """What training asks of a module beside its loss. The defaults fit any network."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 

@@ -3,8 +3,6 @@
 Needs scikit-learn (the `dev` extra) for the digits. Takes about three minutes on two CPU cores.
 """
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from pathlib import Path

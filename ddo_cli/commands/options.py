@@ -30,8 +30,7 @@ NUM_IMAGES = 64  # images that are drawn unless told otherwise
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Commands
+# --- Commands
 
 
 class Result(NamedTuple):
@@ -128,8 +127,7 @@ def lines_of(figures: Mapping[str, Any], indent: str = "") -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Single options
+# --- Single options
 
 
 def choice(option: str, *known: str, help: str) -> Any:
@@ -174,8 +172,7 @@ Form = Annotated[
 Force = Annotated[bool, Option("--force", help="Use a discriminator that was trained for another model.")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Options of recipe keys
+# --- Options of recipe keys
 
 _NAMES = {"data.source": "data", "model.file": "model_file", "metric.num_images": "eval_num"}  # else the last part
 _FLAGS = {"discriminator.conditional": "--conditional/--unconditional"}
@@ -272,8 +269,7 @@ def _unqualified(given: dict[str, Any]) -> dict[str, Any]:
     return {key.partition(".")[2]: value for key, value in given.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Readers of other options
+# --- Readers of other options
 
 
 def device_of(device: Device = None) -> "torch.device":
@@ -358,8 +354,7 @@ def second_network(
     return guides.Others(guide_ckpt, autoguidance_scale, interval=interval_of(guidance_interval))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Texts -> values
+# --- Texts -> values
 
 
 def parsed(option: str, text: str | None, parse: Callable[[str], Any], remedy: str) -> Any:

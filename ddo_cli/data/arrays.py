@@ -1,7 +1,5 @@
 """Item sets in .npz files: ADM's sample batches (arr_0, arr_1), Discriminator Guidance's (samples, label), and ours."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

@@ -4,8 +4,6 @@ The file name holds a hash of the source, so an entry is never read for another 
 directory may be emptied whenever nothing runs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import functools

@@ -5,8 +5,6 @@ Its batches are pickles of Python 2. They are only parsed: no function that they
 Source: https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 import tarfile

@@ -1,7 +1,5 @@
 """The image sets that come with the package, generated on demand."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Image sets of one file per image: folders, and EDM's and StyleGAN's zips."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -111,8 +109,7 @@ def indexed_labels(source: str, names: list[str], text: bytes | None) -> np.ndar
     return labels
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding
+# --- Decoding
 
 
 class ImageFiles(ItemFiles):

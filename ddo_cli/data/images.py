@@ -1,7 +1,5 @@
 """Item sets in memory; image files are decoded once for all runs."""
 
-from __future__ import annotations
-
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast

@@ -1,7 +1,5 @@
 """Facts about an image set, gathered in the same pass as its score: duplicates, range, class counts, content digest."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 

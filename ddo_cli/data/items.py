@@ -1,7 +1,5 @@
 """A set of items in memory, and the checks that every source of items shares."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ and each shard's hash. EDM2: a zip or folder of img-mean-std-00000000.npy, float
 deviation of Stability's autoencoder, with labels in dataset.json.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -68,8 +66,7 @@ def _is_encoded(manifest: dict[str, Any]) -> bool:
     return manifest.get("format") == FORMAT
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shards
+# --- Shards
 
 
 class ShardInfo(NamedTuple):
@@ -157,8 +154,7 @@ def _damaged(file: Path, error: Exception) -> DataError:
     return DataError(f"{file} is damaged ({error}); copy it again, or remove it and run the same ddo encode again")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# EDM2's archives
+# --- EDM2's archives
 
 
 class _NpyFiles(ItemFiles):

@@ -1,7 +1,5 @@
 """Rows of a training batch: a function of seed and step, so that resuming needs no saved state."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -3,8 +3,6 @@
 A reader holds names and offsets but no items (except `Memory`), and no open file whose position forked processes share.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json
@@ -110,8 +108,7 @@ class Joined:
         return items
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One array per file
+# --- One array per file
 
 
 class ArrayFile:
@@ -186,8 +183,7 @@ def _tensor(path: Path, key: str) -> ArrayFile:
     return ArrayFile(str(path), path, offset, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One item per file
+# --- One item per file
 
 
 class FolderBytes:

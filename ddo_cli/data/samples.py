@@ -9,8 +9,6 @@
 manifest.json holds the settings; a set of other settings is refused, never mixed in.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Opens any kind of source: a reader of its items, and their labels."""
 
-from __future__ import annotations
-
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Image sets read batch by batch: the sources of `open_images` without holding them in memory."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import shutil
@@ -115,8 +113,7 @@ def open_stream(source: str, num: int | None = None) -> ImageStream:
     return images
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Worker processes
+# --- Worker processes
 
 
 class _Blocks(Dataset[Any]):

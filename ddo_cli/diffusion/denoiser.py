@@ -1,7 +1,5 @@
 """Diffusion models: a preconditioned raw network, its ELBO as the likelihood, and its samplers."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Sequence
@@ -83,8 +81,7 @@ class DiffusionModel(LikelihoodModel):
         self.options, self.draw_options = options, draw_options
         self.guides: tuple[Guide, ...] = ()  # applied in their order, the last one outermost
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Likelihood
+    # --- Likelihood
 
     def denoise(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
         """D(x; sigma) in float32, whatever the type of x. sigma: (B,) or scalar."""
@@ -122,8 +119,7 @@ class DiffusionModel(LikelihoodModel):
         difference = (prediction - ref_prediction) * (prediction + ref_prediction - 2 * x)
         return -self.precond.weight(draw.sigma) * difference.flatten(1).sum(1)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Sampling
+    # --- Sampling
 
     def sample(self, label: Tensor, rng: RowRng, spec: SamplingRecipe, x0: Tensor | None = None) -> Sampled:
         """Samples in model space, float64 or what spec.dtype says.
@@ -191,7 +187,7 @@ class DiffusionModel(LikelihoodModel):
             denoise = guide.steer(denoise, label, trace)
         return denoise
 
-    def guided_by(self, guides: Sequence[Guide]) -> DiffusionModel:
+    def guided_by(self, guides: Sequence[Guide]) -> "DiffusionModel":
         """This model steered by guides in their order, after those that it has."""
         guided = copy.copy(self)  # shares the network
         guided.guides = (*self.guides, *guides)

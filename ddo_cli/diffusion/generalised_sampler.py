@@ -4,8 +4,6 @@ A noisy image is x = s(t) (x0 + sigma(t) noise). Step times, noise schedule sigm
 independently; EDM's published baselines were drawn so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple

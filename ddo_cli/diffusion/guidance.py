@@ -4,8 +4,6 @@ The order matters: autoguidance scales everything inside it, so it comes before 
 A score s changes a denoiser D = x + sigma^2 s, so adding w grad_x L to the score adds w sigma^2 grad_x L to D.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal, NamedTuple, Protocol
 

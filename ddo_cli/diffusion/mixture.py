@@ -1,7 +1,5 @@
 """Gaussian mixtures, whose noised density, score and denoiser are closed forms: toy data and known answers."""
 
-from __future__ import annotations
-
 import math
 
 import torch

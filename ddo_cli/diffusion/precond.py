@@ -4,8 +4,6 @@ All in EDM's frame, where a noisy image is x0 + sigma noise: a variance-preservi
 variance, and its noise estimate eps gives D = x - sigma eps.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -67,8 +65,7 @@ class Edm(Preconditioner):
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Song et al.'s two continuous processes (arXiv 2011.13456)
+# --- Song et al.'s two continuous processes (arXiv 2011.13456)
 
 
 class Vp(Preconditioner):
@@ -96,8 +93,7 @@ class Ve(Preconditioner):
         return Coefficients(torch.ones_like(sigma), sigma, torch.ones_like(sigma), (sigma / 2).log())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks that were trained at discrete steps
+# --- Networks that were trained at discrete steps
 
 Prediction = Literal["eps", "v", "x0"]
 

@@ -1,7 +1,5 @@
 """Exact log-densities by the probability-flow ODE (arXiv 2011.13456, eq. 39)."""
 
-from __future__ import annotations
-
 import math
 
 import torch

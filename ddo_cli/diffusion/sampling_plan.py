@@ -1,7 +1,5 @@
 """Noise levels of a sampling run: recipe settings clipped to the network's range."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import torch

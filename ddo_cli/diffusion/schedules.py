@@ -1,7 +1,5 @@
 """Spacings of noise levels, decreasing."""
 
-from __future__ import annotations
-
 import math
 from itertools import accumulate
 

@@ -11,8 +11,6 @@ All functions compute in float64, for tensors of any shape: near t = 0 the diffe
 `VpSchedule` has the formulas of published diffusion code, in the type of its argument.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal, NamedTuple
 
@@ -95,7 +93,7 @@ class VpSchedule(NamedTuple):
     start: float = BETA_0
 
     @classmethod
-    def between(cls, low: float, high: float, t_low: float) -> VpSchedule:
+    def between(cls, low: float, high: float, t_low: float) -> "VpSchedule":
         """With sigma(t_low) = low and sigma(1) = high."""
         at_low, at_high = math.log(low**2 + 1), math.log(high**2 + 1)
         slope = 2 * (at_low / t_low - at_high) / (t_low - 1)
@@ -129,7 +127,7 @@ class TimeLaw(NamedTuple):
     p_mean: float = 0.0
     p_std: float = 1.0
 
-    def times(self, u: Tensor) -> Times:
+    def times(self, u: Tensor) -> "Times":
         """Times for u (B,) uniform in [0, 1), increasing in u."""
         u = u.to(torch.float64)
         low, high = likelihood_weight_integral(torch.tensor([self.t_min, 1.0], dtype=torch.float64))  # ln sigma^2

@@ -1,7 +1,5 @@
 """What a run takes, measured by `--dry-run`: two real training steps and one real batch of samples; and its disk."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import resource

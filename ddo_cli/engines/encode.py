@@ -1,7 +1,5 @@
 """`ddo encode`: encodes an image set with a model's frozen encoder, once for all later training runs."""
 
-from __future__ import annotations
-
 import math
 import shutil
 import time

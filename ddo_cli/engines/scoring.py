@@ -1,7 +1,5 @@
 """Scores of a model inside a run: samples drawn and measured in memory, or densities on a grid."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from functools import cached_property

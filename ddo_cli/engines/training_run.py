@@ -1,7 +1,5 @@
 """The frame of every command that trains: its directory, its plan, its end."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -4,8 +4,6 @@ The position of an image in the set determines its split, chunk or row, so that 
 arrival, the batch, or the number of processes.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from typing import Any, Literal, NamedTuple, Protocol
@@ -209,7 +207,7 @@ class ChunkedMoments(PartMoments):
     def kind(self) -> str:
         return f"moments of {self.needs} in {len(self._moments)} parts"
 
-    def whole(self) -> ChunkedMoments:
+    def whole(self) -> "ChunkedMoments":
         """The moments of all images in one part. After `all_reduce`."""
         first = self._moments[0]
         whole = ChunkedMoments(len(self.part), first.mean.numel(), self.needs, 1, first.mean.device)

@@ -1,7 +1,5 @@
 """Divergences between a known density in the plane and a model's, integrated on a grid, without sampling noise."""
 
-from __future__ import annotations
-
 from itertools import chain
 from typing import NamedTuple
 

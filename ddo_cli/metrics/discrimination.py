@@ -1,7 +1,5 @@
 """Cross-entropy, accuracy and calibration of a discriminator on held-out items, by noise level."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -5,8 +5,6 @@ C C_r is not symmetric, and a general matrix root of it has spurious imaginary p
 eigenvalues are those of the symmetric R C R^T, so that a symmetric eigensolve gives the trace of the root.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

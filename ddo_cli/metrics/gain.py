@@ -14,8 +14,6 @@ exactly 0. The gain concerns scores, that is, a sampler with infinitely many ste
 of few steps also corrects discretisation errors, and may improve samples although its gain is negative.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ mean_x KL(p(y|x) || p(y)) = mean_x sum_y p(y|x) log p(y|x) - sum_y p(y) log p(y)
 suffice. Logits are without the classifier's bias, in both protocols.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Kernel Inception Distance: the unbiased MMD^2 with a polynomial kernel, over random subsets (arXiv 1801.01401)."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

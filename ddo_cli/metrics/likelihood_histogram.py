@@ -1,7 +1,5 @@
 """Negative log-likelihood of features under the Gaussian of the data's features (DG, arXiv 2211.17091, Fig. 9)."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 

@@ -4,8 +4,6 @@ The ball of a row x of a set reaches to its k-th nearest other row in the set. I
 arXiv 1904.06991, eqs. 1 and 2; density and coverage, arXiv 2002.09797, eqs. 4 and 5.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Distances between feature vectors in tiles, and nearest neighbours."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ Taken from the papers or their repositories. Scores compare only within a protoc
 port of Inception, the reference images and the choice among repeats.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple, get_args
 
 from ddo_cli.recipe.schema import Benchmark

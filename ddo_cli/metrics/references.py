@@ -8,8 +8,6 @@
 | .safetensors of `ddo stats` | moments, perhaps features, and the protocol that made them |
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,8 +145,7 @@ def read_reference(path: str | Path) -> ReferenceFile:
     return readers[file.suffix.lower()](file)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# EDM and ADM
+# --- EDM and ADM
 
 
 def _read_npz(path: Path) -> ReferenceFile:
@@ -172,8 +169,7 @@ def _images(member: npz.Member) -> Images:
     return Images(member, shape[0], (shape[3], *shape[1:3]) if last else shape[1:], last)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# EDM2
+# --- EDM2
 
 
 def _read_pickle(path: Path) -> ReferenceFile:
@@ -201,8 +197,7 @@ def _read_pickle(path: Path) -> ReferenceFile:
     return ReferenceFile(path, sets, num_images)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ours
+# --- Ours
 
 
 def save_reference(

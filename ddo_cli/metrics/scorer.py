@@ -1,7 +1,5 @@
 """Frechet distances of generated images from one reference."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Protocol, cast
 

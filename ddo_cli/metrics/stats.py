@@ -1,7 +1,5 @@
 """Mean and covariance of features: accumulated in float64 over batches and processes, stored in .npz files."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -55,7 +53,7 @@ class Moments:
         self._mean += delta * (len(rows) / total)
         self.n = total
 
-    def all_reduce(self) -> Moments:
+    def all_reduce(self) -> "Moments":
         """The moments of all processes' rows, as a new object."""
         sums = dist.all_reduce_sum(torch.cat([self._mean.new_tensor([self.n]), self.n * self._mean]))  # (1 + F,)
         merged = Moments(self._mean.numel(), self._mean.device)
@@ -69,7 +67,7 @@ class Moments:
         """Arrays for `like`."""
         return {"n": np.array(self.n), "mean": self._mean.cpu().numpy(), "scatter": self._scatter.cpu().numpy()}
 
-    def like(self, state: dict[str, np.ndarray]) -> Moments:
+    def like(self, state: dict[str, np.ndarray]) -> "Moments":
         """Moments from a state. Raises ValueError unless it has as many features as these."""
         n, mean, scatter = (state[key] for key in self.KEYS)
         shapes = n.shape, mean.shape, scatter.shape
@@ -81,7 +79,7 @@ class Moments:
         moments._scatter.copy_(torch.from_numpy(scatter))
         return moments
 
-    def merged(self, other: Moments) -> Moments:
+    def merged(self, other: "Moments") -> "Moments":
         """The moments of the rows of both, as a new object."""
         both, delta = Moments(self._mean.numel(), self._mean.device), other._mean - self._mean
         both.n = self.n + other.n
@@ -90,7 +88,7 @@ class Moments:
         both._scatter = self._scatter + other._scatter + torch.outer(delta, delta) * (self.n * share)
         return both
 
-    def without(self, part: Moments) -> Moments:
+    def without(self, part: "Moments") -> "Moments":
         """The moments of the rows outside `part`, a subset of the rows; the inverse of `merged`."""
         if part.n >= self.n:
             raise ValueError(f"{self.n} rows without {part.n} of them leave none")
@@ -120,8 +118,7 @@ class Moments:
         return Statistics(self.mean.cpu(), self.cov.cpu(), self.n, extractor)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files: arrays `mu` (F,) and `sigma` (F, F), as EDM's; ours also `num_images` and `extractor`
+# --- Files: arrays `mu` (F,) and `sigma` (F, F), as EDM's; ours also `num_images` and `extractor`
 
 
 def holds_statistics(path: Path) -> bool:

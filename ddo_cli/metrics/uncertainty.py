@@ -3,8 +3,6 @@
 Both come from the moments of equal random chunks of the images (`accumulators.ChunkedMoments`), without another pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import reduce
 from typing import NamedTuple

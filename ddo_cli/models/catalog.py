@@ -1,7 +1,5 @@
 """Lazy registry; unknown names get a suggestion."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 from collections.abc import Callable, Collection, Mapping

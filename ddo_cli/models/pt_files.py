@@ -1,7 +1,5 @@
 """Files of `torch.save` with tensors by name, read without running code that a hostile one may hold."""
 
-from __future__ import annotations
-
 import re
 import warnings
 import zipfile

@@ -15,8 +15,6 @@ A user's Python file (`model.file` of a recipe, `--model-file` of a command) reg
         return DiffusionModel(net, PixelCodec(shape), num_classes, options, draw_options)
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Network snapshots of EDM and EDM2: pickles, read without running them -> configuration and tensors of our model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol

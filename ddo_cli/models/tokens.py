@@ -1,7 +1,5 @@
 """What models of tokens share: an exact likelihood, and tokens drawn from it by one uniform number each."""
 
-from __future__ import annotations
-
 from abc import ABC
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple

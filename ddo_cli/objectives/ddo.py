@@ -1,7 +1,5 @@
 """Direct Discriminative Optimization: the GAN loss whose discriminator is a log-likelihood ratio (arXiv 2503.01103)."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

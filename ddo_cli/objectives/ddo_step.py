@@ -1,7 +1,5 @@
 """One training step of Direct Discriminative Optimization (arXiv 2503.01103): from items to the loss."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Binary cross-entropy of a real-or-generated discriminator, and how well it is calibrated (arXiv 2211.17091)."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

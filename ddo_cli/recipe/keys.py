@@ -1,7 +1,5 @@
 """Every recipe key with type, default and description, for `ddo recipes --keys`, the options and the docs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from types import NoneType

@@ -5,8 +5,6 @@ reads `discriminator` and stores `guidance` for `guide-sample`; all read `data`,
 counted in images, as in the papers, not in steps.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 Needs no torch and no file; `load` reads files.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterator
@@ -147,14 +145,14 @@ class SamplingRecipe(Section):
     )
 
     @model_validator(mode="after")
-    def _ordered(self) -> SamplingRecipe:
+    def _ordered(self) -> "SamplingRecipe":
         for low, high in (("sigma_min", "sigma_max"), ("cfg_sigma_min", "cfg_sigma_max")):
             at_low, at_high = getattr(self, low), getattr(self, high)
             if at_low is not None and at_high is not None and at_low >= at_high:
                 raise ValueError(f"{low} = {at_low} must be below {high} = {at_high}")
         return self
 
-    def merged(self, **given: Any) -> SamplingRecipe:
+    def merged(self, **given: Any) -> "SamplingRecipe":
         """This recipe with its values replaced by the given ones that are not None. Raises RecipeError.
 
         A given sampler or number of steps also drops the stored values that do not go with it: the published settings
@@ -227,14 +225,14 @@ class GuidanceRecipe(Section):
     boost_churn: float = Field(4.0, ge=0, description="S_churn of boosted samples.")
 
     @model_validator(mode="after")
-    def _ordered(self) -> GuidanceRecipe:
+    def _ordered(self) -> "GuidanceRecipe":
         if self.time_min >= self.time_max:
             raise ValueError(f"time_min = {self.time_min} must be below time_max = {self.time_max}")
         if self.boost and not self.dg_weight:
             raise ValueError("boost = true needs dg_weight above 0, since it acts on the log-ratio that guides")
         return self
 
-    def merged(self, **given: Any) -> GuidanceRecipe:
+    def merged(self, **given: Any) -> "GuidanceRecipe":
         """This recipe with its values replaced by the given ones that are not None. Raises RecipeError."""
         try:
             values = self.model_dump() | {k: v for k, v in given.items() if v is not None}
@@ -264,13 +262,12 @@ class Recipe(Section):
     guidance: GuidanceRecipe = GuidanceRecipe()
     classifier: ClassifierRecipe = ClassifierRecipe()
 
-    def of_round(self, number: int) -> Recipe:
+    def of_round(self, number: int) -> "Recipe":
         """The recipe of round `number` of a finetuning."""
         return self.model_copy(update={"finetune": self.finetune.of_round(number)})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Messages about mistakes
+# --- Messages about mistakes
 
 
 def fields(schema: Any = None, prefix: str = "") -> Iterator[tuple[str, Any, FieldInfo]]:

@@ -1,7 +1,5 @@
 """Recipe keys of the training sections, and `Section`, the base of all sections."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -180,7 +178,7 @@ class FinetuneRecipe(TrainRecipe):
         "rounds the later one wins.",
     )
 
-    def of_round(self, number: int) -> FinetuneRecipe:
+    def of_round(self, number: int) -> "FinetuneRecipe":
         """The settings of round `number`. draw is replaced key by key."""
         given = self._given(number)
         return FinetuneRecipe.model_validate(self.model_dump(exclude={"from_round"}) | given) if given else self
@@ -196,7 +194,7 @@ class FinetuneRecipe(TrainRecipe):
         return given
 
     @model_validator(mode="after")
-    def _rounds_can_run(self) -> FinetuneRecipe:
+    def _rounds_can_run(self) -> "FinetuneRecipe":
         """Every round's settings are valid. A problem is reported at the first round that has it."""
         problems = list(self._problems_of_rounds())
         if problems:

@@ -1,7 +1,5 @@
 """A self-contained HTML page of a run: one file with its pictures, no script and nothing to download."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
 from html import escape

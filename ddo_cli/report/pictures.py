@@ -1,7 +1,5 @@
 """Contact sheets, densities, curves, histograms: arrays in, one PNG file out."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Averages of weights over training: with a half-life in images, or by power functions of several widths."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -4,8 +4,6 @@ Everything that happens in step k is a function of the weights before it and of 
 generators keyed by (seed, step, row). So the state to save is weights, optimizer, averages and k, and nothing else.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import math

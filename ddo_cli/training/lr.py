@@ -1,7 +1,5 @@
 """Learning-rate schedules in images seen."""
 
-from __future__ import annotations
-
 import math
 
 from ddo_cli.recipe.schema import TrainRecipe

@@ -1,7 +1,5 @@
 """The training log, a JSON-lines file: means over the steps since the line before."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import time

@@ -1,7 +1,5 @@
 """Adam and AdamW as a recipe asks for them, and the loss scaling of float16."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -4,8 +4,6 @@ At time t such an average weighs the weights of time tau by p(tau) = (gamma + 1)
 told by the standard deviation of p relative to t, which does not depend on t. Numbers only: no tensor, no file.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Activation checkpointing (arXiv 1604.06174): memory of a backward pass for one more forward pass of each block."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any

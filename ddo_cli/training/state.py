@@ -1,7 +1,5 @@
 """What resuming needs, on disk: weights, moments of the optimizer, averages, sums of the log, and the step."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

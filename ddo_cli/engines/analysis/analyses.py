@@ -1,7 +1,5 @@
 """Analyses of `ddo analyze`: gain, trajectory, score by evaluations, exact densities (arXiv 2211.17091)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +27,7 @@ TRAJECTORIES = 256  # sampling runs, and held-out items beside them
 POINTS = 4096  # of a scatter plot
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Gain
+# --- Gain
 
 
 def gain(subject: Subject, settings: Settings) -> Finding:
@@ -84,8 +81,7 @@ def _draw_gain(levels: list[dict[str, Any]], content: dict[str, Any], path: Path
     pictures.curves(panels, path, "log10 sigma")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Trajectories
+# --- Trajectories
 
 
 class Recorder:
@@ -175,8 +171,7 @@ def _quartiles(sigma: Sequence[float], log_ratio: Tensor) -> dict[str, list[floa
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Score by the number of evaluations
+# --- Score by the number of evaluations
 
 
 class _Passes:
@@ -222,8 +217,7 @@ def nfe(subject: Subject, settings: Settings) -> Finding:
     return Finding(content, content, draw)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Densities
+# --- Densities
 
 
 def density(subject: Subject, settings: Settings) -> Finding:

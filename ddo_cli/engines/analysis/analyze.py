@@ -1,7 +1,5 @@
 """`ddo analyze`: the effect of discriminator guidance on a model, in the paper's quantities (arXiv 2211.17091)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,8 +119,7 @@ def table_of(out: Path) -> tuple[list[str], list[tuple[str, ...]]]:
     return columns, [*levels, row("total", content)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What to analyse
+# --- What to analyse
 
 
 def select(what: str | None, subject: Subject) -> list[str]:
@@ -177,8 +174,7 @@ def _check(subject: Subject, settings: Settings, names: list[str]) -> None:
         subject.base.check_sampling(subject.spec.merged(steps=steps))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Held-out data
+# --- Held-out data
 
 
 def _recipe_of(file: Checkpoint) -> Recipe | None:

@@ -1,7 +1,5 @@
 """Analysis of `ddo analyze`: held-out images through the probability-flow ODE (arXiv 2211.17091, Fig. 6)."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

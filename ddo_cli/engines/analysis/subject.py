@@ -1,7 +1,5 @@
 """Shared by the analyses of `ddo analyze`: a model with its guide and held-out data, settings, and results."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar

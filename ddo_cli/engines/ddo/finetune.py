@@ -6,8 +6,6 @@ reference of round k + 1. Several values of alpha or beta are swept inside each 
 stage leaves its result on disk, so a killed run continues where it was.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The frozen reference of a round: kept in fewer bytes, or spread over processes, where the recipe asks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Pictures, table and HTML page of a finetuning run, from what the run left on disk."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One round of self-play: where it lies, the reference it starts from, its fake set, and what its trials share."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,7 +64,7 @@ class Round(NamedTuple):
             device=self.device, title=f"{self.title} fake set",
         )  # fmt: skip
 
-    def networks(self, real: ItemSet) -> Networks:
+    def networks(self, real: ItemSet) -> "Networks":
         """What every trial of the round trains against."""
         recipe, file = self.recipe, self.ref_file
         fake = open_samples(self.path / "samples")

@@ -4,8 +4,6 @@ All nodes train to the first rung; the better half by score trains on to the nex
 rung train to the end of the round. Plain numbers only: no model, no file.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """One setting of alpha and beta inside a round of DDO: its training and its candidates; the halving of many."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -106,8 +104,7 @@ class Trial:
             **({"reason": self.diverged["reason"]} if self.diverged else {}),
         }
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Training
+    # --- Training
 
     def _plan(self, until: int) -> loop.Plan:
         number, ref_sha256 = self.round.number, self.networks.ref_sha256
@@ -147,8 +144,7 @@ class Trial:
         self.diverged = {"step": error.step or self.reached, "reason": what}
         self._write()
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Candidates
+    # --- Candidates
 
     def _evaluate(self, event: loop.Evaluate, is_last: bool) -> str:
         """Keeps a candidate, and scores it on the way to the last rung; returns what to show of it."""

@@ -1,7 +1,5 @@
 """`ddo train-classifier`: a classifier of noisy images, for classifier guidance and as the trunk of discriminators."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The generated set that a discriminator is trained on: drawn by the model, or given and checked."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Pictures and HTML page of a discriminator's training, from its held-out figures."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any

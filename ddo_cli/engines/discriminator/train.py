@@ -5,8 +5,6 @@ learns to tell them apart at every noise level. Its logit estimates log p_data -
 model's score lacks. The model itself is not trained.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import shutil
@@ -115,8 +113,7 @@ def recipe_sampling(recipe: Recipe) -> dict[str, Any]:
     return {key: getattr(recipe.sampling, key) for key in recipe.sampling.model_fields_set}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# --- Training
 
 
 class _Training:

@@ -5,8 +5,6 @@ model's data (smaller distance) and further from the source (lower PSNR); discri
 trade-off (arXiv 2211.17091, Fig. 10). All levels, with and without guidance, share each image's noise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Inputs of `ddo edit`: a model with its guide, noise levels and source images, checked before anything runs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

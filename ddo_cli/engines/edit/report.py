@@ -1,7 +1,5 @@
 """Figures and pictures of `ddo edit`: fidelity to the source against distance from the target set."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -6,8 +6,6 @@ metrics' accumulators. Files of another identity with the same images are decode
 Only the main process calls these functions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -53,8 +51,7 @@ class Source(Protocol):
     ) -> Iterator[tuple[np.ndarray, Tensor]]: ...
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Identity -> digests of the images
+# --- Identity -> digests of the images
 
 
 def inspection(source: Source) -> Inspection | None:
@@ -97,8 +94,7 @@ def _set_key(source: Source) -> str:
     return f"{_group(source)}/{feature_cache.key_of(source.identity, {}, [])}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Digest and protocol -> what metrics accumulate
+# --- Digest and protocol -> what metrics accumulate
 
 
 def restore(images: Inspection, extractor: Extractor, accumulators: Sequence[Accumulator]) -> list[bool]:

@@ -4,8 +4,6 @@ An entry's name is a hash of the images and of the extractor's protocol, so it i
 used longest ago make room for new ones; the directory may be emptied at any time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

@@ -4,8 +4,6 @@ Each number equals the one that the metric's own tool prints for the same files:
 precision and recall, EDM's FID, ADM's sFID. What would change a number is refused, or reported in `warnings`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -172,8 +170,7 @@ def _noting(failed: list[str], option: str) -> Iterator[None]:
         failed.append(f"{option} could not be written ({error.strerror or error})")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the options ask for
+# --- What the options ask for
 
 
 def _check(options: Options) -> None:
@@ -260,8 +257,7 @@ def _wanted(options: Options, extractor: Extractor) -> Wanted:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks of the images
+# --- Checks of the images
 
 
 def _check_numbers(options: Options, images: Source, reference: Reference | None) -> None:

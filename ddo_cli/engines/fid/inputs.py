@@ -1,7 +1,5 @@
 """What `ddo fid` scores and what it compares with: image sets, models that draw, statistics, and their checks."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,8 +28,7 @@ FINAL = "final.safetensors"  # of a run directory
 PUBLISHED_NUM = 50_000  # images behind a published FID; its bias grows as their number falls
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is scored
+# --- What is scored
 
 
 class Drawn:
@@ -133,8 +130,7 @@ def comparable(source: str, num: int | None = None) -> ImageStream:
     return stream
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What it is compared with
+# --- What it is compared with
 
 
 class Reference(NamedTuple):

@@ -1,7 +1,5 @@
 """One pass over images: everything that the metrics of `ddo fid` need of them, accumulated batch by batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar

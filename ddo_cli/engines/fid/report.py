@@ -1,7 +1,5 @@
 """The output of `ddo fid`: tables with published scores beside them, a CSV row, a Markdown row, and pictures."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import io
@@ -92,8 +90,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (names, ["---"] * len(names), values))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The CSV file
+# --- The CSV file
 
 
 def check(log: Path | None, benchmark: str | None, directory: Path | None = None) -> None:
@@ -150,8 +147,7 @@ def _header(log: Path) -> tuple[list[str], list[dict[str, str]]]:
     return columns, rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# --- Pictures
 
 
 def draw_nearest(

@@ -1,7 +1,5 @@
 """Scores from accumulated features and reference statistics."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`ddo stats`: feature statistics of an image set, as a reference for `ddo fid`; the file names their extractor."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`ddo train-extractor`: a small classifier whose features measure a Fréchet distance where Inception does not fit."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """`ddo pretrain`: maximum likelihood of any registered model, to make references where no checkpoint exists."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from functools import partial

@@ -1,7 +1,5 @@
 """`ddo pretrain` of a `vqvae`: the tokenizer of a VAR, trained to reconstruct images."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path

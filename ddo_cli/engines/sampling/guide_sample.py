@@ -1,7 +1,5 @@
 """`ddo guide-sample`: sampling with discriminator guidance (arXiv 2211.17091)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

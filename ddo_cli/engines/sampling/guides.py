@@ -1,7 +1,5 @@
 """Guides of a sampling run, from files and recipes; shared by the engines that sample with guidance."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any, NamedTuple

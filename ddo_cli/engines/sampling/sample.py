@@ -1,7 +1,5 @@
 """`ddo sample`: a sample set on disk, each item a function of its own seed."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial

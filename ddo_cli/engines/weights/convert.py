@@ -1,7 +1,5 @@
 """`ddo convert`: published weight files of other programs to ours, without running the code inside them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`ddo ema`: averaged weights of any width, reconstructed after training from snapshots (EDM2, arXiv 2312.02696)."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,8 +87,7 @@ def run(
     return {**result, "picture": str(picture)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Snapshots
+# --- Snapshots
 
 
 def _snapshots(sources: Sequence[Path]) -> list[Snapshot]:
@@ -146,8 +143,7 @@ def _origin(snapshot: Snapshot) -> tuple[Any, Any]:
     return snapshot.header.get("config"), kept
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Their combination
+# --- Their combination
 
 
 def combined(snapshots: Sequence[Snapshot], weights: np.ndarray) -> dict[str, Tensor]:

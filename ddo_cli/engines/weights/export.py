@@ -6,8 +6,6 @@ A pickle is neither run nor rewritten: its bytes are copied, and the raw numbers
 rest (code, augmentation, training options) stays as its authors wrote it.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -165,8 +163,7 @@ def _adm(like: Path, stored: dict[str, Tensor], given: dict[str, Any]) -> Origin
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks
+# --- Checks
 
 
 def _check_config(ours: dict[str, Any], theirs: dict[str, Any], ckpt: str, like: Path) -> None:

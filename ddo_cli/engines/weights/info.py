@@ -1,7 +1,5 @@
 """`ddo info`: the content of a checkpoint, sample set, encoded set or run directory."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Base class of feature extractors: uint8 images to features; scores compare only between extractors of one name."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal

@@ -5,8 +5,6 @@ write files; a Python file can do anything. Pickled detectors of StyleGAN3 and E
 Python source that would have to be run.
 """
 
-from __future__ import annotations
-
 import traceback
 import warnings
 from collections.abc import Callable, Sequence

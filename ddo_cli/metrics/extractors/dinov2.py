@@ -3,8 +3,6 @@
 Written anew because torch hub, the usual way, downloads code and runs it.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Inception-v3 for FID: torch-fidelity's network with safely read weights."""
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence

@@ -3,8 +3,6 @@
 An extractor is weights and preprocessing: its `name` stands for both, and scores of different names do not compare.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -56,8 +54,7 @@ class NetworkExtractor(Extractor):
         return {"pool": self.network.features(x / 127.5 - 1)}  # type: ignore[operator]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
+# --- Loading
 
 
 def load_extractor(

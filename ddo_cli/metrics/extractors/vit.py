@@ -3,8 +3,6 @@
 Both networks are built from installed code, never from downloaded code.
 """
 
-from __future__ import annotations
-
 import io
 import warnings
 from abc import abstractmethod
@@ -85,8 +83,7 @@ class ClipExtractor(VisionExtractor):
         return resized
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
+# --- Loading
 
 
 def load_dinov2(

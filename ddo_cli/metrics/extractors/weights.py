@@ -5,8 +5,6 @@ theirs), and with `download` the published address. Nothing is downloaded withou
 and compute nodes without network would wait for a timeout.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shlex
@@ -206,8 +204,7 @@ def by_network(given: Sequence[str]) -> str | dict[str, str] | None:
     return paths or None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
+# --- Reading
 
 
 def read_tensors(file: WeightFile, remedy: str) -> dict[str, Tensor]:

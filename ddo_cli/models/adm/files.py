@@ -1,7 +1,5 @@
 """ADM's diffusion models in OpenAI's .pt files: bare state dicts, whose configuration is read off the shapes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -8,8 +8,6 @@ head, query, key or value (k = 0, 1, 2) number c of a head is the channel
 The wrong order fits every shape and gives another function. All maps are exact both ways.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch
@@ -40,8 +38,7 @@ _OURS, _EDM = "net.", "model."
 _CONSTANT = "resample_filter"  # EDM's buffers, of which we have none: the 2x2 mean of every halving and doubling
 _LEVELS = "u"  # iDDPMPrecond's buffer: its noise levels, which our preconditioner computes
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Order of the channels
+# --- Order of the channels
 
 
 def reordered(qkv: Tensor, source: Order, target: Order, head_channels: int) -> Tensor:
@@ -68,8 +65,7 @@ def _head_channels(qkv: Tensor, options: AdmUnetOptions) -> int:
     return head_width(len(qkv) // 3, options.num_head_channels, options.num_heads)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# OpenAI's files
+# --- OpenAI's files
 
 
 def from_openai(name: str, tensor: Tensor, order: Order, options: AdmUnetOptions) -> tuple[str, Tensor]:
@@ -88,8 +84,7 @@ def to_openai(name: str, tensor: Tensor, order: Order, options: AdmUnetOptions) 
     return name.removeprefix(_OURS), tensor
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# EDM's files
+# --- EDM's files
 
 
 class EdmKeys:

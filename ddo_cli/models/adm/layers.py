@@ -1,7 +1,5 @@
 """ADM's blocks (arXiv 2105.05233, section 4), shared by its U-Net and by the encoders of `models.discriminators`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal

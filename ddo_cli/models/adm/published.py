@@ -1,7 +1,5 @@
 """ADM's published U-Nets: what their files do not say, and how a file of bare tensors is recognised by its shapes."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple

@@ -4,8 +4,6 @@ The two programs write the same function differently; parameters here have OpenA
 attention's channels. `adm.keys` translates EDM's tensors and the other order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 
@@ -142,8 +140,7 @@ def _skip_widths(widths: list[int], num_blocks: int) -> list[int]:
     return [widths[0], *(width for level, width in enumerate(widths) for _ in range(num_blocks + (level < last)))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Registration
+# --- Registration
 
 
 class AdmUnetOptions(DiffusionOptions):

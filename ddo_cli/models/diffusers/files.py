@@ -8,8 +8,6 @@
 Older folders have all files side by side.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os
@@ -57,8 +55,7 @@ class Places(NamedTuple):
     weights: list[Path]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
+# --- Reading
 
 
 def read(folder: Path) -> Folder:
@@ -208,8 +205,7 @@ def _public(config: Config) -> Config:
     return {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
+# --- Writing
 
 
 def write_folder(file: Checkpoint, out: Path, dry_run: bool = False) -> dict[str, Any]:

@@ -4,8 +4,6 @@ A level of ADM is the library's block with residual halvings and doublings: Resn
 AttnDownBlock2D. What it cannot express is refused in `configs`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

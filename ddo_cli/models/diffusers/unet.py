@@ -5,8 +5,6 @@ levels it was trained and what it predicts. Both stay in the options as the fold
 exported again.
 """
 
-from __future__ import annotations
-
 import inspect
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -45,8 +43,7 @@ def library() -> ModuleType:
     return diffusers
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the two configurations say
+# --- What the two configurations say
 
 
 class Process(NamedTuple):
@@ -141,8 +138,7 @@ def config_of(unet: Config, scheduler: Config) -> Config:
     return registry.config_of(NAME, shape, full["num_class_embeds"] or 0, options, {})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
+# --- The model
 
 
 class DiffusersUnet(nn.Module):

@@ -5,8 +5,6 @@ shallow network of the same family on them. Names of parameters are those of the
 are. All of them have scale-shift norms, residual up/down blocks, 64 channels per head and an attention-pooling head.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import partial

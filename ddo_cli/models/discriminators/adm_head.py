@@ -1,7 +1,5 @@
 """DG's published discriminator: a shallow ADM encoder on a frozen classifier's features (arXiv 2211.17091, 4.3)."""
 
-from __future__ import annotations
-
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 

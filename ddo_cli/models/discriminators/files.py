@@ -4,8 +4,6 @@ The files hold no configuration: it is read off the shapes. Two different classi
 one of images and one of latents; the first convolution's input channels tell them apart.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """A shallow discriminator on the features of a frozen noisy-image classifier (arXiv 2211.17091, section 4.3)."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -7,8 +7,6 @@ pooling head. It serves twice: as classifier guidance, and as the frozen trunk u
 2211.17091, section 4.3). A new one is a file here and a line in BUILTIN.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar

@@ -1,7 +1,5 @@
 """TimeEncoder: the encoder of a small U-Net, conditioned on time and label: discriminator and classifier."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """TimeMlp: a discriminator of points, the paper's toy network (arXiv 2211.17091, section 5.1)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from pydantic import Field

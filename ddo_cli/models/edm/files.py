@@ -1,7 +1,5 @@
 """EDM's pickles: the averaged network inside one -> a configuration of `registry` and tensors under our names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +115,7 @@ def _check_levels(stored: dict[str, Tensor]) -> None:
             raise ValueError("its noise levels 'u' are not those of the cosine schedule")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tensors
+# --- Tensors
 
 
 class _SongNames:

@@ -1,7 +1,5 @@
 """Names of tensors: `edm_unet` in a DiffusionModel <-> the published EDM weights (U-Net inside its preconditioner)."""
 
-from __future__ import annotations
-
 import re
 
 _FREQUENCIES = {"noise_features.frequencies": "map_noise.freqs"}  # below "net." here, below "model." there

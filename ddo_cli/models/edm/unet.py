@@ -3,8 +3,6 @@
 The same tensors as the published weights under names of our own; `edm.keys` translates them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -173,8 +171,7 @@ def _norm(width: int) -> nn.GroupNorm:
     return nn.GroupNorm(min(32, width // 4), width, eps=_NORM_EPS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Features of the noise level, [sin, cos]
+# --- Features of the noise level, [sin, cos]
 
 
 class SineFeatures(nn.Module):
@@ -207,8 +204,7 @@ class FourierFeatures(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Blocks
+# --- Blocks
 
 
 class Block(nn.Module):
@@ -299,8 +295,7 @@ class ResampledConv(nn.Conv2d):
         return self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Registration
+# --- Registration
 
 
 class EdmUnetOptions(DiffusionOptions):

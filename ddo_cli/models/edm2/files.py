@@ -1,7 +1,5 @@
 """EDM2's pickles: the averaged network inside one -> a configuration of `registry` and tensors under our names."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path
@@ -101,8 +99,7 @@ class _Names:
         return re.sub(r"^net\.", "unet.", name), tensor.reshape(()) if name.endswith("_gain") else tensor
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration
+# --- Configuration
 
 
 def _config(state: dict[str, Any], network: str, encoder: Any, path: str | Path) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 Equation numbers are the paper's. "Magnitude" is the root mean square of a tensor's elements.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The published EDM2 networks: sizes, and how they were trained (arXiv 2312.02696, table 6 and its code's presets)."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from ddo_cli.models.edm2.vae_codec import DEFAULT_VAE

@@ -4,8 +4,6 @@ Tensors have the published names, with "net." for "unet."; scalar gains are stor
 the first dimension.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -185,8 +183,7 @@ class Block(nn.Module):
         return out.transpose(2, 3).reshape(b, c // 3, h, w)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The likelihood model
+# --- The likelihood model
 
 
 class Edm2DrawOptions(DiffusionDrawOptions):
@@ -244,8 +241,7 @@ class Edm2Model(DiffusionModel):
         return [part for part in (*net.enc.values(), *net.dec.values()) if isinstance(part, Block)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Registration
+# --- Registration
 
 
 class Edm2Options(DiffusionOptions):

@@ -4,8 +4,6 @@ An image (3, H, W) becomes mean and deviation of 4 channels at an eighth of its 
 stores; x is a draw of them, shifted and scaled per channel to mean 0 and deviation 0.5 over ImageNet.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Callable
@@ -96,8 +94,7 @@ def _in_pieces(run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
         return torch.cat([run(piece) for piece in batch.split(MINI_BATCH)])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The autoencoder
+# --- The autoencoder
 
 
 def _place(vae: str) -> str:

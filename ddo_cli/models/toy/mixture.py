@@ -1,7 +1,5 @@
 """An analytic denoiser, that of a Gaussian mixture: a model whose score is known, for toys and tests."""
 
-from __future__ import annotations
-
 import torch
 from pydantic import Field
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """MLP: a small denoiser of points, for toy data in few dimensions."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from pydantic import Field

@@ -1,7 +1,5 @@
 """PixelTransformer: an autoregressive likelihood model of small grey images, one token per pixel in raster order."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -60,8 +58,7 @@ class PixelTransformer(TokenModel):
         nn.init.zeros_(self.head.weight)  # training starts at the uniform distribution
         nn.init.zeros_(self.head.bias)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Likelihood
+    # --- Likelihood
 
     def logits(self, x: Tensor, label: Tensor) -> Tensor:
         """Logits of every pixel given the ones before it, (B, L, levels), float32. x: (B, L), the last pixel unread."""
@@ -78,8 +75,7 @@ class PixelTransformer(TokenModel):
         """log p(x_i | x_<i, label), (B, L), nats, float32."""
         return of_tokens(self.logits(x, drop_labels(label, draw)).log_softmax(2), x)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Sampling
+    # --- Sampling
 
     @torch.no_grad()
     def sample(self, label: Tensor, rng: RowRng, spec: SamplingRecipe) -> Sampled:
@@ -115,8 +111,7 @@ class PixelTransformer(TokenModel):
         return self.start(label + 1 if self.num_classes else torch.zeros_like(label))[:, None]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pieces
+# --- Pieces
 
 
 class Block(nn.Module):

@@ -1,7 +1,5 @@
 """VAR's published .pth files: bare state dicts of transformer and VQVAE, whose configuration is read off the shapes."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
@@ -152,8 +150,7 @@ def vae_file(stored: dict[str, Tensor], path: str | Path, patch_nums: tuple[int,
     return VarFile(vqvae.config_of(shape, options), _checked(expected, tensors, path), notes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration from shapes
+# --- Configuration from shapes
 
 
 def _sides(stored: dict[str, Tensor], path: str | Path, told: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -225,8 +222,7 @@ def _count(stored: dict[str, Tensor], pattern: str) -> int:
     return len(numbers)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tensors
+# --- Tensors
 
 
 def _check_buffers(stored: dict[str, Tensor], sides: Sequence[int]) -> None:

@@ -1,7 +1,5 @@
 """Pieces of VAR's transformer: attention over scales and blocks whose norms the class modulates (arXiv 2404.02905)."""
 
-from __future__ import annotations
-
 import math
 
 import torch

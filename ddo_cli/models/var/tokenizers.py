@@ -3,8 +3,6 @@
 They have no likelihood, so they are no models in the sense of `models.registry`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 

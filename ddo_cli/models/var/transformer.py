@@ -4,8 +4,6 @@ p(x | label) = prod_s p(map s | maps before it, label); the tokens of a map are 
 the likelihood of an image's tokens is exact and takes one pass, and sampling takes one pass per scale.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -139,7 +137,7 @@ class Var(TokenModel):
         exempt = ("start", "position", "level_embedding.weight", ".log_scale", ".adaln")
         return super().no_decay(name, parameter) or name.endswith(exempt)
 
-    def train(self, mode: bool = True) -> Var:
+    def train(self, mode: bool = True) -> "Var":
         """As of any module, but the VQVAE stays in eval mode."""
         super().train(mode)
         self.vqvae.eval()
@@ -154,8 +152,7 @@ class Var(TokenModel):
             )
         load_into(self.vqvae, self.options.tokenizer)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Likelihood
+    # --- Likelihood
 
     def logits(self, x: Tensor, label: Tensor, keep: Tensor | None = None) -> Tensor:
         """Logits of every token given the scales before its own, (B, L, vocabulary), float32; the last is unread."""
@@ -184,8 +181,7 @@ class Var(TokenModel):
         keep = draw.keep if self.training and draw.keep.shape[1] else None
         return of_tokens(self.logits(x, drop_labels(label, draw), keep).log_softmax(2), x)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Sampling
+    # --- Sampling
 
     @torch.no_grad()
     def sample(self, label: Tensor, rng: RowRng, spec: SamplingRecipe) -> Sampled:
@@ -242,8 +238,7 @@ class Var(TokenModel):
         embedding = self.vqvae.quantize.embedding.weight
         return self.vqvae.quantize.as_map(weight.to(embedding.dtype) @ embedding, scale)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Pieces
+    # --- Pieces
 
     def _class(self, label: Tensor) -> Tensor:
         """Class embedding (B, C)."""

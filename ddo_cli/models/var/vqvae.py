@@ -1,7 +1,5 @@
 """VQVAE: images <-> token maps of growing size, each coding what the smaller ones left over (VAR, arXiv 2404.02905)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -231,8 +229,7 @@ def phi_of_scale(num_scales: int) -> tuple[int, ...]:
     return tuple(int(np.abs(ticks - s / (num_scales - 1)).argmin()) for s in range(num_scales))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+# --- Files
 
 
 def config_of(shape: tuple[int, ...], options: VqvaeOptions) -> dict[str, Any]:

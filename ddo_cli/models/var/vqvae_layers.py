@@ -1,7 +1,5 @@
 """Encoder and decoder of VAR's tokenizer, in the layout of latent diffusion (arXiv 2112.10752): images <-> latents."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from itertools import pairwise
@@ -74,8 +72,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pieces
+# --- Pieces
 
 
 class Level(nn.Module):
