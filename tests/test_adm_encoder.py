@@ -155,7 +155,6 @@ def pixel_extractor():
     return filled(lambda: classifier(3, 32))
 
 
-@pytest.mark.slow
 def test_the_pixel_extractor(pixel_extractor):
     x = given(2, 3, 32, 32)
     features = pixel_extractor.features(x, T)
@@ -179,7 +178,6 @@ GUIDANCE = {  # sigma -> log-ratio, norms of G, first four values of G, which is
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sigma", GUIDANCE)
 def test_the_guidance_term(pixel_extractor, sigma):
     log_ratio, norms, values = (torch.tensor(numbers) for numbers in GUIDANCE[sigma])
@@ -197,7 +195,6 @@ def test_the_guidance_term(pixel_extractor, sigma):
     assert (higher > value).all()
 
 
-@pytest.mark.slow
 def test_the_64x64_extractor():
     extractor = filled(lambda: classifier(3, 64, time="linear"))  # the golden numbers name the network's own time
     x = given(2, 3, 64, 64)

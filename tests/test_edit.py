@@ -148,7 +148,6 @@ def test_the_noise_is_not_that_of_sampling(place, tmp_path):
     assert (apart > 2).all()  # the same noise would leave x0 = 0.004 beside a deviation of 80 between them: 0.0 to 0.1
 
 
-@pytest.mark.slow
 def test_two_processes_write_the_same_sets(place, tmp_path):
     guided(place, tmp_path / "one", [0.5, 2.0], sampling={"batch": 4})
     options = ["--disc", str(place / "d.safetensors"), "--batch", "4", "--level", "0.5,2", "--out", "two"]

@@ -91,7 +91,6 @@ def check(out, expected):
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "denoised", "raw", "augmented"),
     [

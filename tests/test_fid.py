@@ -137,7 +137,6 @@ def test_embedded_default(monkeypatch):
     assert held_out["fd_embedded"] > 0
 
 
-@pytest.mark.slow
 def test_two_processes_equal_one(sets, extractor):
     code = (
         "import sys, json; from ddo_cli import dist; from ddo_cli.engines.fid import fid\n"

@@ -244,7 +244,6 @@ def test_python_extractors_are_not_kept(root, tmp_path, passed):
         assert sum(passed) == NUM + REF
 
 
-@pytest.mark.slow
 def test_two_processes_share_the_cache_with_one(root, tmp_path, passed):
     """Kept by one process and found by two, in whole and in part; and the other way round."""
 

@@ -94,7 +94,6 @@ def test_batch_and_workers_do_not_matter(root):
     assert figures(score(root / "folder", root / "ref.npz", metrics=ALL, workers=2)) == figures(first)
 
 
-@pytest.mark.slow
 def test_two_processes_equal_one(root, tmp_path):
     arguments = [root / "folder", "--ref", root / "ref.npz", "--extractor", EMBEDDED_EXTRACTOR, "--batch", "32"]
     arguments += ["--metrics", ",".join(ALL), "--uncertainty", "--no-cache", "--json"]
@@ -111,7 +110,6 @@ def by_two(source: Path, ref: Path, *options: object) -> subprocess.CompletedPro
     return launch(*map(str, command), "--batch", "32", "--json", processes=2)
 
 
-@pytest.mark.slow
 def test_an_image_broken_for_one_process_ends_both(root, tmp_path):
     """Left alone, the other process would wait in the first sum, and break down with a traceback of its own."""
     for path in (root / "folder").iterdir():
@@ -224,7 +222,6 @@ def test_weights_go_to_their_networks(root, monkeypatch):
         score(root / "set.npz", ref, weights={"fd_clip": "c.pt"}, extractor=None, dry_run=True)
 
 
-@pytest.mark.slow
 def test_a_picture_that_cannot_be_written_ends_both(root, tmp_path):
     (tmp_path / "file").write_text("where the directory should be")
     done = by_two(root / "set.npz", root / "ref.npz", "--nearest", 3, "--pictures", tmp_path / "file" / "pictures")

@@ -87,7 +87,6 @@ def test_images_depend_on_their_seeds_only(ckpt, disc, tmp_path):
     assert sum(both[name] == some[name] for name in some) >= 3  # batches of another size may round otherwise
 
 
-@pytest.mark.slow
 def test_two_processes_write_the_same_set(ckpt, disc, tmp_path):
     guide_sample.run(disc, None, range(20), tmp_path / "one", device=CPU)
     options = ["--disc", disc, "--num-images", "20", "--out", str(tmp_path / "two"), "--device", "cpu", "--json"]

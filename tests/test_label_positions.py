@@ -76,7 +76,6 @@ def test_a_score_knows_the_labels_by_position(ckpt):
     assert torch.cat([batch.label for batch in made]).tolist() == second.labels.tolist()
 
 
-@pytest.mark.slow
 def test_two_processes_draw_the_same_set(ckpt, tmp_path):
     sample.run(ckpt, GIVEN, tmp_path / "one", sampling=POSITION, device=CPU)
     options = ["--seeds", ",".join(map(str, GIVEN)), "--out", str(tmp_path / "two"), "--device", "cpu", "--json"]

@@ -91,7 +91,6 @@ def test_place_in_the_batch_does_not_matter(ckpt):
     assert torch.equal(left[3:], right[:5])
 
 
-@pytest.mark.slow
 def test_two_processes_write_the_same_set(ckpt, tmp_path):
     sample.run(ckpt, range(20), tmp_path / "one", device=CPU)
     options = ["--ckpt", ckpt, "--num-images", "20", "--out", str(tmp_path / "two"), "--device", "cpu", "--json"]
