@@ -71,8 +71,7 @@ class Pictures(NamedTuple):
         int, Option(min=0, max=64, help="Draw this many images that lie closest to the reference's.")
     ] = 0
     nll: Annotated[
-        bool,
-        Option("--nll", help="Draw a histogram of the features' likelihood under the reference's."),
+        bool, Option("--nll", help="Draw a histogram of the features' likelihood under the reference's.")
     ] = False
     compare: Annotated[list[str] | None, Option(help="A further set in this histogram. May be repeated.")] = None
     pictures: Annotated[Path | None, Option(help="Directory of the pictures.", show_default="fid-pictures")] = None
@@ -83,10 +82,9 @@ class Passes(NamedTuple):
 
     batch: Batch = 256
     workers: Workers = None
-    no_cache: Annotated[
-        bool,
-        Option("--no-cache", help="Neither use nor store features.", rich_help_panel="Run"),
-    ] = False
+    no_cache: Annotated[bool, Option("--no-cache", help="Neither use nor store features.", rich_help_panel="Run")] = (
+        False
+    )
 
 
 @options(
@@ -108,8 +106,7 @@ def fid(
         str, Argument(help="Images (folder, zip, npz, sample set), or a run or weight file to draw them.")
     ],
     ref: Annotated[
-        str | None,
-        Option(help="Images, or statistics of EDM, EDM2, ADM or `ddo stats`. Default: embedded:digits32."),
+        str | None, Option(help="Images, or statistics of EDM, EDM2, ADM or `ddo stats`. Default: embedded:digits32.")
     ] = None,
     num_images: Annotated[int | None, Option(min=2, help="Images to use or to draw. Default: all, or 50000.")] = None,
     repeat: Annotated[int, Option(min=1, max=100, help="Number of seed ranges, each with its own score.")] = 1,
@@ -152,8 +149,7 @@ def stats(
     data: Images,
     out: Annotated[Path, Option(help="The .safetensors file to write, for --ref of `ddo fid`.")],
     metric: Annotated[
-        Any,
-        choice("--metric", "fid", "fd_dinov2", "fd_clip", "fd_embedded", help="Whose features are used."),
+        Any, choice("--metric", "fid", "fd_dinov2", "fd_clip", "fd_embedded", help="Whose features are used.")
     ] = None,
     weights: Annotated[str | None, Option(help="Weights of the published network. Default: those found here.")] = None,
     extractor: Annotated[

@@ -154,8 +154,7 @@ MeasuredDryRun = Annotated[
     ),
 ]
 Measure = Annotated[
-    bool,
-    Option(" /--no-measure", help="With --dry-run: the plan alone.", show_default=False, rich_help_panel="Run"),
+    bool, Option(" /--no-measure", help="With --dry-run: the plan alone.", show_default=False, rich_help_panel="Run")
 ]
 Device = Annotated[str | None, Option(help="cuda or cpu. Default: cuda if there is one.", rich_help_panel="Run")]
 ModelFile = Annotated[str | None, Option(help="Python file that registers your own model.", rich_help_panel="Run")]
@@ -249,8 +248,7 @@ def sampling_options(*keys: str) -> Callable[..., Any]:
     def read(
         given: dict[str, Any],
         overrides: Annotated[
-            list[str] | None,
-            Argument(metavar="[KEY=VALUE]...", help="Any sampling key, e.g. sigma_max=20 top_k=5."),
+            list[str] | None, Argument(metavar="[KEY=VALUE]...", help="Any sampling key, e.g. sigma_max=20 top_k=5.")
         ] = None,
     ) -> dict[str, Any]:
         from ddo_cli.recipe.load import parse_sampling

@@ -111,8 +111,7 @@ class Editor(NamedTuple):
         Option(help="Discriminator of `ddo train-disc`. Default: the newest of this model below runs/, if any."),
     ] = None
     ckpt: Annotated[
-        str | None,
-        Option(help="Model that edits. Default: the one that --disc was trained for, or embedded:digits32."),
+        str | None, Option(help="Model that edits. Default: the one that --disc was trained for, or embedded:digits32.")
     ] = None
     no_guidance: Annotated[bool, Option("--no-guidance", help="Edit without guidance only.")] = False
     force: Force = False

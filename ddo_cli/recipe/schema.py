@@ -22,6 +22,7 @@ from ddo_cli.recipe.training import (
     PretrainRecipe,
     Section,
     TrainRecipe,
+    key,
 )
 
 __all__ = ["Precision", "TrainRecipe"]  # also from here
@@ -32,29 +33,24 @@ DEFAULT_RECIPE = "quickstart"
 class DataRecipe(Section):
     """The real data."""
 
-    source: str = Field(
+    source: str = key(
         "embedded:digits32",
-        description="Real images: a folder, zip, npz, CIFAR-10's .tar.gz, embedded:<name>, or what `ddo encode` made.",
+        "Real images: a folder, zip, npz, CIFAR-10's .tar.gz, embedded:<name>, or what `ddo encode` made.",
     )
-    num: int | None = Field(None, ge=1, description="Use this many images. Default: all.")
-    hflip: bool = Field(False, description="Mirror each real training image left to right with probability 1/2.")
-    cache: bool = Field(
-        True,
-        exclude=True,  # changes no result, so a run may continue with another value
-        description="Keep decoded images on disk for later runs.",
-    )
+    num: int | None = key(None, "Use this many images. Default: all.", ge=1)
+    hflip: bool = key(False, "Mirror each real training image left to right with probability 1/2.")
+    # Excluded since it changes no result, so a run may continue with another value.
+    cache: bool = key(True, "Keep decoded images on disk for later runs.", exclude=True)
 
 
 class ModelRecipe(Section):
     """The network that `pretrain` trains, and the checkpoint that the other commands start from."""
 
-    name: str = Field("patch-unet", description="A registered model.")
-    file: str | None = Field(None, description="Python file that registers your own model.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Constructor options of the model.")
-    draw: dict[str, Any] = Field(
-        default_factory=dict, description="Randomness of pretraining: p_mean, label_dropout, ..."
-    )
-    ckpt: str = Field("embedded:digits32", description="Model to improve or guide: a weight file or embedded:<name>.")
+    name: str = key("patch-unet", "A registered model.")
+    file: str | None = key(None, "Python file that registers your own model.")
+    options: dict[str, Any] = key({}, "Constructor options of the model.")
+    draw: dict[str, Any] = key({}, "Randomness of pretraining: p_mean, label_dropout, ...")
+    ckpt: str = key("embedded:digits32", "Model to improve or guide: a weight file or embedded:<name>.")
 
 
 def _respacing(value: Any) -> Any:
@@ -79,69 +75,52 @@ def _sampler(value: Any) -> Any:
 class SamplingRecipe(Section):
     """How samples are drawn. Default of a key: the model's own. A key that the model does not read is an error."""
 
-    batch: int = Field(256, ge=1, description="Images per network pass; changes only the rounding of results.")
-    sampler: Annotated[str | None, BeforeValidator(_sampler)] = Field(
-        None, description=f"One of {', '.join(SAMPLERS)}."
-    )
-    steps: int | None = Field(None, ge=1, le=10_000, description="Sampling steps.")
-    labels: Literal["balanced", "random", "position"] | None = Field(
+    batch: int = key(256, "Images per network pass; changes only the rounding of results.", ge=1)
+    sampler: Annotated[str | None, BeforeValidator(_sampler)] = key(None, f"One of {', '.join(SAMPLERS)}.")
+    steps: int | None = key(None, "Sampling steps.", ge=1, le=10_000)
+    labels: Literal["balanced", "random", "position"] | None = key(
         None,
-        description="Class labels: balanced (seed modulo classes), position (place in the list of seeds modulo "
+        "Class labels: balanced (seed modulo classes), position (place in the list of seeds modulo "
         "classes), or random as EDM's scripts draw them.",
     )
-    precision: Precision | None = Field(None, description="Precision of network passes. Default: float32.")
-    dtype: Literal["float64", "float32"] | None = Field(
-        None, description="Type of the sampler's state. Default: float64."
-    )
-    spacing: Literal["karras", "vp", "steps"] | None = Field(
+    precision: Precision | None = key(None, "Precision of network passes. Default: float32.")
+    dtype: Literal["float64", "float32"] | None = key(None, "Type of the sampler's state. Default: float64.")
+    spacing: Literal["karras", "vp", "steps"] | None = key(
         None,
-        description="Noise levels: karras (EDM), vp (evenly in the time of the VP-SDE), or steps (training steps of a "
+        "Noise levels: karras (EDM), vp (evenly in the time of the VP-SDE), or steps (training steps of a "
         "model with discrete ones). Default: steps, or else vp, for ddim and ddpm; karras for the others.",
     )
-    respacing: Annotated[Annotated[str, _RESPACING] | None, BeforeValidator(_respacing)] = Field(
-        None, description="Of spacing steps: 250, ddim25 or 10,15,20."
+    respacing: Annotated[Annotated[str, _RESPACING] | None, BeforeValidator(_respacing)] = key(
+        None, "Of spacing steps: 250, ddim25 or 10,15,20."
     )
-    sigma_min: float | None = Field(None, gt=0, description="Smallest noise level.")
-    sigma_max: float | None = Field(None, gt=0, description="Largest noise level.")
-    rho: float | None = Field(None, gt=0, description="Exponent of the Karras spacing.")
-    s_churn: float | None = Field(None, ge=0, description="EDM's stochasticity S_churn (heun and euler).")
-    s_min: float | None = Field(None, ge=0, description="Smallest noise level with churn.")
-    s_max: float | None = Field(None, gt=0, description="Largest noise level with churn.")
-    s_noise: float | None = Field(None, gt=0, description="Standard deviation of the churn's noise.")
-    discretization: Literal["vp", "ve", "iddpm", "edm"] | None = Field(
+    sigma_min: float | None = key(None, "Smallest noise level.", gt=0)
+    sigma_max: float | None = key(None, "Largest noise level.", gt=0)
+    rho: float | None = key(None, "Exponent of the Karras spacing.", gt=0)
+    s_churn: float | None = key(None, "EDM's stochasticity S_churn (heun and euler).", ge=0)
+    s_min: float | None = key(None, "Smallest noise level with churn.", ge=0)
+    s_max: float | None = key(None, "Largest noise level with churn.", gt=0)
+    s_noise: float | None = key(None, "Standard deviation of the churn's noise.", gt=0)
+    discretization: Literal["vp", "ve", "iddpm", "edm"] | None = key(
         None,
-        description="Time steps of EDM's generalised sampler (heun or euler), used for its ablations and baselines. It "
+        "Time steps of EDM's generalised sampler (heun or euler), used for its ablations and baselines. It "
         "is chosen by setting this key, schedule, scaling or step_ratio. Default: edm.",
     )
-    schedule: Literal["vp", "ve", "linear"] | None = Field(
-        None, description="Generalised sampler: noise schedule. Default: linear."
+    schedule: Literal["vp", "ve", "linear"] | None = key(None, "Generalised sampler: noise schedule. Default: linear.")
+    scaling: Literal["vp", "none"] | None = key(None, "Generalised sampler: signal scaling. Default: none.")
+    step_ratio: float | None = key(
+        None, "Generalised sampler: place of Heun's second evaluation within a step. Default: 1.", gt=0, le=1
     )
-    scaling: Literal["vp", "none"] | None = Field(
-        None, description="Generalised sampler: signal scaling. Default: none."
+    clip_denoised: bool | None = key(None, "Clip the denoised image to [-1, 1] in each step (ADM).")
+    cfg_scale: float | None = key(None, "Scale of classifier-free guidance, 1 = off.", ge=0)
+    cfg_sigma_min: float | None = key(None, "Guidance only above this noise level (arXiv 2404.07724).", ge=0)
+    cfg_sigma_max: float | None = key(None, "Guidance only up to this noise level.", gt=0)
+    temperature: float | None = key(None, "Autoregressive models: softmax temperature.", gt=0)
+    top_k: int | None = key(None, "Autoregressive models: sample from the k most likely values.", ge=1)
+    top_p: float | None = key(
+        None, "Autoregressive models: sample from the most likely values, of probability p.", gt=0, le=1
     )
-    step_ratio: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Generalised sampler: place of Heun's second evaluation within a step. Default: 1.",
-    )
-    clip_denoised: bool | None = Field(None, description="Clip the denoised image to [-1, 1] in each step (ADM).")
-    cfg_scale: float | None = Field(None, ge=0, description="Scale of classifier-free guidance, 1 = off.")
-    cfg_sigma_min: float | None = Field(
-        None, ge=0, description="Guidance only above this noise level (arXiv 2404.07724)."
-    )
-    cfg_sigma_max: float | None = Field(None, gt=0, description="Guidance only up to this noise level.")
-    temperature: float | None = Field(None, gt=0, description="Autoregressive models: softmax temperature.")
-    top_k: int | None = Field(None, ge=1, description="Autoregressive models: sample from the k most likely values.")
-    top_p: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Autoregressive models: sample from the most likely values, of probability p.",
-    )
-    smooth: bool | None = Field(
-        None,
-        description="VAR: mix codes with Gumbel-softmax weights, not sample them; for pictures, not for scores.",
+    smooth: bool | None = key(
+        None, "VAR: mix codes with Gumbel-softmax weights, not sample them; for pictures, not for scores."
     )
 
     @model_validator(mode="after")
@@ -194,35 +173,31 @@ def _benchmark(value: Any) -> Any:
 class MetricRecipe(Section):
     """How a model is scored. Lower is better for every metric."""
 
-    name: Literal["fd_embedded", "fid", "fd_dinov2", "fd_clip", "js"] = Field("fd_embedded", description="Metric.")
-    ref: str | None = Field(None, description="Reference images or statistics. Default: the training data.")
-    num_images: int = Field(4096, ge=2, le=250_000, description="Images per score.")
-    repeats: int = Field(
-        3, ge=1, le=4, description="Ranges of seeds over which the scores of promoted models are averaged."
+    name: Literal["fd_embedded", "fid", "fd_dinov2", "fd_clip", "js"] = key("fd_embedded", "Metric.")
+    ref: str | None = key(None, "Reference images or statistics. Default: the training data.")
+    num_images: int = key(4096, "Images per score.", ge=2, le=250_000)
+    repeats: int = key(3, "Ranges of seeds over which the scores of promoted models are averaged.", ge=1, le=4)
+    weights: str | None = key(None, "Inception weights of the FID.")
+    benchmark: Annotated[Benchmark | None, BeforeValidator(_benchmark)] = key(
+        None, "Benchmark whose published results are shown beside the score."
     )
-    weights: str | None = Field(None, description="Inception weights of the FID.")
-    benchmark: Annotated[Benchmark | None, BeforeValidator(_benchmark)] = Field(
-        None, description="Benchmark whose published results are shown beside the score."
-    )
-    extractor: str | None = Field(None, description="For fd_embedded: an extractor of `ddo train-extractor`.")
+    extractor: str | None = key(None, "For fd_embedded: an extractor of `ddo train-extractor`.")
 
 
 class GuidanceRecipe(Section):
     """How a discriminator guides sampling (arXiv 2211.17091)."""
 
-    dg_weight: float = Field(
-        1.0, ge=0, description="Guidance weight in a step's predictor; 0 = off, 1 aims at the data."
+    dg_weight: float = key(1.0, "Guidance weight in a step's predictor; 0 = off, 1 aims at the data.", ge=0)
+    dg_weight_2nd: float = key(0.0, "Guidance weight in the step's corrector (heun).", ge=0)
+    time_min: float = key(0.01, "Guide only at VP times from here on, in [0, 1].", ge=0, le=1)
+    time_max: float = key(1.0, "Guide only at VP times up to here, in [0, 1].", ge=0, le=1)
+    decay: Literal["constant", "linear", "cosine"] = key(
+        "constant", "Weight over time; linear and cosine fall with t (our choice; the paper gives none)."
     )
-    dg_weight_2nd: float = Field(0.0, ge=0, description="Guidance weight in the step's corrector (heun).")
-    time_min: float = Field(0.01, ge=0, le=1, description="Guide only at VP times from here on, in [0, 1].")
-    time_max: float = Field(1.0, ge=0, le=1, description="Guide only at VP times up to here, in [0, 1].")
-    decay: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="Weight over time; linear and cosine fall with t (our choice; the paper gives none)."
-    )
-    boost: bool = Field(False, description="Churn and a doubled weight for samples with negative log-ratio.")
-    boost_churn_period: int = Field(5, ge=1, description="Steps between churns of boosted samples.")
-    boost_weight_period: int = Field(2, ge=1, description="Steps between doubled weights of boosted samples.")
-    boost_churn: float = Field(4.0, ge=0, description="S_churn of boosted samples.")
+    boost: bool = key(False, "Churn and a doubled weight for samples with negative log-ratio.")
+    boost_churn_period: int = key(5, "Steps between churns of boosted samples.", ge=1)
+    boost_weight_period: int = key(2, "Steps between doubled weights of boosted samples.", ge=1)
+    boost_churn: float = key(4.0, "S_churn of boosted samples.", ge=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> "GuidanceRecipe":
@@ -246,12 +221,12 @@ class GuidanceRecipe(Section):
 class Recipe(Section):
     """A whole recipe file."""
 
-    name: str = Field(
+    name: str = key(
         DEFAULT_RECIPE,
+        "Name of the recipe; runs are written to runs/<name>.",
         pattern=r"^[.]*[A-Za-z0-9_-][A-Za-z0-9._-]*$",  # a directory below runs/
-        description="Name of the recipe; runs are written to runs/<name>.",
     )
-    seed: int = Field(0, ge=0, description="Seed of all random numbers.")
+    seed: int = key(0, "Seed of all random numbers.", ge=0)
     data: DataRecipe = DataRecipe()
     model: ModelRecipe = ModelRecipe()
     sampling: SamplingRecipe = SamplingRecipe()

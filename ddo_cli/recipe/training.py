@@ -26,6 +26,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
+def key(default: Any, description: str, **bounds: Any) -> Any:
+    """A recipe key with its meaning, as `ddo recipes --keys` prints it. bounds: ge, lt, pattern, ... of pydantic."""
+    return Field(default, description=description, **bounds)
+
+
 def _problem(key: Iterable[str | int], value: Any, text: str, kind: str = "refused") -> InitErrorDetails:
     """A problem with one key of a section; `schema.messages` puts place, key and value before the text."""
     return InitErrorDetails(type=PydanticCustomError(kind, "{text}", {"text": text}), loc=tuple(key), input=value)
@@ -37,44 +42,40 @@ class TrainRecipe(Section):
     prefix: ClassVar[str] = ""  # of the keys, as messages name them
     dropout: ClassVar[bool] = True  # whether layers of dropout are on
 
-    lr: float = Field(1e-4, gt=0, description="Learning rate.")
-    warmup: int = Field(0, ge=0, description="Images over which the learning rate rises linearly from 0.")
-    lr_schedule: Literal["constant", "cosine", "inverse-sqrt", "linear"] = Field(
+    lr: float = key(1e-4, "Learning rate.", gt=0)
+    warmup: int = key(0, "Images over which the learning rate rises linearly from 0.", ge=0)
+    lr_schedule: Literal["constant", "cosine", "inverse-sqrt", "linear"] = key(
         "constant",
-        description="Learning rate after the warm-up: cosine falls to 0; inverse-sqrt falls as 1 / sqrt(images) from "
+        "Learning rate after the warm-up: cosine falls to 0; inverse-sqrt falls as 1 / sqrt(images) from "
         "decay_images on (EDM2); linear stays at lr for lr_hold, then falls to lr_final (VAR).",
     )
-    decay_images: int | None = Field(None, ge=1, description="Of inverse-sqrt: images after which the rate falls.")
-    lr_hold: float = Field(0.05, ge=0, lt=1, description="Of linear: share of the images after the warm-up.")
-    lr_final: float = Field(0.1, ge=0, le=1, description="Of linear: last learning rate, as a share of lr.")
-    batch: int = Field(64, ge=1, description="Real images per optimizer step, over all processes.")
-    micro_batch: int | None = Field(
-        None, ge=1, description="Images per forward pass of a process. Default: its share of the batch."
-    )
-    ema_half_life: float = Field(500.0, ge=0, description="Half-life of the averaged weights in images; 0: none.")
-    ema_widths: list[Annotated[float, Field(gt=0, lt=MAX_STD)]] = Field(
-        default_factory=list,
-        description="Power-function averages in place of the half-life: their relative standard deviations (EDM2's "
+    decay_images: int | None = key(None, "Of inverse-sqrt: images after which the rate falls.", ge=1)
+    lr_hold: float = key(0.05, "Of linear: share of the images after the warm-up.", ge=0, lt=1)
+    lr_final: float = key(0.1, "Of linear: last learning rate, as a share of lr.", ge=0, le=1)
+    batch: int = key(64, "Real images per optimizer step, over all processes.", ge=1)
+    micro_batch: int | None = key(None, "Images per forward pass of a process. Default: its share of the batch.", ge=1)
+    ema_half_life: float = key(500.0, "Half-life of the averaged weights in images; 0: none.", ge=0)
+    ema_widths: list[Annotated[float, Field(gt=0, lt=MAX_STD)]] = key(
+        [],
+        "Power-function averages in place of the half-life: their relative standard deviations (EDM2's "
         "sigma_rel). The first is scored and promoted; the others are saved beside it for `ddo ema`.",
     )
-    optimizer: Literal["adam", "adamw"] = Field("adam", description="Optimizer.")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of Adam's first moment.")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of Adam's second moment.")
-    adam_eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
-    weight_decay: float = Field(
+    optimizer: Literal["adam", "adamw"] = key("adam", "Optimizer.")
+    adam_beta1: float = key(0.9, "Decay of Adam's first moment.", ge=0, lt=1)
+    adam_beta2: float = key(0.999, "Decay of Adam's second moment.", ge=0, lt=1)
+    adam_eps: float = key(1e-8, "Adam's epsilon.", gt=0)
+    weight_decay: float = key(
         0.0,
-        ge=0,
-        description="adam: L2 penalty, added to the gradient of every weight. adamw: decoupled, lr * weight_decay off "
+        "adam: L2 penalty, added to the gradient of every weight. adamw: decoupled, lr * weight_decay off "
         "the weight in each step, except for vectors and weights that the model exempts.",
+        ge=0,
     )
-    grad_clip: float | None = Field(None, gt=0, description="Largest gradient norm. Default: no clipping.")
-    precision: Precision = Field("float32", description="Precision of training passes; log-ratios are always float32.")
-    activation_checkpointing: bool = Field(
-        False, description="Recompute blocks in the backward pass: less memory, more time."
-    )
-    sharding: Literal["ddp", "fsdp"] = Field("ddp", description="fsdp shards weights, averages and optimizer state.")
-    log_every: int = Field(10, ge=1, description="Steps between log lines.")
-    save_every: int = Field(20, ge=1, description="Steps between saves of the state that resuming needs.")
+    grad_clip: float | None = key(None, "Largest gradient norm. Default: no clipping.", gt=0)
+    precision: Precision = key("float32", "Precision of training passes; log-ratios are always float32.")
+    activation_checkpointing: bool = key(False, "Recompute blocks in the backward pass: less memory, more time.")
+    sharding: Literal["ddp", "fsdp"] = key("ddp", "fsdp shards weights, averages and optimizer state.")
+    log_every: int = key(10, "Steps between log lines.", ge=1)
+    save_every: int = key(20, "Steps between saves of the state that resuming needs.", ge=1)
 
     @field_validator("ema_widths")
     @classmethod
@@ -98,12 +99,10 @@ class PretrainRecipe(TrainRecipe):
 
     prefix: ClassVar[str] = "pretrain."
 
-    images: int = Field(96_000, ge=1, description="Images to train on, counting repeats.")
-    ema_ramp: float | None = Field(
-        0.05, gt=0, description="Upper bound of the half-life, as a share of the images seen (EDM)."
-    )
-    snapshot_every: int | None = Field(
-        None, ge=1, description="Images between snapshots of averaged weights for `ddo ema`. Default: at the end only."
+    images: int = key(96_000, "Images to train on, counting repeats.", ge=1)
+    ema_ramp: float | None = key(0.05, "Upper bound of the half-life, as a share of the images seen (EDM).", gt=0)
+    snapshot_every: int | None = key(
+        None, "Images between snapshots of averaged weights for `ddo ema`. Default: at the end only.", ge=1
     )
 
 
@@ -144,37 +143,27 @@ class FinetuneRecipe(TrainRecipe):
     prefix: ClassVar[str] = "finetune."
     dropout: ClassVar[bool] = False  # with it, r is not 0 for equal weights
 
-    rounds: int = Field(4, ge=1, description="Rounds of self-play.")
-    alpha: Coefficient = Field(4.0, description="Weight of the fake term. Several values, such as 1,2,4, are swept.")
-    beta: Coefficient = Field(
-        0.05,
-        description="Scale of the log-ratio, about 1 / dimension. Several values are swept.",
+    rounds: int = key(4, "Rounds of self-play.", ge=1)
+    alpha: Coefficient = key(4.0, "Weight of the fake term. Several values, such as 1,2,4, are swept.")
+    beta: Coefficient = key(0.05, "Scale of the log-ratio, about 1 / dimension. Several values are swept.")
+    divide_by_alpha: bool = key(False, "Divide the loss by max(alpha, 1), as VAR's trainer does.")
+    images_per_round: int = key(7680, "Real images per round.", ge=1)
+    num_fake: int = key(4096, "Samples drawn from the reference per round.", ge=1, le=100_000_000)
+    fake_as: Literal["images", "latents"] | None = key(None, "How these samples are stored.")
+    reference_precision: Literal["float32", "bf16"] = key(
+        "float32", "Storage of the reference's weights. bf16 saves memory and changes the log-ratio a little."
     )
-    divide_by_alpha: bool = Field(False, description="Divide the loss by max(alpha, 1), as VAR's trainer does.")
-    images_per_round: int = Field(7680, ge=1, description="Real images per round.")
-    num_fake: int = Field(4096, ge=1, le=100_000_000, description="Samples drawn from the reference per round.")
-    fake_as: Literal["images", "latents"] | None = Field(None, description="How these samples are stored.")
-    reference_precision: Literal["float32", "bf16"] = Field(
-        "float32",
-        description="Storage of the reference's weights. bf16 saves memory and changes the log-ratio a little.",
+    draw: dict[str, Any] = key({}, "Randomness in place of the reference's, e.g. {p_std: 1.0}.")
+    eval_every: int = key(3840, "Images between candidates of a round.", ge=1)
+    keep_candidates: Literal["all", "best"] = key("all", "Candidates kept on disk after a round.")
+    max_denoising_ratio: float = key(
+        2.0, "Stop when the model's plain loss on real images exceeds the reference's by this factor.", gt=1
     )
-    draw: dict[str, Any] = Field(
-        default_factory=dict, description="Randomness in place of the reference's, e.g. {p_std: 1.0}."
-    )
-    eval_every: int = Field(3840, ge=1, description="Images between candidates of a round.")
-    keep_candidates: Literal["all", "best"] = Field("all", description="Candidates kept on disk after a round.")
-    max_denoising_ratio: float = Field(
-        2.0, gt=1, description="Stop when the model's plain loss on real images exceeds the reference's by this factor."
-    )
-    sweep_rungs: int = Field(
-        3, ge=1, description="Sweep: 3 drops half of the settings at 1/4 and 1/2 of a round, 1 drops none."
-    )
-    sweep_images: int | None = Field(
-        None, ge=2, description="Sweep: images per early score. Default: half of metric.num_images."
-    )
-    from_round: Annotated[dict[Annotated[int, Field(ge=2)], dict[str, Any]], BeforeValidator(_numbers)] = Field(
-        default_factory=dict,
-        description="Other values of this section from a round on, e.g. {17: {draw: {p_std: 3.0}, lr: 2e-5}}; of two "
+    sweep_rungs: int = key(3, "Sweep: 3 drops half of the settings at 1/4 and 1/2 of a round, 1 drops none.", ge=1)
+    sweep_images: int | None = key(None, "Sweep: images per early score. Default: half of metric.num_images.", ge=2)
+    from_round: Annotated[dict[Annotated[int, Field(ge=2)], dict[str, Any]], BeforeValidator(_numbers)] = key(
+        {},
+        "Other values of this section from a round on, e.g. {17: {draw: {p_std: 3.0}, lr: 2e-5}}; of two "
         "rounds the later one wins.",
     )
 
@@ -223,27 +212,23 @@ class DiscriminatorRecipe(TrainRecipe):
 
     prefix: ClassVar[str] = "discriminator."
 
-    name: str = Field("time-encoder", description="A registered discriminator.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Its constructor options.")
-    conditional: bool = Field(True, description="The discriminator sees the label, if the model has classes.")
-    fake: str | None = Field(None, description="Generated images, of `ddo sample`. Default: drawn from model.ckpt.")
-    num_fake: int = Field(50_000, ge=1, le=100_000_000, description="Images to generate.")
-    held_out: int = Field(1024, ge=16, description="Real images, and as many generated ones, held out for the loss.")
-    time: Literal["importance", "uniform", "model"] = Field(
-        "importance", description="Density of the VP time t; model: the one that the model's own noise levels have."
+    name: str = key("time-encoder", "A registered discriminator.")
+    options: dict[str, Any] = key({}, "Its constructor options.")
+    conditional: bool = key(True, "The discriminator sees the label, if the model has classes.")
+    fake: str | None = key(None, "Generated images, of `ddo sample`. Default: drawn from model.ckpt.")
+    num_fake: int = key(50_000, "Images to generate.", ge=1, le=100_000_000)
+    held_out: int = key(1024, "Real images, and as many generated ones, held out for the loss.", ge=16)
+    time: Literal["importance", "uniform", "model"] = key(
+        "importance", "Density of the VP time t; model: the one that the model's own noise levels have."
     )
-    t_min: float = Field(1e-5, gt=0, lt=1, description="Smallest t of importance and uniform.")
-    weighting: Literal["none", "likelihood"] = Field(
-        "none", description="likelihood: rows are weighted so that every density of t optimises importance's objective."
+    t_min: float = key(1e-5, "Smallest t of importance and uniform.", gt=0, lt=1)
+    weighting: Literal["none", "likelihood"] = key(
+        "none", "likelihood: rows are weighted so that every density of t optimises importance's objective."
     )
-    images: int = Field(
-        500_000, ge=1, description="Most real images to train on, counting repeats; as many generated ones."
-    )
-    eval_every: int = Field(25_000, ge=1, description="Images between checkpoints, each with its held-out loss.")
-    patience: int = Field(4, ge=1, description="Stop after this many checkpoints in a row without a better loss.")
-    select: Literal["bce", "fid"] = Field(
-        "bce", description="Final checkpoint: by held-out bce, or by fid of guided samples."
-    )
+    images: int = key(500_000, "Most real images to train on, counting repeats; as many generated ones.", ge=1)
+    eval_every: int = key(25_000, "Images between checkpoints, each with its held-out loss.", ge=1)
+    patience: int = key(4, "Stop after this many checkpoints in a row without a better loss.", ge=1)
+    select: Literal["bce", "fid"] = key("bce", "Final checkpoint: by held-out bce, or by fid of guided samples.")
     lr: float = Field(3e-4, gt=0)
     weight_decay: float = Field(1e-7, ge=0)
     ema_half_life: float = Field(0.0, ge=0)
@@ -254,12 +239,12 @@ class ClassifierRecipe(TrainRecipe):
 
     prefix: ClassVar[str] = "classifier."
 
-    name: str = Field("time-encoder-classifier", description="A registered classifier.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Its constructor options.")
-    held_out: int = Field(1024, ge=16, description="Images held out to measure the accuracy.")
-    time: Literal["importance", "uniform", "model"] = Field("uniform", description="Density of the VP time t.")
-    t_min: float = Field(1e-5, gt=0, lt=1, description="Smallest t of importance and uniform.")
-    images: int = Field(500_000, ge=1, description="Images to train on, counting repeats.")
+    name: str = key("time-encoder-classifier", "A registered classifier.")
+    options: dict[str, Any] = key({}, "Its constructor options.")
+    held_out: int = key(1024, "Images held out to measure the accuracy.", ge=16)
+    time: Literal["importance", "uniform", "model"] = key("uniform", "Density of the VP time t.")
+    t_min: float = key(1e-5, "Smallest t of importance and uniform.", gt=0, lt=1)
+    images: int = key(500_000, "Images to train on, counting repeats.", ge=1)
     lr: float = Field(3e-4, gt=0)
     weight_decay: float = Field(1e-7, ge=0)
     ema_half_life: float = Field(0.0, ge=0)

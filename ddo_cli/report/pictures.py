@@ -98,10 +98,7 @@ def _density(axis: Any, panel: np.ndarray, extent: tuple[float, float, float, fl
 
 
 def points_and_densities(
-    points: dict[str, np.ndarray],
-    panels: dict[str, np.ndarray],
-    extent: tuple[float, float, float, float],
-    path: Path,
+    points: dict[str, np.ndarray], panels: dict[str, np.ndarray], extent: tuple[float, float, float, float], path: Path
 ) -> None:
     """Scatter plots (N, 2) above densities on a grid, in columns of the same name."""
     figure, axes = _figure(len(points), size=(3.2, 3.4), rows=2)
