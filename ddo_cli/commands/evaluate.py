@@ -7,23 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from typer import Argument, Option
 
 from ddo_cli import console
-from ddo_cli.commands.options import (
-    Batch,
-    DryRun,
-    Images,
-    NumImages,
-    Pair,
-    Result,
-    Workers,
-    choice,
-    device_and_models,
-    device_of,
-    guidance_options,
-    numbers,
-    options,
-    parsed,
-    sampling_options,
-)
+from ddo_cli.commands import options
 from ddo_cli.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -60,7 +44,9 @@ class Extractor(NamedTuple):
     download: Annotated[bool, Option("--download", help="Fetch missing published weights.")] = False
     precision: Annotated[
         Any,
-        choice("--precision", "float32", "tf32", "bf16", help="Scores in tf32 and bf16 are marked as not comparable."),
+        options.choice(
+            "--precision", "float32", "tf32", "bf16", help="Scores in tf32 and bf16 are marked as not comparable."
+        ),
     ] = "float32"
 
 
@@ -80,20 +66,20 @@ class Pictures(NamedTuple):
 class Passes(NamedTuple):
     """How images pass through the network."""
 
-    batch: Batch = 256
-    workers: Workers = None
+    batch: options.Batch = 256
+    workers: options.Workers = None
     no_cache: Annotated[bool, Option("--no-cache", help="Neither use nor store features.", rich_help_panel="Run")] = (
         False
     )
 
 
-@options(
-    sampling=sampling_options(),
+@options.add(
+    sampling=options.of_sampling(),
     metrics=Metrics,
     extractor=Extractor,
     pictures=Pictures,
     passes=Passes,
-    device=device_and_models,
+    device=options.device_and_models,
 )
 def fid(
     sampling: dict[str, Any],
@@ -112,8 +98,8 @@ def fid(
     repeat: Annotated[int, Option(min=1, max=100, help="Number of seed ranges, each with its own score.")] = 1,
     benchmark: Annotated[str | None, Option(help="Show published results, e.g. of cifar10-uncond.")] = None,
     csv: Annotated[Path | None, Option(help="CSV file to which a row is appended.")] = None,
-    dry_run: DryRun = False,
-) -> Result:
+    dry_run: options.DryRun = False,
+) -> options.Result:
     """Fréchet distance between a set of images and a reference, and related metrics: IS, KID, precision, recall, ..."""
     if pictures.compare and not pictures.nll:
         raise UsageError("--compare adds a set to the histogram of --nll; give both")
@@ -132,7 +118,7 @@ def fid(
     )  # fmt: skip
     figures = fid.run(source, ref, asked, device=device, benchmark=benchmark, log=csv, dry_run=dry_run)
     if dry_run:
-        return Result(figures)
+        return options.Result(figures)
     lines = ("reference", "extractor", "extractor_sha256", "images_per_second", "images_from_cache", "comparable")
     shown = {key: figures[key] for key in (*lines, "nearest", "likelihoods") if figures.get(key) is not None}
     table = console.table(f"{source}: {figures['num_images']:,} images", *report.table(figures))
@@ -140,16 +126,16 @@ def fid(
     if "not_written" in figures:
         missing = "; ".join(figures["not_written"])
         error = RunError(f"the figures above are whole, but {missing}; mend that and run it again")
-    return Result(figures, shown, table, f"\n\n{figures['markdown']}", error)
+    return options.Result(figures, shown, table, f"\n\n{figures['markdown']}", error)
 
 
-@options(device=device_of)
+@options.add(device=options.device_of)
 def stats(
     device: "torch.device",
-    data: Images,
+    data: options.Images,
     out: Annotated[Path, Option(help="The .safetensors file to write, for --ref of `ddo fid`.")],
     metric: Annotated[
-        Any, choice("--metric", "fid", "fd_dinov2", "fd_clip", "fd_embedded", help="Whose features are used.")
+        Any, options.choice("--metric", "fid", "fd_dinov2", "fd_clip", "fd_embedded", help="Whose features are used.")
     ] = None,
     weights: Annotated[str | None, Option(help="Weights of the published network. Default: those found here.")] = None,
     extractor: Annotated[
@@ -158,9 +144,9 @@ def stats(
     features: Annotated[
         bool, Option("--features", help="Store the features of each image: KID, precision and recall need them.")
     ] = False,
-    num_images: NumImages = None,
-    batch: Batch = 256,
-    dry_run: DryRun = False,
+    num_images: options.NumImages = None,
+    batch: options.Batch = 256,
+    dry_run: options.DryRun = False,
 ) -> dict[str, Any]:
     """Statistics of an image set, computed once as the reference of many scores."""
     from ddo_cli.engines.fid import stats
@@ -199,15 +185,15 @@ class Analyses(NamedTuple):
                 )
 
 
-@options(
-    discriminator=Pair,
+@options.add(
+    discriminator=options.Pair,
     analyses=Analyses,
-    guidance=guidance_options("dg_weight", "dg_weight_2nd", "time_min", "time_max"),
-    sampling=sampling_options("sampler", "steps", "s_churn", "cfg_scale", "batch"),
-    device=device_and_models,
+    guidance=options.of_guidance("dg_weight", "dg_weight_2nd", "time_min", "time_max"),
+    sampling=options.of_sampling("sampler", "steps", "s_churn", "cfg_scale", "batch"),
+    device=options.device_and_models,
 )
 def analyze(
-    discriminator: Pair,
+    discriminator: options.Pair,
     analyses: Analyses,
     guidance: dict[str, Any],
     sampling: dict[str, Any],
@@ -216,10 +202,12 @@ def analyze(
         str | None, Option(help="Real images not trained on. Default: `ddo train-disc`'s held-out ones.")
     ] = None,
     out: Annotated[Path, Option(help="Directory of the pictures and figures.")] = Path("analysis"),
-    dry_run: DryRun = False,
-) -> Result:
+    dry_run: options.DryRun = False,
+) -> options.Result:
     """Measure what a discriminator's guidance does to a model: its gain in nats, trajectories, regenerated images."""
-    steps = parsed("--steps-list", analyses.steps_list, numbers, "write numbers of steps such as 4,8,18")
+    steps = options.parsed(
+        "--steps-list", analyses.steps_list, options.numbers, "write numbers of steps such as 4,8,18"
+    )
     from ddo_cli.engines.analysis import analyze
 
     analyses.check(analyze.ON_REQUEST)
@@ -235,4 +223,4 @@ def analyze(
     table = None
     if "gain" in figures:
         table = console.table("Gain by noise level", *analyze.table_of(Path(figures["out"])))
-    return Result(figures, table=table)
+    return options.Result(figures, table=table)

@@ -1,13 +1,13 @@
 """How commands get their options, and how their results are printed.
 
-A command is a function with Typer's annotations. `@options(seeds=seeds_of)` adds the options that `seeds_of` has for
-parameters; the command's argument `seeds` is what it returns. Such a reader is a function or a NamedTuple. Options that
-stand for recipe keys take name, type and help from the schema: `recipe_options`, `sampling_options`, ...
+A command is a function with Typer's annotations. `@options.add(seeds=options.seeds_of)` adds the options that
+`seeds_of` has for parameters; the command's argument `seeds` is what it returns. Such a reader is a function or a
+NamedTuple. Options that stand for recipe keys take name, type and help from the schema: `of_recipe`, `of_sampling`, ...
 """
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Optional, TypeVar
 
 import typer
@@ -43,7 +43,7 @@ class Result(NamedTuple):
     error: DdoError | None = None  # raised once the rest is printed
 
 
-def options(**readers: Callable[..., Any]) -> Callable[[F], F]:
+def add(**readers: Callable[..., Any]) -> Callable[[F], F]:
     """Adds the options of each reader to a command, under a title of --help made of the argument's name.
 
     A command with an argument `typed` gets the values of all options that were typed, by name.
@@ -84,7 +84,7 @@ def _flat(command: Callable[..., Any]) -> Callable[..., None]:
     """The command as a function of all its options, which prints the result."""
     readers = getattr(command, "readers", {})
     arguments = inspect.signature(command).parameters
-    own = [parameter for name, parameter in arguments.items() if name not in (*readers, "typed")]
+    direct = [parameter for name, parameter in arguments.items() if name not in (*readers, "typed")]
     read = {name: list(inspect.signature(reader).parameters.values()) for name, reader in readers.items()}
     for name, parameters in read.items():
         for option in (parameter.annotation.__metadata__[0] for parameter in parameters):
@@ -105,7 +105,7 @@ def _flat(command: Callable[..., Any]) -> Callable[..., None]:
             raise result.error
 
     json_ = inspect.Parameter("json_", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
-    everything = [*own, *(parameter for group in read.values() for parameter in group), json_]
+    everything = [*direct, *(parameter for group in read.values() for parameter in group), json_]
     everything.sort(key=lambda parameter: parameter.annotation.__metadata__[0].rich_help_panel == "Run")  # these last
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in everything]
@@ -141,27 +141,20 @@ def choice(option: str, *known: str, help: str) -> Any:
     return Option(option, parser=parse, metavar="|".join(known), help=help)
 
 
-Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout.", rich_help_panel="Run")]
-DryRun = Annotated[
-    bool, Option("--dry-run", help="Check everything, print the plan, write nothing.", rich_help_panel="Run")
-]
+_of_run = partial(Option, rich_help_panel="Run")
+
+Json = Annotated[bool, _of_run("--json", help="Print one JSON object on stdout.")]
+DryRun = Annotated[bool, _of_run("--dry-run", help="Check everything, print the plan, write nothing.")]
 MeasuredDryRun = Annotated[
     bool,
-    Option(
-        "--dry-run",
-        help="Check everything, measure two training steps and a batch of samples, write nothing.",
-        rich_help_panel="Run",
-    ),
+    _of_run("--dry-run", help="Check everything, measure two training steps and a batch of samples, write nothing."),
 ]
-Measure = Annotated[
-    bool, Option(" /--no-measure", help="With --dry-run: the plan alone.", show_default=False, rich_help_panel="Run")
-]
-Device = Annotated[str | None, Option(help="cuda or cpu. Default: cuda if there is one.", rich_help_panel="Run")]
-ModelFile = Annotated[str | None, Option(help="Python file that registers your own model.", rich_help_panel="Run")]
-Batch = Annotated[int, Option(min=1, help="Images per network pass.", rich_help_panel="Run")]
+Measure = Annotated[bool, _of_run(" /--no-measure", help="With --dry-run: the plan alone.", show_default=False)]
+Device = Annotated[str | None, _of_run(help="cuda or cpu. Default: cuda if there is one.")]
+ModelFile = Annotated[str | None, _of_run(help="Python file that registers your own model.")]
+Batch = Annotated[int, _of_run(min=1, help="Images per network pass.")]
 Workers = Annotated[
-    int | None,
-    Option(min=0, max=64, help="Processes that decode images. Default: depends on the machine.", rich_help_panel="Run"),
+    int | None, _of_run(min=0, max=64, help="Processes that decode images. Default: depends on the machine.")
 ]
 Images = Annotated[str, Argument(help="Images: a folder, zip, npz, sample set, or embedded:<name>.")]
 NumImages = Annotated[int | None, Option(min=2, help="Number of images, always the same ones. Default: all.")]
@@ -214,7 +207,7 @@ class _KeyOptions:
         return self.read({key: values.pop(name) for name, key in self.keys.items()}, **values)
 
 
-def recipe_options(*keys: str, check_model: bool = False) -> Callable[..., Any]:
+def of_recipe(*keys: str, check_model: bool = False) -> Callable[..., Any]:
     """Reader of a Recipe, with options for some of its keys. check_model: the model section's options are checked."""
 
     def read(
@@ -242,7 +235,7 @@ def recipe_options(*keys: str, check_model: bool = False) -> Callable[..., Any]:
     return _KeyOptions(read, keys, "recipe")
 
 
-def sampling_options(*keys: str) -> Callable[..., Any]:
+def of_sampling(*keys: str) -> Callable[..., Any]:
     """Reader of values for SamplingRecipe: options for these keys, KEY=VALUE arguments for the others."""
 
     def read(
@@ -258,7 +251,7 @@ def sampling_options(*keys: str) -> Callable[..., Any]:
     return _KeyOptions(read, [f"sampling.{key}" for key in keys], "model")
 
 
-def guidance_options(*keys: str) -> Callable[..., Any]:
+def of_guidance(*keys: str) -> Callable[..., Any]:
     """Reader of values for GuidanceRecipe, None where an option was not typed."""
     return _KeyOptions(_unqualified, [f"guidance.{key}" for key in keys], "discriminator")
 

@@ -7,23 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from typer import Option
 
 from ddo_cli import console
-from ddo_cli.commands.options import (
-    DryRun,
-    Force,
-    Form,
-    Images,
-    Pair,
-    Result,
-    classes_of,
-    device_and_models,
-    floats,
-    guidance_options,
-    options,
-    parsed,
-    sampling_options,
-    second_network,
-    seeds_of,
-)
+from ddo_cli.commands import options
 
 if TYPE_CHECKING:
     import torch
@@ -31,12 +15,12 @@ if TYPE_CHECKING:
     from ddo_cli.engines.sampling import guides
 
 
-@options(
-    seeds=seeds_of,
-    classes=classes_of,
-    sampling=sampling_options("labels", "sampler", "steps", "s_churn", "cfg_scale", "batch"),
-    second_network=second_network,
-    device=device_and_models,
+@options.add(
+    seeds=options.seeds_of,
+    classes=options.classes_of,
+    sampling=options.of_sampling("labels", "sampler", "steps", "s_churn", "cfg_scale", "batch"),
+    second_network=options.second_network,
+    device=options.device_and_models,
 )
 def sample(
     seeds: Sequence[int],
@@ -46,8 +30,8 @@ def sample(
     device: "torch.device",
     ckpt: Annotated[str, Option(help="Model: a weight file or embedded:<name>.")] = "embedded:digits32",
     out: Annotated[Path, Option(help="Directory of the sample set.")] = Path("samples"),
-    form: Form = None,
-    dry_run: DryRun = False,
+    form: options.Form = None,
+    dry_run: options.DryRun = False,
 ) -> dict[str, Any]:
     """Draw samples: each image depends on its own seed only. Run again to continue."""
     from ddo_cli.engines.sampling import guides, sample
@@ -67,21 +51,21 @@ class Classifier(NamedTuple):
     classifier_weight: Annotated[float, Option(help="Classifier-guidance weight.")] = 1.0
 
 
-@options(
-    discriminator=Pair,
-    guidance=guidance_options(
+@options.add(
+    discriminator=options.Pair,
+    guidance=options.of_guidance(
         "dg_weight", "dg_weight_2nd", "time_min", "time_max", "decay", "boost", "boost_churn_period",
         "boost_weight_period",
     ),
-    second_network=second_network,
+    second_network=options.second_network,
     classifier=Classifier,
-    seeds=seeds_of,
-    classes=classes_of,
-    sampling=sampling_options("labels", "sampler", "steps", "s_churn", "cfg_scale", "batch"),
-    device=device_and_models,
+    seeds=options.seeds_of,
+    classes=options.classes_of,
+    sampling=options.of_sampling("labels", "sampler", "steps", "s_churn", "cfg_scale", "batch"),
+    device=options.device_and_models,
 )  # fmt: skip
 def guide_sample(
-    discriminator: Pair,
+    discriminator: options.Pair,
     guidance: dict[str, Any],
     second_network: "guides.Others",
     classifier: Classifier,
@@ -90,8 +74,8 @@ def guide_sample(
     sampling: dict[str, Any],
     device: "torch.device",
     out: Annotated[Path, Option(help="Directory of the sample set.")] = Path("guided"),
-    form: Form = None,
-    dry_run: DryRun = False,
+    form: options.Form = None,
+    dry_run: options.DryRun = False,
 ) -> dict[str, Any]:
     """Draw samples with discriminator guidance. Same seeds as `ddo sample`. Run again to continue."""
     from ddo_cli.engines.sampling import guide_sample
@@ -114,7 +98,7 @@ class Editor(NamedTuple):
         str | None, Option(help="Model that edits. Default: the one that --disc was trained for, or embedded:digits32.")
     ] = None
     no_guidance: Annotated[bool, Option("--no-guidance", help="Edit without guidance only.")] = False
-    force: Force = False
+    force: options.Force = False
 
 
 class Score(NamedTuple):
@@ -128,12 +112,12 @@ class Score(NamedTuple):
     extractor: Annotated[str | None, Option(help="An extractor of `ddo train-extractor`.")] = None
 
 
-@options(
+@options.add(
     model=Editor,
-    guidance=guidance_options("dg_weight", "dg_weight_2nd", "time_min", "time_max"),
-    sampling=sampling_options("sampler", "steps", "s_churn", "cfg_scale", "batch"),
+    guidance=options.of_guidance("dg_weight", "dg_weight_2nd", "time_min", "time_max"),
+    sampling=options.of_sampling("sampler", "steps", "s_churn", "cfg_scale", "batch"),
     score=Score,
-    device=device_and_models,
+    device=options.device_and_models,
 )
 def edit(
     model: Editor,
@@ -141,17 +125,17 @@ def edit(
     sampling: dict[str, Any],
     score: Score,
     device: "torch.device",
-    source: Images,
+    source: options.Images,
     level: Annotated[str, Option(help="Noise levels to start from; pixels lie in [-1, 1].")] = "0.5,1,2,5",
     num_images: Annotated[int, Option(min=1, help="Number of images, the first ones.")] = 64,
     label: Annotated[int | None, Option(help="Class to translate to. Default: the images' own.")] = None,
     seed: Annotated[int, Option(min=0, help="Seed of the noise.")] = 0,
     out: Annotated[Path, Option(help="Directory of the edited images.")] = Path("edited"),
-    form: Form = None,
-    dry_run: DryRun = False,
-) -> Result:
+    form: options.Form = None,
+    dry_run: options.DryRun = False,
+) -> options.Result:
     """Edit images (SDEdit): add noise, then sample from there with and without guidance. Run again to continue."""
-    levels = parsed("--level", level, floats, "write noise levels such as 0.5,1,2")
+    levels = options.parsed("--level", level, options.floats, "write noise levels such as 0.5,1,2")
     from ddo_cli.engines.edit import edit, report
 
     figures = edit.run(
@@ -160,6 +144,6 @@ def edit(
         **score._asdict(), force=model.force, device=device, dry_run=dry_run,
     )  # fmt: skip
     if dry_run:
-        return Result(figures)
+        return options.Result(figures)
     shown = {key: value for key, value in figures.items() if key != "levels"}
-    return Result(figures, shown, console.table("Edited images", *report.table(figures)))
+    return options.Result(figures, shown, console.table("Edited images", *report.table(figures)))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from ddo_cli import console
-from ddo_cli.commands.options import DryRun, Measure, MeasuredDryRun, Result, device_of, options, recipe_options
+from ddo_cli.commands import options
 from ddo_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from ddo_cli.recipe.schema import Recipe
 
 
-@options(
-    recipe=recipe_options(
+@options.add(
+    recipe=options.of_recipe(
         "model.ckpt", "data.source", "finetune.rounds", "finetune.alpha", "finetune.beta", "finetune.lr",
         "finetune.batch", "finetune.images_per_round", "finetune.eval_every", "finetune.num_fake",
         "metric.num_images", "finetune.precision", "seed", "model.file",
     ),
-    device=device_of,
+    device=options.device_of,
 )  # fmt: skip
 def finetune_ddo(
     recipe: "Recipe",
     device: "torch.device",
     out: Annotated[Path | None, Option(help="Directory of the run. Default: runs/<recipe>.")] = None,
-    dry_run: MeasuredDryRun = False,
-    measure: Measure = True,
-) -> Result:
+    dry_run: options.MeasuredDryRun = False,
+    measure: options.Measure = True,
+) -> options.Result:
     """Finetune a model in rounds of self-play with the DDO loss. Run again to continue."""
     from ddo_cli import rundir
     from ddo_cli.engines import dry_run as dry_runs
@@ -39,7 +39,7 @@ def finetune_ddo(
     if dry_run:
         by_round = figures.get("settings_by_round")
         shown = {key: value for key, value in dry_runs.shown(figures).items() if key != "settings_by_round"}
-        return Result(figures, shown, console.table(*report.settings_table(by_round)) if by_round else None)
+        return options.Result(figures, shown, console.table(*report.settings_table(by_round)) if by_round else None)
     columns, rows = report.table_of(rundir.RunDir(Path(figures["out"])), figures["metric"])
     counted = f" of {figures['metric_images']:,} images" if figures["metric_images"] else ""
     title = f"DDO by round: {figures['metric']}{counted} (lower is better)"
@@ -49,16 +49,16 @@ def finetune_ddo(
     shown["report"] = str(Path(figures["out"]) / "report.html")
     if "sweep_cost" in figures:
         shown["sweep cost"] = f"{figures['sweep_cost']:.2f} of the full grid"
-    return Result(figures, shown, console.table(title, columns, rows))
+    return options.Result(figures, shown, console.table(title, columns, rows))
 
 
-@options(
-    recipe=recipe_options(
+@options.add(
+    recipe=options.of_recipe(
         "model.ckpt", "data.source", "discriminator.fake", "discriminator.num_fake", "discriminator.images",
         "discriminator.eval_every", "metric.num_images", "discriminator.lr", "discriminator.batch",
         "discriminator.select", "discriminator.precision", "discriminator.conditional", "seed", "model.file",
     ),
-    device=device_of,
+    device=options.device_of,
 )  # fmt: skip
 def train_disc(
     recipe: "Recipe",
@@ -68,8 +68,8 @@ def train_disc(
         Path | None, Option(help="Directory. Default: runs/<recipe>-disc, with --ckpt and its hash.")
     ] = None,
     force: Annotated[bool, Option("--force", help="Use a --fake set of another model.")] = False,
-    dry_run: DryRun = False,
-) -> Result:
+    dry_run: options.DryRun = False,
+) -> options.Result:
     """Train a discriminator of real against generated images, for `ddo guide-sample`. Run again to continue."""
     from ddo_cli.engines.discriminator import train
 
@@ -80,25 +80,25 @@ def train_disc(
     out = out or train.default_out(recipe, typed.get("ckpt"))
     figures = train.run(recipe, out, device=device, force=force, dry_run=dry_run)
     if dry_run:
-        return Result(figures)
+        return options.Result(figures)
     table = console.table("Held-out images by noise level", *train.table_of(Path(figures["out"])))
-    return Result(figures, {**figures, "report": str(Path(figures["out"]) / "report.html")}, table)
+    return options.Result(figures, {**figures, "report": str(Path(figures["out"]) / "report.html")}, table)
 
 
-@options(
-    recipe=recipe_options(
+@options.add(
+    recipe=options.of_recipe(
         "data.source", "pretrain.images", "pretrain.lr", "pretrain.batch", "pretrain.precision", "seed", "model.file",
         check_model=True,
     ),
-    device=device_of,
+    device=options.device_of,
 )  # fmt: skip
 def pretrain(
     recipe: "Recipe",
     device: "torch.device",
     out: Annotated[Path | None, Option(help="Directory of the run. Default: runs/<recipe>-pretrain.")] = None,
-    dry_run: MeasuredDryRun = False,
-    measure: Measure = True,
-) -> Result:
+    dry_run: options.MeasuredDryRun = False,
+    measure: options.Measure = True,
+) -> options.Result:
     """Train a model by maximum likelihood, to have a reference. Run again to continue."""
     from ddo_cli.engines import dry_run as dry_runs
     from ddo_cli.engines.pretrain import model
@@ -106,20 +106,20 @@ def pretrain(
     figures = model.run(
         recipe, out or Path("runs") / f"{recipe.name}-pretrain", device=device, dry_run=dry_run, measure=measure
     )
-    return Result(figures, dry_runs.shown(figures) if dry_run else None)
+    return options.Result(figures, dry_runs.shown(figures) if dry_run else None)
 
 
-@options(
-    recipe=recipe_options(
+@options.add(
+    recipe=options.of_recipe(
         "model.ckpt", "data.source", "classifier.images", "classifier.lr", "classifier.batch", "seed", "model.file"
     ),
-    device=device_of,
+    device=options.device_of,
 )
 def train_classifier(
     recipe: "Recipe",
     device: "torch.device",
     out: Annotated[Path | None, Option(help="Directory of the run. Default: runs/<recipe>-classifier.")] = None,
-    dry_run: DryRun = False,
+    dry_run: options.DryRun = False,
 ) -> dict[str, Any]:
     """Train a classifier of noisy images, for classifier guidance or under a discriminator. Run again to continue."""
     from ddo_cli.engines.discriminator import classifier
@@ -128,7 +128,7 @@ def train_classifier(
     return classifier.run(recipe, out, device=device, dry_run=dry_run)
 
 
-@options(device=device_of)
+@options.add(device=options.device_of)
 def train_extractor(
     device: "torch.device",
     data: Annotated[str, Option(help="Labelled images: a folder, zip, npz, or embedded:<name>.")],
@@ -136,7 +136,7 @@ def train_extractor(
     held_out: Annotated[str | None, Option(help="Images for the accuracy. Default: a tenth of the data.")] = None,
     images: Annotated[int, Option(min=1, help="Images to train on, counting repeats.")] = 100_000,
     seed: Annotated[int, Option(min=0, help="Seed of all random numbers.")] = 0,
-    dry_run: DryRun = False,
+    dry_run: options.DryRun = False,
 ) -> dict[str, Any]:
     """Train a small classifier whose features give a Fréchet distance where Inception's do not fit."""
     from ddo_cli.engines.pretrain import extractor

@@ -7,17 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from ddo_cli import console
-from ddo_cli.commands.options import (
-    DryRun,
-    Images,
-    ModelFile,
-    NumImages,
-    Result,
-    Workers,
-    choice,
-    device_and_models,
-    options,
-)
+from ddo_cli.commands import options
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +34,7 @@ def convert(
     trunk: Annotated[str | None, Option(help="Of a discriminator: the converted classifier under it.")] = None,
     vae: Annotated[Path | None, Option(help="Of a VAR: the published file of its tokenizer.")] = None,
     verify: Annotated[bool, Option("--verify", help="Read the file again and compare every tensor.")] = False,
-    dry_run: DryRun = False,
+    dry_run: options.DryRun = False,
 ) -> dict[str, Any]:
     """Convert published weights to safetensors, without running the code inside them."""
     from ddo_cli.engines.weights import convert
@@ -59,7 +49,7 @@ def export(
     out: Annotated[Path, Option(help="The file to write like ORIGINAL; without one, a folder for diffusers.")],
     like: Annotated[Path | None, Option(help="ORIGINAL: the published .pkl, .pt or .pth of the model.")] = None,
     settings: FileSettings = None,
-    dry_run: DryRun = False,
+    dry_run: options.DryRun = False,
 ) -> dict[str, Any]:
     """Write a model as the published file it was converted from, or without --like as a folder of diffusers."""
     from ddo_cli.engines.weights import export
@@ -72,9 +62,9 @@ def ema(
     std: Annotated[float, Option(help="Relative standard deviation of the average, EDM2's sigma_rel.")],
     out: Annotated[Path, Option(help="The safetensors file to write.")],
     at: Annotated[int | None, Option(min=1, help="Images at which it ends. Default: the last snapshot's.")] = None,
-    model_file: ModelFile = None,
-    dry_run: DryRun = False,
-) -> Result:
+    model_file: options.ModelFile = None,
+    dry_run: options.DryRun = False,
+) -> options.Result:
     """Make averaged weights of any width from a run's snapshots, without training again."""
     from ddo_cli.engines.weights import ema
     from ddo_cli.models import registry
@@ -86,23 +76,23 @@ def ema(
         for row in figures["snapshots"]
     ]
     shown = {key: value for key, value in figures.items() if key != "snapshots"}
-    return Result(figures, shown, console.table("Snapshots", ["file", "std", "images", "weight"], rows))
+    return options.Result(figures, shown, console.table("Snapshots", ["file", "std", "images", "weight"], rows))
 
 
-@options(device=device_and_models)
+@options.add(device=options.device_and_models)
 def encode(
     device: "torch.device",
-    data: Images,
+    data: options.Images,
     ckpt: Annotated[str, Option(help="A model of latents or tokens, whose encoder is used.")],
     out: Annotated[Path, Option(help="Directory of the set, for data.source.")],
-    num_images: NumImages = None,
+    num_images: options.NumImages = None,
     shard: Annotated[int, Option(min=1, help="Images per file.")] = 1024,
     batch: Annotated[int, Option(min=1, help="Images per network pass.")] = 64,
     dtype: Annotated[
-        Any, choice("--dtype", "float32", "float16", help="Type of latents. Default: the encoder's.")
+        Any, options.choice("--dtype", "float32", "float16", help="Type of latents. Default: the encoder's.")
     ] = None,
-    workers: Workers = None,
-    dry_run: DryRun = False,
+    workers: options.Workers = None,
+    dry_run: options.DryRun = False,
 ) -> dict[str, Any]:
     """Encode an image set once, into the latents or tokens that a model is trained on."""
     from ddo_cli.engines import encode
@@ -124,17 +114,17 @@ def info(
 
 def recipes(
     keys: Annotated[bool, Option("--keys", help="Every key of a recipe instead: default, type, meaning.")] = False,
-) -> Result:
+) -> options.Result:
     """The recipes that come with the program."""
     from ddo_cli.recipe.keys import described
     from ddo_cli.recipe.load import recipe_names
 
     if not keys:
         headers = {name: path.read_text(encoding="utf-8").splitlines() for name, path in recipe_names().items()}
-        return Result({
+        return options.Result({
             name: next((line.lstrip("# ") for line in lines if line.startswith("#")), "")
             for name, lines in headers.items()
         })  # fmt: skip
     known = {key.name: key for key in described()}
     lines = [f"{key.name:<36} {json.dumps(key.default):<14} {key.type}; {key.meaning}" for key in known.values()]
-    return Result({name: key._asdict() for name, key in known.items()}, {}, text="\n".join(lines))
+    return options.Result({name: key._asdict() for name, key in known.items()}, {}, text="\n".join(lines))
