@@ -58,7 +58,7 @@ SHORT = {
 }  # fmt: skip
 SHORT_IF_GIVEN = {"--seeds": "0-47", "--num-images": "64", "--steps-list": "2,3"}
 FOREIGN_OPTIONS = {  # of other programs
-    "--index-url", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--feature-extractor",
+    "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--feature-extractor",
     "--feature-layer-prc",
 }  # fmt: skip
 

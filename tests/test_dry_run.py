@@ -29,9 +29,9 @@ def test_two_real_steps_and_a_batch_of_samples(kind, tmp_path, monkeypatch):
     result = finetune.run(recipe, tmp_path / "run", device=CPU, dry_run=True)
     assert (steps, saved) == ([1, 2], [])
     assert list(tmp_path.iterdir()) == [tmp_path / "x.safetensors"]
-    figures, disk = result["measured"], result["disk_bytes"]
+    figures, disk = result["measured"], result["disk_gib"]
     assert figures["seconds_per_step"] > 0
-    assert figures["peak_bytes"] > 100 * 2**20  # the program itself
+    assert figures["peak_memory_gib"] > 0.1  # the program itself
     # Hours by hand: rounds of 2 candidates, scored once, and the further seed ranges of references and best ones.
     settings = recipe.finetune
     num_steps = settings.rounds * -(-settings.images_per_round // settings.batch)
@@ -44,9 +44,10 @@ def test_two_real_steps_and_a_batch_of_samples(kind, tmp_path, monkeypatch):
     stored = (
         settings.rounds * 2 * 2 + settings.rounds + 1
     )  # two averages of each candidate; the best ones, the final one
-    assert disk["checkpoints"] == stored * weights
-    assert disk["fake_sets"] % (settings.rounds * settings.num_fake) == 0
-    assert {"time", "memory", "disk"} <= dry_run.shown(result).keys()
+    assert disk["weights"] == pytest.approx(stored * weights / 2**30)
+    item = round(disk["fake_sets"] * 2**30 / (settings.rounds * settings.num_fake))  # bytes of each
+    assert disk["fake_sets"] * 2**30 == pytest.approx(item * settings.rounds * settings.num_fake)
+    assert item in (64, 4 * 64, 3 * 32 * 32, 4 * 3 * 32 * 32) or kind not in ("diffusion", "autoregressive")
 
 
 def test_the_plan_alone(tmp_path, monkeypatch):
@@ -54,7 +55,6 @@ def test_the_plan_alone(tmp_path, monkeypatch):
     ckpt = make_checkpoint(tmp_path / "x.safetensors")
     result = finetune.run(tiny_recipe(ckpt), tmp_path / "run", device=CPU, dry_run=True, measure=False)
     assert "measured" not in result
-    assert dry_run.shown(result) == result
 
 
 @pytest.mark.parametrize("name", ["toy2d", "digits32-vqvae"])

@@ -32,13 +32,12 @@ def finetune_ddo(
 ) -> options.Result:
     """Finetune a model in rounds of self-play with the DDO loss. Run again to continue."""
     from ddo_cli import rundir
-    from ddo_cli.engines import dry_run as dry_runs
     from ddo_cli.engines.ddo import finetune, report
 
     figures = finetune.run(recipe, out or Path("runs") / recipe.name, device=device, dry_run=dry_run, measure=measure)
     if dry_run:
         by_round = figures.get("settings_by_round")
-        shown = {key: value for key, value in dry_runs.shown(figures).items() if key != "settings_by_round"}
+        shown = {key: value for key, value in figures.items() if key != "settings_by_round"}
         return options.Result(figures, shown, console.table(*report.settings_table(by_round)) if by_round else None)
     columns, rows = report.table_of(rundir.RunDir(Path(figures["out"])), figures["metric"])
     counted = f" of {figures['metric_images']:,} images" if figures["metric_images"] else ""
@@ -100,13 +99,12 @@ def pretrain(
     measure: options.Measure = True,
 ) -> options.Result:
     """Train a model by maximum likelihood, to have a reference. Run again to continue."""
-    from ddo_cli.engines import dry_run as dry_runs
     from ddo_cli.engines.pretrain import model
 
     figures = model.run(
         recipe, out or Path("runs") / f"{recipe.name}-pretrain", device=device, dry_run=dry_run, measure=measure
     )
-    return options.Result(figures, dry_runs.shown(figures) if dry_run else None)
+    return options.Result(figures)
 
 
 @options.add(

@@ -154,9 +154,9 @@ def _measured(device: torch.device) -> Iterator[dict[str, Any]]:
             "or set activation_checkpointing = true"
         ) from None
     if device.type == "cuda":
-        figures["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+        figures["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / GIB
     else:
-        figures["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        figures["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in KiB
     figures["device"] = _name(device)
 
 
@@ -167,44 +167,17 @@ def _name(device: torch.device) -> str:
 def _summary(
     figures: dict[str, Any], work: Work, settings: TrainRecipe, model: Trainable, item_bytes: int
 ) -> dict[str, Any]:
-    """What `--dry-run` adds to the plan: `measured` and `disk_bytes`."""
-    training = work.steps * figures["seconds_per_step"]
-    sampling = (work.fake + work.scored) / figures.get("images_per_second", math.inf)
-    hours = {"training": training / HOUR, "sampling": sampling / HOUR, "total": (training + sampling) / HOUR}
+    """What `--dry-run` adds to the plan: `measured` (hours without the metrics themselves) and `disk_gib`."""
+    training = work.steps * figures["seconds_per_step"] / HOUR
+    sampling = (work.fake + work.scored) / figures.get("images_per_second", math.inf) / HOUR
+    hours = {"training": training, "sampling": sampling, "total": training + sampling}
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     disk = {
-        "fake_sets": work.fake * item_bytes,
-        "checkpoints": work.stored * weights,
-        "train_state": weights + (max(len(settings.ema_widths), 1) + 2) * trained,  # averages, Adam's two moments
+        "fake_sets": work.fake * item_bytes / GIB,
+        "weights": work.stored * weights / GIB,
+        # Averages, and Adam's two moments.
+        "train_state": (weights + (max(len(settings.ema_widths), 1) + 2) * trained) / GIB,
     }
-    disk["total"] = sum(disk.values())
-    return {"measured": {"processes": dist.world_size(), **figures, "hours": hours}, "disk_bytes": disk}
-
-
-def shown(result: dict[str, Any]) -> dict[str, Any]:
-    """The result of a dry run in the lines that people read."""
-    lines = {key: value for key, value in result.items() if key not in ("measured", "disk_bytes")}
-    if "measured" in result:
-        figures, disk = result["measured"], result["disk_bytes"]
-        hours = figures["hours"]
-        lines["measured on"] = f"{figures['processes']} x {figures['device']}"
-        lines["time"] = (
-            f"{_time(hours['total'])} without metrics: training {_time(hours['training'])} at "
-            f"{figures['seconds_per_step']:.3g} s a step"
-        )
-        if "images_per_second" in figures:
-            lines["time"] += f", sampling {_time(hours['sampling'])} at {figures['images_per_second']:.3g} images/s"
-        lines["memory"] = f"{_gib(figures['peak_bytes'])} GiB per process at its peak"
-        lines["disk"] = (
-            f"{_gib(disk['total'])} GiB (fake sets {_gib(disk['fake_sets'])}, weights {_gib(disk['checkpoints'])})"
-        )
-    return lines
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.3g}"
-
-
-def _time(hours: float) -> str:
-    return f"{hours:.3g} h" if hours >= 0.1 else f"{hours * HOUR:.3g} s"
+    measured = {"processes": dist.world_size(), **figures, "hours": hours}
+    return {"measured": measured, "disk_gib": {**disk, "total": sum(disk.values())}}
