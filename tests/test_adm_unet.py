@@ -17,13 +17,12 @@ from ddo_cli.models.adm.unet import AdmUnet, AdmUnetOptions
 TINY = {"width": 32, "channel_mult": (1, 2), "num_blocks": 1, "attention": (8,), "num_head_channels": 16}
 
 
-def unet(options, **more) -> AdmUnet:
-    told = {key: value for key, value in options.items() if key not in ("precond", "learned_variance")}
-    return AdmUnet(**told, **more)
+def unet(options, in_channels=3, out_channels=3, size=64, num_classes=0) -> AdmUnet:
+    return AdmUnet(in_channels, out_channels, size, num_classes, AdmUnetOptions(**options))
 
 
-def tiny(**more) -> AdmUnet:
-    return unet({**TINY, "in_channels": 3, "out_channels": 6, "size": 16, "num_classes": 10, **more})
+def tiny(in_channels=3, out_channels=6, num_classes=10, **more) -> AdmUnet:
+    return unet({**TINY, **more}, in_channels, out_channels, 16, num_classes)
 
 
 def build(side, num_classes, options):

@@ -26,7 +26,7 @@ from ddo_cli.models import registry
 from ddo_cli.models.adm import files as adm_files
 from ddo_cli.models.adm import keys as adm_keys
 from ddo_cli.models.adm import published as adm_published
-from ddo_cli.models.adm.unet import AdmUnet
+from ddo_cli.models.adm.unet import AdmUnet, AdmUnetOptions
 from ddo_cli.models.discriminators import registry as discriminators
 
 
@@ -145,9 +145,8 @@ def test_settings_are_for_adm_files(pickled, tmp_path):
 
 def test_the_upsampler_is_refused(tmp_path):
     entry = adm_published.PUBLISHED["64_256_upsampler.pt"]
-    options = {key: value for key, value in entry.options.items() if key not in ("precond", "learned_variance")}
     with torch.device("meta"):
-        net = AdmUnet(in_channels=6, out_channels=6, size=256, num_classes=1000, **options)
+        net = AdmUnet(6, 6, 256, 1000, AdmUnetOptions(**entry.options))
     hollow = {key: torch.zeros(()).expand(tensor.shape) for key, tensor in net.state_dict().items()}
     with pytest.raises(CheckpointError, match="is an upsampler"):
         adm_files.unet(hollow, tmp_path / "64_256_upsampler.pt")

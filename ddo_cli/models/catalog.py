@@ -3,17 +3,25 @@
 import difflib
 import importlib
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from ddo_cli.errors import RecipeError
+from ddo_cli.likelihood import DrawOptions, Options
 
-E = TypeVar("E")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Catalog(Generic[E]):
+class Entry(NamedTuple):
+    """A registered builder and the classes of its arguments; the draw options are those of likelihood models."""
+
+    build: Callable[..., Any]
+    options: type[Options]
+    draw_options: type[DrawOptions]
+
+
+class Catalog:
     """Entries by name. key: the recipe key that holds the name; builtin: name -> module that adds it when imported.
 
     also: further names that the key may have, for the suggestion.
@@ -21,18 +29,20 @@ class Catalog(Generic[E]):
 
     def __init__(self, key: str, builtin: Mapping[str, str], remedy: str, also: Collection[str] = ()):
         self.key, self.builtin, self.remedy, self.also = key, builtin, remedy, also
-        self.entries: dict[str, E] = {}
+        self.entries: dict[str, Entry] = {}
 
-    def adder(self, name: str, make_entry: Callable[[F], E]) -> Callable[[F], F]:
-        """Decorator of a builder, which makes its entry known under `name`."""
+    def register(
+        self, name: str, options: type[Options], draw_options: type[DrawOptions] = DrawOptions
+    ) -> Callable[[F], F]:
+        """Decorator of a builder: makes it known under `name`."""
 
         def add(build: F) -> F:
-            self.entries[name] = make_entry(build)
+            self.entries[name] = Entry(build, options, draw_options)
             return build
 
         return add
 
-    def find(self, name: str) -> E:
+    def find(self, name: str) -> Entry:
         """The entry called `name`. Raises RecipeError naming the nearest."""
         if name not in self.entries and name in self.builtin:
             importlib.import_module(self.builtin[name])

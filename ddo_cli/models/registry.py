@@ -17,16 +17,15 @@ A user's Python file (`model.file` of a recipe, `--model-file` of a command) reg
 
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
 from ddo_cli import checkpoint
 from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.errors import CheckpointError, RecipeError, UsageError
-from ddo_cli.likelihood import DrawOptions, LikelihoodModel, Options
+from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models.catalog import Catalog, option_problems
 from ddo_cli.models.var import tokenizers
 
@@ -43,27 +42,15 @@ BUILTIN = {
 }
 
 
-class Entry(NamedTuple):
-    """A registered model: its option classes and the function (shape, num_classes, options, draw_options) -> model."""
-
-    options: type[Options]
-    draw_options: type[DrawOptions]
-    build: Callable[[tuple[int, ...], int, Any, Any], LikelihoodModel]
-
-
-B = TypeVar("B", bound=Callable[..., LikelihoodModel])
-_catalog: Catalog[Entry] = Catalog(
+_catalog = Catalog(
     "model.name",
     BUILTIN,
     "a model of your own is registered by the Python file given as model.file",
     also=tokenizers.BUILTIN,
 )
-
-
-def register(name: str, options: type[Options], draw_options: type[DrawOptions]) -> Callable[[B], B]:
-    """Decorator of a builder: makes the model known under `name`."""
-
-    return _catalog.adder(name, lambda build: Entry(options, draw_options, build))
+find = _catalog.find
+register = _catalog.register
+"""register(name, options, draw_options) decorates (shape, num_classes, options, draw_options) -> LikelihoodModel."""
 
 
 def load_file(path: str | None) -> None:
@@ -82,11 +69,6 @@ def load_file(path: str | None) -> None:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UsageError(f"model.file {path} failed on import: {type(error).__name__}: {error}") from error
-
-
-def find(name: str) -> Entry:
-    """The entry registered under `name`. Raises RecipeError naming the nearest."""
-    return _catalog.find(name)
 
 
 def problems(name: str, options: dict[str, Any], draw: dict[str, Any], draw_key: str = "model.draw") -> list[str]:

@@ -8,7 +8,7 @@ import torch
 
 from ddo_cli.errors import CheckpointError
 from ddo_cli.models.adm.keys import Order
-from ddo_cli.models.adm.unet import AdmUnet
+from ddo_cli.models.adm.unet import AdmUnet, AdmUnetOptions
 
 Shapes = Mapping[str, tuple[int, ...]]
 Schedule = Literal["iddpm", "ddpm"]  # of discrete steps: cosine, linear
@@ -186,17 +186,11 @@ def _matches(layout: _Layout, entry: Published) -> bool:
 
 def _check(network: Described, layout: _Layout, shapes: Shapes, where: str) -> None:
     """Raises CheckpointError unless the network has exactly these tensors."""
-    settings = {key: value for key, value in network.options.items() if key not in ("precond", "learned_variance")}
+    options = AdmUnetOptions.model_construct(**network.options)  # unchecked, so that the network's own checks speak
     outputs = network.channels * (2 if layout.learned_variance else 1)
     try:
         with torch.device("meta"):
-            net = AdmUnet(
-                in_channels=network.in_channels,
-                out_channels=outputs,
-                size=network.size,
-                num_classes=network.num_classes,
-                **settings,
-            )
+            net = AdmUnet(network.in_channels, outputs, network.size, network.num_classes, options)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{where}: its tensors fit no ADM U-Net ({error})") from None
     expected = {key: tuple(tensor.shape) for key, tensor in net.state_dict().items()}

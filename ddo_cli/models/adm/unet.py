@@ -27,12 +27,9 @@ from ddo_cli.models.adm.layers import (
 from ddo_cli.models.registry import register
 
 
-class AdmUnet(nn.Module):
-    """The raw network F. Its defaults are the network of 64x64 ImageNet.
+class AdmUnetOptions(DiffusionOptions):
+    """Options of `adm-unet`. Their defaults are the network of 64x64 ImageNet; the published ones: `adm.published`.
 
-    in_channels, out_channels: of x and of F; they differ with a learned variance, or with a condition beside the state
-    size: side of the states, a multiple of 2**(len(channel_mult) - 1)
-    num_classes: 0 = unconditional, labels are then ignored
     width: channels of the noise level's features; channel_mult: each level's channels, in widths, finest first
     num_blocks: residual blocks of a level on the way down; one more on the way up
     attention: sides at which every block attends; the middle of the network always does
@@ -41,42 +38,50 @@ class AdmUnet(nn.Module):
     augment_dim: width of the augmentation labels that the network was trained with (0: none)
     group_channels: norms have 32 groups, or fewer where a group would have less than this (1 for OpenAI, 4 for EDM,
         which is no difference from 128 channels on)
+    """
+
+    width: int = Field(192, ge=2, multiple_of=2)
+    channel_mult: tuple[PositiveFloat, ...] = Field((1, 2, 3, 4), min_length=1)
+    num_blocks: PositiveInt = 3
+    attention: tuple[PositiveInt, ...] = (32, 16, 8)
+    num_head_channels: PositiveInt = 64
+    num_heads: PositiveInt | None = None
+    dropout: float = Field(0.0, ge=0, lt=1)  # 0.1 in the 64x64 trainings; 0 here: model and reference share their draw
+    augment_dim: int = Field(0, ge=0)
+    group_channels: PositiveInt = 1
+
+
+class AdmUnet(nn.Module):
+    """The raw network F.
+
+    in_channels, out_channels: of x and of F; they differ with a learned variance, or with a condition beside the state
+    size: side of the states, a multiple of 2**(len(channel_mult) - 1)
+    num_classes: 0 = unconditional, labels are then ignored
     Raises ValueError if the sizes do not divide.
     """
 
     def __init__(
-        self,
-        *,
-        in_channels: int = 3,
-        out_channels: int = 3,
-        size: int = 64,
-        num_classes: int = 0,
-        width: int = 192,
-        channel_mult: Sequence[float] = (1, 2, 3, 4),
-        num_blocks: int = 3,
-        attention: Sequence[int] = (32, 16, 8),
-        num_head_channels: int = 64,
-        num_heads: int | None = None,
-        dropout: float = 0.0,
-        augment_dim: int = 0,
-        group_channels: int = 1,
+        self, in_channels: int, out_channels: int, size: int, num_classes: int, options: AdmUnetOptions
     ) -> None:
         super().__init__()
-        self.width, self.augment_dim, emb_width = width, augment_dim, 4 * width
-        widths = level_widths(width, channel_mult)
-        attending = [size >> level in attention for level in range(len(widths))]
-        check_sizes(size, widths, attending, num_head_channels, num_heads)
-        res = partial(ResBlock, emb_width=emb_width, dropout=dropout, group_channels=group_channels)
+        width, num_blocks, groups = options.width, options.num_blocks, options.group_channels
+        self.width, self.augment_dim, emb_width = width, options.augment_dim, 4 * width
+        widths = level_widths(width, options.channel_mult)
+        attending = [size >> level in options.attention for level in range(len(widths))]
+        check_sizes(size, widths, attending, options.num_head_channels, options.num_heads)
+        res = partial(ResBlock, emb_width=emb_width, dropout=options.dropout, group_channels=groups)
 
         def attend(channels: int) -> Attention:
-            return Attention(channels, head_width(channels, num_head_channels, num_heads), group_channels)
+            return Attention(channels, head_width(channels, options.num_head_channels, options.num_heads), groups)
 
-        self.augment_emb = nn.Linear(augment_dim, width, bias=False) if augment_dim else None
+        self.augment_emb = nn.Linear(self.augment_dim, width, bias=False) if self.augment_dim else None
         self.time_embed = nn.Sequential(nn.Linear(width, emb_width), nn.SiLU(), nn.Linear(emb_width, emb_width))
         self.label_emb = nn.Embedding(num_classes, emb_width) if num_classes else None
         self.input_blocks, self.middle_block = encoder_blocks(in_channels, widths, num_blocks, attending, res, attend)
 
-        skips = _skip_widths(widths, num_blocks)  # channels that each input block leaves
+        # Channels that input_blocks leave: the first convolution, each level's blocks, its halving.
+        last = len(widths) - 1
+        skips = [widths[0], *(c for level, c in enumerate(widths) for _ in range(num_blocks + (level < last)))]
         channels = widths[-1]
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(len(widths))):
@@ -89,7 +94,7 @@ class AdmUnet(nn.Module):
                     layers.append(res(channels, channels, resampling="up"))
                 self.output_blocks.append(Block(layers))
         head = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.out = nn.Sequential(group_norm(channels, group_channels), nn.SiLU(), head)
+        self.out = nn.Sequential(group_norm(channels, groups), nn.SiLU(), head)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)  # type: ignore[arg-type]
         if self.augment_emb is not None:
@@ -116,8 +121,7 @@ class AdmUnet(nn.Module):
         h = self.middle_block(h, emb)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        out: Tensor = self.out(h)  # (B, out_channels, H, W)
-        return out
+        return self.out(h)  # (B, out_channels, H, W)
 
     def units(self) -> list[nn.Module]:
         """Residual blocks and attention layers."""
@@ -134,40 +138,11 @@ def head_width(channels: int, num_head_channels: int, num_heads: int | None) -> 
     return num_head_channels if num_heads is None else channels // num_heads
 
 
-def _skip_widths(widths: list[int], num_blocks: int) -> list[int]:
-    """Channels of what input_blocks leave, in their order: the first convolution, each level's blocks, its halving."""
-    last = len(widths) - 1
-    return [widths[0], *(width for level, width in enumerate(widths) for _ in range(num_blocks + (level < last)))]
-
-
-# --- Registration
-
-
-class AdmUnetOptions(DiffusionOptions):
-    """Constructor options of the network; see AdmUnet. Published ones: `adm.published`."""
-
-    width: int = Field(192, ge=2, multiple_of=2)
-    channel_mult: tuple[PositiveFloat, ...] = Field((1, 2, 3, 4), min_length=1)
-    num_blocks: PositiveInt = 3
-    attention: tuple[PositiveInt, ...] = (32, 16, 8)
-    num_head_channels: PositiveInt = 64
-    num_heads: PositiveInt | None = None
-    dropout: float = Field(0.0, ge=0, lt=1)  # 0.1 in the 64x64 trainings; 0 here: model and reference share their draw
-    augment_dim: int = Field(0, ge=0)
-    group_channels: PositiveInt = 1
-
-
 @register("adm-unet", AdmUnetOptions, DiffusionDrawOptions)
 def build(
     shape: tuple[int, ...], num_classes: int, options: AdmUnetOptions, draw_options: DiffusionDrawOptions
 ) -> DiffusionModel:
     """A denoiser of square uint8 images. Raises ValueError for another shape."""
     channels, side = square(shape)
-    net = AdmUnet(
-        in_channels=channels,
-        out_channels=channels * (2 if options.learned_variance else 1),
-        size=side,
-        num_classes=num_classes,
-        **options.of_network(),
-    )
+    net = AdmUnet(channels, channels * (2 if options.learned_variance else 1), side, num_classes, options)
     return DiffusionModel(net, PixelCodec(shape), num_classes, options, draw_options)

@@ -7,9 +7,8 @@ pooling head. It serves twice: as classifier guidance, and as the frozen trunk u
 2211.17091, section 4.3). A new one is a file here and a line in BUILTIN.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from ddo_cli import checkpoint
 from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.errors import CheckpointError, RecipeError
-from ddo_cli.likelihood import Options
 from ddo_cli.models.catalog import Catalog, option_problems
 from ddo_cli.trainable import Trainable
 
@@ -44,28 +42,13 @@ class Classifier(Protocol):
     def __call__(self, x_vp: Tensor, t: Tensor) -> Tensor: ...
 
 
-class Entry(NamedTuple):
-    """A registered network: its option class and the function (shape, num_classes, options) -> module."""
-
-    options: type[Options]
-    build: Callable[[tuple[int, ...], int, Any], Trainable]
-
-
-B = TypeVar("B", bound=Callable[..., Trainable])
 _REMEDY = "a network of your own is registered by the Python file given as model.file"
-_discriminators: Catalog[Entry] = Catalog("discriminator.name", BUILTIN, _REMEDY)
-_classifiers: Catalog[Entry] = Catalog("classifier.name", CLASSIFIERS, _REMEDY)
-_CATALOGS = {"discriminator": _discriminators, "classifier": _classifiers}
-
-
-def register(name: str, options: type[Options]) -> Callable[[B], B]:
-    """Decorator of a builder: makes the discriminator known under `name`."""
-    return _discriminators.adder(name, lambda build: Entry(options, build))
-
-
-def register_classifier(name: str, options: type[Options]) -> Callable[[B], B]:
-    """Decorator of a builder: makes the noisy-image classifier known under `name`."""
-    return _classifiers.adder(name, lambda build: Entry(options, build))
+_CATALOGS = {
+    "discriminator": Catalog("discriminator.name", BUILTIN, _REMEDY),
+    "classifier": Catalog("classifier.name", CLASSIFIERS, _REMEDY),
+}
+# Decorators of builders (shape, num_classes, options) -> Trainable.
+register, register_classifier = _CATALOGS["discriminator"].register, _CATALOGS["classifier"].register
 
 
 def config_of(

@@ -26,12 +26,9 @@ _QKV_GAIN = math.sqrt(0.2)
 Resampling = Literal["", "up", "down", "fused-down"]
 
 
-class EdmUnet(nn.Module):
-    """The raw network F. Its defaults are EDM's DDPM++ for CIFAR-10; NCSN++ is fourier, residual, [1, 3, 3, 1].
+class EdmUnetOptions(DiffusionOptions):
+    """The defaults are EDM's DDPM++ for CIFAR-10, except for dropout; NCSN++ is fourier, residual, [1, 3, 3, 1].
 
-    out_channels: of F; None = in_channels
-    size: side of the images in pixels, a multiple of 2**(len(channel_mult) - 1)
-    num_classes: 0 = unconditional, labels are then ignored
     channels: of the first convolution; level i has channels * channel_mult[i], finest first
     channel_mult_emb, channel_mult_noise: width of the embedding and of the noise level's features, in `channels`
     num_blocks: residual blocks of a level on the way down; one more on the way up
@@ -42,26 +39,31 @@ class EdmUnet(nn.Module):
     resample_filter: taps of the low-pass filter of each halving and doubling, an even number of them
     """
 
+    channels: int = Field(128, ge=4)
+    channel_mult: tuple[PositiveInt, ...] = Field((2, 2, 2), min_length=1)
+    channel_mult_emb: int = Field(4, ge=1)
+    channel_mult_noise: int = Field(1, ge=1)
+    num_blocks: int = Field(4, ge=1)
+    attn_resolutions: tuple[PositiveInt, ...] = (16,)
+    dropout: float = Field(0.0, ge=0, lt=1)  # 0.13 in EDM's training; 0 here, as model and reference share their draw
+    augment_dim: int = Field(9, ge=0)
+    embedding: Literal["positional", "fourier"] = "positional"
+    encoder: Literal["standard", "residual"] = "standard"
+    resample_filter: tuple[PositiveInt, ...] = Field((1, 1), min_length=2)
+
+
+class EdmUnet(nn.Module):
+    """The raw network F.
+
+    size: side of the images in pixels, a multiple of 2**(len(channel_mult) - 1)
+    num_classes: 0 = unconditional, labels are then ignored
+    """
+
     def __init__(
-        self,
-        *,
-        in_channels: int = 3,
-        out_channels: int | None = None,
-        size: int = 32,
-        num_classes: int = 0,
-        channels: int = 128,
-        channel_mult: Sequence[int] = (2, 2, 2),
-        channel_mult_emb: int = 4,
-        channel_mult_noise: int = 1,
-        num_blocks: int = 4,
-        attn_resolutions: Sequence[int] = (16,),
-        dropout: float = 0.0,
-        augment_dim: int = 9,
-        embedding: Literal["positional", "fourier"] = "positional",
-        encoder: Literal["standard", "residual"] = "standard",
-        resample_filter: Sequence[int] = (1, 1),
+        self, in_channels: int, out_channels: int, size: int, num_classes: int, options: EdmUnetOptions
     ) -> None:
         super().__init__()
+        channels, channel_mult, resample_filter = options.channels, options.channel_mult, options.resample_filter
         multiple = 2 ** (len(channel_mult) - 1)
         if size % multiple:
             raise ValueError(f"size = {size} must be a multiple of 2**(levels - 1) = {multiple}")
@@ -69,17 +71,18 @@ class EdmUnet(nn.Module):
             raise ValueError(f"resample_filter {list(resample_filter)} must have an even number of taps, at least 2")
         if channels % 4:
             raise ValueError(f"channels = {channels} must be a multiple of 4")
-        self.num_classes, self.augment_dim = num_classes, augment_dim
+        self.num_classes, self.augment_dim = num_classes, options.augment_dim
 
-        noise_width, emb_width = channels * channel_mult_noise, channels * channel_mult_emb
-        self.noise_features = FourierFeatures(noise_width) if embedding == "fourier" else SineFeatures(noise_width)
+        noise_width, emb_width = channels * options.channel_mult_noise, channels * options.channel_mult_emb
+        features = FourierFeatures if options.embedding == "fourier" else SineFeatures
+        self.noise_features = features(noise_width)
         self.label_emb = nn.Linear(num_classes, noise_width) if num_classes else None
-        self.augment_emb = nn.Linear(augment_dim, noise_width, bias=False) if augment_dim else None
+        self.augment_emb = nn.Linear(self.augment_dim, noise_width, bias=False) if self.augment_dim else None
         self.emb0 = nn.Linear(noise_width, emb_width)
         self.emb1 = nn.Linear(emb_width, emb_width)
 
         def block(in_width: int, width: int, resampling: Resampling = "", attends: bool = False) -> Block:
-            return Block(in_width, width, emb_width, dropout, resampling, resample_filter, attends)
+            return Block(in_width, width, emb_width, options.dropout, resampling, resample_filter, attends)
 
         self.encoder = nn.ModuleDict()  # "32": {"stem", "block0", ...}, finest first
         width, aux_width = channels, in_channels
@@ -90,12 +93,12 @@ class EdmUnet(nn.Module):
                 parts["stem"] = nn.Conv2d(in_channels, channels, 3, padding=1)
             else:
                 parts["down"] = block(width, width, "down")
-                if encoder == "residual":
+                if options.encoder == "residual":
                     parts["aux"] = ResampledConv(aux_width, width, 3, "fused-down", resample_filter)
                     aux_width = width
             skip_widths.append(width)
-            for i in range(num_blocks):
-                parts[f"block{i}"] = block(width, channels * mult, attends=side in attn_resolutions)
+            for i in range(options.num_blocks):
+                parts[f"block{i}"] = block(width, channels * mult, attends=side in options.attn_resolutions)
                 width = channels * mult
                 skip_widths.append(width)
             self.encoder[str(side)] = parts
@@ -108,13 +111,13 @@ class EdmUnet(nn.Module):
                 parts["in1"] = block(width, width)
             else:
                 parts["up"] = block(width, width, "up")
-            for i in range(num_blocks + 1):
-                attends = i == num_blocks and side in attn_resolutions
+            for i in range(options.num_blocks + 1):
+                attends = i == options.num_blocks and side in options.attn_resolutions
                 parts[f"block{i}"] = block(width + skip_widths.pop(), channels * mult, attends=attends)
                 width = channels * mult
             self.decoder[str(side)] = parts
         self.head_norm = _norm(width)
-        self.head = nn.Conv2d(width, out_channels or in_channels, 3, padding=1)
+        self.head = nn.Conv2d(width, out_channels, 3, padding=1)
         self._initialise()
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor, augment: Tensor | None = None) -> Tensor:
@@ -132,7 +135,7 @@ class EdmUnet(nn.Module):
 
         aux, skips = x, list[Tensor]()
         for parts in self.encoder.values():
-            for name, part in _parts(parts):
+            for name, part in parts.named_children():
                 if name == "aux":
                     x = aux = (x + part(aux)) * math.sqrt(0.5)
                     skips[-1] = x  # replaces what "down" left
@@ -140,12 +143,11 @@ class EdmUnet(nn.Module):
                     x = part(x) if name == "stem" else part(x, emb)  # (B, width, side, side)
                     skips.append(x)
         for parts in self.decoder.values():
-            for name, part in _parts(parts):
+            for name, part in parts.named_children():
                 if name.startswith("block"):
                     x = torch.cat([x, skips.pop()], dim=1)
                 x = part(x, emb)
-        out: Tensor = self.head(F.silu(self.head_norm(x)))  # (B, C, H, W)
-        return out
+        return self.head(F.silu(self.head_norm(x)))  # (B, C, H, W)
 
     def units(self) -> list[nn.Module]:
         """The residual blocks."""
@@ -160,11 +162,6 @@ class EdmUnet(nn.Module):
                 nn.init.xavier_uniform_(module.weight, gain.get(last, 1.0))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-
-
-def _parts(parts: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The named blocks of a level, in their order."""
-    return list(parts.named_children())
 
 
 def _norm(width: int) -> nn.GroupNorm:
@@ -282,8 +279,7 @@ class ResampledConv(nn.Conv2d):
         pad = (self.resample_filter.shape[-1] - 1) // 2
         if self.resampling == "fused-down":
             x = F.conv2d(x, self.weight, padding=self.weight.shape[-1] // 2 + pad)  # (B, width, H + 2 pad, W + 2 pad)
-            x = F.conv2d(x, self._depthwise(x), self.bias, stride=2, groups=x.shape[1])
-            return x
+            return F.conv2d(x, self._depthwise(x), self.bias, stride=2, groups=x.shape[1])
         if self.resampling == "up":
             x = F.conv_transpose2d(x, 4 * self._depthwise(x), stride=2, padding=pad, groups=x.shape[1])
         else:
@@ -295,25 +291,6 @@ class ResampledConv(nn.Conv2d):
         return self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
 
 
-# --- Registration
-
-
-class EdmUnetOptions(DiffusionOptions):
-    """Constructor options of the network; see EdmUnet. Defaults: DDPM++ for CIFAR-10, except for dropout."""
-
-    channels: int = Field(128, ge=4)
-    channel_mult: tuple[PositiveInt, ...] = Field((2, 2, 2), min_length=1)
-    channel_mult_emb: int = Field(4, ge=1)
-    channel_mult_noise: int = Field(1, ge=1)
-    num_blocks: int = Field(4, ge=1)
-    attn_resolutions: tuple[PositiveInt, ...] = (16,)
-    dropout: float = Field(0.0, ge=0, lt=1)  # 0.13 in EDM's training; 0 here, as model and reference share their draw
-    augment_dim: int = Field(9, ge=0)
-    embedding: Literal["positional", "fourier"] = "positional"
-    encoder: Literal["standard", "residual"] = "standard"
-    resample_filter: tuple[PositiveInt, ...] = Field((1, 1), min_length=2)
-
-
 @register("edm-unet", EdmUnetOptions, DiffusionDrawOptions)
 def build(
     shape: tuple[int, ...], num_classes: int, options: EdmUnetOptions, draw_options: DiffusionDrawOptions
@@ -321,11 +298,6 @@ def build(
     """A denoiser of square uint8 images. Raises ValueError for another shape."""
     if len(shape) != 3 or shape[1] != shape[2]:
         raise ValueError(f"edm-unet needs square images, not items of shape {shape}")
-    net = EdmUnet(
-        in_channels=shape[0],
-        out_channels=2 * shape[0] if options.learned_variance else None,
-        size=shape[1],
-        num_classes=num_classes,
-        **options.of_network(),
-    )
+    channels, side, _ = shape
+    net = EdmUnet(channels, channels * (2 if options.learned_variance else 1), side, num_classes, options)
     return DiffusionModel(net, PixelCodec(shape), num_classes, options, draw_options)

@@ -28,39 +28,42 @@ _LOGVAR_WIDTH = 128
 Resampling = Literal["", "up", "down"]
 
 
-class Edm2Unet(nn.Module):
-    """The raw network F. Its defaults are EDM2-S for images of 64 x 64.
+class Edm2Options(DiffusionOptions):
+    """Options of `edm2-unet`. Defaults: EDM2-S for images of 64 x 64, except for dropout.
 
-    out_channels: of F; None = in_channels
-    size: side of the state, a multiple of 2**(len(channel_mult) - 1)
-    num_classes: 0 = unconditional, labels are then ignored
     width: channels of level i are width * channel_mult[i], finest first; the embedding has as many as the widest
     num_blocks: residual blocks of a level on the way down; one more on the way up
     attn_resolutions: sides at which blocks attend, both ways; the first of the way up always does
     head_width: channels of an attention head
     dropout: share of activations dropped in each block, in train mode only
+    codec: what the network sees: pixels, or latents of Stability's autoencoder, 4 channels and an eighth of the side.
+    vae: name or folder of the autoencoder.
     """
 
-    def __init__(
-        self,
-        *,
-        in_channels: int = 3,
-        out_channels: int | None = None,
-        size: int = 64,
-        num_classes: int = 0,
-        width: int = 192,
-        channel_mult: Sequence[int] = (1, 2, 3, 4),
-        num_blocks: int = 3,
-        attn_resolutions: Sequence[int] = (16, 8),
-        head_width: int = 64,
-        dropout: float = 0.0,
-    ) -> None:
+    width: int = Field(192, ge=1)
+    channel_mult: tuple[PositiveInt, ...] = Field((1, 2, 3, 4), min_length=1)
+    num_blocks: int = Field(3, ge=1)
+    attn_resolutions: tuple[PositiveInt, ...] = (16, 8)
+    head_width: int = Field(64, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)  # 0.1 in the training of M and larger; 0 here: DDO's r needs it off
+    codec: Literal["rgb", "sd-vae"] = "rgb"
+    vae: str = Field(DEFAULT_VAE, min_length=1)
+
+
+class Edm2Unet(nn.Module):
+    """The raw network F.
+
+    size: side of the state, a multiple of 2**(len(channel_mult) - 1)
+    num_classes: 0 = unconditional, labels are then ignored
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, size: int, num_classes: int, options: Edm2Options) -> None:
         super().__init__()
-        multiple = 2 ** (len(channel_mult) - 1)
+        multiple = 2 ** (len(options.channel_mult) - 1)
         if size % multiple:
             raise ValueError(f"size = {size} must be a multiple of 2**(levels - 1) = {multiple}")
         self.num_classes = num_classes
-        widths = [width * mult for mult in channel_mult]
+        widths = [options.width * mult for mult in options.channel_mult]
         emb_width = max(widths)
         self.out_gain = nn.Parameter(torch.zeros(1))
         self.emb_fourier = MPFourier(widths[0])
@@ -68,7 +71,8 @@ class Edm2Unet(nn.Module):
         self.emb_label = MPConv(num_classes, emb_width) if num_classes else None
 
         def block(in_width: int, width: int, half: str, resampling: Resampling = "", attends: bool = False) -> Block:
-            return Block(in_width, width, emb_width, half == "enc", resampling, head_width if attends else 0, dropout)
+            head_width = options.head_width if attends else 0
+            return Block(in_width, width, emb_width, half == "enc", resampling, head_width, options.dropout)
 
         self.enc = nn.ModuleDict()  # "64x64_conv", "64x64_block0", ..., "32x32_down", ...
         current, skip_widths = widths[0], []
@@ -79,8 +83,8 @@ class Edm2Unet(nn.Module):
             else:
                 self.enc[f"{side}x{side}_down"] = block(current, current, "enc", "down")
             skip_widths.append(current)
-            for i in range(num_blocks):
-                attends = side in attn_resolutions
+            for i in range(options.num_blocks):
+                attends = side in options.attn_resolutions
                 self.enc[f"{side}x{side}_block{i}"] = block(current, level_width, "enc", attends=attends)
                 current = level_width
                 skip_widths.append(current)
@@ -93,11 +97,11 @@ class Edm2Unet(nn.Module):
                 self.dec[f"{side}x{side}_in1"] = block(current, current, "dec")
             else:
                 self.dec[f"{side}x{side}_up"] = block(current, current, "dec", "up")
-            for i in range(num_blocks + 1):
-                joint, attends = current + skip_widths.pop(), side in attn_resolutions
+            for i in range(options.num_blocks + 1):
+                joint, attends = current + skip_widths.pop(), side in options.attn_resolutions
                 self.dec[f"{side}x{side}_block{i}"] = block(joint, level_width, "dec", attends=attends)
                 current = level_width
-        self.out_conv = MPConv(current, out_channels or in_channels, 3)
+        self.out_conv = MPConv(current, out_channels, 3)
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor) -> Tensor:
         """F, the shape of x.
@@ -113,8 +117,7 @@ class Edm2Unet(nn.Module):
             skips.append(x)
         for name, part in self.dec.items():
             x = part(mp_cat(x, skips.pop()) if "_block" in name else x, emb)
-        out: Tensor = self.out_conv(x, self.out_gain)  # (B, C, H, W)
-        return out
+        return self.out_conv(x, self.out_gain)  # (B, C, H, W)
 
     def _embed(self, c_noise: Tensor, label: Tensor) -> Tensor:
         """Embedding of noise level and label, (B, E). Without a label the noise level's share stays as it is."""
@@ -241,26 +244,6 @@ class Edm2Model(DiffusionModel):
         return [part for part in (*net.enc.values(), *net.dec.values()) if isinstance(part, Block)]
 
 
-# --- Registration
-
-
-class Edm2Options(DiffusionOptions):
-    """Constructor options of the network; see Edm2Unet. Defaults: EDM2-S, except for dropout.
-
-    codec: what the network sees: pixels, or latents of Stability's autoencoder, 4 channels and an eighth of the side.
-    vae: name or folder of the autoencoder.
-    """
-
-    width: int = Field(192, ge=1)
-    channel_mult: tuple[PositiveInt, ...] = Field((1, 2, 3, 4), min_length=1)
-    num_blocks: int = Field(3, ge=1)
-    attn_resolutions: tuple[PositiveInt, ...] = (16, 8)
-    head_width: int = Field(64, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)  # 0.1 in the training of M and larger; 0 here: DDO's r needs it off
-    codec: Literal["rgb", "sd-vae"] = "rgb"
-    vae: str = Field(DEFAULT_VAE, min_length=1)
-
-
 @register("edm2-unet", Edm2Options, Edm2DrawOptions)
 def build(shape: tuple[int, ...], num_classes: int, options: Edm2Options, draw_options: Edm2DrawOptions) -> Edm2Model:
     """A denoiser of square uint8 images. Raises ValueError for another shape."""
@@ -268,12 +251,5 @@ def build(shape: tuple[int, ...], num_classes: int, options: Edm2Options, draw_o
         raise ValueError(f"edm2-unet needs square images, not items of shape {shape}")
     codec = PixelCodec(shape) if options.codec == "rgb" else StabilityCodec(shape, options.vae)
     channels, size, _ = codec.state_shape
-    settings = {key: value for key, value in options.of_network().items() if key not in ("codec", "vae")}
-    net = Edm2Unet(
-        in_channels=channels,
-        out_channels=2 * channels if options.learned_variance else None,
-        size=size,
-        num_classes=num_classes,
-        **settings,
-    )
+    net = Edm2Unet(channels, channels * (2 if options.learned_variance else 1), size, num_classes, options)
     return Edm2Model(net, codec, num_classes, options, draw_options)

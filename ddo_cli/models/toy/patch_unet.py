@@ -73,6 +73,21 @@ class PatchEncoder(Trainable):
         return outputs
 
 
+class PatchUNetOptions(DiffusionOptions):
+    """Options of `patch-unet`.
+
+    patch: side of a patch in pixels
+    widths: channels of each level, finest first; each level halves the side of the one before
+    depths: residual blocks of each level on the way down, and again on the way up except for the coarsest
+    emb_width: width of the embedding of noise level and label
+    """
+
+    patch: int = Field(4, ge=1)
+    widths: tuple[PositiveInt, ...] = (64, 96)
+    depths: tuple[PositiveInt, ...] = (1, 2)
+    emb_width: int = Field(128, ge=1)
+
+
 class PatchUNet(PatchEncoder):
     """The raw network F of a denoiser: a convolutional U-Net whose pixels are patches.
 
@@ -82,22 +97,17 @@ class PatchUNet(PatchEncoder):
 
     size: side of the images in pixels, a multiple of patch * 2**(len(widths) - 1)
     num_classes: 0 = unconditional, labels are then ignored
-    patch: side of a patch in pixels
-    widths: channels of each level, finest first; each level halves the side of the one before
-    depths: residual blocks of each level on the way down, and again on the way up except for the coarsest
-    emb_width: width of the embedding of noise level and label
     """
 
     def __init__(
         self,
-        *,
-        in_channels: int = 3,
-        size: int = 32,
-        num_classes: int = 0,
-        patch: int = 4,
-        widths: Sequence[int] = (64, 96),
-        depths: Sequence[int] = (1, 2),
-        emb_width: int = 128,
+        in_channels: int,
+        size: int,
+        num_classes: int,
+        patch: int,
+        widths: Sequence[int],
+        depths: Sequence[int],
+        emb_width: int,
     ) -> None:
         super().__init__(in_channels, num_classes, patch, widths, depths, emb_width)
         multiple = patch * 2 ** (len(widths) - 1)
@@ -162,8 +172,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """The shape of x, (B, width, H, W); emb: float (B, emb_width)."""
         h = _modulate(self.conv1(F.silu(x)), self.affine(emb))  # (B, width, H, W)
-        out: Tensor = x + self.conv2(F.silu(h))
-        return out
+        return x + self.conv2(F.silu(h))
 
 
 def _modulate(h: Tensor, affine: Tensor) -> Tensor:
@@ -178,15 +187,6 @@ def _zero(conv: nn.Conv2d) -> None:
         nn.init.zeros_(parameter)
 
 
-class PatchUNetOptions(DiffusionOptions):
-    """Constructor options of the network; see PatchUNet."""
-
-    patch: int = Field(4, ge=1)
-    widths: tuple[PositiveInt, ...] = (64, 96)
-    depths: tuple[PositiveInt, ...] = (1, 2)
-    emb_width: int = Field(128, ge=1)
-
-
 @register("patch-unet", PatchUNetOptions, DiffusionDrawOptions)
 def build(
     shape: tuple[int, ...], num_classes: int, options: PatchUNetOptions, draw_options: DiffusionDrawOptions
@@ -194,11 +194,6 @@ def build(
     """A denoiser of square uint8 images. Raises ValueError for another shape."""
     if len(shape) != 3 or shape[1] != shape[2]:
         raise ValueError(f"patch-unet needs square images, not items of shape {shape}")
-    net = PatchUNet(
-        in_channels=shape[0],
-        size=shape[1],
-        num_classes=num_classes,
-        **options.of_network(),
-    )
+    net = PatchUNet(in_channels=shape[0], size=shape[1], num_classes=num_classes, **options.of_network())
     net = net.to(memory_format=torch.channels_last)  # 1.5 times faster convolutions on a CPU
     return DiffusionModel(net, PixelCodec(shape), num_classes, options, draw_options)

@@ -3,32 +3,15 @@
 They have no likelihood, so they are no models in the sense of `models.registry`.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 from ddo_cli.errors import RecipeError
-from ddo_cli.likelihood import Options
 from ddo_cli.models.catalog import Catalog, option_problems
-from ddo_cli.trainable import Trainable
 
 KIND = "tokenizer"  # of a weight file
 BUILTIN = {"vqvae": "ddo_cli.models.var.vqvae"}
-
-
-class Entry(NamedTuple):
-    """A registered tokenizer: its option class and the function (shape, options) -> module."""
-
-    options: type[Options]
-    build: Callable[[tuple[int, ...], Any], Trainable]
-
-
-B = TypeVar("B", bound=Callable[..., Trainable])
-_catalog: Catalog[Entry] = Catalog("model.name", BUILTIN, "a new tokenizer is a line in models/var/tokenizers.py")
-
-
-def register(name: str, options: type[Options]) -> Callable[[B], B]:
-    """Decorator of a builder: makes the tokenizer known under `name`."""
-    return _catalog.adder(name, lambda build: Entry(options, build))
+_catalog = Catalog("model.name", BUILTIN, "a new tokenizer is a line in models/var/tokenizers.py")
+register = _catalog.register  # of builders (shape, options) -> Trainable
 
 
 def problems(name: str, options: dict[str, Any]) -> list[str]:
