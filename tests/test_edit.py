@@ -305,8 +305,8 @@ def test_another_target_or_fewer_levels_need_no_editing(place, tmp_path, monkeyp
 
 def test_a_level_or_guidance_can_be_added(place, tmp_path, monkeypatch):
     run(place, tmp_path / "e", [1.0])
-    drawn, edited = [], edit._edited
-    monkeypatch.setattr(edit, "_edited", lambda job, way, only: drawn.append(way.name) or edited(job, way, only))
+    drawn, draw = [], edit._draw
+    monkeypatch.setattr(edit, "_draw", lambda *given: drawn.append(given[-2].name) or draw(*given))
     found = guided(place, tmp_path / "e", [1.0, 2.0])
     assert drawn == ["level-1-guided", "level-2", "level-2-guided"]
     assert len(found["levels"]) == 4

@@ -264,9 +264,9 @@ def test_classifier_guidance_raises_the_probability_of_the_label(ckpt, disc, tmp
 
 def test_autoguidance_of_plain_sampling(ckpt, tmp_path):
     bad = make_checkpoint(tmp_path / "bad.safetensors", seed=3)
-    made = guides.of_plain_sampling(Others(bad, 2.0), registry.load_model(ckpt, CPU), CPU)
+    model, record = guides.of_plain_sampling(Others(bad, 2.0), registry.load_model(ckpt, CPU), CPU)
     settings = {"sampler": "euler", "steps": 3}
-    found = sample.run(made.model, range(4), tmp_path / "set", sampling=settings, guidance=made.record, device=CPU)
+    found = sample.run(model, range(4), tmp_path / "set", sampling=settings, guidance=record, device=CPU)
     assert found["nfe"] == 6
     small = registry.config_of("patch-unet", (3, 16, 16), 10, {"widths": [8], "depths": [1]}, {})
     header = {"kind": "model", "config": small, "sampling": {}, "provenance": []}

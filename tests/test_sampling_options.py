@@ -261,11 +261,11 @@ def test_an_unconditional_network_is_classifier_free_guidance(ckpt, unconditiona
 
 
 def test_the_interval_of_a_second_network_is_in_the_manifest(ckpt, unconditional, tmp_path):
-    made = guides.of_plain_sampling(
+    model, record = guides.of_plain_sampling(
         Others(unconditional, 2.0, interval=(0.3, 6.0)), registry.load_model(ckpt, CPU), CPU
     )
     settings = {"sampler": "euler", "steps": 8}
-    found = sample.run(made.model, range(4), tmp_path / "set", sampling=settings, guidance=made.record, device=CPU)
+    found = sample.run(model, range(4), tmp_path / "set", sampling=settings, guidance=record, device=CPU)
     assert 8 < found["nfe"] < 16
     manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
     assert manifest["guidance"]["autoguidance"]["interval"] == [0.3, 6.0]

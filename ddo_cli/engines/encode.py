@@ -83,8 +83,7 @@ def run(
         return {**result, "bytes_free": _free(out), **plan, "dry_run": True}
     with rundir.locked(out):
         stored = out_dir.claim()
-        missing = [number for number in range(num_shards) if not latents.shard_file(out, number).is_file()]
-        missing = dist.from_main(missing)
+        missing = dist.from_main([n for n in range(num_shards) if not latents.shard_file(out, n).is_file()])
         if stored.get("complete") and len(stored.get("shards", ())) == num_shards and not missing:
             console.info(f"{out} is finished; nothing to do")
             return {**result, "source_digest": stored["source_digest"]}

@@ -115,15 +115,10 @@ def open_reference(ref: str, extractor: Extractor) -> ItemSet | stats.Statistics
     """The reference of a `FrechetScorer`: images, or statistics from a file. Raises DataError or CheckpointError."""
     if references.is_reference(ref):
         return references.read_reference(ref).statistics(extractor)
-    return open_comparable(ref)
-
-
-def open_comparable(source: str) -> ItemSet:
-    """Images for a Fréchet distance. Raises DataError where `source` holds none, or one."""
-    opened = open_images(source)
+    opened = open_images(ref)
     if opened.items.ndim != 4:
-        raise DataError(f"{source} holds points, not images; a Frechet distance needs images (points: metric js)")
+        raise DataError(f"{ref} holds points, not images; a Frechet distance needs images (points: metric js)")
     check_images(opened, "a Frechet distance needs the images themselves")
     if len(opened.items) < 2:
-        raise DataError(f"{source} holds one image; a distance needs at least two, and thousands to mean something")
+        raise DataError(f"{ref} holds one image; a distance needs at least two, and thousands to mean something")
     return opened

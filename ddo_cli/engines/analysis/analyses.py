@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +43,21 @@ def gain(subject: Subject, settings: Settings) -> Finding:
     )  # fmt: skip
     figures = measured.figures(subject.guide.weight)
     levels = figures["levels"]
-    bad = [level for level in levels if not math.isfinite(level["gain"])]
-    if bad:
+    if bad := [level for level in levels if not math.isfinite(level["gain"])]:
         raise NumericsError(
             f"the gain is not finite at sigma {bad[0]['sigma_min']:.3g} to {bad[0]['sigma_max']:.3g}; the model or the "
             "discriminator diverges there: narrow the window (--time-min, --time-max), or train it again"
         )
-    harmful = [level for level in levels if level["gain"] < -3 * level["error"]]  # by chance in 1 run of 50
-    if harmful:
+    if harmful := [level for level in levels if level["gain"] < -3 * level["error"]]:  # by chance in 1 run of 50
         places = ", ".join(f"{level['sigma_min']:.2g} to {level['sigma_max']:.2g}" for level in harmful)
         console.warn(
             f"guidance of weight {subject.guide.weight:g} leads the score away from held-out data's at sigma {places}: "
             "it is too strong (see best_weight), overfitted, or trained on samples of few steps, whose errors it "
             "corrects as well and the gain does not count"
         )
-    summary = {key: value for key, value in figures.items() if key != "levels"}
     content = {**figures, "weight": subject.guide.weight, "num_items": len(x0)}
-    return Finding(summary | {"weight": subject.guide.weight}, content, lambda path: _draw_gain(levels, content, path))
+    summary = {key: value for key, value in content.items() if key not in ("levels", "num_items")}
+    return Finding(summary, content, lambda path: _draw_gain(levels, content, path))
 
 
 def _draw_gain(levels: list[dict[str, Any]], content: dict[str, Any], path: Path) -> None:
@@ -73,10 +72,8 @@ def _draw_gain(levels: list[dict[str, Any]], content: dict[str, Any], path: Path
     shown = [curve("weight 1", "gain_weight_1", "error_weight_1")]
     if content["weight"] != 1:
         shown.append(curve(f"weight {content['weight']:g}", "gain", "error"))
-    known = [
-        (at, level["best_weight"]) for at, level in zip(x, levels, strict=True) if level["best_weight"] is not None
-    ]
-    best = Curve("", [at for at, _ in known], [min(max(weight, -2), 6) for _, weight in known], "o")
+    known = {at: level["best_weight"] for at, level in zip(x, levels, strict=True) if level["best_weight"] is not None}
+    best = Curve("", list(known), [min(max(weight, -2), 6) for weight in known.values()], "o")
     panels = {"gain per unit of ln sigma, nats": shown, "best weight, cut at -2 and 6": [best]}
     pictures.curves(panels, path, "log10 sigma")
 
@@ -162,13 +159,9 @@ def _of_data(subject: Subject, levels: Sequence[float]) -> dict[str, list[float]
 def _quartiles(sigma: Sequence[float], log_ratio: Tensor) -> dict[str, list[float]]:
     """Figures of log_ratio (steps, N) by step."""
     values = log_ratio.to(torch.float64)
-    quartiles = values.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=1)
-    names = ("quartile_1", "median", "quartile_3")
-    return {
-        "sigma": list(sigma),
-        "mean": values.mean(1).tolist(),
-        **dict(zip(names, quartiles.tolist(), strict=True)),
-    }
+    quartiles = values.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=1).tolist()
+    names = ("sigma", "mean", "quartile_1", "median", "quartile_3")
+    return dict(zip(names, (list(sigma), values.mean(1).tolist(), *quartiles), strict=True))
 
 
 # --- Score by the number of evaluations
@@ -241,9 +234,6 @@ def density(subject: Subject, settings: Settings) -> Finding:
     summary = {
         f"{key}_{name}": value for name, score in scores.items() for key, value in score.items() if key != "mass"
     }
-    extent = scorer.extent
-
-    def draw(path: Path) -> None:
-        pictures.points_and_densities(points, densities, extent, path)
-
-    return Finding(summary, {**scores, "weight": subject.guide.weight, "num_points": POINTS}, draw)
+    content = {**scores, "weight": subject.guide.weight, "num_points": POINTS}
+    draw = partial(pictures.points_and_densities, points, densities, scorer.extent)
+    return Finding(summary, content, draw)

@@ -164,7 +164,7 @@ def _check(subject: Subject, settings: Settings, names: list[str]) -> None:
         )
     if not subject.guide.weight:
         console.warn("dg_weight is 0: guided and plain figures will be the same; the gain is still given at weight 1")
-    bottom, top = subject.bounds()[0], subject.base.bounds(SamplingRecipe())[1]
+    bottom, top = subject.base.bounds(subject.spec)[0], subject.base.bounds(SamplingRecipe())[1]
     if "regeneration" in names and not bottom < settings.noise_level <= top:
         raise UsageError(
             f"--noise-level {settings.noise_level} must lie above the sampler's sigma_min = {bottom:g} and not above "

@@ -60,15 +60,11 @@ class Subject(NamedTuple):
         second = self.guide.weight_2nd if samplers.find(self.spec.sampler).has_corrector else self.guide.weight
         return {"model": self.base, "guided": self.base.guided_by([self.guide._replace(boost=None, weight_2nd=second)])}
 
-    def bounds(self) -> tuple[float, float]:
-        """The sampler's lowest and highest noise level."""
-        return self.base.bounds(self.spec)
-
     def window(self) -> tuple[float, float]:
         """The lowest and highest noise level with guidance; not increasing if there is none."""
         times = torch.tensor([self.guide.time_min, self.guide.time_max], dtype=torch.float64)
         first, last = vp_sde.sigma_of(times).tolist()
-        low, high = self.bounds()
+        low, high = self.base.bounds(self.spec)
         return max(low, first), min(high, last)
 
 

@@ -53,11 +53,10 @@ def draw(
     """Draws the model's samples into the run, or what an interrupted run left to draw."""
     path = run_dir.path / "samples"
     seeds = range(FIRST_FAKE_SEED, FIRST_FAKE_SEED + recipe.discriminator.num_fake)
-    sampling = spec.model_dump()
     loaded = registry.load_model(recipe.model.ckpt, device)
     sample.run(
-        loaded, seeds, path, form="shards", sampling=sampling, keep=sample.kept_of_fakes(loaded.model, None, spec),
-        device=device, title="generated set",
+        loaded, seeds, path, form="shards", sampling=spec.model_dump(), device=device, title="generated set",
+        keep=sample.kept_of_fakes(loaded.model, None, spec),
     )  # fmt: skip
     fake = open_images(str(path))
     check_balance(real, fake, label_use)

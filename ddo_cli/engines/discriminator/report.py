@@ -53,24 +53,20 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, evaluations: Evaluations, chos
     levels = evaluations[chosen]["levels"]
     middle = [math.log10(math.sqrt(level["sigma_min"] * level["sigma_max"])) for level in levels]
     by_level = {
-        "held-out cross-entropy, nats": [
-            Curve(name, middle, [level[key] for level in levels], "o")
-            for name, key in (("real", "bce_real"), ("generated", "bce_fake"))
-        ],
-        "held-out accuracy": [
-            Curve(name, middle, [level[key] for level in levels], "o")
-            for name, key in (("real", "accuracy_real"), ("generated", "accuracy_fake"))
-        ],
+        f"held-out {title}": [
+            Curve(name, middle, [level[f"{key}_{side}"] for level in levels], "o")
+            for name, side in (("real", "real"), ("generated", "fake"))
+        ]
+        for title, key in (("cross-entropy, nats", "bce"), ("accuracy", "accuracy"))
     }
     pictures.curves(by_level, path / "levels.png", "log10 sigma")
-    diagonal = Curve("calibrated", [0, 1], [0, 1])
     reliability = {
         f"sigma {level['sigma_min']:.2g} to {level['sigma_max']:.2g}": [
-            diagonal, Curve("observed", [bin_[0] for bin_ in level["reliability"]],
-                            [bin_[1] for bin_ in level["reliability"]], "o"),
+            Curve("calibrated", [0, 1], [0, 1]),
+            Curve("observed", [x for x, *_ in level["reliability"]], [y for _, y, *_ in level["reliability"]], "o"),
         ]
         for level in levels[::2]
-    }  # fmt: skip
+    }
     pictures.curves(reliability, path / "reliability.png", "predicted share of real images")
     columns, rows = table(levels)
     settled = "settled" if state["settled"] else "NOT settled: still falling when the images were used up"

@@ -82,7 +82,11 @@ def run(
     identity |= scoring.identity if scoring is not None else {}
     rundir.RunDir(out).check("train-disc", recipe, **identity)
     if dry_run:
-        return _dry_run(recipe, out, network, real)
+        return {
+            "out": str(out), "dry_run": True, "model": recipe.model.ckpt, "data": real.name,
+            "discriminator": settings.name, "parameters": sum(p.numel() for p in network.parameters()),
+            "fake": settings.fake or f"{settings.num_fake} to draw", "images": settings.images, "batch": settings.batch,
+        }  # fmt: skip
     with training_run.claimed("train-disc", recipe, settings, out, identity) as (run_dir, state):
         if not run_dir.is_finished(state):
             fake = given or disc_data.draw(recipe, spec, run_dir, label_use, real, device)
@@ -158,7 +162,8 @@ class _Training:
         every = max(settings.eval_every // settings.batch, 1)
         evaluate_at = [*range(every, steps - every // 2, every), steps]
         plan = training_run.plan_of(self.run_dir, self.recipe, "discriminator", steps, settings, evaluate_at)
-        plan = plan._replace(last_good=lambda: max(self.candidates(), default="none yet"))
+        candidates = self.candidate(0).parent
+        plan = plan._replace(last_good=lambda: max(candidates.glob("step-*"), default="none yet"))
         meter = training_run.meter_of(self.run_dir, settings, self.device)
         with contextlib.closing(loop.fit(self.network, self.loss, self.pairs, plan, meter)) as events:
             for event in events:
@@ -196,10 +201,6 @@ class _Training:
         figures = self.evaluations[str(step)]
         return f"held-out {figures['bce']:.4f}, accuracy {figures['accuracy']:.3f}"
 
-    def candidates(self) -> list[Path]:
-        """The checkpoints on disk."""
-        return list((self.run_dir.path / "checkpoints").glob("step-*"))
-
     def candidate(self, step: int) -> Path:
         """The file of a step's averaged weights, which `guide-sample --disc` takes as well."""
         return self.run_dir.path / "checkpoints" / f"step-{step:06d}.safetensors"
@@ -229,16 +230,15 @@ def _finish(training: _Training, scoring: Scoring | None) -> dict[str, Any]:
     best = min(evaluations, key=lambda step: evaluations[step]["bce"])
     scores = _scores(training, scoring) if scoring is not None else {}
     chosen = min(scores, key=lambda step: scores[step]) if scores else best
-    blind = evaluations[best]["accuracy"] < 0.51
-    if not settled and not blind:
-        console.warn(
-            f"the held-out loss was still falling after {settings.images} images (discriminator.images): the "
-            "discriminator is not trained to the end, and guidance may help less or do harm; raise --images"
-        )
-    if blind:
+    if evaluations[best]["accuracy"] < 0.51:
         console.warn(
             "held-out accuracy is at chance: guidance has nothing to correct, or the discriminator needs more training "
             "(--images, --lr)"
+        )
+    elif not settled:
+        console.warn(
+            f"the held-out loss was still falling after {settings.images} images (discriminator.images): the "
+            "discriminator is not trained to the end, and guidance may help less or do harm; raise --images"
         )
     if dist.is_main():
         for name, step in (("best", best), ("final", chosen)):
@@ -300,12 +300,3 @@ def _header(
         "guidance": recipe.guidance.model_dump(mode="json"),
         "provenance": [*loaded.checkpoint.header.get("provenance", []), link],
     }
-
-
-def _dry_run(recipe: Recipe, out: Path, network: Trainable, real: ItemSet) -> dict[str, Any]:
-    settings = recipe.discriminator
-    return {
-        "out": str(out), "dry_run": True, "model": recipe.model.ckpt, "data": real.name,
-        "discriminator": settings.name, "parameters": sum(p.numel() for p in network.parameters()),
-        "fake": settings.fake or f"{settings.num_fake} to draw", "images": settings.images, "batch": settings.batch,
-    }  # fmt: skip

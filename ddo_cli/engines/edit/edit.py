@@ -5,9 +5,9 @@ model's data (smaller distance) and further from the source (lower PSNR); discri
 trade-off (arXiv 2211.17091, Fig. 10). All levels, with and without guidance, share each image's noise.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -90,7 +90,6 @@ def run(
         plan = [{"sigma": way.sigma, "time": way.time, "guided": way.is_guided} for way in ways]
         batches = len(ways) * num_batches(len(sources.items), spec.batch)
         return {**shown, "levels": plan, "batches": batches, "steps": spec.steps, "dry_run": True}
-    job = _Job(editor, spec, sources, seed, device)
     request = {"levels": levels, "guidance": editor.guided_by(), **target.identity}
     pictures = edit_report.pictures_of(out, len(sources.items))
     with rundir.locked(out):
@@ -102,20 +101,15 @@ def run(
         if dist.from_main(is_whole and state.get("request") == request):
             console.info(f"{out} is finished; nothing to do")
             return {**shown, **state["figures"], **pictures}
-        complete = {way: manifests[way] or _draw(job, way, writer) for way, writer in writers.items()}
+        complete = {
+            way: manifests[way] or _draw(editor, spec, sources, seed, device, way, writer)
+            for way, writer in writers.items()
+        }
         figures = edit_report.write(out, sources.items, complete, target, spec.batch)
         if dist.is_main():
             write_json(out / STATE, {**made_by, "request": request, "source": source, "figures": figures})
         dist.barrier()
     return {**shown, **figures, **pictures}
-
-
-class _Job(NamedTuple):
-    editor: Editor
-    spec: SamplingRecipe
-    sources: ItemSet
-    seed: int
-    device: torch.device
 
 
 def _writer(out: Path, way: Way, made_by: dict[str, Any], editor: Editor) -> Writer:
@@ -126,33 +120,28 @@ def _writer(out: Path, way: Way, made_by: dict[str, Any], editor: Editor) -> Wri
     return Writer(out / way.name, form, range(num), sampling["batch"], made_by)
 
 
-def _draw(job: _Job, way: Way, writer: Writer) -> dict[str, Any]:
-    """Edits and stores the missing batches; returns the set's manifest."""
-    numbers = dist.shard(dist.from_main(writer.missing()))
-    with console.progress(way.title, len(numbers) * job.spec.batch, "images") as bar:
-        for batch in _edited(job, way, numbers):
-            writer.write(batch)
-            bar.advance(job.spec.batch)
-    return writer.finish()
-
-
 @torch.no_grad()
-def _edited(job: _Job, way: Way, only: Sequence[int]) -> Iterator[Batch]:
-    """The batches of these numbers. They are cut as `generate` cuts seeds, for the same reasons.
+def _draw(
+    editor: Editor, spec: SamplingRecipe, sources: ItemSet, seed: int, device: torch.device, way: Way, writer: Writer
+) -> dict[str, Any]:
+    """Edits and stores the missing batches, cut as `generate` cuts seeds, for the same reasons; the set's manifest.
 
     The noise of an image is a function of its number and the seed. It differs from that of `ddo sample` for the same
     number: a source image that was itself drawn from this noise would not be independent of it.
     """
-    spec, total = job.spec.merged(sigma_max=way.sigma), len(job.sources.items)
-    model = job.editor.model(way.is_guided)
-    size = min(spec.batch, total)
-    for number in only:
-        rows = list(range(number * spec.batch, min((number + 1) * spec.batch, total)))
-        padded = rows + [rows[-1]] * (size - len(rows))
-        x0 = model.codec.encode(torch.from_numpy(job.sources.items[padded]).to(job.device))
-        label = torch.from_numpy(job.sources.labels[padded])
-        rng = RowRng([seed_from("edit", job.seed, row) for row in padded])
-        with inference_precision(spec.precision or "float32", job.device):
-            sampled = model.sample(label.to(job.device), rng, spec, x0)
-        items = model.codec.decode(sampled.x).cpu()[: len(rows)]
-        yield Batch(number, items, label[: len(rows)], torch.tensor(rows), sampled.nfe, sampled.disc_nfe)
+    spec, model, total = spec.merged(sigma_max=way.sigma), editor.model(way.is_guided), len(sources.items)
+    numbers = dist.shard(dist.from_main(writer.missing()))
+    with console.progress(way.title, len(numbers) * spec.batch, "images") as bar:
+        for number in numbers:
+            rows = list(range(number * spec.batch, min((number + 1) * spec.batch, total)))
+            padded = rows + [rows[-1]] * (min(spec.batch, total) - len(rows))
+            x0 = model.codec.encode(torch.from_numpy(sources.items[padded]).to(device))
+            label = torch.from_numpy(sources.labels[padded])
+            rng = RowRng([seed_from("edit", seed, row) for row in padded])
+            with inference_precision(spec.precision or "float32", device):
+                sampled = model.sample(label.to(device), rng, spec, x0)
+            items, count = model.codec.decode(sampled.x).cpu(), len(rows)
+            passes = sampled.nfe, sampled.disc_nfe
+            writer.write(Batch(number, items[:count], label[:count], torch.tensor(rows), *passes))
+            bar.advance(spec.batch)
+    return writer.finish()

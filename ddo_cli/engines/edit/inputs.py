@@ -46,24 +46,17 @@ class Editor(NamedTuple):
     def announce(self, spec: SamplingRecipe) -> None:
         """Prints on stderr whether there is guidance, and if not why."""
         if self.disc is None:
-            why = f"no discriminator below {guides.RUNS}/ was trained against it"
-            console.info(f"{self.file.path} edits without guidance: {why}")
+            how = f": no discriminator below {guides.RUNS}/ was trained against it"
         elif self.settings is None:
-            console.info(f"{self.file.path} edits without guidance: its weight is 0")
+            how = ": its weight is 0"
         else:
             guides.warn_of_other_sampler(self.disc, spec)
-            by = f"{self.disc.checkpoint.path}, weight {self.settings.dg_weight:g}"
-            console.info(f"{self.file.path} edits without guidance, and guided by {by}")
+            how = f", and guided by {self.disc.checkpoint.path}, weight {self.settings.dg_weight:g}"
+        console.info(f"{self.file.path} edits without guidance{how}")
 
 
 def choose(
-    disc: str | None,
-    ckpt: str | None,
-    given: dict[str, Any],
-    use_guidance: bool,
-    *,
-    force: bool,
-    device: torch.device,
+    disc: str | None, ckpt: str | None, given: dict[str, Any], use_guidance: bool, *, force: bool, device: torch.device
 ) -> Editor:
     """The model and the discriminator, see `edit.run`. Raises UsageError or CheckpointError."""
     given = {key: value for key, value in given.items() if value is not None}

@@ -116,9 +116,8 @@ def write(
 
     manifests: of each way's set. The distance of a single image is None.
     """
-    key, scorer = target.extractor.key, None
-    if len(sources) > 1:
-        scorer = FrechetScorer(target.extractor, target.reference, batch)
+    key = target.extractor.key
+    scorer = FrechetScorer(target.extractor, target.reference, batch) if len(sources) > 1 else None
 
     def distance(items: np.ndarray) -> float | None:
         return scorer.score(share_of_batches(items, batch))[key] if scorer is not None else None
@@ -144,17 +143,12 @@ def write(
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the figures by level."""
     key = result["metric"]
-    rows = [
-        [
-            Way(level["sigma"], level["guided"]).title,
-            f"{level['time']:.3f}",
-            f"{level['psnr']:.2f}",
-            "-" if level[key] is None else f"{level[key]:.4g}",
-            str(level["nfe"]),
-            str(level["disc_nfe"]),
-        ]
-        for level in result["levels"]
-    ]
+    rows = []
+    for level in result["levels"]:
+        title = Way(level["sigma"], level["guided"]).title
+        distance = "-" if level[key] is None else f"{level[key]:.4g}"
+        passes = str(level["nfe"]), str(level["disc_nfe"])
+        rows.append([title, f"{level['time']:.3f}", f"{level['psnr']:.2f}", distance, *passes])
     return ["", "VP time", "PSNR, dB", key, "nfe", "disc_nfe"], rows
 
 

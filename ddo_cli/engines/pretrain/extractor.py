@@ -32,14 +32,7 @@ SETTINGS = TrainRecipe(
 
 
 def run(
-    data: str,
-    out: Path,
-    *,
-    held_out: str | None,
-    images: int,
-    seed: int,
-    device: torch.device,
-    dry_run: bool = False,
+    data: str, out: Path, *, held_out: str | None, images: int, seed: int, device: torch.device, dry_run: bool = False
 ) -> dict[str, Any]:
     """Trains on the labelled images of `data` (several sources separated by commas) and writes `out`.
 
@@ -62,12 +55,11 @@ def run(
         cut = len(order) // 10
         if not cut:
             raise DataError(f"{data} holds {len(order)} images; a tenth is held out, so give at least 10 or --held-out")
-        test, train = _rows(train, order[:cut]), _rows(train, order[cut:])
+        test, train = (Examples(train.items[rows], train.label[rows]) for rows in (order[:cut], order[cut:]))
     else:
         test = _examples(held_out)
     torch.manual_seed(seed_from("init", seed))
-    num_classes = int(train.label.max()) + 1
-    network = DigitNet(num_classes=num_classes).to(device)
+    network = DigitNet(num_classes=int(train.label.max()) + 1).to(device)
     steps = training_run.num_steps(images, SETTINGS.batch)
     if dry_run:
         return {"out": str(out), "dry_run": True, "num_images": len(train.items), "steps": steps}
@@ -118,14 +110,9 @@ def _square(images: Tensor) -> Tensor:
     return images
 
 
-def _rows(examples: Examples, index: Tensor) -> Examples:
-    return Examples(examples.items[index], examples.label[index])
-
-
 @torch.no_grad()
 def _accuracy(network: nn.Module, test: Examples, device: torch.device) -> float:
     right = 0
-    for start in range(0, len(test.items), 512):
-        logits = network((test.items[start : start + 512] / 127.5 - 1).to(device))
-        right += int((logits.argmax(1).cpu() == test.label[start : start + 512]).sum())
+    for items, label in zip(test.items.split(512), test.label.split(512), strict=True):
+        right += int((network((items / 127.5 - 1).to(device)).argmax(1).cpu() == label).sum())
     return right / len(test.items)

@@ -1,6 +1,7 @@
 """`ddo pretrain`: maximum likelihood of any registered model, to make references where no checkpoint exists."""
 
 import contextlib
+import itertools
 import math
 from functools import partial
 from pathlib import Path
@@ -109,17 +110,13 @@ class _Snapshots:
 
     def keep(self, event: loop.Evaluate) -> None:
         """Writes all averages of a step."""
-        self._write(event.step, None, event.averages.whole())
-        for width, tensors in event.averages.further():
-            self._write(event.step, width, tensors)
-
-    def _write(self, step: int, width: float | None, tensors: dict[str, Tensor]) -> None:
-        """width: None for the first average."""
-        if dist.is_main():
-            checkpoint.save(self.path / snapshot_name(step, width), tensors, self.header_at(step, width))
+        step, first = event.step, (None, event.averages.whole())
+        for width, tensors in itertools.chain([first], event.averages.further()):
+            if dist.is_main():
+                checkpoint.save(self.path / snapshot_name(step, width), tensors, self.header_at(step, width))
 
     def header_at(self, step: int, width: float | None) -> dict[str, Any]:
-        """The header with the average that the weights are, where it is a power function."""
+        """The header with the average that the weights are, where it is a power function. width: None for the first."""
         widths = [width] if width is not None else self.settings.ema_widths[:1]
         images = step * self.settings.batch
         return {**self.header, **({"ema": {"std": widths[0], "images": images}} if widths else {})}

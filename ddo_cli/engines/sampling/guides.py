@@ -1,11 +1,12 @@
 """Guides of a sampling run, from files and recipes; shared by the engines that sample with guidance."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ddo_cli import checkpoint, console, dist
 from ddo_cli.diffusion import vp_sde
@@ -132,13 +133,7 @@ def discriminator_guide(network: nn.Module, settings: GuidanceRecipe, ndim: int 
     if ndim == 3:
         network = network.to(memory_format=torch.channels_last)
     return GradientGuide(
-        network,
-        weight=settings.dg_weight,
-        weight_2nd=settings.dg_weight_2nd,
-        time_min=settings.time_min,
-        time_max=settings.time_max,
-        decay=settings.decay,
-        boost=boost,
+        network, settings.dg_weight, settings.dg_weight_2nd, settings.time_min, settings.time_max, settings.decay, boost
     )
 
 
@@ -184,9 +179,8 @@ def other_guides(others: Others, base: DiffusionModel, device: torch.device) -> 
                 f"{tuple(config['shape'])}, the model has {base.num_classes} of {base.codec.state_shape}; "
                 "give one for this model"
             )
-        weight = others.classifier_weight
-        network = _ClassLogProbability(loaded.network)
-        guides.append(GradientGuide(network, weight, weight, time_min=0.0, time_max=1.0))
+        weight, potential = others.classifier_weight, partial(_class_log_probability, loaded.network)
+        guides.append(GradientGuide(potential, weight, weight, time_min=0.0, time_max=1.0))
         record["classifier"] = {"sha256": loaded.checkpoint.sha256, "weight": weight}
     return guides, record
 
@@ -215,7 +209,7 @@ class _Unconditional(NamedTuple):
 
     model: DiffusionModel
 
-    def denoise(self, x: torch.Tensor, sigma: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    def denoise(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
         return self.model.denoise(x, sigma, torch.full_like(label, NO_LABEL))
 
 
@@ -241,27 +235,18 @@ def _check_others(others: Others) -> None:
         raise UsageError(f"--classifier-weight {others.classifier_weight:g} needs --classifier FILE")
 
 
-class _ClassLogProbability(NamedTuple):
+def _class_log_probability(classifier: nn.Module, x_vp: Tensor, t: Tensor, label: Tensor) -> Tensor:
     """log p(label | x_vp, t)."""
-
-    classifier: nn.Module
-
-    def __call__(self, x_vp: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        return self.classifier(x_vp, t).log_softmax(1).gather(1, label[:, None]).squeeze(1)
+    return classifier(x_vp, t).log_softmax(1).gather(1, label[:, None]).squeeze(1)
 
 
-class Guided(NamedTuple):
-    """A guided model, and what a sample set's manifest records of its guides."""
-
-    model: registry.Loaded
-    record: dict[str, Any]
-
-
-def of_plain_sampling(others: Others, loaded: registry.Loaded, device: torch.device) -> Guided:
-    """The model of `ddo sample`, which has no discriminator."""
+def of_plain_sampling(
+    others: Others, loaded: registry.Loaded, device: torch.device
+) -> tuple[registry.Loaded, dict[str, Any]]:
+    """The model of `ddo sample`, which has no discriminator, and what a sample set's manifest records of its guides."""
     _check_others(others)
     if others.guide_ckpt is None:
-        return Guided(loaded, {})
+        return loaded, {}
     base = diffusion_model(loaded)
     guides, record = other_guides(others, base, device)
-    return Guided(loaded._replace(model=base.guided_by(guides)), record)
+    return loaded._replace(model=base.guided_by(guides)), record

@@ -86,9 +86,9 @@ def run(
     for option, value in (("--model", model), ("--trunk", trunk)):
         if value is not None and kind != "discriminator":
             raise UsageError(f"{option} is for discriminators, and {source} holds a {kind}; leave it out")
-    if vae is not None and config["name"] != "var":
-        raise UsageError(f"--vae is for VAR's transformers, and {source} holds a {config['name']}; leave it out")
     if vae is not None:
+        if config["name"] != "var":
+            raise UsageError(f"--vae is for VAR's transformers, and {source} holds a {config['name']}; leave it out")
         link |= {"vae": vae.resolve().name, "vae_sha256": sha256(vae)}
     sampling = {"sampling": content.sampling} if content.sampling else {}
     result = {
@@ -104,7 +104,7 @@ def run(
         **content.notes,
         **sampling,
         "source": link["source"],
-        "source_sha256": link["source_sha256"],
+        "source_sha256": digest,
     }
     if dry_run:
         return {**result, "dry_run": True}
@@ -114,11 +114,10 @@ def run(
         written = checkpoint.load(out).tensors
         if written.keys() != content.tensors.keys():
             raise CheckpointError(f"{out} holds other tensors than were converted; remove it and convert again")
-        for name, tensor in content.tensors.items():
-            if not torch.equal(written[name], tensor):
-                raise CheckpointError(
-                    f"{out}: tensor {name} differs from what was converted; remove it and convert again"
-                )
+        if odd := [name for name, tensor in content.tensors.items() if not torch.equal(written[name], tensor)]:
+            raise CheckpointError(
+                f"{out}: tensor {odd[0]} differs from what was converted; remove it and convert again"
+            )
         result["verified"] = True
     return result
 
@@ -192,8 +191,7 @@ def _edm(source: Path, snapshot: snapshots.Snapshot) -> Content:
     side, is_adm = file.config["shape"][-1], file.config["name"] == "adm-unet"
     sampling = _IMAGENET if is_adm else {"sampler": "heun", "steps": 18 if side <= SMALL else 40}
     notes: dict[str, Any] = {"classes_found": " around ".join(file.classes), "stored_tensors": len(file.stored)}
-    if file.half:
-        notes["note"] = _FLOAT16
+    notes |= {"note": _FLOAT16} if file.half else {}
     return Content("edm", file.config, file.tensors, sampling, notes)
 
 

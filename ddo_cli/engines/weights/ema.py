@@ -190,16 +190,15 @@ def _picture(path: Path, snapshots: Sequence[Snapshot], fit: Fit, target: Profil
     parts = [profiles.density(snapshot.profile, times) * target.images for snapshot in snapshots]
     fitted = np.sum([weight * part for weight, part in zip(fit.weights, parts, strict=True)], axis=0)
     wanted, images = profiles.density(target, times) * target.images, times.tolist()
-    last = [
-        Curve(f"{snapshot.profile.std:.3f}", images, part.tolist())
-        for snapshot, part in zip(snapshots, parts, strict=True)
-        if snapshot.profile.images == snapshots[-1].profile.images
-    ]
     panels = {
         f"weight of training's images, {fit.residual:.2%} off": [
             Curve(f"wanted, {target.std:.3f}", images, wanted.tolist()),
             Curve(f"of {len(snapshots)} snapshots", images, fitted.tolist()),
         ],
-        "last snapshots": last,
+        "last snapshots": [
+            Curve(f"{snapshot.profile.std:.3f}", images, part.tolist())
+            for snapshot, part in zip(snapshots, parts, strict=True)
+            if snapshot.profile.images == snapshots[-1].profile.images
+        ],
     }
     pictures.curves(panels, path, "images")

@@ -8,7 +8,8 @@ rest (code, augmentation, training options) stays as its authors wrote it.
 
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +67,8 @@ def run(
     original = _original(like, settings)
     _check_config(registry.check_config(file.header.get("config"), ckpt), original.config, ckpt, like)
     new = dict(original.to_theirs(key, tensor) for key, tensor in file.tensors.items())
-    _check_tensors(new, original.stored, ckpt, like)
+    if odd := [key for key, tensor in new.items() if getattr(original.stored.get(key), "shape", None) != tensor.shape]:
+        raise CheckpointError(f"{ckpt}: tensors{_listed(odd)} have no place of their shape in {like}")
     fitted = {key: tensor.to(original.stored[key].dtype) for key, tensor in new.items()}
     rounded = [key for key, tensor in fitted.items() if not torch.equal(tensor.to(new[key].dtype), new[key])]
     if rounded:
@@ -87,7 +89,9 @@ def run(
     expected = {key: fitted[key] if key in fitted else tensor.clone() for key, tensor in original.stored.items()}
     with replacing(out) as temporary:
         original.write(expected, temporary)
-        _verify(original.read(temporary), expected, out)
+        written = original.read(temporary)
+        if list(written) != list(expected) or not all(_same(written[key], tensor) for key, tensor in expected.items()):
+            raise CheckpointError(f"{out}: what was written reads back different; it was removed, so try again")
     return {**result, "verified": True}
 
 
@@ -148,17 +152,12 @@ def _edm(like: Path) -> Original:
 def _adm(like: Path, stored: dict[str, Tensor], given: dict[str, Any]) -> Original:
     """An ADM diffusion model, a bare state dict."""
     file = adm_files.unet(stored, like, **given)
-    options, order = adm_files.options_of(file.config), file.described.order
-
-    def write(tensors: dict[str, Tensor], path: Path) -> None:
-        torch.save(OrderedDict(tensors), path)
-
     return Original(
         "adm",
         file.config,
         stored,
-        lambda key, tensor: adm_keys.to_openai(key, tensor, order, options),
-        write,
+        partial(adm_keys.to_openai, order=file.described.order, options=adm_files.options_of(file.config)),
+        lambda tensors, path: torch.save(OrderedDict(tensors), path),
         lambda path: pt_files.read(path, adm_files.EXPECTED),
     )
 
@@ -174,19 +173,11 @@ def _check_config(ours: dict[str, Any], theirs: dict[str, Any], ckpt: str, like:
         return {"name": config["name"], "shape": config["shape"], "num_classes": config["num_classes"], **options}
 
     actual, wanted = facts(ours), facts(theirs)
-    odd = [key for key in actual.keys() | wanted.keys() if actual.get(key) != wanted.get(key)]
-    if odd:
+    if odd := [key for key in actual.keys() | wanted.keys() if actual.get(key) != wanted.get(key)]:
         listed = ", ".join(f"{key} {actual.get(key)} instead of {wanted.get(key)}" for key in sorted(odd))
         raise CheckpointError(
             f"{ckpt} is another model than {like}: {listed}; give with --like the file that it was converted from"
         )
-
-
-def _check_tensors(new: Mapping[str, Tensor], stored: Mapping[str, Tensor], ckpt: str, like: Path) -> None:
-    """Raises CheckpointError unless every new tensor has a place of its shape."""
-    odd = [key for key, tensor in new.items() if key not in stored or stored[key].shape != tensor.shape]
-    if odd:
-        raise CheckpointError(f"{ckpt}: tensors{_listed(odd)} have no place of their shape in {like}")
 
 
 def _overlap(storages: Sequence[Storage]) -> bool:
@@ -195,17 +186,10 @@ def _overlap(storages: Sequence[Storage]) -> bool:
     return any(not _same(first.setdefault(offset, values), values) for values, offset in storages)
 
 
-def _verify(written: Mapping[str, Tensor], expected: Mapping[str, Tensor], out: Path) -> None:
-    """Raises CheckpointError unless the file that was read again holds the expected tensors, in that order."""
-    if list(written) != list(expected) or not all(_same(written[key], tensor) for key, tensor in expected.items()):
-        raise CheckpointError(f"{out}: what was written reads back different; it was removed, so try again")
-
-
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same type, shape and bits: NaN equals itself, and 0 is not -0."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+    bits = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*bits)
 
 
 def _listed(keys: Sequence[str]) -> str:

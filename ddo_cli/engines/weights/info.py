@@ -21,13 +21,20 @@ def run(path: str) -> dict[str, Any]:
         if (place / MANIFEST).is_file():
             manifest = read_json(place / MANIFEST)
             kind = "encoded set" if manifest.get("format") == latents.FORMAT else "sample set"
-            return {"holds": kind, "path": path, **_short(manifest)}
+            # Without labels, and with the number of the shards instead of their hashes.
+            short = {key: value for key, value in manifest.items() if key not in ("labels", "shards")}
+            num_shards = {"shards": len(manifest["shards"])} if "shards" in manifest else {}
+            return {"holds": kind, "path": path, **short, **num_shards}
         if (place / "state.json").is_file():
             return _run_directory(place)
         if (place / "edit.json").is_file():
             return {"holds": "edited images", "path": path, **read_json(place / "edit.json")}
         if analyses := [file for file in sorted(place.glob("*.json")) if "analysis" in read_json(file)]:
-            return {"holds": "analyses", "path": path, **_analyses(analyses)}
+            figures = {}  # the numbers among the results of `ddo analyze`, by analysis
+            for content in map(read_json, analyses):
+                numbers = {key: value for key, value in content.items() if isinstance(value, (int, float))}
+                figures[content["analysis"]] = numbers
+            return {"holds": "analyses", "path": path, **figures}
         raise UsageError(f"{path} is a directory with neither manifest.json nor state.json; ddo did not write it")
     file = checkpoint.load(path)
     description: dict[str, Any] = {
@@ -62,14 +69,6 @@ def _run_directory(place: Path) -> dict[str, Any]:
     }
 
 
-def _analyses(files: list[Path]) -> dict[str, Any]:
-    """The numbers among the results of `ddo analyze`, by analysis."""
-    return {
-        content["analysis"]: {key: value for key, value in content.items() if isinstance(value, (int, float))}
-        for content in map(read_json, files)
-    }
-
-
 def _link(link: dict[str, Any]) -> dict[str, Any]:
     """A step of the provenance, with its recipe's name and main settings instead of the whole recipe."""
     short = {key: value for key, value in link.items() if key != "recipe"}
@@ -78,9 +77,3 @@ def _link(link: dict[str, Any]) -> dict[str, Any]:
     section = recipe.get(sections.get(link["command"], ""), {})
     keys = ("alpha", "beta", "lr", "batch", "images", "images_per_round")
     return {**short, "recipe": recipe.get("name"), **{key: section[key] for key in keys if key in section}}
-
-
-def _short(manifest: dict[str, Any]) -> dict[str, Any]:
-    """A manifest with the number of its shards instead of their hashes, and without labels."""
-    short = {key: value for key, value in manifest.items() if key not in ("labels", "shards")}
-    return {**short, "shards": len(manifest["shards"])} if "shards" in manifest else short
