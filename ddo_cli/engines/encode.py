@@ -55,18 +55,12 @@ def run(
     encoder = _Encoder(model, dtype, device)
     shape, kind, speed = encoder.probe(stream, batch)
     manifest = {
-        "format": latents.FORMAT,
-        "encoder": model.codec.encoder_id(),
+        "format": latents.FORMAT, "encoder": model.codec.encoder_id(),
         "model": {"name": file.header["config"]["name"], "sha256": file.sha256},
-        "source": data,
-        "source_identity": stream.identity,
-        "image_shape": list(model.codec.shape),
-        "shape": list(shape),
-        "dtype": str(kind).removeprefix("torch."),
-        "num": stream.num,
-        "num_classes": stream.num_classes,
-        "shard": shard,
-    }
+        "source": data, "source_identity": stream.identity, "image_shape": list(model.codec.shape),
+        "shape": list(shape), "dtype": str(kind).removeprefix("torch."),
+        "num": stream.num, "num_classes": stream.num_classes, "shard": shard,
+    }  # fmt: skip
     num_shards = -(-stream.num // shard)
     size = int(stream.num * (math.prod(shape) * kind.itemsize + 8) * MARGIN)
     result = {
@@ -95,7 +89,11 @@ def run(
         dist.barrier()
         if dist.is_main():
             infos = [latents.read_info(latents.shard_file(out, number)) for number in range(num_shards)]
-            latents.finish(out, {**manifest, "source_digest": _source_digest(stream, infos)}, infos)
+            # `Inspection.digest` of all images, which is a sum over images, from the partial sums noted in the shards.
+            whole = Inspection(stream.labels, stream.num_classes)
+            whole.seen[:], whole.shape = 1, tuple(stream.shape)
+            whole.total = np.sum([info.notes["digests"] for info in infos], axis=0, dtype=np.int64).reshape(LIMBS)
+            latents.finish(out, {**manifest, "source_digest": whole.digest()}, infos)
         dist.barrier()
         digest = read_json(out / latents.MANIFEST)["source_digest"]
     return {**result, "source_digest": digest, "images_per_second": round(speed, 2)}
@@ -158,11 +156,3 @@ def _write(
             labels = torch.from_numpy(stream.labels[rows])
             latents.write_shard(latents.shard_file(out, number), torch.cat(parts), labels, notes)
     return sum(dist.gathered(num_here)) / max(time.monotonic() - start, 1e-9)
-
-
-def _source_digest(stream: ImageStream, infos: list[latents.ShardInfo]) -> str:
-    """`Inspection.digest` of all images, which is a sum over images, from the partial sums noted in the shards."""
-    whole = Inspection(stream.labels, stream.num_classes)
-    whole.seen[:], whole.shape = 1, tuple(stream.shape)
-    whole.total = np.sum([info.notes["digests"] for info in infos], axis=0, dtype=np.int64).reshape(LIMBS)
-    return whole.digest()

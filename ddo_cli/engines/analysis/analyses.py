@@ -116,15 +116,12 @@ def trajectory(subject: Subject, settings: Settings) -> Finding:
         return sum(inside) / len(inside) if inside else None
 
     summary = {f"mean_log_ratio_{name}": mean(curve) for name, curve in curves.items()}
-
-    def draw(path: Path) -> None:
-        lines = [
-            Curve(name, [math.log10(sigma) for sigma in curve["sigma"]], curve["mean"], "o",
-                  (curve["quartile_1"], curve["quartile_3"]))
-            for name, curve in curves.items()
-        ]  # fmt: skip
-        pictures.curves({"log-ratio: mean and quartiles": lines}, path, "log10 sigma")
-
+    lines = [
+        Curve(name, [math.log10(sigma) for sigma in curve["sigma"]], curve["mean"], "o",
+              (curve["quartile_1"], curve["quartile_3"]))
+        for name, curve in curves.items()
+    ]  # fmt: skip
+    draw = partial(pictures.curves, {"log-ratio: mean and quartiles": lines}, x_label="log10 sigma")
     return Finding(summary, {**curves, **summary, "num": TRAJECTORIES, "window": [low, high]}, draw)
 
 
@@ -201,13 +198,10 @@ def nfe(subject: Subject, settings: Settings) -> Finding:
                 bar.advance(fields=f"{name}, {steps} steps: {point[name]:.4g}")
             points.append(point)
     content = {"metric": scoring.key, "num_images": settings.num, "points": points}
-
-    def draw(path: Path) -> None:
-        x = [point["nfe"] for point in points]
-        lines = [Curve(name, x, [point[name] for point in points], "o") for name in subject.sides()]
-        pictures.curves({f"{scoring.key} of {settings.num} images": lines}, path, "network evaluations of the model")
-
-    return Finding(content, content, draw)
+    x = [point["nfe"] for point in points]
+    lines = [Curve(name, x, [point[name] for point in points], "o") for name in subject.sides()]
+    panels = {f"{scoring.key} of {settings.num} images": lines}
+    return Finding(content, content, partial(pictures.curves, panels, x_label="network evaluations of the model"))
 
 
 # --- Densities

@@ -1,7 +1,7 @@
 """Analysis of `ddo analyze`: held-out images through the probability-flow ODE (arXiv 2211.17091, Fig. 6)."""
 
 import math
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,11 +88,8 @@ def regeneration(subject: Subject, settings: Settings) -> Finding:
         for kind in ("round_trip", "mean_image") for name in trips for key in ("rmse", "psnr")
     }  # fmt: skip
     rows = {"original": shown} | {f"mean of {name}": mean for name, mean in means.items()}
-
-    def draw(path: Path) -> None:
-        pictures.image_rows({name: row.round().to(torch.uint8).numpy() for name, row in rows.items()}, path)
-
-    return Finding(summary, content, draw)
+    drawn = {name: row.round().to(torch.uint8).numpy() for name, row in rows.items()}
+    return Finding(summary, content, partial(pictures.image_rows, drawn))
 
 
 def _round_trips(subject: Subject, model: DiffusionModel) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from ddo_cli.generation import encoded
 from ddo_cli.metrics.discrimination import BATCH, LEVELS, noisy
 from ddo_cli.models import registry
 from ddo_cli.models.discriminators import registry as discriminators
-from ddo_cli.recipe.schema import ClassifierRecipe, Recipe
+from ddo_cli.recipe.schema import Recipe
 from ddo_cli.rng import RowRng, StepRng, seed_from
 from ddo_cli.trainable import Loss, Trainable
 from ddo_cli.training import loop
@@ -61,16 +61,18 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
         return {"out": str(out), "dry_run": True, "parameters": parameters, "steps": steps, "data": real.name}
     with training_run.claimed("train-classifier", recipe, settings, out, identity) as (run_dir, state):
         if not run_dir.is_finished(state):
+            p_mean, p_std = base.draw_options.p_mean, base.draw_options.p_std
+            law = vp_sde.TimeLaw(settings.time, False, settings.t_min, p_mean, p_std)
             rows = split(len(real.items), settings.held_out, "classifier", recipe.seed)
             hflip = recipe.data.hflip
             stream = Shuffled(real.items, real.labels, "classifier", recipe.seed, only=rows.train, hflip=hflip)
             plan = training_run.plan_of(run_dir, recipe, "classifier", steps, settings)
             meter = training_run.meter_of(run_dir, settings, device)
-            ema = loop.train(network, partial(_cross_entropy, base, _law(settings, base)), stream, plan, meter)
+            ema = loop.train(network, partial(_cross_entropy, base, law), stream, plan, meter)
             network.load_state_dict(ema)
             held_out = encoded(base, real.items, rows.held_out, "classifier", recipe.seed, device=device)
             labels = torch.from_numpy(real.labels[rows.held_out])
-            levels = _accuracies(network.eval(), base, settings, held_out, labels, device)
+            levels = _accuracies(network.eval(), base, law, held_out, labels, device)
             if dist.is_main():
                 link = {"command": "train-classifier", "recipe": recipe.model_dump(mode="json")}
                 process = discriminators.PROCESS
@@ -95,22 +97,12 @@ def _cross_entropy(
     return Loss(F.cross_entropy(logits, label), {"accuracy": right})
 
 
-def _law(settings: ClassifierRecipe, base: DiffusionModel) -> vp_sde.TimeLaw:
-    draw = base.draw_options
-    return vp_sde.TimeLaw(settings.time, False, settings.t_min, draw.p_mean, draw.p_std)
-
-
 @torch.no_grad()
 def _accuracies(
-    network: Trainable,
-    base: DiffusionModel,
-    settings: ClassifierRecipe,
-    x0: Tensor,
-    label: Tensor,
-    device: torch.device,
+    network: Trainable, base: DiffusionModel, law: vp_sde.TimeLaw, x0: Tensor, label: Tensor, device: torch.device
 ) -> list[dict[str, float]]:
     """Accuracy on held-out images in strata of equal probability under the training density of t."""
-    law, levels = _law(settings, base), []
+    levels = []
     for level in range(LEVELS):
         right, sigmas = 0, []
         for start in range(0, len(x0), BATCH):

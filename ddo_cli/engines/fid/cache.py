@@ -6,7 +6,9 @@ metrics' accumulators. Files of another identity with the same images are decode
 Only the main process calls these functions.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -35,17 +37,12 @@ class Source(Protocol):
 
     @property
     def num(self) -> int: ...
-
     @property
     def shape(self) -> tuple[int, ...]: ...
-
     @property
     def num_lossy(self) -> int: ...
-
     def share(self, batch: int) -> np.ndarray: ...
-
     def default_workers(self, device: torch.device, batch: int) -> int: ...
-
     def batches(
         self, batch: int, rows: np.ndarray | None = None, workers: int = 0, pin: bool = False
     ) -> Iterator[tuple[np.ndarray, Tensor]]: ...
@@ -104,22 +101,21 @@ def restore(images: Inspection, extractor: Extractor, accumulators: Sequence[Acc
     """
     if not extractor.is_fixed:
         return [False] * len(accumulators)
-    done = []
-    for accumulator in accumulators:
-        key = _key(images, extractor, accumulator.kept, accumulator.kind)
+    features_of_images = functools.cache(partial(_features, images, extractor))  # read once
+
+    def is_filled(accumulator: Accumulator) -> bool:
+        key, needs = _key(images, extractor, accumulator.kept, accumulator.kind), accumulator.needs
         state = _rows(key, images) if accumulator.kept == "rows" else feature_cache.load(key)
-        done.append(_restored(state, accumulator.restore, key))
-    for needs in {accumulator.needs for accumulator, is_done in zip(accumulators, done, strict=True) if not is_done}:
-        features = _features(images, extractor, needs)
-        if features is None:
-            continue
-        for i, accumulator in enumerate(accumulators):
-            if not done[i] and accumulator.needs == needs:
-                for start in range(0, len(features), REPLAYED):
-                    part = torch.from_numpy(features[start : start + REPLAYED]).to(extractor.device)
-                    accumulator.update(np.arange(start, start + len(part)), {needs: part})
-                done[i] = True
-    return done
+        if _restored(state, accumulator.restore, key):
+            return True
+        if (features := features_of_images(needs)) is None:
+            return False
+        for start in range(0, len(features), REPLAYED):
+            part = torch.from_numpy(features[start : start + REPLAYED]).to(extractor.device)
+            accumulator.update(np.arange(start, start + len(part)), {needs: part})
+        return True
+
+    return list(map(is_filled, accumulators))
 
 
 def store(images: Inspection, extractor: Extractor, accumulators: Sequence[Accumulator]) -> None:

@@ -124,8 +124,8 @@ def run(
         repeats.append(on_main(partial(fid_scores.of_set, passed.taken, sides, options.metrics, options.uncertainty)))
     num_computed = sum(images.num for images in sources) - num_cached
     seconds = max(time.monotonic() - started, 1e-9)
-    result |= fid_report.summary(repeats)
     result |= {
+        **fid_report.summary(repeats),
         "images_per_second": round(num_computed / seconds, 1) if num_computed else None,
         "images_from_cache": num_cached,
         "content_digest": passed.inspection.digest(),
@@ -199,12 +199,10 @@ def _check(options: Options) -> None:
 
 def _extractors(options: Options, device: torch.device) -> list[Extractor]:
     """The main extractor, where a metric needs it, then one for each metric that has its own."""
-    with_own = [metric for metric in options.metrics if metric in OWN_NETWORK]
     of_main = [metric for metric in options.metrics if metric not in OWN_NETWORK]
-    networks = [*([MAIN] if of_main else []), *with_own]
+    networks = [*([MAIN] if of_main else []), *(metric for metric in options.metrics if metric in OWN_NETWORK)]
     files = _weight_files(options, networks)
-    given = {**files, **({MAIN: options.extractor} if options.extractor else {})}
-    if options.download and set(networks) <= given.keys():
+    if options.download and set(networks) <= files.keys() | ({MAIN} if options.extractor else set()):
         option = f"--extractor {options.extractor}" if options.extractor else "--weights"
         raise UsageError(f"--download has no effect beside {option}, which needs no download; leave one of them out")
     extractors = []
@@ -245,11 +243,11 @@ def _wanted(options: Options, extractor: Extractor) -> Wanted:
     if extractor.key in OWN_NETWORK:
         return Wanted(extractor, ("pool",))
     metrics = set(options.metrics)
-    spatial = "sfid" in metrics or options.nll is not None
     score: Literal["adm", "torch-fidelity"] = "adm" if options.adm else "torch-fidelity"
+    kinds = {"pool": "fid" in metrics, "spatial": "sfid" in metrics or options.nll is not None}
     return Wanted(
         extractor,
-        moments=(("pool",) if "fid" in metrics else ()) + (("spatial",) if spatial else ()),
+        moments=tuple(kind for kind, is_needed in kinds.items() if is_needed),
         chunks=CHUNKS if options.uncertainty else 1,
         score=score if "is" in metrics else None,
         features=bool(metrics & {"kid", *MANIFOLD}) or options.nearest > 0,

@@ -50,13 +50,9 @@ def run(
     protocol = chosen.protocol()
     described = {"name": data, "num_images": stream.num, "num_classes": stream.num_classes, "shape": list(stream.shape)}
     result = {
-        "out": str(out),
-        "metric": chosen.key,
-        "num_images": stream.num,
-        "features": features,
-        **protocol,
+        "out": str(out), "metric": chosen.key, "num_images": stream.num, "features": features, **protocol,
         "extractor_sha256": chosen.sha256,
-    }
+    }  # fmt: skip
     if out.exists():
         return {**result, "data_digest": _unchanged(out, stream, batch, chosen, {**described, "features": features})}
     if dry_run:
@@ -66,12 +62,10 @@ def run(
             f"{data}: {stream.num} images for {chosen.num_features} features leave the covariance rank-deficient, and "
             "distances from it far too large; use more images"
         )
-    kinds = tuple(kind for kind in KINDS if kind in chosen.outputs)
-    wanted = Wanted(chosen, moments=kinds, features=features)
-    title = f"features of {data}"
+    wanted = Wanted(chosen, moments=tuple(kind for kind in KINDS if kind in chosen.outputs), features=features)
     # Without the cache: `out` itself keeps the features.
     (taken,), inspection, _ = one_pass.run(
-        stream, [wanted], title, batch=batch, workers=None, device=device, cache=False
+        stream, [wanted], f"features of {data}", batch=batch, workers=None, device=device, cache=False
     )
     for warning in inspection.warnings(data):
         console.warn(warning)

@@ -47,8 +47,7 @@ def run(
     check_images(real, "a tokenizer is trained on images themselves")
     if recipe.metric.name == "js":
         raise UsageError("metric js is of densities of points; choose a metric of images, e.g. fd_embedded")
-    options = recipe.model.options
-    config = tokenizers.config_of(recipe.model.name, real.shape, options)
+    config = tokenizers.config_of(recipe.model.name, real.shape, recipe.model.options)
     loop.local_rows(settings.batch, settings.micro_batch)
     steps = training_run.num_steps(settings.images, settings.batch)
     torch.manual_seed(seed_from("init", recipe.seed))  # weights are the only thing drawn from the global generator

@@ -79,14 +79,10 @@ def run(
     with rundir.locked(out):
         writer.out_dir.claim()
         # Files appear while processes read the directory, so the main process decides what is missing.
-        missing = dist.from_main(writer.missing())
-        manifest = dist.from_main(writer.complete())
-        speed = 0.0
-        is_new = manifest is None
-        if manifest is None:
-            speed = _draw(partial(draw, keep=keep), writer, missing, title)
-            manifest = writer.finish()
-        if dist.is_main() and (is_new or not grid.is_file()):
+        missing, complete = dist.from_main((writer.missing(), writer.complete()))
+        speed = 0.0 if complete else _draw(partial(draw, keep=keep), writer, missing, title)
+        manifest = complete or writer.finish()
+        if dist.is_main() and not (complete and grid.is_file()):
             batches = draw(writer.seeds[:GRID_ITEMS], keep="images")
             pictures.contact_sheet(np.concatenate([batch.items.numpy() for batch in batches]), grid)
     return {
@@ -168,10 +164,8 @@ def kept_of_fakes(model: LikelihoodModel, fake_as: str | None, spec: SamplingRec
 
 
 def _check_classes(model: LikelihoodModel, classes: Sequence[int] | None) -> None:
-    if not classes:
-        return
-    if not model.num_classes:
+    if classes and not model.num_classes:
         raise UsageError(f"--classes {','.join(map(str, classes))} needs a class-conditional model; leave it out")
-    for value in classes:
+    for value in classes or ():
         if not 0 <= value < model.num_classes:
             raise UsageError(f"--classes {value} is out of range; this model has classes 0 to {model.num_classes - 1}")

@@ -74,15 +74,10 @@ def run(
     if rounded:
         console.warn(f"{like} stores {original.stored[rounded[0]].dtype}: {len(rounded)} tensors lose precision")
     result = {
-        "out": str(out),
-        "family": original.family,
-        "like": like.name,
-        "like_sha256": sha256(like),
-        "checkpoint_sha256": file.sha256,
-        "num_tensors": len(fitted),
-        "kept": len(original.stored) - len(fitted),
-        "rounded": len(rounded),
-    }
+        "out": str(out), "family": original.family,
+        "like": like.name, "like_sha256": sha256(like), "checkpoint_sha256": file.sha256,
+        "num_tensors": len(fitted), "kept": len(original.stored) - len(fitted), "rounded": len(rounded),
+    }  # fmt: skip
     if dry_run:
         return {**result, "verified": False, "dry_run": True}
     # The unchanged tensors are copied, since `write` changes the storage that `stored` shares.
