@@ -9,11 +9,12 @@ import torch
 from ddo_cli import console
 
 Precision = Literal["float32", "tf32", "bf16", "fp16"]
+Device = torch.device | str
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextlib.contextmanager
-def inference_precision(precision: Precision, device: torch.device | str) -> Iterator[None]:
+def inference_precision(precision: Precision, device: Device) -> Iterator[None]:
     """Precision of inference passes, independent of the training run's own.
 
     float32: without TF32; tf32: matrix products and convolutions in TensorFloat-32 where the device has it; bf16,

@@ -88,13 +88,15 @@ def test_the_density_is_renormalised_and_its_mass_reported():
 
 
 def test_pictures_have_the_data_where_its_points_are():
-    p_data = DensityScorer(normal([1.0, -0.5], 0.1), size=51).densities(Known(normal([1.0, -0.5], 0.1)), SPEC)
+    _, p_data = DensityScorer(normal([1.0, -0.5], 0.1), size=51).score_and_densities(
+        Known(normal([1.0, -0.5], 0.1)), SPEC
+    )
     left, right, bottom, top = p_data.extent
     assert_close([left + right, bottom + top], [2.0, -1.0])
-    shifted = DensityScorer(
+    _, shifted = DensityScorer(
         GaussianMixture(torch.tensor([[1.0, -0.5], [0.0, 0.0]]), torch.tensor([0.1, 0.1]), torch.tensor([9, 1])),
         size=51,
-    ).densities(Known(normal([0.0, 0.0], 0.1)), SPEC)
+    ).score_and_densities(Known(normal([0.0, 0.0], 0.1)), SPEC)
     row, column = divmod(int(shifted.p_data.argmax()), 51)
     left, right, bottom, top = shifted.extent
     cell = (right - left) / 51
@@ -141,7 +143,7 @@ def test_ode_density_is_that_of_samples():
     nn.init.normal_(model.net.head.weight, std=0.3)
     spec = SamplingRecipe(steps=30, sigma_max=20.0)
     scorer = DensityScorer(normal([0.0, 0.0], 0.5), size=60, margin=8.0)
-    extent, _, p_model, mass = scorer.densities(model, spec)
+    extent, _, p_model, mass = scorer.score_and_densities(model, spec)[1]
     assert_close(mass, 1.0, rtol=0, atol=2e-3)
     cell = (extent[1] - extent[0]) / 60
     expected = float((p_model * torch.tensor(p_model).log().nan_to_num(neginf=0).numpy()).sum()) * cell**2

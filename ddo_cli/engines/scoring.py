@@ -98,7 +98,7 @@ class Scoring:
         if not dist.is_main():
             return
         if self.density is not None:
-            grid = self.density.densities(model, self.spec)
+            grid = self.density.score_and_densities(model, self.spec)[1]
             pictures.densities({"data": grid.p_data, "model": grid.p_model}, grid.extent, path)
             return
         batches = generate(model, GRID_SEEDS, self.spec, batch=self.spec.batch, device=self.device)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ddo_cli import dist
 from ddo_cli.errors import DataError
 from ddo_cli.metrics.stats import Moments
+from ddo_cli.precision import Device
 
 SEED = 2020  # of every split and subset, torch-fidelity's
 # Our choices:
@@ -41,19 +42,15 @@ class Accumulator(Protocol):
 
     def update(self, rows: np.ndarray, features: dict[str, Tensor]) -> None:
         """Adds features[needs] (B, ...) of the images at the positions `rows`, int64 (B,)."""
-        ...
 
     def all_reduce(self) -> None:
         """Merges the processes' shares; afterwards equal on all. Collective; call it once."""
-        ...
 
     def state(self) -> State:
         """Arrays for `restore`. After `all_reduce`."""
-        ...
 
     def restore(self, state: State) -> None:
         """Restores the state of a whole set. Raises ValueError if it is not one."""
-        ...
 
 
 def checked(rows: np.ndarray, features: Tensor, name: str) -> Tensor:
@@ -105,7 +102,7 @@ def random_parts(num: int, parts: int, seed: int = SEED) -> np.ndarray:
 class Seen:
     """Checks that each of `num` rows comes exactly once."""
 
-    def __init__(self, num: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, num: int, device: Device = "cpu") -> None:
         self.counts = torch.zeros(num, dtype=torch.int32, device=device)  # (num,)
 
     def add(self, rows: np.ndarray) -> Tensor:
@@ -115,14 +112,6 @@ class Seen:
             raise ValueError(f"rows {rows.min()} .. {rows.max()} do not lie in a set of {len(self.counts)} images")
         self.counts.index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
         return index
-
-    def add_all(self) -> None:
-        """Counts every row once."""
-        self.counts += 1
-
-    def all_reduce(self) -> None:
-        """Adds the other processes' counts."""
-        dist.all_reduce_sum(self.counts)
 
     def check(self) -> None:
         """Raises ValueError unless each row came once."""
@@ -140,7 +129,7 @@ class PartMoments:
     kept: Kept = "order"
 
     def __init__(
-        self, part: np.ndarray, num_parts: int, num_features: int, needs: str, device: torch.device | str, buffer: int
+        self, part: np.ndarray, num_parts: int, num_features: int, needs: str, device: Device, buffer: int
     ) -> None:
         """part: that of each image, int (N,). buffer: rows that a part collects before its F x F sums are touched."""
         self.needs, self.part, self.buffer = needs, part, buffer
@@ -168,7 +157,7 @@ class PartMoments:
         for number in range(len(self._moments)):
             self._flush(number)
             self._moments[number] = self._moments[number].all_reduce()
-        self.seen.all_reduce()
+        dist.all_reduce_sum(self.seen.counts)
 
     def state(self) -> State:
         self.seen.check()
@@ -181,7 +170,7 @@ class PartMoments:
         if [part.n for part in moments] != np.bincount(self.part, minlength=len(moments)).tolist():
             raise ValueError("moments of other numbers of images")
         self._moments = moments
-        self.seen.add_all()
+        self.seen.counts += 1
 
     def result(self) -> list[Moments]:
         """Moments of each part, of which those of fewer than two images have no covariance. After `all_reduce`."""
@@ -195,7 +184,7 @@ class ChunkedMoments(PartMoments):
     """Mean and covariance of each of `chunks` random parts of the images, see `random_parts`."""
 
     def __init__(
-        self, num: int, num_features: int, needs: str = "pool", chunks: int = 1, device: torch.device | str = "cpu"
+        self, num: int, num_features: int, needs: str = "pool", chunks: int = 1, device: Device = "cpu"
     ) -> None:
         """num: images of the whole pass. Raises DataError if a chunk would have fewer than two."""
         if num < 2 * chunks:
@@ -212,7 +201,7 @@ class ChunkedMoments(PartMoments):
         first = self._moments[0]
         whole = ChunkedMoments(len(self.part), first.mean.numel(), self.needs, 1, first.mean.device)
         whole._moments = [functools.reduce(Moments.merged, self.result())]
-        whole.seen.add_all()
+        whole.seen.counts += 1
         return whole
 
 
@@ -224,8 +213,7 @@ class ClassMoments(PartMoments):
         labels: np.ndarray,
         num_classes: int,
         num_features: int,
-        needs: str = "pool",
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
         max_bytes: int = MAX_CLASSES,
     ) -> None:
         """labels: int64 (N,) of all images. Raises DataError for a label out of range or above `max_bytes`."""
@@ -242,7 +230,7 @@ class ClassMoments(PartMoments):
                 f"{num_classes * size / 2**30:.1f} GiB, more than {max_bytes / 2**30:.1f} GiB; score at most "
                 f"{max_bytes // size} classes at a time"
             )
-        super().__init__(labels, num_classes, num_features, needs, device, buffer=1)
+        super().__init__(labels, num_classes, num_features, "pool", device, buffer=1)
 
     @property
     def kind(self) -> str:
@@ -271,7 +259,7 @@ class RowStore:
 
     def all_reduce(self) -> None:
         dist.all_reduce_sum(self._values)  # exact: a row is zero on every process but one
-        self.seen.all_reduce()
+        dist.all_reduce_sum(self.seen.counts)
 
     def state(self) -> State:
         return {self.array: self.values().cpu().numpy()}
@@ -279,7 +267,7 @@ class RowStore:
     def restore(self, state: State) -> None:
         stored = named(state, self.array, tuple(self._values.shape), self._values.cpu().numpy().dtype)
         self._values.copy_(torch.from_numpy(stored))
-        self.seen.add_all()
+        self.seen.counts += 1
 
     def values(self) -> Tensor:
         """(N, ...). After `all_reduce`."""
@@ -296,12 +284,7 @@ class FeatureStore(RowStore):
     array = ROWS
 
     def __init__(
-        self,
-        num: int,
-        num_features: int,
-        needs: str = "pool",
-        device: torch.device | str = "cpu",
-        max_bytes: int = MAX_STORE,
+        self, num: int, num_features: int, needs: str = "pool", device: Device = "cpu", max_bytes: int = MAX_STORE
     ) -> None:
         """Raises DataError above `max_bytes`."""
         if 4 * num * num_features > max_bytes:

@@ -59,12 +59,8 @@ class DensityScorer:
         """js, forward_kl = KL(data || model) and reverse_kl = KL(model || data) in nats, and mass, see `Densities`."""
         return self.score_and_densities(model, spec)[0]
 
-    def densities(self, model: LikelihoodModel, spec: SamplingRecipe) -> Densities:
-        """The densities that `score` compares, for pictures."""
-        return self.score_and_densities(model, spec)[1]
-
     def score_and_densities(self, model: LikelihoodModel, spec: SamplingRecipe) -> tuple[dict[str, float], Densities]:
-        """Both, with one evaluation of the model."""
+        """The score and the densities that it compares, with one evaluation of the model."""
         log_model, mass = self._normalised(self._log_model(model, spec))
         log_mean = torch.logaddexp(self.log_data, log_model) - np.log(2)
         score = {
@@ -84,10 +80,10 @@ class DensityScorer:
                 f"{model.codec.shape} and {model.num_classes} classes"
             )
         device = next((p.device for p in chain(model.parameters(), model.buffers())), torch.device("cpu"))
-        chunks = []
-        for points in self.points.split(CHUNK):
-            label = torch.full((len(points),), NO_LABEL, device=device)
-            chunks.append(model.log_density(points.to(device), label, spec).cpu())
+        chunks = [
+            model.log_density(points.to(device), torch.full((len(points),), NO_LABEL, device=device), spec).cpu()
+            for points in self.points.split(CHUNK)
+        ]
         return torch.cat(chunks).to(torch.float64)
 
     def _normalised(self, log_p: Tensor) -> tuple[Tensor, float]:

@@ -95,6 +95,10 @@ def measure(
     Every item is noised once per bin, at a random level in it; level and noise depend only on seed, bin and item. The
     guide's weight and boosting are ignored, see `Gain`; its window and decay apply, and so does cfg_scale.
     """
+
+    def zero(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
+        return torch.zeros_like(x)  # is steered instead of D, so that u has no rounding of D
+
     edges = torch.linspace(math.log(bounds[0]), math.log(bounds[1]), bins + 1, dtype=torch.float64)
     unit = guide._replace(weight=1.0, boost=None)
     tasks = [(k, start) for k in range(bins) for start in range(0, len(x0), spec.batch)]
@@ -107,30 +111,15 @@ def measure(
             u = rng.rand(dtype=torch.float64)
             sigma = (edges[k] + (edges[k + 1] - edges[k]) * u).exp().to(device)  # (b,)
             eps = rng.randn(x0.shape[1:], dtype=torch.float64).to(device)
-            terms = _terms(base, unit, x0[rows].to(device, torch.float64), label[rows].to(device), spec, sigma, eps)
+            clean, classes = x0[rows].to(device, torch.float64), label[rows].to(device)
+            x = clean + rows_of(sigma, clean) * eps
+            u = unit.steer(zero, classes, Trace())(x, sigma)
+            error = clean - base.steered(classes, spec, Trace())(x, sigma)
+            # sigma^-2 <x0 - D, u> and sigma^-2 |u|^2, (2, b)
+            terms = torch.stack([(error * u).flatten(1).sum(1), u.square().flatten(1).sum(1)]) / sigma.square()
             parts.append((k, rows, terms.cpu() * (edges[k + 1] - edges[k])))
             bar.advance()
     shares = torch.zeros(2, len(x0), bins, dtype=torch.float64)
     for k, rows, terms in (part for rank in dist.gathered(parts) for part in rank):
         shares[:, rows, k] = terms
     return Gain(edges.exp(), shares[0], shares[1])
-
-
-def _terms(
-    base: DiffusionModel,
-    unit: GradientGuide,
-    x0: Tensor,
-    label: Tensor,
-    spec: SamplingRecipe,
-    sigma: Tensor,
-    eps: Tensor,
-) -> Tensor:
-    """sigma^-2 <x0 - D, u> and sigma^-2 |u|^2, (2, B). A zero denoiser is steered, so that u has no rounding of D."""
-
-    def zero(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
-        return torch.zeros_like(x)
-
-    x = x0 + rows_of(sigma, x0) * eps
-    u = unit.steer(zero, label, Trace())(x, sigma)
-    error = x0 - base.steered(label, spec, Trace())(x, sigma)
-    return torch.stack([(error * u).flatten(1).sum(1), u.square().flatten(1).sum(1)]) / sigma.square()

@@ -13,6 +13,7 @@ from torch import Tensor
 from ddo_cli import dist
 from ddo_cli.errors import DataError, UsageError
 from ddo_cli.metrics.accumulators import Kept, Seen, Spread, State, checked, named, random_parts
+from ddo_cli.precision import Device
 
 Protocol = Literal["torch-fidelity", "adm"]
 SPLITS = 10  # torch-fidelity's
@@ -44,11 +45,7 @@ class InceptionScore:
     kept: Kept = "order"  # the splits depend on it
 
     def __init__(
-        self,
-        num: int,
-        num_classes: int,
-        protocol: Protocol = "torch-fidelity",
-        device: torch.device | str = "cpu",
+        self, num: int, num_classes: int, protocol: Protocol = "torch-fidelity", device: Device = "cpu"
     ) -> None:
         self.seen, self.protocol = Seen(num, device), protocol
         self.split = torch.from_numpy(splits_of(num, protocol).astype(np.int32)).to(device)  # (num,)
@@ -67,9 +64,8 @@ class InceptionScore:
         self.sum_p_log_p += member @ (p * log_p).sum(1)
 
     def all_reduce(self) -> None:
-        for total in (self.sum_p, self.sum_p_log_p):
+        for total in (self.sum_p, self.sum_p_log_p, self.seen.counts):
             dist.all_reduce_sum(total)
-        self.seen.all_reduce()
 
     @property
     def kind(self) -> str:
@@ -84,7 +80,7 @@ class InceptionScore:
         arrays = {key: named(state, key, tuple(total.shape), np.float64) for key, total in totals.items()}
         for key, total in totals.items():
             total.copy_(torch.from_numpy(arrays[key]))
-        self.seen.add_all()
+        self.seen.counts += 1
 
     def result(self) -> Spread:
         """Mean and standard deviation of the splits' scores. After `all_reduce`."""

@@ -129,9 +129,7 @@ def is_reference(path: str | Path) -> bool:
     """Whether this is a file of statistics and not a set of images; an .npz with both is one."""
     file = Path(path)
     suffix = file.suffix.lower()
-    if suffix not in SUFFIXES or file.is_dir():
-        return False
-    return stats.holds_statistics(file) if suffix == ".npz" else True
+    return suffix in SUFFIXES and not file.is_dir() and (suffix != ".npz" or stats.holds_statistics(file))
 
 
 def read_reference(path: str | Path) -> ReferenceFile:
@@ -139,10 +137,10 @@ def read_reference(path: str | Path) -> ReferenceFile:
     file = Path(path)
     if not file.is_file():
         raise DataError(f"{path} does not exist; give {FORMATS}")
-    readers = {".npz": _read_npz, ".pkl": _read_pickle, ".safetensors": _read_own}
-    if file.suffix.lower() not in readers:
+    read = {".npz": _read_npz, ".pkl": _read_pickle, ".safetensors": _read_own}.get(file.suffix.lower())
+    if read is None:
         raise DataError(f"{path} is no file of statistics; give {FORMATS}")
-    return readers[file.suffix.lower()](file)
+    return read(file)
 
 
 # --- EDM and ADM

@@ -11,6 +11,7 @@ from torch import Tensor
 from ddo_cli import dist, npz
 from ddo_cli.errors import DataError, printable
 from ddo_cli.metrics import frechet
+from ddo_cli.precision import Device
 
 _MAX_BYTES = 2**29  # of an array of statistics: the covariance of 8192 features
 
@@ -33,7 +34,7 @@ class Moments:
 
     KEYS = ("n", "mean", "scatter")  # of a state
 
-    def __init__(self, num_features: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, num_features: int, device: Device = "cpu") -> None:
         self.n = 0
         self._mean = torch.zeros(num_features, dtype=torch.float64, device=device)  # (F,)
         self._scatter = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)  # about the mean
@@ -56,12 +57,10 @@ class Moments:
     def all_reduce(self) -> "Moments":
         """The moments of all processes' rows, as a new object."""
         sums = dist.all_reduce_sum(torch.cat([self._mean.new_tensor([self.n]), self.n * self._mean]))  # (1 + F,)
-        merged = Moments(self._mean.numel(), self._mean.device)
-        merged.n = round(float(sums[0]))
-        merged._mean = sums[1:] / max(merged.n, 1)
-        delta = self._mean - merged._mean
-        merged._scatter = dist.all_reduce_sum(self._scatter + torch.outer(delta, delta) * self.n)
-        return merged
+        n = round(float(sums[0]))
+        mean = sums[1:] / max(n, 1)
+        delta = self._mean - mean
+        return self._of(n, mean, dist.all_reduce_sum(self._scatter + torch.outer(delta, delta) * self.n))
 
     def state(self) -> dict[str, np.ndarray]:
         """Arrays for `like`."""
@@ -73,31 +72,29 @@ class Moments:
         shapes = n.shape, mean.shape, scatter.shape
         if shapes != ((), self._mean.shape, self._scatter.shape) or {mean.dtype, scatter.dtype} != {np.dtype("f8")}:
             raise ValueError(f"moments of shapes {shapes} instead of {self._mean.numel()} features")
-        moments = Moments(self._mean.numel(), self._mean.device)
-        moments.n = int(n)
-        moments._mean.copy_(torch.from_numpy(mean))
-        moments._scatter.copy_(torch.from_numpy(scatter))
+        return self._of(int(n), *(torch.tensor(array, device=self._mean.device) for array in (mean, scatter)))
+
+    @staticmethod
+    def _of(n: int, mean: Tensor, scatter: Tensor) -> "Moments":
+        moments = Moments(0)
+        moments.n, moments._mean, moments._scatter = n, mean, scatter
         return moments
 
     def merged(self, other: "Moments") -> "Moments":
         """The moments of the rows of both, as a new object."""
-        both, delta = Moments(self._mean.numel(), self._mean.device), other._mean - self._mean
-        both.n = self.n + other.n
-        share = other.n / max(both.n, 1)
-        both._mean = self._mean + delta * share
-        both._scatter = self._scatter + other._scatter + torch.outer(delta, delta) * (self.n * share)
-        return both
+        n, delta = self.n + other.n, other._mean - self._mean
+        share = other.n / max(n, 1)
+        scatter = self._scatter + other._scatter + torch.outer(delta, delta) * (self.n * share)
+        return self._of(n, self._mean + delta * share, scatter)
 
     def without(self, part: "Moments") -> "Moments":
         """The moments of the rows outside `part`, a subset of the rows; the inverse of `merged`."""
         if part.n >= self.n:
             raise ValueError(f"{self.n} rows without {part.n} of them leave none")
-        rest = Moments(self._mean.numel(), self._mean.device)
-        rest.n = self.n - part.n
-        rest._mean = self._mean + (self._mean - part._mean) * (part.n / rest.n)
-        delta = part._mean - rest._mean
-        rest._scatter = self._scatter - part._scatter - torch.outer(delta, delta) * (rest.n * part.n / self.n)
-        return rest
+        n = self.n - part.n
+        mean = self._mean + (self._mean - part._mean) * (part.n / n)
+        delta = part._mean - mean
+        return self._of(n, mean, self._scatter - part._scatter - torch.outer(delta, delta) * (n * part.n / self.n))
 
     @property
     def mean(self) -> Tensor:

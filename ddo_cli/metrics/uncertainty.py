@@ -52,7 +52,12 @@ def uncertainty(ref: frechet.Reference, chunks: Sequence[Moments], extrapolate: 
     left_out = np.array([_distance(ref, whole.without(chunk)) for chunk in chunks])
     std_error = float(np.sqrt((len(chunks) - 1) * left_out.var()))
     points = extrapolation_points(ref, chunks, value) if extrapolate else ()
-    return Uncertainty(value, std_error, _intercept(points) if len(points) > 1 else None, points)
+    if len(points) < 2:
+        return Uncertainty(value, std_error, None, points)
+    # Value at 1/N = 0 of the least-squares line through (1/N, value). May be slightly below 0 for equal sets.
+    inverse, values = 1 / np.array([point.num for point in points]), np.array([point.value for point in points])
+    _, intercept = np.polyfit(inverse / inverse.max(), values, 1)
+    return Uncertainty(value, std_error, float(intercept), points)
 
 
 def extrapolation_points(ref: frechet.Reference, chunks: Sequence[Moments], value: float) -> tuple[Point, ...]:
@@ -70,13 +75,6 @@ def extrapolation_points(ref: frechet.Reference, chunks: Sequence[Moments], valu
             distances = [_distance(ref, merged(union)) for union in unions]
             points.append(Point(sum(part.n for part in chunks) / len(unions), float(np.mean(distances))))
     return (*points, Point(sum(part.n for part in chunks), value))
-
-
-def _intercept(points: Sequence[Point]) -> float:
-    """Value at 1/N = 0 of the least-squares line through (1/N, value). May be slightly below 0 for equal sets."""
-    inverse, values = 1 / np.array([point.num for point in points]), np.array([point.value for point in points])
-    _, intercept = np.polyfit(inverse / inverse.max(), values, 1)
-    return float(intercept)
 
 
 def _distance(ref: frechet.Reference, moments: Moments) -> float:

@@ -52,7 +52,7 @@ class Taken:
         self.score = InceptionScore(num, LOGITS, wanted.score, device) if wanted.score else None
         self.features = FeatureStore(num, sizes["pool"], "pool", device) if wanted.features else None
         self.classes = (
-            ClassMoments(source.labels, source.num_classes, sizes["pool"], "pool", device) if wanted.classes else None
+            ClassMoments(source.labels, source.num_classes, sizes["pool"], device) if wanted.classes else None
         )
         self.nll = NegativeLogLikelihoods(num, wanted.gaussian) if wanted.gaussian is not None else None
         every = (*self.moments.values(), self.score, self.features, self.classes, self.nll)

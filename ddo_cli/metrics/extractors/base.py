@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddo_cli.errors import DataError, NumericsError, UsageError
-from ddo_cli.precision import inference_precision
+from ddo_cli.precision import Device, inference_precision
 
 Precision = Literal["float32", "tf32", "bf16"]
 
@@ -33,7 +33,7 @@ class Extractor(ABC):
         name: str,
         num_features: int,
         digest: str,
-        device: torch.device | str,
+        device: Device,
         precision: Precision = "float32",
         content: str | None = None,
         is_published: bool = False,

@@ -18,7 +18,7 @@ from ddo_cli import checkpoint
 from ddo_cli.errors import CheckpointError, DataError, UsageError
 from ddo_cli.files import sha256
 from ddo_cli.metrics.extractors.base import Extractor, Precision, short
-from ddo_cli.precision import inference_precision
+from ddo_cli.precision import Device, inference_precision
 
 SUFFIXES = (".pt", ".ts", ".py")
 PYTHON_CONTRACT = "extractor(device) -> a function of uint8 images (B, 3, H, W) that returns features (B, F)"
@@ -33,12 +33,7 @@ class CustomExtractor(Extractor):
     resize = "by the extractor itself"
 
     def __init__(
-        self,
-        function: Callable[[Tensor], Any],
-        path: str,
-        digest: str,
-        device: torch.device | str = "cpu",
-        precision: Precision = "float32",
+        self, function: Callable[[Tensor], Any], path: str, digest: str, device: Device, precision: Precision
     ) -> None:
         super().__init__(f"custom-{Path(path).stem}-{digest[:8]}", 0, digest, device, precision)
         self.network, self.path = function, path
@@ -52,19 +47,16 @@ class CustomExtractor(Extractor):
             raise DataError(
                 f"the extractor {self.path} fails on images {tuple(images.shape)}: {_where(error)}"
             ) from None
-        return {"pool": self._checked(features, len(images))}
-
-    def _checked(self, features: Any, num: int) -> Tensor:
         if not isinstance(features, Tensor) or not features.is_floating_point():
             kind = f"a tensor of {features.dtype}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
             raise DataError(f"the extractor {self.path} returns {kind}; it must return a tensor (B, F) of floats")
+        num, width = len(images), self.num_features or "F"
         if features.ndim != 2 or len(features) != num or self.num_features not in (0, features.shape[1]):
-            width = self.num_features or "F"
             raise DataError(
                 f"the extractor {self.path} returns {tuple(features.shape)} for {num} images; it must be ({num}, "
                 f"{width})"
             )
-        return features.detach().to(self.device)
+        return {"pool": features.detach().to(self.device)}
 
     def _probe(self) -> int:
         """The number of features. Raises DataError if no probe is accepted."""
@@ -78,7 +70,7 @@ class CustomExtractor(Extractor):
         raise failure
 
 
-def load_custom(path: str, device: torch.device | str = "cpu", precision: Precision = "float32") -> CustomExtractor:
+def load_custom(path: str, device: Device = "cpu", precision: Precision = "float32") -> CustomExtractor:
     """The extractor of a TorchScript file (.pt, .ts) or of a Python file (.py), which is run.
 
     TorchScript: called with uint8 images, and with return_features=True if its forward has that argument, as StyleGAN's

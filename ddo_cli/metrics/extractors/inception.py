@@ -1,8 +1,7 @@
 """Inception-v3 for FID: torch-fidelity's network with safely read weights."""
 
-import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from ddo_cli.errors import CheckpointError
 from ddo_cli.metrics.extractors import weights
 from ddo_cli.metrics.extractors.base import Extractor, Precision, short
+from ddo_cli.precision import Device
 
 WEIGHTS_FILE = weights.PUBLISHED["fid"].names[0]
 SPATIAL_CHANNELS = 7  # of the block's 768, as in ADM's sFID: 17 x 17 x 7 = 2023 features
@@ -39,22 +39,14 @@ class InceptionExtractor(Extractor):
     resize = "299 x 299, bilinear without antialiasing, corners as in TensorFlow 1"
 
     def __init__(
-        self,
-        state: dict[str, Tensor],
-        digest: str,
-        device: torch.device | str = "cpu",
-        precision: Precision = "float32",
-        is_published: bool = False,
+        self, state: dict[str, Tensor], digest: str, device: Device = "cpu", precision: Precision = "float32"
     ) -> None:
-        content = weights.content_sha256(state)
+        content, is_published = weights.content_sha256(state), digest == weights.PUBLISHED["fid"].sha256
         super().__init__("inception-v3-compat", 2048, digest, device, precision, content, is_published)
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # imports for seconds
 
         # Its constructor unpickles a file without restriction, so it gets one that was written here.
-        with (
-            tempfile.NamedTemporaryFile() as file,
-            torch.random.fork_rng(devices=[]),
-        ):  # the constructor draws initial weights
+        with tempfile.NamedTemporaryFile() as file, torch.random.fork_rng(devices=[]):  # it draws initial weights
             torch.save(state, file)
             file.seek(0)
             del state  # 95 MB, unless the caller keeps it
@@ -73,35 +65,24 @@ class InceptionExtractor(Extractor):
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _pass(self, images: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:
-        names = [name for name in outputs if name != "spatial"]
-        # The network reads this list in every pass, and stops at its last entry.
-        self.network.features_list = [_FIDELITY_NAMES[name] for name in names] or [_EARLY_END]
-        with self._spatial("spatial" in outputs) as spatial:
-            values = self.network(images.contiguous(memory_format=torch.channels_last))
-        return {**(dict(zip(names, values, strict=True)) if names else {}), **spatial}
-
-    @contextlib.contextmanager
-    def _spatial(self, wanted: bool) -> Iterator[dict[str, Tensor]]:
-        """A dictionary that a pass inside the block fills with "spatial", if wanted."""
         features: dict[str, Tensor] = {}
 
         def keep(_module: object, _inputs: object, output: Tensor) -> None:  # (B, 192, 17, 17), after the ReLU
-            features["spatial"] = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
+            if "spatial" in outputs:
+                features["spatial"] = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
 
-        handle = self.network.Mixed_6d.branch1x1.register_forward_hook(keep) if wanted else None
-        try:
-            yield features
-        finally:
-            if handle is not None:
-                handle.remove()
+        names = [name for name in outputs if name != "spatial"]
+        # The network reads this list in every pass, and stops at its last entry.
+        self.network.features_list = [_FIDELITY_NAMES[name] for name in names] or [_EARLY_END]
+        with self.network.Mixed_6d.branch1x1.register_forward_hook(keep):
+            values = self.network(images.contiguous(memory_format=torch.channels_last))
+        return features | (dict(zip(names, values, strict=True)) if names else {})
 
 
-def from_file(
-    file: weights.WeightFile, device: torch.device | str = "cpu", precision: Precision = "float32"
-) -> InceptionExtractor:
+def from_file(file: weights.WeightFile, device: Device = "cpu", precision: Precision = "float32") -> InceptionExtractor:
     """Inception-v3 with a file of `weights.find`. Raises CheckpointError if it is not of this network."""
     remedy = f"give {WEIGHTS_FILE} (torch-fidelity's and pytorch-fid's) or its tensors as .safetensors"
     try:
-        return InceptionExtractor(weights.read_tensors(file, remedy), file.sha256, device, precision, file.is_published)
+        return InceptionExtractor(weights.read_tensors(file, remedy), file.sha256, device, precision)
     except ValueError as error:
         raise CheckpointError(f"{file.label} does not fit Inception-v3 ({short(error)}); {remedy}") from None

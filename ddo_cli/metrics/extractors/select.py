@@ -17,6 +17,7 @@ from ddo_cli.metrics.extractors import custom, inception, vit
 from ddo_cli.metrics.extractors import weights as weight_files
 from ddo_cli.metrics.extractors.base import Extractor, Precision, short
 from ddo_cli.metrics.extractors.digit_net import DigitNet
+from ddo_cli.precision import Device
 
 # Frechet distances, by the key of their extractor. sFID, IS, KID, precision and recall use that of "fid".
 Metric = Literal["fd_embedded", "fid", "fd_dinov2", "fd_clip", "fd_custom"]
@@ -40,7 +41,7 @@ class NetworkExtractor(Extractor):
         name: str,
         num_features: int,
         digest: str,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
         precision: Precision = "float32",
         is_published: bool = False,
     ) -> None:
@@ -58,7 +59,7 @@ class NetworkExtractor(Extractor):
 
 
 def load_extractor(
-    source: str = EMBEDDED_EXTRACTOR, device: torch.device | str = "cpu", precision: Precision = "float32"
+    source: str = EMBEDDED_EXTRACTOR, device: Device = "cpu", precision: Precision = "float32"
 ) -> Extractor:
     """The extractor of a checkpoint of kind "extractor": a path or "embedded:<name>".
 
@@ -83,10 +84,8 @@ def load_extractor(
         ) from None
     weight_files.require_finite(source, tensors)
     is_embedded = source.startswith(checkpoint.EMBEDDED)
-    if is_embedded:
-        label = "embedded-" + source.removeprefix(checkpoint.EMBEDDED).removeprefix("extractor-")
-    else:
-        label = f"{name}-{digest[:8]}"
+    stem = source.removeprefix(checkpoint.EMBEDDED).removeprefix("extractor-")
+    label = f"embedded-{stem}" if is_embedded else f"{name}-{digest[:8]}"
     return NetworkExtractor(network, label, probe.shape[1], digest, device, precision, is_embedded)
 
 
@@ -94,7 +93,7 @@ def select_extractor(
     metric: Metric,
     weights: str | None = None,
     extractor: str | None = None,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
     precision: Precision = "float32",
     download: bool = False,
 ) -> Extractor:

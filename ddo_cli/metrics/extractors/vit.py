@@ -3,6 +3,7 @@
 Both networks are built from installed code, never from downloaded code.
 """
 
+import hashlib
 import io
 import warnings
 from abc import abstractmethod
@@ -16,34 +17,30 @@ from ddo_cli.errors import CheckpointError, UsageError
 from ddo_cli.metrics.extractors import weights
 from ddo_cli.metrics.extractors.base import Extractor, Precision, short
 from ddo_cli.metrics.extractors.dinov2 import DinoV2
+from ddo_cli.precision import Device
 
 SIZE = 224  # pixels per side, of both networks
-
-# Mean and standard deviation of the channels in training, for images in [0, 1]: of ImageNet, and of CLIP's data.
-DINOV2_COLOURS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP_COLOURS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 DINOV2_SIZES = {"width": 1024, "depth": 24, "heads": 16}
 CLIP_SIZES = {"width": 768, "layers": 12, "patch": 32, "features": 512}
 
 
 class VisionExtractor(Extractor):
-    """A network of normalised images (B, 3, 224, 224) -> (B, F), after a resize without cropping."""
+    """A network of normalised images (B, 3, 224, 224) -> (B, F), after a resize without cropping.
+
+    colours: mean and standard deviation of the channels in training, for images in [0, 1].
+    """
+
+    network_name: str
+    colours: tuple[Sequence[float], Sequence[float]]
 
     def __init__(
-        self,
-        network: nn.Module,
-        name: str,
-        colours: tuple[Sequence[float], Sequence[float]],
-        num_features: int,
-        file: weights.WeightFile,
-        device: torch.device | str = "cpu",
-        precision: Precision = "float32",
+        self, network: nn.Module, num_features: int, file: weights.WeightFile, device: Device, precision: Precision
     ) -> None:
         content = weights.content_sha256(network.state_dict())
-        super().__init__(name, num_features, file.sha256, device, precision, content, file.is_published)
+        super().__init__(self.network_name, num_features, file.sha256, device, precision, content, file.is_published)
         self.network = network.to(self.device).eval().requires_grad_(False)
-        self.mean, self.std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in colours)
+        self.mean, self.std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in self.colours)
 
     def _extract(self, images: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:
         x = self._resized(images.to(torch.float32)) / 255  # (B, 3, 224, 224)
@@ -60,7 +57,8 @@ class DinoV2Extractor(VisionExtractor):
     torch-fidelity's "dinov2-vit-l-14" resizes bilinearly without antialiasing, so its scores differ.
     """
 
-    key = "fd_dinov2"
+    key, network_name = "fd_dinov2", "dinov2-vit-l-14-bicubic-antialias"
+    colours = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
     resize = "224 x 224, bicubic with antialiasing, not clamped"
 
     def _resized(self, x: Tensor) -> Tensor:
@@ -73,7 +71,8 @@ class ClipExtractor(VisionExtractor):
     CLIP's own preprocessing (bicubic, then a crop) gives other scores.
     """
 
-    key = "fd_clip"
+    key, network_name = "fd_clip", "clip-vit-b-32"
+    colours = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     resize = "224 x 224, bilinear without antialiasing, corners as in TensorFlow 1"
 
     def _resized(self, x: Tensor) -> Tensor:
@@ -87,10 +86,7 @@ class ClipExtractor(VisionExtractor):
 
 
 def load_dinov2(
-    path: str | None = None,
-    device: torch.device | str = "cpu",
-    precision: Precision = "float32",
-    download: bool = False,
+    path: str | None = None, device: Device = "cpu", precision: Precision = "float32", download: bool = False
 ) -> DinoV2Extractor:
     """DINOv2 with published weights, searched by `weights.find`.
 
@@ -105,15 +101,11 @@ def load_dinov2(
         network.load_state_dict({key: tensor.to(torch.float32) for key, tensor in state.items()}, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"{file.label} does not fit DINOv2 ViT-L/14 ({short(error)}); {remedy}") from None
-    name, width = "dinov2-vit-l-14-bicubic-antialias", DINOV2_SIZES["width"]
-    return DinoV2Extractor(network, name, DINOV2_COLOURS, width, file, device, precision)
+    return DinoV2Extractor(network, DINOV2_SIZES["width"], file, device, precision)
 
 
 def load_clip(
-    path: str | None = None,
-    device: torch.device | str = "cpu",
-    precision: Precision = "float32",
-    download: bool = False,
+    path: str | None = None, device: Device = "cpu", precision: Precision = "float32", download: bool = False
 ) -> ClipExtractor:
     """CLIP ViT-B/32 with published weights, searched by `weights.find`.
 
@@ -137,13 +129,14 @@ def load_clip(
             network = build_model(dict(state), torch.float32).visual
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{file.label} does not fit CLIP ViT-B/32 ({short(error)}); {remedy}") from None
-    return ClipExtractor(network, "clip-vit-b-32", CLIP_COLOURS, sizes["features"], file, device, precision)
+    return ClipExtractor(network, sizes["features"], file, device, precision)
 
 
 def _archived(file: weights.WeightFile) -> dict[str, Tensor]:
     """Tensors of the published archive. It is hashed again, in case the file has changed since."""
     content = file.path.read_bytes()
-    weights.require_bytes(file, content)
+    if hashlib.sha256(content).hexdigest() != file.sha256:
+        raise CheckpointError(f"{file.label} has just been changed; start again when nothing writes to it")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated, but the published format
         module = torch.jit.load(io.BytesIO(content), map_location="cpu")

@@ -58,8 +58,6 @@ def _clip_address() -> str:
     return str(MODEL_URLS["clip-vit-b-32"])
 
 
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-DINOV2_SHA256 = "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"
 CLIP_SHA256 = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
 
 PUBLISHED: dict[Network, Published] = {
@@ -67,14 +65,14 @@ PUBLISHED: dict[Network, Published] = {
         "Inception-v3",
         # torch-fidelity's name, and pytorch-fid's for the same bytes
         ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth"),
-        INCEPTION_SHA256,
+        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
         "DDO_INCEPTION_WEIGHTS",
         _inception_address,
     ),
     "fd_dinov2": Published(
         "DINOv2 ViT-L/14",
         ("dinov2_vitl14_pretrain.pth",),
-        DINOV2_SHA256,
+        "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
         "DDO_DINOV2_WEIGHTS",
         lambda: "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
     ),
@@ -110,22 +108,18 @@ def find(network: Network, path: str | None = None, download: bool = False) -> W
     or that cannot be fetched.
     """
     published = PUBLISHED[network]
+    label = path or ""
+    if path is None and (path := os.environ.get(published.variable) or None):
+        label = f"{published.variable}={path}"
     if path is not None:
-        return _checked(published, _existing(published, path, path), path)
-    if named := os.environ.get(published.variable):
-        label = f"{published.variable}={named}"
-        return _checked(published, _existing(published, named, label), label)
+        if not path.startswith(checkpoint.EMBEDDED) and not Path(path).exists():
+            raise CheckpointError(f"{label} does not exist; {published.remedy()}")
+        return _checked(published, checkpoint.resolve(path), label)
     # The main process decides for all, since a slower process might already see the downloaded file.
     if download and dist.from_main(_cached(published) is None):
         _fetch(published)
     file = _cached(published)
     return None if file is None else _checked(published, file, str(file))
-
-
-def _existing(published: Published, path: str, label: str) -> Path:
-    if not path.startswith(checkpoint.EMBEDDED) and not Path(path).exists():
-        raise CheckpointError(f"{label} does not exist; {published.remedy()}")
-    return checkpoint.resolve(path)
 
 
 def _cached(published: Published) -> Path | None:
@@ -227,12 +221,6 @@ def read_tensors(file: WeightFile, remedy: str) -> dict[str, Tensor]:
     state = dict(content)  # drops OrderedDict's metadata, so that files from before torch 0.4.1 load
     require_finite(file.label, state)
     return state
-
-
-def require_bytes(file: WeightFile, content: bytes) -> None:
-    """Raises CheckpointError if the content has changed since it was hashed."""
-    if hashlib.sha256(content).hexdigest() != file.sha256:
-        raise CheckpointError(f"{file.label} has just been changed; start again when nothing writes to it")
 
 
 def require_finite(name: str, tensors: dict[str, Tensor]) -> None:
