@@ -4,7 +4,6 @@ The file name holds a hash of the source, so an entry is never read for another 
 directory may be emptied whenever nothing runs.
 """
 
-import contextlib
 import errno
 import functools
 import glob
@@ -13,11 +12,11 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from ddo_cli import console
 from ddo_cli.files import cache_directory as directory
@@ -67,13 +66,12 @@ def kept(
     path = _entry(source, key)
     if path is None:
         return None
-    parent = path.parent
     items = _mapped(path, num)
     if items is not None:
         console.info(f"{source}: decoded images taken from {path}")
         return items
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(source, path):
             items = _mapped(path, num)  # written by the process that held the lock
             if items is None:
@@ -83,25 +81,20 @@ def kept(
         return items
     except (OSError, NotImplementedError) as error:  # the latter from filelock, if the file system has no locks
         _warn_once(
-            f"{source}: its decoded images cannot be kept in {parent} ({error}) and are held in memory; make room, or "
-            "set DDO_CACHE to another directory, or to off"
+            f"{source}: its decoded images cannot be kept in {path.parent} ({error}) and are held in memory; make "
+            "room, or set DDO_CACHE to another directory, or to off"
         )
         return None
 
 
-@contextlib.contextmanager
-def _alone(source: str, path: Path) -> Iterator[None]:
-    """Lock of an entry: one process of a run decodes, the others wait and share the result."""
+def _alone(source: str, path: Path) -> AcquireReturnProxy:
+    """Lock of an entry, for `with`: one process of a run decodes, the others wait and share the result."""
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         console.info(f"{source}: another process is decoding its images; waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def _mapped(path: Path, num: int) -> np.ndarray | None:

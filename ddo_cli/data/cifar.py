@@ -52,11 +52,6 @@ def open_tar(source: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"{source} is not a whole .tar.gz ({error}); download it again") from None
 
 
-def holds_batches(path: Path) -> bool:
-    """Whether a folder is the unpacked cifar-10-batches-py."""
-    return any((path / name).is_file() for name in BATCHES)
-
-
 def open_unpacked(source: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The same from the unpacked folder."""
 

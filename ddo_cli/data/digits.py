@@ -34,18 +34,13 @@ def render_digits(levels: np.ndarray, num: int, seed: int) -> tuple[np.ndarray, 
     ink = np.where(ink_is_light, light, dark).astype(np.int32)[:, :, None, None]  # (num, 3, 1, 1)
     paper = np.where(ink_is_light, dark, light).astype(np.int32)[:, :, None, None]  # (num, 3, 1, 1)
 
-    mask = _ink_masks(levels)[source][:, None]  # (num, 1, 32, 32)
+    # Fraction of ink in each pixel in units of 1 / _ONE.
+    weights = _cubic_weights()  # (32, 8)
+    coverage = weights @ levels.astype(np.int64) @ weights.T // (16 * _ONE)  # (M, 32, 32)
+    steep = _ONE // 2 + _CONTRAST * (coverage - _ONE // 2)
+    mask = np.clip(steep, 0, _ONE).astype(np.int32)[source][:, None]  # (num, 1, 32, 32)
     images = paper + ((ink - paper) * mask + _ONE // 2) // _ONE  # (num, 3, 32, 32)
     return images.astype(np.uint8), source
-
-
-def _ink_masks(levels: np.ndarray) -> np.ndarray:
-    """Fraction of ink in each pixel in units of 1 / _ONE, int32 (M, 32, 32), from grey levels (M, 8, 8)."""
-    weights = _cubic_weights()  # (32, 8)
-    coverage = weights @ levels.astype(np.int64) @ weights.T // (16 * _ONE)  # (M, 32, 32), in units of 1 / _ONE
-    steep = _ONE // 2 + _CONTRAST * (coverage - _ONE // 2)
-    mask: np.ndarray = np.clip(steep, 0, _ONE).astype(np.int32)
-    return mask
 
 
 def _cubic_weights() -> np.ndarray:
@@ -57,5 +52,4 @@ def _cubic_weights() -> np.ndarray:
     d = np.abs(centre[:, None] - np.arange(8))  # (32, 8), distance in cells
     near = (1.5 * d - 2.5) * d * d + 1
     far = ((-0.5 * d + 2.5) * d - 4) * d + 2
-    weights: np.ndarray = np.rint(_ONE * np.where(d < 1, near, np.where(d < 2, far, 0.0))).astype(np.int64)
-    return weights
+    return np.rint(_ONE * np.where(d < 1, near, np.where(d < 2, far, 0.0))).astype(np.int64)

@@ -134,7 +134,6 @@ class ImageFiles(ItemFiles):
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
     def mismatch(self, row: int, item: np.ndarray) -> DataError:
-        """Says which image differs from the first, and in what."""
         return DataError(
             f"{self.source}: {self.names[row]} is {describe(item.shape)} where the first image, "
             f"{self.names[self.first]}, is {describe(self.shape)}; all images must have one size and mode: convert or "

@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -46,9 +47,7 @@ def open_images(source: str, num: int | None = None, cache: bool = True) -> Item
 def _decoded(images: Source, keep: bool) -> np.ndarray:
     """All images as one array: mapped from the cache if they are many, else in memory."""
     if keep and images.num >= MANY and images.identity is not None:
-        items = cache.kept(
-            images.name, images.identity, images.num, lambda: images.shape, lambda items: _fill(images, items)
-        )
+        items = cache.kept(images.name, images.identity, images.num, lambda: images.shape, partial(_fill, images))
         if items is not None:
             return items
     items = np.empty((images.num, *images.shape), dtype=np.uint8)

@@ -1,7 +1,7 @@
 """Facts about an image set, gathered in the same pass as its score: duplicates, range, class counts, content digest."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -134,7 +134,8 @@ def balance(labels: np.ndarray, num_classes: int, max_named: int = 5) -> str | N
     if len(set(counts.tolist())) == 1:
         return None
     # The expected count: an equal share if N is divisible, else the most common count.
-    expected = len(labels) // num_classes if len(labels) % num_classes == 0 else _most_common(counts)
+    is_divisible = len(labels) % num_classes == 0
+    expected = len(labels) // num_classes if is_divisible else int(np.bincount(counts).argmax())
     off = np.flatnonzero(counts != expected)
     named = ", ".join(f"{label} ({counts[label]})" for label in off[:max_named].tolist())
     more = f" and {len(off) - max_named} more" if len(off) > max_named else ""
@@ -142,8 +143,3 @@ def balance(labels: np.ndarray, num_classes: int, max_named: int = 5) -> str | N
         f"classes are not balanced: {len(off)} of {num_classes} do not have {expected} images: {named}{more}; "
         "benchmarks of class-conditional models draw every class equally often"
     )
-
-
-def _most_common(counts: Sequence[int] | np.ndarray) -> int:
-    values, times = np.unique(counts, return_counts=True)
-    return int(values[times.argmax()])

@@ -136,9 +136,7 @@ def choice(source: str, total: int, num: int | None) -> np.ndarray:
         return np.arange(total)
     if num > total:
         raise DataError(f"{source} holds {total} items, fewer than the {num} asked for; lower num or leave it out")
-    rows = np.arange(total)
-    np.random.RandomState(0).shuffle(rows)
-    return np.sort(rows[:num])
+    return np.sort(np.random.RandomState(0).permutation(total)[:num])
 
 
 def hashed(*content: Any) -> str:

@@ -36,11 +36,8 @@ def is_latents(path: Path) -> bool:
     try:
         if path.is_dir():
             first = f"{EDM2_NAME}00000000.npy"
-            return (
-                _is_encoded(samples.read_manifest(path))
-                or (path / first).is_file()
-                or (path / "00000" / first).is_file()
-            )
+            is_encoded = samples.read_manifest(path).get("format") == FORMAT
+            return is_encoded or (path / first).is_file() or (path / "00000" / first).is_file()
         if path.suffix.lower() != ".zip":
             return False
         with open(path, "rb") as file:  # reading the directory of a zip of ImageNet would take seconds
@@ -49,21 +46,17 @@ def is_latents(path: Path) -> bool:
         return False  # opening it will report the error
 
 
-def not_images(source: str) -> DataError:
-    """The error to raise where images are needed."""
-    return DataError(f"{source} holds latents or tokens, not images; give the images that they were encoded from")
-
-
 def open_latents(source: str, path: Path) -> Contents:
     """The set, its items not read yet. Raises DataError."""
     if not path.is_dir():
         return _open_zip(source, path)
     manifest = samples.read_manifest(path)
-    return _open_shards(source, path, manifest) if _is_encoded(manifest) else _open_npy_folder(source, path)
-
-
-def _is_encoded(manifest: dict[str, Any]) -> bool:
-    return manifest.get("format") == FORMAT
+    if manifest.get("format") == FORMAT:
+        return _open_shards(source, path, manifest)
+    names = _entries(file.relative_to(path).as_posix() for file in path.rglob(f"{EDM2_NAME}*.npy"))
+    labels = image_files.indexed_labels(source, names, image_files.folder_index(path))
+    stamp = cache.key_of(path, (path / name for name in names), names)
+    return _edm2_set(source, names, FolderBytes(path, names), labels, stamp)
 
 
 # --- Shards
@@ -78,7 +71,6 @@ class ShardInfo(NamedTuple):
 
 
 def shard_file(path: Path, number: int) -> Path:
-    """The file of a shard."""
     return path / f"latents-{number:06d}.safetensors"
 
 
@@ -163,7 +155,6 @@ class _NpyFiles(ItemFiles):
     dtype: np.dtype[Any] = np.dtype(np.float32)
 
     def item(self, row: int) -> np.ndarray:
-        """The array of a row. Raises DataError."""
         try:
             array = np.load(io.BytesIO(self.content(row)), allow_pickle=False)
             if not isinstance(array, np.ndarray):
@@ -173,7 +164,6 @@ class _NpyFiles(ItemFiles):
             raise DataError(f"{self.source}: {self.names[row]} cannot be read ({error}); replace it") from None
 
     def mismatch(self, row: int, item: np.ndarray) -> DataError:
-        """Says which entry differs from the first."""
         return DataError(
             f"{self.source}: {self.names[row]} is {item.dtype} {item.shape} where the first is float32 {self.shape}; "
             "replace it"
@@ -190,13 +180,6 @@ def _open_zip(source: str, path: Path) -> Contents:
         raise image_files.broken_zip(source, error) from None
     # Sizes and CRC-32 of the members, which reading checks.
     return _edm2_set(source, names, content, labels, content.places[:, 1:].tobytes())
-
-
-def _open_npy_folder(source: str, path: Path) -> Contents:
-    names = _entries(file.relative_to(path).as_posix() for file in path.rglob(f"{EDM2_NAME}*.npy"))
-    labels = image_files.indexed_labels(source, names, image_files.folder_index(path))
-    stamp = cache.key_of(path, (path / name for name in names), names)
-    return _edm2_set(source, names, FolderBytes(path, names), labels, stamp)
 
 
 def _entries(names: Iterable[str]) -> list[str]:

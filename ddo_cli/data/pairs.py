@@ -43,7 +43,8 @@ class Shuffled:
 
     def rows(self, start: int, stop: int) -> Examples:
         """Positions start..stop - 1 of the stream."""
-        parts = [self._slice(epoch, start, stop) for epoch in self._epochs(start, stop)]
+        epochs = range(start // len(self), (stop - 1) // len(self) + 1)
+        parts = [self._slice(epoch, start, stop) for epoch in epochs]
         index = np.concatenate([order for order, _ in parts])
         index = index if self.only is None else self.only[index]
         items = self.items[index]  # a copy, (stop - start, C, H, W)
@@ -51,9 +52,6 @@ class Shuffled:
             mirrored = np.concatenate([flags for _, flags in parts])
             items[mirrored] = items[mirrored][..., ::-1]
         return Examples(torch.from_numpy(items), torch.from_numpy(self.labels[index]))
-
-    def _epochs(self, start: int, stop: int) -> range:
-        return range(start // len(self), (stop - 1) // len(self) + 1)
 
     def _slice(self, epoch: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """An epoch's part of these positions: rows, and which of them are mirrored (empty without hflip)."""

@@ -9,7 +9,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -40,7 +40,6 @@ class Reader(Protocol):
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """The items `rows` (b,), a new array (b, *shape). Raises DataError naming the first that cannot be used."""
-        ...
 
 
 class Contents(NamedTuple):
@@ -66,7 +65,6 @@ class Memory:
         self.items, self.num, self.shape, self.dtype = items, len(items), tuple(items.shape[1:]), items.dtype
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Raises IndexError only."""
         return np.ascontiguousarray(self.items[rows])
 
 
@@ -138,21 +136,16 @@ class ArrayFile:
         """One system call per run of neighbouring rows."""
         items = np.empty((len(rows), *self.stored), self.dtype)
         content = items.reshape(len(rows), int(np.prod(self.stored))).view(np.uint8)  # (b, bytes of an item)
+        starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1).tolist()  # of stretches that increase by one
         try:
             with open(self.path, "rb") as file:
-                for start, end in _runs(rows):
+                for start, end in itertools.pairwise([*starts, len(rows)]):
                     file.seek(self.offset + int(rows[start]) * content.shape[1])
                     if file.readinto(content[start:end].data) != content[start:end].nbytes:
                         raise EOFError("it has become shorter")
         except (OSError, EOFError) as error:
             raise DataError(f"{self.source} has changed since it was opened ({error}); run the command again") from None
         return np.ascontiguousarray(items.transpose(0, 3, 1, 2)) if self.channels_last else items
-
-
-def _runs(rows: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(start, end) of the longest stretches of `rows` that increase by one."""
-    cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
-    return ((start, end) for start, end in itertools.pairwise(cuts) if end > start)
 
 
 def npy(source: str, path: Path) -> ArrayFile:
@@ -266,7 +259,6 @@ class ItemFiles:
         raise NotImplementedError
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Decodes the rows in order."""
         items = np.empty((len(rows), *self.shape), self.dtype)
         for place, row in enumerate(rows.tolist()):
             item = self.item(row)

@@ -68,11 +68,14 @@ class Writer:
         """Stores a batch. PNG files and shards get their final names once they are complete."""
         if self.form == "png":
             for item, seed in zip(batch.items, batch.seeds.tolist(), strict=True):
+                pixels = item[0] if len(item) == 1 else item.permute(1, 2, 0)
                 with replacing(self.out / f"{seed:06d}.png") as temporary:
-                    to_image(item.numpy()).save(temporary, format="png")
+                    Image.fromarray(pixels.numpy()).save(temporary, format="png")
         tensors = {"labels": batch.label, "seeds": batch.seeds, "nfe": torch.tensor([batch.nfe, batch.disc_nfe])}
         if self.form != "png":
-            tensors["items"] = _compact(batch.items)
+            # Samplers use wider types; stored as float32 / int32.
+            dtype = {torch.float64: torch.float32, torch.int64: torch.int32}.get(batch.items.dtype, batch.items.dtype)
+            tensors["items"] = batch.items.to(dtype)
         write_tensors(self._shard(batch.number), tensors)
 
     def finish(self) -> dict[str, Any]:
@@ -127,11 +130,6 @@ class Writer:
             ) from None
 
 
-def _compact(items: Tensor) -> Tensor:
-    """Samplers use wider types; stored as float32 / int32."""
-    return items.to({torch.float64: torch.float32, torch.int64: torch.int32}.get(items.dtype, items.dtype))
-
-
 def open_samples(path: Path) -> SampleSet:
     """A complete set of format `shards`, in memory. Raises DataError if a part is missing or damaged."""
     contents, seeds, manifest = open_shards(path)
@@ -142,7 +140,13 @@ def open_shards(path: Path) -> tuple[Contents, np.ndarray, dict[str, Any]]:
     """Contents (items not read yet), seeds int64 (N,) and manifest of such a set. Raises DataError likewise."""
     manifest = read_json(path / MANIFEST)
     check_complete(path, manifest)
-    files, num = _shard_files(path, manifest), manifest["num"]
+    num, batch = manifest.get("num"), manifest.get("batch")
+    if type(num) is not int or type(batch) is not int or min(num, batch) < 1:
+        raise DataError(f"{path / MANIFEST} is damaged (num {num!r}, batch {batch!r}); remove the set and sample again")
+    # By name, since network file systems list new files late.
+    files = [path / f"shard-{number:06d}.safetensors" for number in range(num_batches(num, batch))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise DataError(f"{path} has no {missing[0]}, which its manifest counts; remove the set and sample again")
     try:
         items, *columns = (join_tensors(files, key) for key in ("items", "labels", "seeds"))
         if any(column.num != num for column in (items, *columns)):
@@ -170,21 +174,6 @@ def image_entries(source: str, manifest: dict[str, Any]) -> tuple[list[str], np.
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise DataError(f"{source}: {MANIFEST} is damaged ({error}); remove the set and sample again") from None
     return names, labels
-
-
-def _shard_files(path: Path, manifest: dict[str, Any]) -> list[Path]:
-    """The parts of a complete set, by name, since network file systems list new files late. Raises DataError."""
-    num, batch = manifest.get("num"), manifest.get("batch")
-    if type(num) is not int or type(batch) is not int or min(num, batch) < 1:
-        raise DataError(f"{path / MANIFEST} is damaged (num {num!r}, batch {batch!r}); remove the set and sample again")
-    files = []
-    for number in range(num_batches(num, batch)):
-        files.append(path / f"shard-{number:06d}.safetensors")
-        if not files[-1].is_file():
-            raise DataError(
-                f"{path} has no {files[-1].name}, which its manifest counts; remove the set and sample again"
-            )
-    return files
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -224,8 +213,3 @@ def spell_seeds(seeds: Sequence[int]) -> str:
         else:
             runs.append([seed, seed])
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
-def to_image(item: np.ndarray) -> Image.Image:
-    """A Pillow image of a uint8 (C, H, W) array with 1 or 3 channels."""
-    return Image.fromarray(item[0] if len(item) == 1 else item.transpose(1, 2, 0))

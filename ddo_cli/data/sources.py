@@ -33,7 +33,6 @@ class Source:
 
     @property
     def num(self) -> int:
-        """Number of items N."""
         return len(self.positions)
 
     @property
@@ -105,7 +104,7 @@ def _directory(source: str, path: Path, in_memory: bool) -> Contents:
         names, labels = samples.image_entries(source, manifest)
     elif form == "shards" or any(path.glob("shard-*.safetensors")):
         return samples.open_shards(path)[0]
-    elif cifar.holds_batches(path):
+    elif any((path / name).is_file() for name in cifar.BATCHES):
         items, labels = cifar.open_unpacked(source, path)
         key = cache.key_of(path, [path / name for name in cifar.BATCHES])
         return Contents(Memory(items), labels, cifar.NUM_CLASSES, key)

@@ -100,7 +100,7 @@ def open_stream(source: str, num: int | None = None) -> ImageStream:
     Raises DataError for what open_images refuses, and for points, latents and tokens.
     """
     if latents.is_latents(Path(source)):
-        raise latents.not_images(source)
+        raise DataError(f"{source} holds latents or tokens, not images; give the images that they were encoded from")
     images = ImageStream(**vars(open_source(source, num, in_memory=False)))
     if isinstance(images.reader, ImageFiles):
         images.num_lossy = images.reader.num_lossy(images.positions.tolist())

@@ -28,7 +28,7 @@ def reference(mean: Tensor, cov: Tensor, device: torch.device | str = "cpu") -> 
     device: where distances are computed; the CPU by default, since many GPUs are slow in float64 or lack it.
     Raises ValueError if a value is not finite, or if cov is not symmetric or clearly not positive semidefinite.
     """
-    mean, cov = _checked(mean, cov, device)
+    mean, cov = checked(mean, cov, device)
     values, vectors = torch.linalg.eigh(cov)  # (F,), (F, F)
     # Eigenvalues below the eigensolve's error are zero: the covariance of fewer images than features. Leaving them out
     # makes the factor thin, and keeps their roots (1e-8 of the others) out of the sum.
@@ -42,7 +42,7 @@ def distance_to(ref: Reference, mean: Tensor, cov: Tensor) -> float:
 
     Raises ValueError as `reference` does, or if the two have different F.
     """
-    mean, cov = _checked(mean, cov, ref.root.device)
+    mean, cov = checked(mean, cov, ref.root.device)
     if mean.shape != ref.mean.shape:
         raise ValueError(f"{mean.numel()} features cannot be compared with a reference of {ref.mean.numel()}")
     product = ref.root @ cov @ ref.root.T  # (rank, rank), symmetric, the non-zero eigenvalues of cov @ ref_cov
@@ -62,13 +62,8 @@ def frechet_distance(
     return distance_to(reference(ref_mean, ref_cov, device), mean, cov)
 
 
-def check(mean: Tensor, cov: Tensor) -> None:
-    """Raises ValueError as `reference` does, at a fraction of the cost."""
-    _checked(mean, cov)
-
-
-def _checked(mean: Tensor, cov: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Both in float64 on the device, cov exactly symmetric."""
+def checked(mean: Tensor, cov: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Both in float64 on the device, cov exactly symmetric. Raises ValueError as `reference` does, at less cost."""
     mean, cov = mean.detach().to(device, torch.float64), cov.detach().to(device, torch.float64)
     features = mean.numel()
     if mean.ndim != 1 or features == 0 or cov.shape != (features, features):

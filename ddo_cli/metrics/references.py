@@ -208,10 +208,9 @@ def save_reference(
     data: dict[str, Any],
 ) -> None:
     """Writes moments and features by kind, atomically. metric: their key; data: with `num_images`, see `ddo stats`."""
-    tensors: dict[str, Tensor] = {}
+    tensors = {f"{kind}.features": rows for kind, rows in features.items()}
     for kind, statistics in moments.items():
         tensors |= {f"{kind}.mean": statistics.mean, f"{kind}.cov": statistics.cov}
-    tensors |= {f"{kind}.features": rows for kind, rows in features.items()}
     checkpoint.save(path, tensors, {"kind": KIND, "metric": metric, "protocol": protocol, "data": data})
 
 

@@ -180,6 +180,6 @@ def fits(where: str, statistics: Statistics, num_features: int, extractor: str) 
             "images"
         )
     try:
-        frechet.check(mean, cov)
+        frechet.checked(mean, cov)
     except ValueError as error:
         raise DataError(f"{where}: {error}; the file is damaged, compute the statistics again from images") from None

@@ -40,5 +40,4 @@ class DigitNet(Trainable):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, float (B, num_classes)."""
-        logits: Tensor = self.classifier(self.features(images))
-        return logits
+        return self.classifier(self.features(images))

@@ -66,8 +66,7 @@ def load_extractor(
     Raises CheckpointError if it is missing, damaged, of another kind, or does not fit the network it names.
     """
     tensors, header, digest, _ = checkpoint.load(source, kind="extractor")
-    config = header.get("config")
-    config = config if isinstance(config, dict) else {}
+    config = header["config"] if isinstance(header.get("config"), dict) else {}
     name = config.get("name")
     if not isinstance(name, str) or name not in NETWORKS:
         raise CheckpointError(

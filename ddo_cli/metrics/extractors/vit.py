@@ -78,8 +78,7 @@ class ClipExtractor(VisionExtractor):
     def _resized(self, x: Tensor) -> Tensor:
         from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-        resized: Tensor = interpolate_bilinear_2d_like_tensorflow1x(x, size=(SIZE, SIZE), align_corners=False)
-        return resized
+        return interpolate_bilinear_2d_like_tensorflow1x(x, size=(SIZE, SIZE), align_corners=False)
 
 
 # --- Loading
