@@ -71,6 +71,7 @@ class ShardInfo(NamedTuple):
 
 
 def shard_file(path: Path, number: int) -> Path:
+    """The file of a shard."""
     return path / f"latents-{number:06d}.safetensors"
 
 
