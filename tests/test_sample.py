@@ -1,5 +1,6 @@
 """A sample set: each image a function of its seed; order, interruption and process count change nothing."""
 
+import functools
 import json
 import os
 import shutil
@@ -38,11 +39,23 @@ def test_any_order_of_seeds_gives_the_same_files(ckpt, tmp_path):
     assert content(tmp_path / "a") == content(tmp_path / "b")
 
 
+@pytest.fixture(scope="module")
+def whole_of(ckpt, tmp_path_factory):
+    """The directory of an uninterrupted set of a form."""
+
+    @functools.cache
+    def whole(form):
+        path = tmp_path_factory.mktemp("whole") / form
+        sample.run(ckpt, range(20), path, form=form, device=CPU)
+        return path
+
+    return whole
+
+
 @pytest.mark.parametrize("form", ["png", "npz", "shards"])
 @pytest.mark.parametrize("number", [1, 2, 5, 11])
-def test_an_interrupted_set_continues(ckpt, tmp_path, monkeypatch, form, number):
+def test_an_interrupted_set_continues(whole_of, ckpt, tmp_path, monkeypatch, form, number):
     seeds = range(20)
-    sample.run(ckpt, seeds, tmp_path / "whole", form=form, device=CPU)
     count, rename = 0, os.replace
 
     def replace(source, target):
@@ -59,9 +72,9 @@ def test_an_interrupted_set_continues(ckpt, tmp_path, monkeypatch, form, number)
         except KeyboardInterrupt:
             assert number <= 25
     sample.run(ckpt, seeds, tmp_path / "cut", form=form, device=CPU)
-    whole, cut = content(tmp_path / "whole"), content(tmp_path / "cut")
+    whole, cut = content(whole_of(form)), content(tmp_path / "cut")
     if form == "npz":  # a zip records the time of day
-        ours, theirs = (np.load(tmp_path / name / "samples.npz") for name in ("cut", "whole"))
+        ours, theirs = (np.load(path / "samples.npz") for path in (tmp_path / "cut", whole_of(form)))
         assert all(np.array_equal(ours[key], theirs[key]) for key in ("arr_0", "labels", "seeds"))
         whole.pop("samples.npz")
         cut.pop("samples.npz")
@@ -69,11 +82,11 @@ def test_an_interrupted_set_continues(ckpt, tmp_path, monkeypatch, form, number)
 
 
 def test_another_batch_size_changes_rounding_only(ckpt):
-    model, _ = registry.load_model(ckpt, CPU)
+    model, file = registry.load_model(ckpt, CPU)
     seeds = range(32)
     sets = {}
     for batch in (1, 7, 32):
-        made = list(generate(model, seeds, SamplingRecipe(batch=batch), batch=batch))
+        made = list(generate(model, seeds, SamplingRecipe(**{**file.header["sampling"], "batch": batch}), batch=batch))
         sets[batch] = torch.cat([b.items for b in made])
         assert torch.equal(torch.cat([b.label for b in made]), labels_of(seeds, 10))
     for batch in (1, 7):
