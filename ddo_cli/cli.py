@@ -97,12 +97,9 @@ def _run() -> None:
     except OSError as error:
         if error.strerror is None:
             raise
-        remedies = {
-            errno.ENOSPC: "make room and run the same command again, it continues",
-            errno.EDQUOT: "make room and run the same command again, it continues",
-            errno.EACCES: "change its permissions, or choose another place",
-            errno.EROFS: "choose another place",
-        }
+        full = "make room and run the same command again, it continues"
+        remedies = {errno.ENOSPC: full, errno.EDQUOT: full, errno.EROFS: "choose another place"}
+        remedies[errno.EACCES] = "change its permissions, or choose another place"
         # Without torch, only help can have been written.
         is_help = error.filename is None and "torch" not in sys.modules
         if (failed := _stdout_error() or (error if is_help else None)) is not None:
@@ -122,8 +119,7 @@ def _run() -> None:
 def _help_of(error: Any) -> str:
     """The command line that lists the options of the misused command."""
     context = getattr(error, "ctx", None)
-    names = [] if context is None or context.parent is None else [context.info_name]
-    return " ".join(["ddo", *names, "--help"])
+    return "ddo --help" if context is None or context.parent is None else f"ddo {context.info_name} --help"
 
 
 def _fail(kind: str, message: str, code: int) -> None:

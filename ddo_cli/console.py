@@ -123,7 +123,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for number, column in enumerate(columns):
         built.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
-        built.add_row(*(_escape(cell) for cell in row))
+        built.add_row(*map(_escape, row))
     return built
 
 
@@ -146,8 +146,7 @@ class Bar(Protocol):
 
 
 class _Silent:
-    def advance(self, count: int = 1, fields: str | None = None) -> None:
-        pass
+    def advance(self, count: int = 1, fields: str | None = None) -> None: ...
 
 
 class _Speed(ProgressColumn):
@@ -198,14 +197,8 @@ def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
         yield _Live(_active, task)
         _active.remove_task(task)
     else:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            _Speed(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[fields]}"),
-        )
+        title_column, fields_column = TextColumn("{task.description}"), TextColumn("{task.fields[fields]}")
+        columns = title_column, BarColumn(24), MofNCompleteColumn(), _Speed(), TimeRemainingColumn(), fields_column
         with Progress(*columns, console=_err, transient=True) as live:
             _active = live
             try:

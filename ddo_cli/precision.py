@@ -2,13 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ddo_cli import console
+from ddo_cli.recipe.training import Precision
 
-Precision = Literal["float32", "tf32", "bf16", "fp16"]
 Device = torch.device | str
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

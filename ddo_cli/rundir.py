@@ -117,8 +117,7 @@ class RunDir:
 
     def is_finished(self, state: dict[str, Any]) -> bool:
         """Whether nothing is left to do; if so, prints that."""
-        is_finished = bool(state.get("finished")) and dist.from_main(self.final.is_file())
-        if is_finished:
+        if is_finished := bool(state.get("finished")) and dist.from_main(self.final.is_file()):
             console.info(f"{self.path} is finished; nothing to do")
         return is_finished
 
@@ -144,8 +143,7 @@ class RunDir:
 def check_free(path: Path, kind: str, allowed: Container[str] = ()) -> None:
     """Raises RunError if `path` is a file, or a directory with anything but hidden files and those `allowed`."""
     _check_directory(path)
-    entries = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
-    for name in entries:
+    for name in sorted(entry.name for entry in path.iterdir()) if path.exists() else []:
         if name[0] != "." and name not in allowed:
             raise RunError(f"{path} is not empty and holds no {kind}: there is {name}; choose another --out")
 

@@ -35,6 +35,7 @@ _STORAGE_TYPES = {
     "torch.ShortStorage": torch.int16, "torch.CharStorage": torch.int8, "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
 }  # fmt: skip
+_EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set, "EMPTY_TUPLE": tuple}  # by pickle operation
 _DAMAGE = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError, EOFError
 )  # fmt: skip
@@ -121,7 +122,7 @@ class Machine:
             "dnnlib.util.EasyDict": _dict,
             "collections.OrderedDict": _dict,
             "torch._utils._rebuild_tensor_v2": _tensor,
-            "torch._utils._rebuild_parameter": _parameter,
+            "torch._utils._rebuild_parameter": lambda data, requires_grad, hooks: _of(data, Tensor),
             "torch.storage._load_from_bytes": self._storage,
             "torch.nn.modules.container.ModuleDict": _module_dict,
             "numpy.dtype": _scalar_type,
@@ -138,9 +139,8 @@ class Machine:
             return self.run(stream, self.globals)
         except _DAMAGE as error:
             raise CheckpointError(
-                f"{self.path} is not a whole pickle of a known layout "
-                f"({type(error).__name__}: {printable(str(error))}); "
-                f"download it again, or give {self.known}"
+                f"{self.path} is not a whole pickle of a known layout ({type(error).__name__}: "
+                f"{printable(str(error))}); download it again, or give {self.known}"
             ) from None
 
     def run(self, stream: BinaryIO, known: dict[str, Callable[..., Any]], persistent: Any = None) -> Any:
@@ -172,10 +172,8 @@ class Machine:
                     return stack.pop()
                 case "MARK":
                     marks.append(len(stack))
-                case "NONE":
-                    stack.append(None)
-                case "NEWTRUE" | "NEWFALSE":
-                    stack.append(opcode.name == "NEWTRUE")
+                case "NONE" | "NEWTRUE" | "NEWFALSE":
+                    stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
                 case (
                     "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT"
                     | "SHORT_BINUNICODE" | "BINUNICODE" | "BINUNICODE8"
@@ -187,14 +185,8 @@ class Machine:
                     self.places[id(arg)] = _of(arg, bytes), stream.tell() - len(_of(arg, bytes))
                 case "BYTEARRAY8":
                     stack.append(bytes(_of(arg, bytearray)))
-                case "EMPTY_LIST":
-                    stack.append([])
-                case "EMPTY_DICT":
-                    stack.append({})
-                case "EMPTY_SET":
-                    stack.append(set())
-                case "EMPTY_TUPLE":
-                    stack.append(())
+                case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET" | "EMPTY_TUPLE":
+                    stack.append(_EMPTY[opcode.name]())
                 case "TUPLE":
                     stack.append(tuple(since_mark()))
                 case "TUPLE1" | "TUPLE2" | "TUPLE3":
@@ -203,7 +195,7 @@ class Machine:
                     items = since_mark() if opcode.name == "APPENDS" else [stack.pop()]
                     _of(stack[-1], list).extend(items)
                 case "ADDITEMS":
-                    items = since_mark()
+                    items = since_mark()  # first: it uncovers the set
                     _of(stack[-1], set).update(map(_key, items))
                 case "SETITEM" | "SETITEMS":
                     items = since_mark() if opcode.name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
@@ -252,6 +244,11 @@ class Machine:
         else:
             raise TypeError(f"a {type(target).__name__} takes no state")
 
+    def _spend(self, size: int, what: str) -> None:
+        self.budget -= size
+        if self.budget < 0:
+            raise ValueError(f"{what} hold more bytes than the file")
+
     def _array_of_buffer(self, raw: Any, kind: Any, shape: Any, order: Any) -> Array:
         return Array(self._numbers(raw, kind, shape, {"C": "C", "F": "F"}[_of(order, str)]))
 
@@ -262,9 +259,7 @@ class Machine:
         sizes = [_of(size, int) for size in _of(shape, tuple)]
         if len(sizes) > _MOST_DIMENSIONS or min(sizes, default=0) < 0:
             raise ValueError("an array has an impossible shape")
-        self.budget -= len(_of(raw, bytes))
-        if self.budget < 0:
-            raise ValueError("arrays hold more bytes than the file")
+        self._spend(len(_of(raw, bytes)), "arrays")
         if math.prod(sizes) * dtype.itemsize != len(raw):
             raise ValueError(f"an array of the wrong length: it has {len(raw)} bytes")
         return np.frombuffer(raw, dtype).reshape(sizes, order=order)
@@ -273,9 +268,7 @@ class Machine:
         """The numbers in a storage saved by torch in its old format: five pickles, a count, and raw little-endian."""
         stream = io.BytesIO(_of(blob, bytes))
         begin = self.places[id(blob)][1]
-        self.budget -= len(blob)
-        if self.budget < 0:
-            raise ValueError("storages hold more bytes than the file")
+        self._spend(len(blob), "storages")
         types = {name: _refuse_call for name in _STORAGE_TYPES}
         if self.run(stream, {}) != _LEGACY_MAGIC or self.run(stream, {}) != _LEGACY_PROTOCOL:
             raise ValueError("a storage is of an unknown format")
@@ -340,10 +333,6 @@ def _module_dict(*arguments: Any) -> Record:
     return Record("ModuleDict", None)
 
 
-def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Tensor:
-    return _of(data, Tensor)
-
-
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any) -> Tensor:
     values = _of(storage, Storage).values
     numbers = [_of(number, int) for number in (offset, *_of(size, tuple), *_of(stride, tuple))]
@@ -368,9 +357,8 @@ def _array(subtype: Any, shape: Any, code: Any) -> Array:
     return Array()
 
 
-def _scalar(kind: Any, raw: Any) -> int | float | bool:
+def _scalar(kind: Any, raw: Any) -> Any:
     dtype = _of(kind, _ScalarType).numpy
     if len(_of(raw, bytes)) != dtype.itemsize:
         raise ValueError("a number of the wrong length")
-    value: int | float | bool = np.frombuffer(raw, dtype)[0].item()
-    return value
+    return np.frombuffer(raw, dtype)[0].item()

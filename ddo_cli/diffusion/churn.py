@@ -58,7 +58,9 @@ class Churn:
         gamma: float | Tensor = _gamma(self.s_churn, num_steps)
         s_noise: float | Tensor = self.s_noise
         if self.boost is not None:
-            boosted = self._boosted(x, self.boost)  # (B,)
+            boosted = torch.zeros(len(x), dtype=torch.bool, device=x.device)  # (B,)
+            if self.trace.log_ratio is not None and self.step % self.boost.churn_period == 0:
+                boosted = self.trace.log_ratio < 0
             boosted_gamma = sigma.new_tensor(_gamma(self.boost.s_churn, num_steps))
             gamma = torch.where(boosted, boosted_gamma, sigma.new_tensor(gamma))  # (B,)
             s_noise = torch.where(boosted, sigma.new_tensor(self.boost.s_noise), sigma.new_tensor(s_noise))
@@ -70,11 +72,6 @@ class Churn:
     def eps(self, x: Tensor) -> Tensor:
         """Fresh standard normal numbers of x's shape, each row's from its own generator."""
         return self.rng.randn(x.shape[1:], dtype=x.dtype).to(x.device)
-
-    def _boosted(self, x: Tensor, boost: Boost) -> Tensor:
-        if self.trace.log_ratio is None or self.step % boost.churn_period:
-            return torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        return self.trace.log_ratio < 0
 
 
 def _gamma(s_churn: float, num_steps: int) -> float:

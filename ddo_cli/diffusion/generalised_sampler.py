@@ -39,7 +39,7 @@ class Choice(NamedTuple):
 
 def default_range(discretization: str) -> tuple[float, float]:
     """Smallest and largest noise level of a discretization, where none is given."""
-    if discretization in RANGES:
+    if discretization != "vp":
         return RANGES[discretization]
     low, high = VpSchedule().sigma(torch.tensor([EPSILON, 1.0], dtype=torch.float64)).tolist()
     return low, high

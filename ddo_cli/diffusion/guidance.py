@@ -5,6 +5,7 @@ A score s changes a denoiser D = x + sigma^2 s, so adding w grad_x L to the scor
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -15,6 +16,11 @@ from ddo_cli.diffusion.churn import Boost
 from ddo_cli.diffusion.trace import Denoiser, Trace, rows_of
 
 Decay = Literal["constant", "linear", "cosine"]
+DECAYS: dict[Decay, Callable[[Tensor], Tensor]] = {  # share of the weight at VP time t
+    "constant": torch.ones_like,
+    "linear": lambda t: t,
+    "cosine": lambda t: (1 - torch.cos(math.pi * t)) / 2,
+}
 
 
 class Potential(Protocol):
@@ -94,7 +100,7 @@ class GradientGuide(NamedTuple):
 
     weight, weight_2nd: w of a step's predictor and of its corrector (the published runs leave the corrector unguided).
     time_min, time_max: w is 0 for samples whose VP time lies outside.
-    decay: w is constant, or times t (linear) or (1 - cos(pi t)) / 2 (cosine); our choice, the paper gives none.
+    decay: of w, see DECAYS; our choice, the paper gives none.
     boost: see `churn.Boost`; for discriminators only, since it reads L as a log-ratio.
     Where w is 0 for the whole batch the potential is not evaluated. L is not clipped: the published code clips the
     probability to [1e-5, 1 - 1e-5], which leaves samples beyond |L| = 11.5 without guidance.
@@ -126,7 +132,7 @@ class GradientGuide(NamedTuple):
                 return denoised
             trace.disc_nfe += 1
             value, direction = climb(self.potential, x, sigma, label)
-            w = weight * _decay(self.decay, t)  # (B,) float64
+            w = weight * DECAYS[self.decay](t)  # (B,) float64
             if is_predictor and self.boost is not None:
                 trace.log_ratio = torch.where(inside, value, math.inf)
                 if step % self.boost.weight_period == 0:
@@ -162,11 +168,3 @@ def climb(potential: Potential, x: Tensor, sigma: Tensor, label: Tensor) -> tupl
         (gradient,) = torch.autograd.grad(value.sum(), x_vp, create_graph=differentiated)
     factor = rows_of(sigma.square(), x) * scale
     return value.detach(), (factor * gradient).to(x.dtype)
-
-
-def _decay(kind: Decay, t: Tensor) -> Tensor:
-    if kind == "linear":
-        return t
-    if kind == "cosine":
-        return (1 - torch.cos(math.pi * t)) / 2
-    return torch.ones_like(t)

@@ -4,6 +4,7 @@ All in EDM's frame, where a noisy image is x0 + sigma noise: a variance-preservi
 variance, and its noise estimate eps gives D = x - sigma eps.
 """
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -53,12 +54,8 @@ class Edm(Preconditioner):
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         total = sigma**2 + self.sigma_data**2
-        return Coefficients(
-            c_skip=self.sigma_data**2 / total,
-            c_out=sigma * self.sigma_data / total.sqrt(),
-            c_in=1 / total.sqrt(),
-            c_noise=sigma.log() / 4,
-        )
+        c_skip, c_out = self.sigma_data**2 / total, sigma * self.sigma_data / total.sqrt()
+        return Coefficients(c_skip, c_out, c_in=1 / total.sqrt(), c_noise=sigma.log() / 4)
 
     def weight(self, sigma: Tensor) -> Tensor:
         """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2."""
@@ -110,12 +107,11 @@ class Discrete(Preconditioner):
             raise ValueError("the noise levels of discrete steps must be two or more, positive and increasing")
         self.sigmas, self.prediction = sigmas.to(torch.float32), prediction
         self.sigma_min, self.sigma_max = self.sigmas[0].item(), self.sigmas[-1].item()
-        self._tables: dict[torch.device, Tensor] = {}
+        self._table = functools.cache(self.sigmas.to)  # by device
 
     def step_of(self, sigma: Tensor) -> Tensor:
         """The number 0..M - 1 of the nearest level, int64 of sigma's shape."""
-        table = self._table(sigma.device)
-        return (sigma.to(torch.float32)[..., None] - table).abs().argmin(-1)
+        return (sigma.to(torch.float32)[..., None] - self._table(sigma.device)).abs().argmin(-1)
 
     def round_sigma(self, sigma: Tensor) -> Tensor:
         return self._table(sigma.device)[self.step_of(sigma)].to(sigma.dtype)
@@ -128,11 +124,6 @@ class Discrete(Preconditioner):
         if self.prediction == "x0":
             return Coefficients(torch.zeros_like(sigma), torch.ones_like(sigma), c_in, c_noise)
         return Coefficients(torch.ones_like(sigma), -sigma, c_in, c_noise)
-
-    def _table(self, device: torch.device) -> Tensor:
-        if device not in self._tables:
-            self._tables[device] = self.sigmas.to(device)
-        return self._tables[device]
 
 
 NUM_STEPS = 1000  # of every published discrete model

@@ -25,28 +25,24 @@ if TYPE_CHECKING:
 DPM_V3_GRID = 250  # intervals of dpm-v3's grid of levels, those of DDO's authors
 
 
-def euler(denoise: Denoiser, x: Tensor, sigmas: Tensor, churn: Churn | None = None) -> Tensor:
-    """First-order integration of dx/dsigma = (x - D) / sigma."""
-    for sigma, sigma_next in pairwise(sigmas):
-        x, sigma = churn(x, sigma, len(sigmas) - 1) if churn else (x, sigma)
-        level = rows_of(sigma, x)
-        slope = (x - denoise(x, sigma)) / level
-        x = x + (sigma_next - level) * slope
-    return x
+def heun(denoise: Denoiser, x: Tensor, sigmas: Tensor, churn: Churn | None = None, order: int = 2) -> Tensor:
+    """EDM's algorithm 2 for dx/dsigma = (x - D) / sigma (arXiv 2206.00364): second order, 2 n - 1 evaluations.
 
-
-def heun(denoise: Denoiser, x: Tensor, sigmas: Tensor, churn: Churn | None = None) -> Tensor:
-    """EDM's algorithm 2: second order, 2 n - 1 evaluations (arXiv 2206.00364)."""
+    order 1: Euler's steps, without the corrector.
+    """
     for sigma, sigma_next in pairwise(sigmas):
         x, sigma = churn(x, sigma, len(sigmas) - 1) if churn else (x, sigma)
         level = rows_of(sigma, x)
         slope = (x - denoise(x, sigma)) / level
         x_next = x + (sigma_next - level) * slope
-        if sigma_next > 0:
+        if order == 2 and sigma_next > 0:
             slope_next = (x_next - denoise(x_next, sigma_next, stage="corrector")) / sigma_next
             x_next = x + (sigma_next - level) * (slope + slope_next) / 2
         x = x_next
     return x
+
+
+euler = partial(heun, order=1)
 
 
 def ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, churn: Churn | None = None, eta: float = 0.0) -> Tensor:
@@ -152,9 +148,8 @@ def _integrals(h: float, intervals: int) -> tuple[float, float]:
     """
     u = [h * k / intervals for k in range(intervals + 1)]
     weights = [h / intervals * (0.5 if k in (0, intervals) else 1.0) for k in range(intervals + 1)]
-    e_0 = sum(w * math.exp(v) for w, v in zip(weights, u, strict=True))
-    e_1 = sum(w * math.exp(v) * v for w, v in zip(weights, u, strict=True))
-    return e_0, e_1
+    terms = [(w * math.exp(v), v) for w, v in zip(weights, u, strict=True)]
+    return sum(term for term, _ in terms), sum(term * v for term, v in terms)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

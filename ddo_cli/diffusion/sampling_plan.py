@@ -19,7 +19,6 @@ class Bounds(Protocol):
 
     @property
     def sigma_min(self) -> float: ...
-
     @property
     def sigma_max(self) -> float: ...
 
@@ -107,7 +106,7 @@ def generalised_choice(spec: SamplingRecipe) -> generalised_sampler.Choice | Non
 
 
 def generalised_keys(spec: SamplingRecipe) -> str:
-    """The keys that ask for it, for messages."""
+    """The keys that ask for EDM's generalised sampler, for messages."""
     return ", ".join(f"sampling.{key} = {value}" for key in GENERALISED if (value := getattr(spec, key)) is not None)
 
 
@@ -123,14 +122,13 @@ def check(spec: SamplingRecipe, defaults: Bounds, known: Preconditioner) -> None
     if spacing == "snapped" and spec.spacing not in (None, "karras"):
         raise UsageError(f"sampling.spacing = {spec.spacing}: {sampler.name} has a spacing of its own; leave it out")
     if choice is not None:
+        asked = generalised_keys(spec)
         if spec.dtype == "float32":
-            raise UsageError(
-                f"{generalised_keys(spec)}: EDM's generalised sampler is float64; leave sampling.dtype out"
-            )
+            raise UsageError(f"{asked}: EDM's generalised sampler is float64; leave sampling.dtype out")
         if not sampler.generalised or spec.spacing is not None:
+            known_samplers = samplers.names(lambda sampler: sampler.generalised)
             raise UsageError(
-                f"{generalised_keys(spec)}: EDM's generalised sampler needs sampler "
-                f"{samplers.names(lambda sampler: sampler.generalised)} and no sampling.spacing"
+                f"{asked}: EDM's generalised sampler needs sampler {known_samplers} and no sampling.spacing"
             )
         spacing = choice.discretization
     if spec.rho is not None and spacing not in ("karras", "snapped", "edm"):
