@@ -10,43 +10,34 @@ def printable(text: str, limit: int = 200) -> str:
 class DdoError(Exception):
     """A mistake of the user or a problem of the environment. The message says what, where, and what to do."""
 
-    kind = "error"
+    kind = "error"  # in the JSON of --json; of a subclass: its name without "Error"
+
+    def __init_subclass__(cls) -> None:
+        cls.kind = cls.__name__.removesuffix("Error").lower()
 
 
 class UsageError(DdoError):
     """A command-line value that cannot be used."""
 
-    kind = "usage"
-
 
 class RecipeError(DdoError):
     """One or more problems of a recipe, one per line."""
-
-    kind = "recipe"
 
 
 class CheckpointError(DdoError):
     """A weight file that is missing, damaged or of another kind."""
 
-    kind = "checkpoint"
-
 
 class DataError(DdoError):
     """An image set that cannot be read or does not fit the model."""
-
-    kind = "data"
 
 
 class RunError(DdoError):
     """A run or sample directory that is in use, belongs to another run, or is damaged."""
 
-    kind = "run"
-
 
 class NumericsError(DdoError):
     """A loss that is not finite or that diverges. step: of training, where it was met in one."""
-
-    kind = "numerics"
 
     def __init__(self, message: str, step: int | None = None):
         super().__init__(message)

@@ -7,6 +7,7 @@ again under the directory's lock, and takes the directory.
 import contextlib
 import json
 from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ddo_cli.recipe.load import differing_keys, to_yaml
 from ddo_cli.recipe.schema import Recipe
 
 
+@dataclass
 class OutDir:
     """A directory with a JSON file `record`, which keeps the settings that its content was made with.
 
@@ -29,24 +31,20 @@ class OutDir:
     is_ours: tells a record of this kind from a file of the same name.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        record: str,
-        settings: dict[str, Any],
-        kind: str,
-        another: str,
-        results: Container[str] = (),
-        is_ours: Callable[[dict[str, Any]], bool] = bool,
-    ):
-        self.path, self.record, self.settings = path, path / record, settings
-        self.kind, self.another, self.results, self.is_ours = kind, another, results, is_ours
+    path: Path
+    record: str
+    settings: dict[str, Any]
+    kind: str
+    another: str
+    results: Container[str] = ()
+    is_ours: Callable[[dict[str, Any]], bool] = bool
 
     def check(self) -> None:
         """Raises RunError, listing what differs, unless `claim` would take the directory. Writes nothing."""
         if not dist.is_main():
             return
-        record = read_json(self.record) if self.record.is_file() else {}
+        file = self.path / self.record
+        record = read_json(file) if file.is_file() else {}
         if self.is_ours(record):
             theirs = {key: value for key, value in record.items() if key not in self.results}
             check_same(f"{self.path} holds {self.another}", self.settings, theirs)
@@ -56,11 +54,12 @@ class OutDir:
     def claim(self) -> dict[str, Any]:
         """Takes the directory, whose lock is held; the record, equal on every process. Raises as `check` does."""
         self.check()
+        file = self.path / self.record
         if dist.is_main():
-            if not self.record.is_file():
-                write_json(self.record, self.settings)
+            if not file.is_file():
+                write_json(file, self.settings)
             sweep(self.path)
-        return dist.from_main(read_json(self.record) if dist.is_main() else {})
+        return dist.from_main(read_json(file) if dist.is_main() else {})
 
 
 class RunDir:

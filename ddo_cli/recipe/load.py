@@ -17,15 +17,11 @@ from ddo_cli.errors import RecipeError
 from ddo_cli.recipe.schema import DEFAULT_RECIPE, Recipe, SamplingRecipe, messages, nearest
 
 
-def recipe_dirs() -> list[Path]:
-    """Directories of named recipes: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    return [path for path in (package / "recipes", package.parent / "recipes") if path.is_dir()]
-
-
 def recipe_names() -> dict[str, Path]:
     """The recipes of the package: name -> file."""
-    return {path.stem: path for root in recipe_dirs() for path in sorted(root.rglob("*.yaml"))}
+    package = Path(__file__).resolve().parent.parent
+    folders = package / "recipes", package.parent / "recipes"  # of an installed package, of a checkout
+    return {path.stem: path for folder in folders for path in sorted(folder.rglob("*.yaml"))}
 
 
 def find_recipe(name: str) -> Path:

@@ -5,8 +5,8 @@ Needs no torch and no file; `load` reads files.
 
 import difflib
 import re
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -65,18 +65,25 @@ CHURN = ("s_churn", "s_min", "s_max", "s_noise")
 GENERALISED = ("discretization", "schedule", "scaling", "step_ratio")
 
 
-def _sampler(value: Any) -> Any:
-    if value is not None and value not in list(SAMPLERS):
-        message = f"no sampler has this name{nearest(str(value), SAMPLERS)}; known: {', '.join(SAMPLERS)}"
-        raise PydanticCustomError("sampler", "{message}", {"message": message})
-    return value
+def _one_of(names: Sequence[str], problem: str) -> BeforeValidator:
+    """Refuses a value that is neither None nor one of the names; the message has the nearest and all of them."""
+
+    def check(value: Any) -> Any:
+        if value is not None and value not in names:
+            message = f"{problem}{nearest(str(value), names)}; known: {', '.join(names)}"
+            raise PydanticCustomError("unknown", "{message}", {"message": message})
+        return value
+
+    return BeforeValidator(check)
 
 
 class SamplingRecipe(Section):
     """How samples are drawn. Default of a key: the model's own. A key that the model does not read is an error."""
 
     batch: int = key(256, "Images per network pass; changes only the rounding of results.", ge=1)
-    sampler: Annotated[str | None, BeforeValidator(_sampler)] = key(None, f"One of {', '.join(SAMPLERS)}.")
+    sampler: Annotated[str | None, _one_of(list(SAMPLERS), "no sampler has this name")] = key(
+        None, f"One of {', '.join(SAMPLERS)}."
+    )
     steps: int | None = key(None, "Sampling steps.", ge=1, le=10_000)
     labels: Literal["balanced", "random", "position"] | None = key(
         None,
@@ -137,37 +144,34 @@ class SamplingRecipe(Section):
         A given sampler or number of steps also drops the stored values that do not go with it: the published settings
         of a file must not forbid another sampler.
         """
-        try:
-            stored, given = self.model_dump(), {key: value for key, value in given.items() if value is not None}
-            if "steps" in given or "respacing" in given:  # both count steps
-                stored |= {"steps": None, "respacing": None}
-            sampler = SAMPLERS.get(given.get("sampler", ""))
-            if sampler and not sampler.churns:
-                stored |= dict.fromkeys(CHURN)
-            if sampler and not sampler.generalised:
-                stored |= dict.fromkeys(GENERALISED)
-            if sampler and sampler.spacing == "snapped":
-                stored |= dict.fromkeys(("spacing", "respacing"))
-            if given.get("cfg_scale") == 1:
-                stored |= dict.fromkeys(("cfg_sigma_min", "cfg_sigma_max"))
-            return SamplingRecipe(**(stored | given))
-        except ValidationError as error:
-            raise RecipeError("\n".join(messages(error, "sampling", {}))) from None
+        sampler = SAMPLERS.get(given.get("sampler") or "")
+        drops = (
+            (("steps", "respacing"), given.get("steps") or given.get("respacing")),  # both count steps
+            (CHURN, sampler and not sampler.churns),
+            (GENERALISED, sampler and not sampler.generalised),
+            (("spacing", "respacing"), sampler and sampler.spacing == "snapped"),
+            (("cfg_sigma_min", "cfg_sigma_max"), given.get("cfg_scale") == 1),
+        )
+        dropped = {key: None for keys, applies in drops if applies for key in keys}
+        return _merged(self, dropped, given, "sampling")
+
+
+S = TypeVar("S", bound=Section)
+
+
+def _merged(stored: S, changes: dict[str, Any], given: dict[str, Any], place: str) -> S:
+    """`stored` with the changes, and then with the given values that are not None. Raises RecipeError."""
+    values = stored.model_dump() | changes | {key: value for key, value in given.items() if value is not None}
+    try:
+        return type(stored)(**values)
+    except ValidationError as error:
+        raise RecipeError("\n".join(messages(error, place, {}))) from None
 
 
 # Benchmarks with published results in `metrics.published`.
 Benchmark = Literal[
     "cifar10-uncond", "cifar10-cond", "ffhq64", "afhqv2-64", "imagenet64", "imagenet256", "imagenet512"
 ]  # fmt: skip
-
-
-def _benchmark(value: Any) -> Any:
-    known = get_args(Benchmark)
-    if value is not None and value not in known:
-        near = nearest(value, known) if isinstance(value, str) else ""
-        message = f"no published figures are known of it{near}; known: {', '.join(known)}"
-        raise PydanticCustomError("benchmark", "{message}", {"message": message})
-    return value
 
 
 class MetricRecipe(Section):
@@ -178,7 +182,7 @@ class MetricRecipe(Section):
     num_images: int = key(4096, "Images per score.", ge=2, le=250_000)
     repeats: int = key(3, "Ranges of seeds over which the scores of promoted models are averaged.", ge=1, le=4)
     weights: str | None = key(None, "Inception weights of the FID.")
-    benchmark: Annotated[Benchmark | None, BeforeValidator(_benchmark)] = key(
+    benchmark: Annotated[Benchmark | None, _one_of(get_args(Benchmark), "no published figures are known of it")] = key(
         None, "Benchmark whose published results are shown beside the score."
     )
     extractor: str | None = key(None, "For fd_embedded: an extractor of `ddo train-extractor`.")
@@ -209,13 +213,8 @@ class GuidanceRecipe(Section):
 
     def merged(self, **given: Any) -> "GuidanceRecipe":
         """This recipe with its values replaced by the given ones that are not None. Raises RecipeError."""
-        try:
-            values = self.model_dump() | {k: v for k, v in given.items() if v is not None}
-            if given.get("dg_weight") == 0 and not given.get("boost"):
-                values["boost"] = False  # the stored boost has no guidance to act on
-            return GuidanceRecipe(**values)
-        except ValidationError as error:
-            raise RecipeError("\n".join(messages(error, "command line", {}))) from None
+        without = given.get("dg_weight") == 0 and not given.get("boost")  # a stored boost has no guidance to act on
+        return _merged(self, {"boost": False} if without else {}, given, "command line")
 
 
 class Recipe(Section):

@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from ddo_cli.errors import RunError
 from ddo_cli.files import replacing
 
-MADE_BY = {"Software": "ddo"}  # marks our pictures: only those may be overwritten
+MADE_BY = ("Software", "ddo")  # PNG text that marks our pictures: only those may be overwritten
 
 
 class Curve(NamedTuple):
@@ -31,7 +31,7 @@ def check_replaceable(path: Path) -> None:
         return
     try:
         with Image.open(path) as image:
-            is_ours = MADE_BY.items() <= image.info.items()
+            is_ours = image.info.get(MADE_BY[0]) == MADE_BY[1]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # no picture at all
         is_ours = False
     if not is_ours:
@@ -53,8 +53,7 @@ def contact_sheet(items: np.ndarray, path: Path, columns: int | None = None) -> 
     image = Image.fromarray(sheet)
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     notes = PngInfo()
-    for key, value in MADE_BY.items():
-        notes.add_text(key, value)
+    notes.add_text(*MADE_BY)
     with replacing(path) as temporary:
         image.save(temporary, format="png", pnginfo=notes)
 
@@ -118,8 +117,7 @@ def curves(panels: dict[str, list[Curve]], path: Path, x_label: str) -> None:
             (drawn,) = axis.plot(line.x, line.y, marker=line.marker or None, label=line.label)
             if line.band is not None:
                 axis.fill_between(line.x, *line.band, color=drawn.get_color(), alpha=0.2, linewidth=0)
-        axis.set_title(title)
-        axis.set_xlabel(x_label)
+        axis.set(title=title, xlabel=x_label)
         axis.grid(alpha=0.3)
         if len(lines) > 1:
             axis.legend(frameon=False)
@@ -158,4 +156,4 @@ def _figure(panels: int, size: tuple[float, float], rows: int = 1) -> tuple[Any,
 
 def _save(figure: Any, path: Path) -> None:
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110, metadata=MADE_BY)
+        figure.savefig(temporary, format="png", dpi=110, metadata=dict([MADE_BY]))
