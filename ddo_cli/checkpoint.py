@@ -47,10 +47,11 @@ def resolve(path: str | Path) -> Path:
             raise CheckpointError(f"{name} does not come with this program; known: {known}")
         return file
     file = Path(name)
+    if file.is_dir():
+        raise CheckpointError(f"{name} is a directory; give the weight file inside it")
     if not file.is_file():
         remedy = "give the path of a weight file (`ddo convert` makes one of published weights)"
-        is_directory = "is a directory; give the weight file inside it"
-        raise CheckpointError(f"{name} {is_directory if file.is_dir() else f'does not exist; {remedy}'}")
+        raise CheckpointError(f"{name} does not exist; {remedy}")
     return file
 
 
@@ -101,12 +102,12 @@ def _open(file: Path, name: str, kind: str | None, tensors: bool) -> Checkpoint:
         ) from None
     try:
         header = json.loads(metadata["ddo"])
-        found = header["kind"]
+        actual = header["kind"]
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(
             f"{name} is a safetensors file without this program's header, so its model is unknown; "
             "give a file that ddo wrote"
         ) from None
-    if kind is not None and found != kind:
-        raise CheckpointError(f"{name} holds a checkpoint of kind '{found}' where a '{kind}' is needed; give one")
+    if kind is not None and actual != kind:
+        raise CheckpointError(f"{name} holds a checkpoint of kind '{actual}' where a '{kind}' is needed; give one")
     return Checkpoint(loaded, header, sha256(file) if tensors else "", name)

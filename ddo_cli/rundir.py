@@ -176,13 +176,10 @@ def locked(path: Path) -> Iterator[RunDir]:
         return
     _check_directory(path)
     path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(path / LOCK).acquire(timeout=0)
     except Timeout:
         raise RunError(f"{path} is in use by another process; wait for it, or choose another --out") from None
-    try:
+    with lock:
         dist.barrier()
         yield run
-    finally:
-        lock.release()

@@ -20,7 +20,6 @@ from ddo_cli.recipe.load import load
 
 REFERENCES = {"digits32": "quickstart", "digits8": "digits8-ar", "toy2d": "toy2d"}  # asset -> recipe that trains it
 EXTRACTOR = "extractor-digits32.safetensors"
-EXTRACTOR_IMAGES = 100_000
 
 
 def main() -> None:
@@ -30,19 +29,13 @@ def main() -> None:
     _wrong_mixture(ASSETS / "toy2d-wrong.safetensors")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        train_extractor.run(
-            "embedded:digits32,embedded:digits8",
-            work / EXTRACTOR,
-            held_out=None,
-            images=EXTRACTOR_IMAGES,
-            seed=0,
-            device=device,
-        )
-        _install(work / EXTRACTOR, ASSETS / EXTRACTOR)
+        data, extractor = "embedded:digits32,embedded:digits8", work / EXTRACTOR
+        train_extractor.run(data, extractor, held_out=None, images=100_000, seed=0, device=device)
+        _install(extractor, ASSETS / EXTRACTOR)
         for asset, recipe in REFERENCES.items():
-            found = pretrain.run(load(recipe), work / asset, device=device)
-            console.info(f"{asset}: {found['metric']} {found['score']:.4g}")
-            _install(Path(found["final"]), ASSETS / f"{asset}.safetensors")
+            figures = pretrain.run(load(recipe), work / asset, device=device)
+            console.info(f"{asset}: {figures['metric']} {figures['score']:.4g}")
+            _install(Path(figures["final"]), ASSETS / f"{asset}.safetensors")
 
 
 def _install(source: Path, target: Path) -> None:
@@ -67,10 +60,9 @@ def _digits(path: Path) -> None:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
+    levels, labels = digits.images.astype(np.uint8), digits.target.astype(np.uint8)  # (1797, 8, 8) in 0..16; (1797,)
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(
-            file, levels=digits.images.astype(np.uint8), labels=digits.target.astype(np.uint8)
-        )  # (1797, 8, 8) in 0..16, and (1797,)
+        np.savez_compressed(file, levels=levels, labels=labels)
 
 
 if __name__ == "__main__":

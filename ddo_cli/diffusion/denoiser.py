@@ -202,7 +202,6 @@ class DiffusionModel(LikelihoodModel):
         return counted.sample(torch.full((1,), NO_LABEL), RowRng([0]), spec).nfe
 
     def units(self) -> Sequence[nn.Module]:
-        """The network's."""
         units = getattr(self.net, "units", None)
         return units() if callable(units) else ()
 

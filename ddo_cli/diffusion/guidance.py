@@ -84,7 +84,6 @@ class AutoGuide(NamedTuple):
     interval: Interval = Interval()
 
     def steer(self, denoise: Denoiser, label: Tensor, trace: Trace) -> Denoiser:
-        """The guided denoiser."""
         if self.scale == 1:
             return denoise
 
@@ -115,7 +114,6 @@ class GradientGuide(NamedTuple):
     boost: Boost | None = None
 
     def steer(self, denoise: Denoiser, label: Tensor, trace: Trace) -> Denoiser:
-        """The guided denoiser."""
         step = -1
 
         def guided(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:

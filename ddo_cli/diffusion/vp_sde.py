@@ -100,7 +100,6 @@ class VpSchedule(NamedTuple):
         return cls(slope, at_high - slope / 2)
 
     def sigma(self, t: Tensor) -> Tensor:
-        """Noise level."""
         return ((self.slope / 2 * t**2 + self.start * t).exp() - 1).sqrt()
 
     def rate(self, t: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Recipe keys of the training sections, and `Section`, the base of all sections."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -185,26 +185,23 @@ class FinetuneRecipe(TrainRecipe):
     @model_validator(mode="after")
     def _rounds_can_run(self) -> "FinetuneRecipe":
         """Every round's settings are valid. A problem is reported at the first round that has it."""
-        problems = list(self._problems_of_rounds())
-        if problems:
-            raise ValidationError.from_exception_data("FinetuneRecipe", problems)
-        return self
-
-    def _problems_of_rounds(self) -> Iterator[InitErrorDetails]:
-        known: set[tuple[Any, str]] = set()
+        problems: dict[Any, InitErrorDetails] = {}
         for number, values in sorted(self.from_round.items()):
-            for key in _OF_THE_RUN:
-                if key in values:
-                    yield _problem(["from_round", number, key], values[key], "is of all rounds; remove it here")
-            given = {key: value for key, value in self._given(number).items() if key not in _OF_THE_RUN}
+            for name in _OF_THE_RUN:
+                if name in values:
+                    place: tuple[str | int, ...] = ("from_round", number, name)
+                    problems[place] = _problem(place, values[name], "is of all rounds; remove it here")
+            given = {name: value for name, value in self._given(number).items() if name not in _OF_THE_RUN}
             try:
                 FinetuneRecipe.model_validate(self.model_dump(exclude={"from_round"}) | given)
             except ValidationError as error:
                 for problem in error.errors():
-                    place, text = problem["loc"], problem["msg"]
-                    if (place, text) not in known:
-                        known.add((place, text))
-                        yield _problem(["from_round", number, *place], problem["input"], text, problem["type"])
+                    text, place = problem["msg"], ("from_round", number, *problem["loc"])
+                    described = _problem(place, problem["input"], text, problem["type"])
+                    problems.setdefault((problem["loc"], text), described)
+        if problems:
+            raise ValidationError.from_exception_data("FinetuneRecipe", list(problems.values()))
+        return self
 
 
 class DiscriminatorRecipe(TrainRecipe):
