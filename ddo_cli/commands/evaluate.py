@@ -68,9 +68,7 @@ class Passes(NamedTuple):
 
     batch: options.Batch = 256
     workers: options.Workers = None
-    no_cache: Annotated[bool, Option("--no-cache", help="Neither use nor store features.", rich_help_panel="Run")] = (
-        False
-    )
+    no_cache: Annotated[bool, options.run_option("--no-cache", help="Neither use nor store features.")] = False
 
 
 @options.add(

@@ -141,20 +141,20 @@ def choice(option: str, *known: str, help: str) -> Any:
     return Option(option, parser=parse, metavar="|".join(known), help=help)
 
 
-_of_run = partial(Option, rich_help_panel="Run")
+run_option = partial(Option, rich_help_panel="Run")
 
-Json = Annotated[bool, _of_run("--json", help="Print one JSON object on stdout.")]
-DryRun = Annotated[bool, _of_run("--dry-run", help="Check everything, print the plan, write nothing.")]
+Json = Annotated[bool, run_option("--json", help="Print one JSON object on stdout.")]
+DryRun = Annotated[bool, run_option("--dry-run", help="Check everything, print the plan, write nothing.")]
 MeasuredDryRun = Annotated[
     bool,
-    _of_run("--dry-run", help="Check everything, measure two training steps and a batch of samples, write nothing."),
+    run_option("--dry-run", help="Check everything, measure two training steps and a batch of samples, write nothing."),
 ]
-Measure = Annotated[bool, _of_run(" /--no-measure", help="With --dry-run: the plan alone.", show_default=False)]
-Device = Annotated[str | None, _of_run(help="cuda or cpu. Default: cuda if there is one.")]
-ModelFile = Annotated[str | None, _of_run(help="Python file that registers your own model.")]
-Batch = Annotated[int, _of_run(min=1, help="Images per network pass.")]
+Measure = Annotated[bool, run_option(" /--no-measure", help="With --dry-run: the plan alone.", show_default=False)]
+Device = Annotated[str | None, run_option(help="cuda or cpu. Default: cuda if there is one.")]
+ModelFile = Annotated[str | None, run_option(help="Python file that registers your own model.")]
+Batch = Annotated[int, run_option(min=1, help="Images per network pass.")]
 Workers = Annotated[
-    int | None, _of_run(min=0, max=64, help="Processes that decode images. Default: depends on the machine.")
+    int | None, run_option(min=0, max=64, help="Processes that decode images. Default: depends on the machine.")
 ]
 Images = Annotated[str, Argument(help="Images: a folder, zip, npz, sample set, or embedded:<name>.")]
 NumImages = Annotated[int | None, Option(min=2, help="Number of images, always the same ones. Default: all.")]
@@ -167,7 +167,7 @@ Force = Annotated[bool, Option("--force", help="Use a discriminator that was tra
 # --- Options of recipe keys
 
 _NAMES = {"data.source": "data", "model.file": "model_file", "metric.num_images": "eval_num"}  # else the last part
-_FLAGS = {"discriminator.conditional": "--conditional/--unconditional"}
+_FLAGS = {"discriminator.conditional": ["--conditional/--unconditional"]}
 _TYPES = {"integer": int, "number": float, "true | false": bool}  # by `Key.type`; all others are text
 _METAVARS = {"true | false": None, "number | list of number": "NUMBER[,...]"}
 _TITLES = {"data": "Data and model", "model": "Data and model", "metric": "Score", "sampling": "Sampling",
@@ -194,7 +194,7 @@ class _KeyOptions:
     def _parameter(self, name: str, key: Any) -> inspect.Parameter:
         kind = key.type.removesuffix(" | null")
         option = Option(
-            *([_FLAGS[key.name]] if key.name in _FLAGS else []),
+            *_FLAGS.get(key.name, ()),
             help=key.meaning,
             metavar=_METAVARS.get(kind, kind.replace(" ", "") if "|" in kind else None),
             show_default=f"recipe, else {key.default}" if self.source == "recipe" and key.default else self.source,
@@ -296,25 +296,13 @@ def seeds_of(
         for option, value in (("--seed", seed), ("--num-images", num_images)):
             if value is not None:
                 raise UsageError(f"{option} {value} has no effect beside --seeds {seeds}; leave one of them out")
-        return parsed(
-            "--seeds", seeds, lambda text: parse_seeds(_ascending(text)), "write seeds such as 0-49999 or 3,7"
-        )
+        return parsed("--seeds", seeds, parse_seeds, "write seeds such as 0-49999 or 3,7")
     first, count = seed or 0, num_images or NUM_IMAGES
-    if first + count - 1 > MAX_SEED:
+    if (last := first + count - 1) > MAX_SEED:
         raise UsageError(
-            f"--seed {first} and --num-images {count} go up to seed {first + count - 1}, and seeds end at {MAX_SEED}; "
-            "lower one"
+            f"--seed {first} and --num-images {count} go up to seed {last}, and seeds end at {MAX_SEED}; lower one"
         )
     return range(first, first + count)
-
-
-def _ascending(text: str) -> str:
-    """`text`. Raises ValueError for a range that ends before it begins."""
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if dash and first.isdecimal() and last.isdecimal() and int(last) < int(first):
-            raise ValueError(f"{part.strip()} ends before it begins")
-    return text
 
 
 def classes_of(

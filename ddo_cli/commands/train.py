@@ -101,10 +101,8 @@ def pretrain(
     """Train a model by maximum likelihood, to have a reference. Run again to continue."""
     from ddo_cli.engines.pretrain import model
 
-    figures = model.run(
-        recipe, out or Path("runs") / f"{recipe.name}-pretrain", device=device, dry_run=dry_run, measure=measure
-    )
-    return options.Result(figures)
+    out = out or Path("runs") / f"{recipe.name}-pretrain"
+    return options.Result(model.run(recipe, out, device=device, dry_run=dry_run, measure=measure))
 
 
 @options.add(

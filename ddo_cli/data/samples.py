@@ -198,6 +198,8 @@ def parse_seeds(text: str) -> list[int]:
         first, dash, last = part.strip().partition("-")
         if max(int(first), int(last or 0)) > MAX_SEED:
             raise ValueError(f"seeds end at {MAX_SEED}")
+        if dash and int(last) < int(first):
+            raise ValueError(f"{part.strip()} ends before it begins")
         seeds += range(int(first), int(last) + 1) if dash else [int(first)]
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError("no seed, or one given twice")

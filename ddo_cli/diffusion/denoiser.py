@@ -208,16 +208,15 @@ class DiffusionModel(LikelihoodModel):
     def check_sampling(self, spec: SamplingRecipe) -> None:
         """Raises UsageError for a sampler, noise levels or guides that do not go together or with the network."""
         check_fields(self, spec, SAMPLING_FIELDS)
-        sampling_plan.check(spec, self.options, self.precond)
+        sampling_plan.check(spec, self.bounds(spec), self.precond)
         if (spec.cfg_sigma_min, spec.cfg_sigma_max) != (None, None):
             if spec.cfg_scale in (None, 1.0):
                 raise UsageError("sampling.cfg_sigma_min and cfg_sigma_max are of a cfg_scale other than 1; set it too")
             self._check_interval("the guidance of sampling.cfg_scale", _cfg_interval(spec), spec)
-        boost = self.boost
         for guide in self.guides:
-            if isinstance(interval := getattr(guide, "interval", None), Interval) and not boost:
+            if isinstance(interval := getattr(guide, "interval", None), Interval) and not self.boost:
                 self._check_interval("--guidance-interval", interval, spec)
-        if boost and not samplers.find(spec.sampler).churns:
+        if self.boost and not samplers.find(spec.sampler).churns:
             churned = samplers.names(lambda sampler: sampler.churns)
             raise UsageError(f"boost churns samples, which sampler {spec.sampler} cannot do; use {churned}")
 
@@ -243,11 +242,11 @@ class DiffusionModel(LikelihoodModel):
 
     def bounds(self, spec: SamplingRecipe) -> tuple[float, float]:
         """Smallest and largest noise level of a sampling run."""
-        return sampling_plan.bounds(spec, self.options, self.precond)
+        return sampling_plan.bounds(spec, (self.options.sigma_min, self.options.sigma_max), self.precond)
 
     def sigmas(self, spec: SamplingRecipe) -> Tensor:
         """Decreasing noise levels of a sampling run, (steps + 1,): see `sampling_plan.sigmas`."""
-        return sampling_plan.sigmas(spec, self.options, self.precond)
+        return sampling_plan.sigmas(spec, self.bounds(spec), self.precond)
 
 
 def as_diffusion(model: LikelihoodModel, refusal: str) -> DiffusionModel:

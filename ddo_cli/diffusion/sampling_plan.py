@@ -1,7 +1,5 @@
 """Noise levels of a sampling run: recipe settings clipped to the network's range."""
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -14,22 +12,13 @@ from ddo_cli.recipe.schema import GENERALISED, SamplingRecipe
 RHO = 7.0
 
 
-class Bounds(Protocol):
-    """Smallest and largest noise level."""
-
-    @property
-    def sigma_min(self) -> float: ...
-    @property
-    def sigma_max(self) -> float: ...
-
-
-def sigmas(spec: SamplingRecipe, defaults: Bounds, known: Preconditioner) -> Tensor:
+def sigmas(spec: SamplingRecipe, span: tuple[float, float], known: Preconditioner) -> Tensor:
     """Decreasing noise levels, (steps + 1,), of `dtype_of(spec)`. Fewer where the network knows too few.
 
     They end in 0, and those of spacing snapped in the smallest; the network is evaluated at all but the last.
-    defaults: of the model, where the recipe gives no range.
+    span: `bounds`.
     """
-    low, high = bounds(spec, defaults, known)
+    low, high = span
     sampler, spacing = samplers.find(spec.sampler), spacing_of(spec, known)
     n, rho = steps_of(spec), spec.rho or RHO
     if (choice := generalised_choice(spec)) is not None:
@@ -85,13 +74,15 @@ def spacing_of(spec: SamplingRecipe, known: Preconditioner) -> str:
     return spec.spacing or default
 
 
-def bounds(spec: SamplingRecipe, defaults: Bounds, known: Preconditioner) -> tuple[float, float]:
-    """Smallest and largest noise level of a run. Levels beyond those that the network knows are cut, as EDM does."""
+def bounds(spec: SamplingRecipe, defaults: tuple[float, float], known: Preconditioner) -> tuple[float, float]:
+    """Smallest and largest noise level of a run. Levels beyond those that the network knows are cut, as EDM does.
+
+    defaults: the model's range, where the recipe gives none.
+    """
     if (choice := generalised_choice(spec)) is not None:
         low, high = generalised_sampler.default_range(choice.discretization)
     else:
-        source = known if spacing_of(spec, known) == "steps" else defaults
-        low, high = source.sigma_min, source.sigma_max
+        low, high = (known.sigma_min, known.sigma_max) if spacing_of(spec, known) == "steps" else defaults
     low = low if spec.sigma_min is None else spec.sigma_min
     high = high if spec.sigma_max is None else spec.sigma_max
     return max(low, known.sigma_min), min(high, known.sigma_max)
@@ -110,9 +101,9 @@ def generalised_keys(spec: SamplingRecipe) -> str:
     return ", ".join(f"sampling.{key} = {value}" for key in GENERALISED if (value := getattr(spec, key)) is not None)
 
 
-def check(spec: SamplingRecipe, defaults: Bounds, known: Preconditioner) -> None:
-    """Raises UsageError for settings that do not go together, or that the network cannot follow."""
-    low, high = bounds(spec, defaults, known)
+def check(spec: SamplingRecipe, span: tuple[float, float], known: Preconditioner) -> None:
+    """Raises UsageError for settings that do not go together, or that the network cannot follow. span: `bounds`."""
+    low, high = span
     sampler, spacing, choice = samplers.find(spec.sampler), spacing_of(spec, known), generalised_choice(spec)
     if low >= high:
         raise UsageError(f"sampling.sigma_min = {low} must be below sampling.sigma_max = {high}")
@@ -126,10 +117,8 @@ def check(spec: SamplingRecipe, defaults: Bounds, known: Preconditioner) -> None
         if spec.dtype == "float32":
             raise UsageError(f"{asked}: EDM's generalised sampler is float64; leave sampling.dtype out")
         if not sampler.generalised or spec.spacing is not None:
-            known_samplers = samplers.names(lambda sampler: sampler.generalised)
-            raise UsageError(
-                f"{asked}: EDM's generalised sampler needs sampler {known_samplers} and no sampling.spacing"
-            )
+            usable = samplers.names(lambda sampler: sampler.generalised)
+            raise UsageError(f"{asked}: EDM's generalised sampler needs sampler {usable} and no sampling.spacing")
         spacing = choice.discretization
     if spec.rho is not None and spacing not in ("karras", "snapped", "edm"):
         remedy = "sampling.spacing = karras" if choice is None else "sampling.discretization = edm"
@@ -144,7 +133,7 @@ def check(spec: SamplingRecipe, defaults: Bounds, known: Preconditioner) -> None
     if spec.respacing is not None and spec.steps is not None:
         raise UsageError(f"sampling.respacing = {spec.respacing} and steps = {spec.steps} both count; leave one out")
     try:
-        sigmas(spec, defaults, known)
+        sigmas(spec, span, known)
     except ValueError as error:
         count = f"steps = {steps_of(spec)}" if spec.respacing is None else f"respacing = {spec.respacing}"
         raise UsageError(f"sampling.{count}: {error}; give fewer") from None
