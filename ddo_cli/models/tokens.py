@@ -26,7 +26,6 @@ class TokenModel(LikelihoodModel, ABC):
     heads: int  # of each block
 
     def units(self) -> Sequence[nn.Module]:
-        """The transformer's blocks."""
         return list(self.blocks)
 
     def log_lik(self, prediction: Tensor, x: Tensor, draw: Any) -> Tensor:
@@ -49,7 +48,6 @@ class TokenModel(LikelihoodModel, ABC):
         return [Cache(*position.new_empty(size, dtype=dtype).unbind()) for _ in self.blocks]
 
     def check_sampling(self, spec: SamplingRecipe) -> None:
-        """As in the contract."""
         check_fields(self, spec, self.sampling_fields)
 
 

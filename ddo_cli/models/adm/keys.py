@@ -111,7 +111,7 @@ class EdmKeys:
             raise KeyError(name)
         ours = self._ours[layer]
         if layer == "map_label":
-            tensor = _transposed(tensor)  # (E, K) of a linear layer without bias -> rows (K, E)
+            tensor = tensor.t().contiguous()  # (E, K) of a linear layer without bias -> rows (K, E)
         elif ours.endswith((".qkv", ".proj_out")):
             tensor = tensor[..., 0] if kind == "weight" else tensor  # (C', C, 1, 1) -> (C', C, 1)
         if ours.endswith(".qkv"):
@@ -125,16 +125,12 @@ class EdmKeys:
         layer, _, kind = name.removeprefix(_OURS).rpartition(".")
         theirs = self._edm[layer]
         if layer == "label_emb":
-            tensor = _transposed(tensor)
+            tensor = tensor.t().contiguous()
         elif layer.endswith(".qkv"):
             tensor = reordered(tensor, "legacy", "interleaved", _head_channels(tensor, self._options))
         if layer.endswith((".qkv", ".proj_out")) and kind == "weight":
             tensor = tensor[..., None]
         return f"{_EDM}{theirs}.{kind}", tensor
-
-
-def _transposed(matrix: Tensor) -> Tensor:
-    return matrix.t().contiguous()
 
 
 def _layers(size: int, options: AdmUnetOptions) -> dict[str, str]:

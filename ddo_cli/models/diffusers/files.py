@@ -217,12 +217,14 @@ def write_folder(file: Checkpoint, out: Path, dry_run: bool = False) -> dict[str
     if out.exists():
         raise UsageError(f"--out {out} exists; choose another name, or remove it")
     unet, scheduler, tensors = _theirs(file)
-    pipeline = _pipeline(scheduler["_class_name"])
+    network, process, pipeline = diffusers_unet.UNET_CLASS, scheduler["_class_name"], None
+    if process not in diffusers_unet.EDM_SCHEDULERS:  # whose input no pipeline of unet and scheduler scales
+        pipeline = "DDIMPipeline" if process == "DDIMScheduler" else "DDPMPipeline"
     result = {
         "out": str(out),
         "family": "diffusers",
-        "network": diffusers_unet.UNET_CLASS,
-        "scheduler": scheduler["_class_name"],
+        "network": network,
+        "scheduler": process,
         "pipeline": pipeline or "none",
         "checkpoint_sha256": file.sha256,
         "num_tensors": len(tensors),
@@ -234,10 +236,7 @@ def write_folder(file: Checkpoint, out: Path, dry_run: bool = False) -> dict[str
         checkpoint.write_tensors(folder / "unet" / f"{WEIGHTS}.safetensors", tensors, {"format": "pt"})
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         if pipeline:
-            parts = {
-                "unet": ["diffusers", diffusers_unet.UNET_CLASS],
-                "scheduler": ["diffusers", scheduler["_class_name"]],
-            }
+            parts = {"unet": ["diffusers", network], "scheduler": ["diffusers", process]}
             write_json(folder / "model_index.json", {"_class_name": pipeline, **parts})
         written = read(folder).tensors
         if not all(torch.equal(written[PREFIX + name], tensor.cpu().float()) for name, tensor in tensors.items()):
@@ -263,13 +262,6 @@ def _theirs(file: Checkpoint) -> tuple[Config, Config, dict[str, Tensor]]:
             f"{diffusers_unet.NAME} and adm-unet"
         )
     return {"_class_name": diffusers_unet.UNET_CLASS, **unet}, scheduler, tensors
-
-
-def _pipeline(scheduler: str) -> str | None:
-    """The library's pipeline of unet and scheduler; none of them scales its input, as EDM's schedulers need."""
-    if scheduler in diffusers_unet.EDM_SCHEDULERS:
-        return None
-    return "DDIMPipeline" if scheduler == "DDIMScheduler" else "DDPMPipeline"
 
 
 @contextlib.contextmanager

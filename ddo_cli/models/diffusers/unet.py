@@ -127,14 +127,8 @@ def config_of(unet: Config, scheduler: Config) -> Config:
     """The configuration of the model that the two make, as `registry.build` takes it. Raises ValueError."""
     full, diffusion = unet_arguments(unet), process(scheduler)
     shape = (full["in_channels"], full["sample_size"], full["sample_size"])
-    options = {
-        "unet": unet,
-        "scheduler": scheduler,
-        "learned_variance": diffusion.learned_variance,
-        "sigma_data": diffusion.sigma_data,
-        "sigma_min": diffusion.sigma_min,
-        "sigma_max": diffusion.sigma_max,
-    }
+    options = {"unet": unet, "scheduler": scheduler, **diffusion._asdict()}
+    del options["preconditioner"]  # which follows from the scheduler
     return registry.config_of(NAME, shape, full["num_class_embeds"] or 0, options, {})
 
 

@@ -32,14 +32,13 @@ def build(shape: tuple[int, ...], num_classes: int, options: AdmDiscriminatorOpt
     """The published head for the features that the trunk makes of states of this shape. Raises as `load_trunk` does."""
     if num_classes > options.label_rows:
         raise ValueError(f"label_rows = {options.label_rows} must be at least the number of classes, {num_classes}")
-    trunk = load_trunk(shape, options)
-    settings = options.model_dump(exclude={"trunk", "trunk_sha256", "label_rows"})
+    trunk, channels, side = load_trunk(shape, options)
     head = AdmHead(
-        in_channels=trunk.channels,
-        size=trunk.side,
+        in_channels=channels,
+        size=side,
         num_outputs=1,
         num_labels=options.label_rows if num_classes else 0,
-        time=getattr(trunk.network, "time", "linear"),
-        **settings,
+        time=getattr(trunk, "time", "linear"),
+        **options.model_dump(exclude={"trunk", "trunk_sha256", "label_rows"}),
     )
-    return TrunkDiscriminator(trunk.network, head)
+    return TrunkDiscriminator(trunk, head)

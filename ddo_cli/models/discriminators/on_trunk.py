@@ -1,6 +1,6 @@
 """A shallow discriminator on the features of a frozen noisy-image classifier (arXiv 2211.17091, section 4.3)."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pydantic import Field, PositiveInt, model_validator
@@ -57,16 +57,8 @@ class TrunkDiscriminator(Trainable):
         return super()._apply(fn, recurse)
 
 
-class Trunk(NamedTuple):
-    """A frozen classifier, and the channels and side of its features."""
-
-    network: Classifier
-    channels: int
-    side: int
-
-
-def load_trunk(shape: tuple[int, ...], options: TrunkFile) -> Trunk:
-    """The classifier that the options name.
+def load_trunk(shape: tuple[int, ...], options: TrunkFile) -> tuple[Classifier, int, int]:
+    """The frozen classifier that the options name, and the channels and side of its features.
 
     Raises CheckpointError if its file is missing or changed, ValueError if it is for states of another shape.
     """
@@ -91,21 +83,19 @@ def load_trunk(shape: tuple[int, ...], options: TrunkFile) -> Trunk:
         raise ValueError(f"the trunk {options.trunk} was made for states of shape {made_for}")
     with torch.no_grad():
         _, channels, side, _ = trunk.features(torch.zeros(1, *shape), torch.ones(1, dtype=torch.float64)).shape  # type: ignore[operator]
-    return Trunk(trunk, channels, side)  # type: ignore[arg-type]
+    return trunk, channels, side  # type: ignore[return-value]
 
 
 @register("trunk", TrunkOptions)
 def build(shape: tuple[int, ...], num_classes: int, options: TrunkOptions) -> TrunkDiscriminator:
     """The head for the features that the trunk makes of states of this shape. Raises as `load_trunk` does."""
-    trunk = load_trunk(shape, options)
+    trunk, channels, side = load_trunk(shape, options)
     head = TimeEncoderDiscriminator(
-        in_channels=trunk.channels,
-        size=trunk.side,
+        in_channels=channels,
+        size=side,
         num_classes=num_classes,
         num_outputs=1,
         patch=1,
-        widths=options.widths,
-        depths=options.depths,
-        emb_width=options.emb_width,
+        **options.model_dump(include={"widths", "depths", "emb_width"}),
     )
-    return TrunkDiscriminator(trunk.network, head.to(memory_format=torch.channels_last))
+    return TrunkDiscriminator(trunk, head.to(memory_format=torch.channels_last))

@@ -99,22 +99,6 @@ def _config(state: dict[str, Any], classes: tuple[str, str], path: str | Path) -
     return registry.config_of(name, (channels, side, side), num_classes, options, draw)
 
 
-def _check_blocks(config: dict[str, Any], num_tensors: int) -> None:
-    """Raises ValueError if there are too few tensors for so many blocks: building them could take hours."""
-    options = config["options"]
-    blocks = len(options["channel_mult"]) * (2 * options["num_blocks"] + 1)
-    if 10 * blocks > num_tensors:  # two norms, two convolutions and a linear layer, each with a bias
-        raise ValueError(f"{num_tensors} tensors are too few")
-
-
-def _check_levels(stored: dict[str, Tensor]) -> None:
-    """Raises ValueError if the noise levels of an iDDPMPrecond are not ours, up to the rounding of a long recursion."""
-    if "u" in stored:
-        levels = torch.cat([precond.cosine_sigmas().flip(0), torch.zeros(1)])
-        if stored["u"].shape != levels.shape or not torch.allclose(stored["u"].to(levels), levels, rtol=1e-3):
-            raise ValueError("its noise levels 'u' are not those of the cosine schedule")
-
-
 # --- Tensors
 
 
@@ -141,9 +125,16 @@ class _SongNames:
 
 
 def _names(config: dict[str, Any], stored: dict[str, Tensor]) -> Names:
-    _check_blocks(config, len(stored))
-    _check_levels(stored)
-    size = config["shape"][1]
-    if config["name"] == "edm-unet":
-        return _SongNames(size)
-    return EdmKeys(size, AdmUnetOptions.model_validate(config["options"]))
+    """Raises ValueError if there are too few tensors for so many blocks (building them could take hours), or if the
+    noise levels of an iDDPMPrecond are not ours.
+    """
+    options, size = config["options"], config["shape"][1]
+    blocks = len(options["channel_mult"]) * (2 * options["num_blocks"] + 1)
+    if 10 * blocks > len(stored):  # two norms, two convolutions and a linear layer, each with a bias
+        raise ValueError(f"{len(stored)} tensors are too few")
+    if "u" in stored:
+        levels = torch.cat([precond.cosine_sigmas().flip(0), torch.zeros(1)])
+        # rtol: the rounding of a long recursion.
+        if stored["u"].shape != levels.shape or not torch.allclose(stored["u"].to(levels), levels, rtol=1e-3):
+            raise ValueError("its noise levels 'u' are not those of the cosine schedule")
+    return _SongNames(size) if config["name"] == "edm-unet" else EdmKeys(size, AdmUnetOptions.model_validate(options))

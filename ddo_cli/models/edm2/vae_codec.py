@@ -6,7 +6,6 @@ stores; x is a draw of them, shifted and scaled per channel to mean 0 and deviat
 
 import functools
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +52,10 @@ class StabilityCodec(LatentCodec):
 
     def latents(self, items: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> mean and deviation, (B, 8, H / 8, W / 8) float32. Images enter in [0, 1]."""
-
-        def run(images: Tensor) -> Tensor:
-            normal = vae.encode(images.to(torch.float32) / 255).latent_dist
-            return torch.cat([normal.mean, normal.std], dim=1)
-
-        vae = self._autoencoder(items.device)
-        with inference_precision("float32", items.device):
-            return _in_pieces(run, items)
+        vae = _load(_place(self.vae), str(items.device))
+        with torch.no_grad(), inference_precision("float32", items.device):
+            normals = [vae.encode(piece.to(torch.float32) / 255).latent_dist for piece in items.split(MINI_BATCH)]
+            return torch.cat([torch.cat([normal.mean, normal.std], dim=1) for normal in normals])
 
     def draw(self, latents: Tensor, rng: RowRng | None) -> Tensor:
         """x (B, 4, h, w) of mean and deviation; rng None: of the mean."""
@@ -71,27 +66,15 @@ class StabilityCodec(LatentCodec):
 
     def decode(self, x: Tensor) -> Tensor:
         """(B, 4, h, w) -> uint8 (B, 3, 8 h, 8 w), cut to [0, 1] and truncated, as EDM2 does."""
-
-        def run(latents: Tensor) -> Tensor:
-            return vae.decode(latents).sample.clamp(0, 1).mul(255).to(torch.uint8)
-
-        vae = self._autoencoder(x.device)
-        x = x.to(torch.float32)
-        with decoding(x.device):
-            return _in_pieces(run, (x - BIAS.to(x.device)) / SCALE.to(x.device))
+        vae = _load(_place(self.vae), str(x.device))
+        latents = (x.to(torch.float32) - BIAS.to(x.device)) / SCALE.to(x.device)
+        with torch.no_grad(), decoding(x.device):
+            pieces = (vae.decode(piece).sample for piece in latents.split(MINI_BATCH))
+            return torch.cat([piece.clamp(0, 1).mul(255).to(torch.uint8) for piece in pieces])
 
     def encoder_id(self) -> str:
         """What latents depend on: the hash of the encoder's weights. Autoencoders that share one fit each other."""
         return _encoder_id(_place(self.vae))
-
-    def _autoencoder(self, device: torch.device) -> Any:
-        return _load(_place(self.vae), str(device))
-
-
-def _in_pieces(run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-    """Mini-batches, without gradient."""
-    with torch.no_grad():
-        return torch.cat([run(piece) for piece in batch.split(MINI_BATCH)])
 
 
 # --- The autoencoder

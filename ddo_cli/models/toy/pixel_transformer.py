@@ -31,6 +31,7 @@ class AutoregressiveDraw(NamedTuple):
     drop: Tensor
 
 
+@register("pixel-transformer", PixelTransformerOptions, DrawOptions)
 class PixelTransformer(TokenModel):
     """p(x) = prod_i p(x_i | x_<i, label), x int64 tokens (B, L); the label is the token before the first pixel."""
 
@@ -68,7 +69,6 @@ class PixelTransformer(TokenModel):
         return self.head(self.norm(h)).to(torch.float32)
 
     def draw(self, num_rows: int, rng: RowRng) -> AutoregressiveDraw:
-        """Label drops of `num_rows` rows."""
         return AutoregressiveDraw(rng.rand() < self.draw_options.label_dropout)
 
     def predict(self, x: Tensor, label: Tensor, draw: AutoregressiveDraw) -> Tensor:
@@ -136,11 +136,3 @@ class Block(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=cache is None)
         h = h + self.out(mixed.transpose(1, 2).flatten(2))
         return h + self.mlp(self.norm2(h))
-
-
-@register("pixel-transformer", PixelTransformerOptions, DrawOptions)
-def build(
-    shape: tuple[int, ...], num_classes: int, options: PixelTransformerOptions, draw_options: DrawOptions
-) -> PixelTransformer:
-    """A pixel transformer for grey images of shape (1, H, W)."""
-    return PixelTransformer(shape, num_classes, options, draw_options)

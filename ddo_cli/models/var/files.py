@@ -101,17 +101,15 @@ def var(
     vae: the tokenizer's file; None: a training checkpoint's own. patch_nums: sides of the token maps, where they are
     not a published list. Raises CheckpointError for other tensors, UsageError where something must be told.
     """
-    if vae is None:
-        inside = pt_files.read(path, EXPECTED, inside=(NESTED_VAE,))
-        if not is_vae(inside):
-            raise UsageError(
-                f"{path} holds VAR's transformer without its tokenizer; give the tokenizer's file with --vae, "
-                "e.g. --vae vae_ch160v4096z32.pth"
-            )
-        vae = Path(path)
-    tokenizer = pt_files.read(vae, EXPECTED, inside=(NESTED_VAE,))
+    tokenizer = pt_files.read(vae or path, EXPECTED, inside=(NESTED_VAE,))
+    if not is_vae(tokenizer) and vae is None:
+        raise UsageError(
+            f"{path} holds VAR's transformer without its tokenizer; give the tokenizer's file with --vae, "
+            "e.g. --vae vae_ch160v4096z32.pth"
+        )
     if not is_vae(tokenizer):
         raise CheckpointError(f"--vae {vae} holds no VQVAE of VAR; {EXPECTED}")
+    vae = vae or Path(path)
     pt_files.check_size(tokenizer.values(), vae)
     with _blamed(path):
         sides = _sides(stored, path, patch_nums)

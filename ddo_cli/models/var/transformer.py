@@ -92,6 +92,7 @@ class TokenCodec(Codec):
         return self.vqvae.decode(f_hat)
 
 
+@register("var", VarOptions, VarDrawOptions)
 class Var(TokenModel):
     """x: int64 tokens (B, L) of all scales. The VQVAE is part of the model and stays frozen.
 
@@ -255,10 +256,11 @@ class Var(TokenModel):
         return silu, shared
 
     def _initialise(self) -> None:
-        """The published initialisation."""
+        """The published initialisation, of all but the VQVAE."""
         std = math.sqrt(1 / (3 * self.width))
-        outside = [module for name, module in self.named_modules() if not f"{name}.".startswith("vqvae.")]
-        for module in outside:
+        for name, module in self.named_modules():
+            if name.startswith("vqvae."):
+                continue
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.trunc_normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -277,9 +279,3 @@ class Var(TokenModel):
                 rows = adaln.weight.unflatten(0, (6, -1)) if isinstance(adaln, nn.Linear) else adaln[0, 0]
                 rows[:2] *= gate
                 rows[2:] *= 0.5
-
-
-@register("var", VarOptions, VarDrawOptions)
-def build(shape: tuple[int, ...], num_classes: int, options: VarOptions, draw_options: VarDrawOptions) -> Var:
-    """A VAR for images of shape (C, H, W)."""
-    return Var(shape, num_classes, options, draw_options)

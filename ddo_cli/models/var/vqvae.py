@@ -68,6 +68,7 @@ class Reconstruction(NamedTuple):
     tokens: Tensor  # (B, L)
 
 
+@tokenizers.register(NAME, VqvaeOptions)
 class Vqvae(Trainable):
     """Tokens are int64 (B, L), the maps' rows one after another; images are float in [-1, 1]; f, f_hat (B, z, p, p)."""
 
@@ -113,22 +114,13 @@ class Vqvae(Trainable):
         """Images as they come back, with gradients: the rounding passes them straight through to the encoder."""
         f = self.latent(images)
         with full_precision(f.device):
-            quantised = self.quantize(f.to(torch.float32))
-        back = self.decoder(self.post_quant_conv(quantised.f_hat))
-        return Reconstruction(back, quantised.loss, f, quantised.tokens)
+            f_hat, loss, tokens = self.quantize(f.to(torch.float32))
+        return Reconstruction(self.decoder(self.post_quant_conv(f_hat)), loss, f, tokens)
 
 
 def scaled(items: Tensor) -> Tensor:
     """uint8 -> float32 in [-1, 1]."""
     return items.to(torch.float32) / 127.5 - 1
-
-
-class Quantised(NamedTuple):
-    """f_hat with the gradient of f (straight-through), the quantisation loss, and the tokens (B, L)."""
-
-    f_hat: Tensor
-    loss: Tensor
-    tokens: Tensor
 
 
 class Quantizer(nn.Module):
@@ -156,7 +148,8 @@ class Quantizer(nn.Module):
 
     def contribution(self, codes: Tensor, scale: int) -> Tensor:
         """What codes (B, z, p_s, p_s) add to f_hat: phi of them at full size; also at the last scale."""
-        h = codes if scale == len(self.sides) - 1 else self._resized(codes)
+        last = scale == len(self.sides) - 1
+        h = codes if last else F.interpolate(codes, size=(self.sides[-1], self.sides[-1]), mode="bicubic")
         return 0.5 * h + 0.5 * self.phi[self.phi_of[scale]](h)
 
     def reduced(self, full: Tensor, scale: int) -> Tensor:
@@ -173,7 +166,8 @@ class Quantizer(nn.Module):
         tokens, vectors, rest = [], [], f
         for scale in range(len(self.sides)):
             rows = self.reduced(rest, scale).flatten(2).transpose(1, 2)  # (B, p_s^2, z)
-            nearest = self._nearest(rows)  # (B, p_s^2)
+            codes = self.embedding.weight
+            nearest = (codes.square().sum(1) - 2 * rows @ codes.T).argmin(2)  # (B, p_s^2): of |e|^2 - 2 z e
             rest = rest - self.contribution(self.codes(nearest, scale), scale)
             tokens.append(nearest)
             vectors.append(rows)
@@ -196,13 +190,16 @@ class Quantizer(nn.Module):
             dim=1,
         )
 
-    def forward(self, f: Tensor) -> Quantised:
-        """With gradients: f_hat passes its own to f; the loss pulls codes to f and f to its codes, mean over scales."""
+    def forward(self, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """f_hat, the quantisation loss and tokens (B, L), with gradients.
+
+        That of f_hat passes straight through to f; the loss pulls codes to f and f to its codes, mean over scales.
+        """
         tokens = self.tokens(f)
         loss = f.new_zeros(())
         for f_hat in self._partial_sums(tokens):
             loss = loss + COMMITMENT * F.mse_loss(f, f_hat.detach()) + F.mse_loss(f_hat, f.detach())
-        return Quantised(f + (f_hat - f).detach(), loss / len(self.sides), tokens)
+        return f + (f_hat - f).detach(), loss / len(self.sides), tokens
 
     def _partial_sums(self, tokens: Tensor) -> Iterator[Tensor]:
         """f_hat after each scale."""
@@ -210,14 +207,6 @@ class Quantizer(nn.Module):
         for scale, (start, stop) in enumerate(self.options.bounds):
             f_hat = f_hat + self.contribution(self.codes(tokens[:, start:stop], scale), scale)
             yield f_hat
-
-    def _nearest(self, rows: Tensor) -> Tensor:
-        """Nearest codes (B, n) of (B, n, z): argmin |e|^2 - 2 z e."""
-        weight = self.embedding.weight
-        return (weight.square().sum(1) - 2 * rows @ weight.T).argmin(2)
-
-    def _resized(self, codes: Tensor) -> Tensor:
-        return F.interpolate(codes, size=(self.sides[-1], self.sides[-1]), mode="bicubic")
 
 
 def phi_of_scale(num_scales: int) -> tuple[int, ...]:
@@ -251,9 +240,3 @@ def load_into(vqvae: Vqvae, path: str | Path) -> None:
         vqvae.load_state_dict(file.tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: tensors do not fit the tokenizer its header describes: {error}") from None
-
-
-@tokenizers.register(NAME, VqvaeOptions)
-def build(shape: tuple[int, ...], options: VqvaeOptions) -> Vqvae:
-    """A tokenizer of images of this shape; it sees no labels."""
-    return Vqvae(shape, options)
