@@ -19,7 +19,6 @@ from ddo_cli.safe_pickle import Array, parse_pickle
 
 TAR_SUFFIXES = (".tar.gz", ".tgz", ".tar")
 BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))  # test_batch is not for training
-SHAPE = (3, 32, 32)  # of an image; rows of `data` are in this order
 NUM_CLASSES = 10
 MAX_BATCH, MAX_TAR = 64 << 20, 512 << 20  # bytes: twice the published 31 MB of a batch, 186 MB of the tar unpacked
 
@@ -103,4 +102,4 @@ def _batch(where: str, raw: bytes) -> tuple[np.ndarray, np.ndarray]:
     except (ValueError, TypeError, LookupError) as error:
         problem = f"{type(error).__name__}: {printable(str(error))}"
         raise DataError(f"{where} is not a whole batch of CIFAR-10 ({problem}); download it again") from None
-    return rows.reshape(-1, *SHAPE), np.array(labels, dtype=np.int64)
+    return rows.reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64)

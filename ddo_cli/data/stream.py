@@ -96,8 +96,7 @@ def open_stream(source: str, num: int | None = None) -> ImageStream:
     """The images of a source of `open_images`, in the same order, with the same labels and choice of `num`.
 
     At most one image is decoded; see `open_source` for what is held. A cache entry of `open_images` is used, never
-    written.
-    Raises DataError for what open_images refuses, and for points, latents and tokens.
+    written. Raises DataError for what open_images refuses, and for points, latents and tokens.
     """
     if latents.is_latents(Path(source)):
         raise DataError(f"{source} holds latents or tokens, not images; give the images that they were encoded from")

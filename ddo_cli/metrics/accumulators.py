@@ -67,9 +67,6 @@ def checked(rows: np.ndarray, features: Tensor, name: str) -> Tensor:
     return features
 
 
-ROWS = "features"  # array in the state of a FeatureStore
-
-
 def features_of(needs: str) -> str:
     """`kind` of a FeatureStore of this output."""
     return f"features of {needs}"
@@ -281,7 +278,7 @@ class FeatureStore(RowStore):
     Memory: 4 N F bytes on `device` of every process (410 MB for 50,000 images of 2048 features), at most `max_bytes`.
     """
 
-    array = ROWS
+    array = "features"
 
     def __init__(
         self, num: int, num_features: int, needs: str = "pool", device: Device = "cpu", max_bytes: int = MAX_STORE

@@ -13,6 +13,7 @@ from ddo_cli.rng import BLOCK, RowRng
 
 LEVELS = 8  # strata of equal probability under the training density of t
 BATCH = 256
+Items = tuple[Tensor, Tensor]  # x0 in model space (N, ...) and labels (N,)
 
 
 class _Part(NamedTuple):
@@ -33,15 +34,9 @@ class HeldOut:
     """
 
     def __init__(
-        self,
-        real: tuple[Tensor, Tensor],
-        fake: tuple[Tensor, Tensor],
-        law: vp_sde.TimeLaw,
-        seed: int,
-        device: torch.device,
-        batch: int = 256,
+        self, real: Items, fake: Items, law: vp_sde.TimeLaw, seed: int, device: torch.device, batch: int = BATCH
     ):
-        """real, fake: x0 in model space (N, ...) and labels (N,), equally many. batch: items per network pass."""
+        """real, fake: equally many. batch: items per network pass."""
         self.real, self.fake, self.law, self.seed, self.device = real, fake, law, seed, device
         self.batch = -(-batch // BLOCK) * BLOCK  # noise is drawn in blocks of rows
 

@@ -15,6 +15,7 @@ of few steps also corrects discretisation errors, and may improve samples althou
 """
 
 import math
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -51,12 +52,8 @@ class Gain(NamedTuple):
         correlated. best_weight: maximum of the parabola; None where guidance is 0.
         """
         levels = [
-            {
-                "sigma_min": float(self.edges[k]),
-                "sigma_max": float(self.edges[k + 1]),
-                **self._summary(weight, slice(k, k + 1)),
-            }
-            for k in range(self.slope.shape[1])
+            {"sigma_min": low, "sigma_max": high, **self._summary(weight, slice(k, k + 1))}
+            for k, (low, high) in enumerate(pairwise(self.edges.tolist()))
         ]
         return {**self._summary(weight, slice(None)), "levels": levels}
 

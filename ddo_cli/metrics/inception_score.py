@@ -50,9 +50,8 @@ class InceptionScore:
         self.seen, self.protocol = Seen(num, device), protocol
         self.split = torch.from_numpy(splits_of(num, protocol).astype(np.int32)).to(device)  # (num,)
         self.sizes = torch.bincount(self.split)  # (splits,)
-        options = {"dtype": torch.float64, "device": torch.device(device)}
-        self.sum_p = torch.zeros(len(self.sizes), num_classes, **options)  # type: ignore[call-overload]
-        self.sum_p_log_p = torch.zeros(len(self.sizes), **options)  # type: ignore[call-overload]
+        self.sum_p = torch.zeros(len(self.sizes), num_classes, dtype=torch.float64, device=device)
+        self.sum_p_log_p = torch.zeros(len(self.sizes), dtype=torch.float64, device=device)
 
     def update(self, rows: np.ndarray, features: dict[str, Tensor]) -> None:
         logits = checked(rows, features[self.needs], self.needs).detach().to(self.sum_p.device, torch.float64)

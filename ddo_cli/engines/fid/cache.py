@@ -18,7 +18,7 @@ from torch import Tensor
 from ddo_cli.data.inspection import Inspection
 from ddo_cli.engines.fid import feature_cache
 from ddo_cli.engines.fid.feature_cache import Part
-from ddo_cli.metrics.accumulators import ROWS, Accumulator, ChunkedMoments, State, features_of
+from ddo_cli.metrics.accumulators import Accumulator, ChunkedMoments, FeatureStore, State, features_of
 from ddo_cli.metrics.extractors.base import Extractor
 
 REPLAYED = 256  # rows of stored features that accumulators take at a time, as of a pass by default
@@ -134,7 +134,7 @@ def store(images: Inspection, extractor: Extractor, accumulators: Sequence[Accum
 
 def _features(images: Inspection, extractor: Extractor, needs: str) -> np.ndarray | None:
     """Stored features (N, F) float32 of one output of the extractor, in the order of the images."""
-    features = (_rows(_key(images, extractor, "rows", features_of(needs)), images) or {}).get(ROWS)
+    features = (_rows(_key(images, extractor, "rows", features_of(needs)), images) or {}).get(FeatureStore.array)
     if features is None or features.dtype != np.float32 or features.ndim != 2 or not np.isfinite(features).all():
         return None
     return features

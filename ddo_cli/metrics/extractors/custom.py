@@ -103,13 +103,11 @@ def _python(file: Path, path: str, device: torch.device) -> Callable[[Tensor], A
         namespace: dict[str, Any] = {"__name__": "extractor", "__file__": str(file)}
         exec(compile(file.read_bytes(), str(file), "exec"), namespace)
         build = namespace.get("extractor")
-        if not callable(build):
-            raise UsageError(f"{path} defines no function 'extractor'; it must define {PYTHON_CONTRACT}")
-        function = build(device)
-    except UsageError:
-        raise
+        function = build(device) if callable(build) else None
     except (Exception, SystemExit) as error:
         raise UsageError(f"{path} fails: {_where(error)}") from None
+    if not callable(build):
+        raise UsageError(f"{path} defines no function 'extractor'; it must define {PYTHON_CONTRACT}")
     if not callable(function):
         raise UsageError(f"{path}: 'extractor' returns a {type(function).__name__}; it must be {PYTHON_CONTRACT}")
     return function

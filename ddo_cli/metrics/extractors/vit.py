@@ -109,8 +109,8 @@ def load_clip(
     """CLIP ViT-B/32 with published weights, searched by `weights.find`.
 
     The published file is a TorchScript archive, that is, code; it is opened only with the published hash. Other weights
-    are read from .safetensors or .pth. Raises CheckpointError if they are missing, damaged, or of
-    another network, and UsageError if the installed torch-fidelity has no CLIP.
+    are read from .safetensors or .pth. Raises CheckpointError if they are missing, damaged, or of another network, and
+    UsageError if the installed torch-fidelity has no CLIP.
     """
     try:
         from torch_fidelity.feature_extractor_clip import build_model
