@@ -109,7 +109,6 @@ class Block(nn.ModuleList):
     """Layers in a row. Those of ADM take the embedding too."""
 
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
-        """The last one's output."""
         for layer in self:
             h = layer(h) if isinstance(layer, nn.Conv2d) else layer(h, emb)
         return h
@@ -149,10 +148,9 @@ def check_sizes(
     if not widths or size % shrunk:
         raise ValueError(f"side {size} must be a multiple of 2**(levels of channel_mult - 1) = {shrunk}")
     attended = [*(width for width, attends in zip(widths, attending, strict=True) if attends), widths[-1]]
-    if heads is None and any(width % head_channels for width in attended):
-        raise ValueError(f"channels {attended} of attending levels must be multiples of num_head_channels")
-    if heads is not None and any(width % heads for width in attended):
-        raise ValueError(f"channels {attended} of attending levels must be multiples of num_heads")
+    key, divisor = ("num_head_channels", head_channels) if heads is None else ("num_heads", heads)
+    if any(width % divisor for width in attended):
+        raise ValueError(f"channels {attended} of attending levels must be multiples of {key}")
 
 
 def square(shape: tuple[int, ...]) -> tuple[int, int]:

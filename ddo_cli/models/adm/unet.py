@@ -124,7 +124,6 @@ class AdmUnet(nn.Module):
         return self.out(h)  # (B, out_channels, H, W)
 
     def units(self) -> list[nn.Module]:
-        """Residual blocks and attention layers."""
         return [module for module in self.modules() if isinstance(module, (ResBlock, Attention))]
 
 

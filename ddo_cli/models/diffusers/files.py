@@ -47,14 +47,6 @@ class Folder(NamedTuple):
     notes: dict[str, Any]
 
 
-class Places(NamedTuple):
-    """Files of a folder. weights: one file, or shards."""
-
-    unet: Path
-    scheduler: Path
-    weights: list[Path]
-
-
 # --- Reading
 
 
@@ -63,29 +55,33 @@ def read(folder: Path) -> Folder:
 
     Raises CheckpointError if it is no UNet2DModel that we can use, UsageError where the library is missing.
     """
-    places = find(folder)
-    unet, scheduler = (_public(_json(path)) for path in (places.unet, places.scheduler))
+    unet_path, scheduler_path, weights = find(folder)
+    unet, scheduler = _public(_json(unet_path)), _public(_json(scheduler_path))
     try:
         config = diffusers_unet.config_of(unet, scheduler)
         with torch.device("meta"):
             expected = registry.build(config).state_dict()
     except (ValueError, RecipeError) as error:
         raise CheckpointError(f"{folder} cannot be converted: {error}") from None
-    tensors = {PREFIX + _new_name(name): tensor for path in places.weights for name, tensor in _tensors(path).items()}
-    _check_fit(tensors, expected, places.weights[0].parent)
+    tensors = {PREFIX + name: tensor for path in weights for name, tensor in _tensors(path).items()}
+    _check_fit(tensors, expected, weights[0].parent)
     return Folder(config, tensors, _sampling(scheduler, config["shape"][1]), _notes(scheduler, tensors))
 
 
 def digest(folder: Path) -> str:
     """One SHA-256 of the files that `read` reads. Raises CheckpointError if one is missing."""
-    places, total = find(folder), hashlib.sha256()
-    for path in (places.unet, places.scheduler, *places.weights):
+    unet, scheduler, weights = find(folder)
+    total = hashlib.sha256()
+    for path in (unet, scheduler, *weights):
         total.update(f"{path.name} {sha256(path)}\n".encode())
     return total.hexdigest()
 
 
-def find(folder: Path) -> Places:
-    """The files of a folder. Raises CheckpointError if one is missing, or if the pipeline has parts beside the two."""
+def find(folder: Path) -> tuple[Path, Path, list[Path]]:
+    """The files of a folder: both configurations, and the weights in one file or in shards.
+
+    Raises CheckpointError if one is missing, or if the pipeline has parts beside the two.
+    """
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
     unet = unet_folder / "config.json"
     if not unet.is_file():
@@ -105,7 +101,7 @@ def find(folder: Path) -> Places:
             f"{folder} has no scheduler/{name}, which says at which noise levels the network was trained; give the "
             "pipeline's folder"
         )
-    return Places(unet, schedulers[0], _weights(unet_folder))
+    return unet, schedulers[0], _weights(unet_folder)
 
 
 def _check_parts(index: Path) -> None:
@@ -145,11 +141,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is not a whole file of tensors ({reason}); copy it again") from None
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path} does not hold tensors by name; give the network's own weights")
-    return {name: tensor.float() for name, tensor in content.items()}
-
-
-def _new_name(name: str) -> str:
-    return re.sub(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_NAMES[m[2]]}.", name)
+    old = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.")
+    return {old.sub(lambda m: f"{m[1]}{_OLD_NAMES[m[2]]}.", name): tensor.float() for name, tensor in content.items()}
 
 
 def _check_fit(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:

@@ -85,14 +85,11 @@ def _layout(shapes: Shapes, path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is no ADM encoder with an attention-pooling head: it lacks {', '.join(missing)}; {_EXPECTED}"
         )
-    matches = [re.match(r"input_blocks\.(\d+)\.", key) for key in shapes]
-    blocks = 1 + max(int(match[1]) for match in matches if match)
-    fitting = []
-    for levels in range(1, blocks):
-        if blocks % levels == 0 and blocks > levels:  # each level: `depth` blocks, and the one before them
-            layout = _candidate(shapes, levels, blocks // levels - 1)
-            if layout is not None and _fits(layout, shapes):
-                fitting.append(layout)
+    blocks = 1 + max(int(match[1]) for key in shapes if (match := re.match(r"input_blocks\.(\d+)\.", key)))
+    # Each level: `depth` blocks, and the one before them.
+    divisors = [levels for levels in range(1, blocks) if blocks % levels == 0]
+    candidates = [_candidate(shapes, levels, blocks // levels - 1) for levels in divisors]
+    fitting = [layout for layout in candidates if layout is not None and _fits(layout, shapes)]
     if len(fitting) != 1:
         what = "fit no configuration of an ADM encoder" if not fitting else "fit more than one configuration"
         raise CheckpointError(f"{path}: its tensors {what}; {_EXPECTED}")

@@ -1,5 +1,6 @@
 """EDM's pickles: the averaged network inside one -> a configuration of `registry` and tensors under our names."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +112,10 @@ class _SongNames:
     def from_edm(self, name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
         if name == "u":
             return None
-        try:
-            ours = edm_keys.own_name(name)
-            known = edm_keys.official_name(ours, self.size) == name
-        except KeyError:
-            known = False
-        if not known:
-            raise KeyError(f"unexpected {name}")
-        return ours, tensor
+        with contextlib.suppress(KeyError):
+            if edm_keys.official_name(ours := edm_keys.own_name(name), self.size) == name:
+                return ours, tensor
+        raise KeyError(f"unexpected {name}")
 
     def to_edm(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
         return edm_keys.official_name(name, self.size), tensor

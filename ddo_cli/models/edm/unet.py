@@ -5,6 +5,7 @@ The same tensors as the published weights under names of our own; `edm.keys` tra
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -80,9 +81,7 @@ class EdmUnet(nn.Module):
         self.augment_emb = nn.Linear(self.augment_dim, noise_width, bias=False) if self.augment_dim else None
         self.emb0 = nn.Linear(noise_width, emb_width)
         self.emb1 = nn.Linear(emb_width, emb_width)
-
-        def block(in_width: int, width: int, resampling: Resampling = "", attends: bool = False) -> Block:
-            return Block(in_width, width, emb_width, options.dropout, resampling, resample_filter, attends)
+        block = partial(Block, emb_width=emb_width, options=options)
 
         self.encoder = nn.ModuleDict()  # "32": {"stem", "block0", ...}, finest first
         width, aux_width = channels, in_channels
@@ -150,7 +149,6 @@ class EdmUnet(nn.Module):
         return self.head(F.silu(self.head_norm(x)))  # (B, C, H, W)
 
     def units(self) -> list[nn.Module]:
-        """The residual blocks."""
         return [module for module in self.modules() if isinstance(module, Block)]
 
     def _initialise(self) -> None:
@@ -211,14 +209,14 @@ class Block(nn.Module):
         self,
         in_width: int,
         width: int,
+        resampling: Resampling = "",
+        attends: bool = False,
+        *,
         emb_width: int,
-        dropout: float,
-        resampling: Resampling,
-        resample_filter: Sequence[int],
-        attends: bool,
+        options: EdmUnetOptions,
     ) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.dropout, resample_filter = options.dropout, options.resample_filter
         self.norm0 = _norm(in_width)
         self.conv0 = ResampledConv(in_width, width, 3, resampling, resample_filter)
         self.affine = nn.Linear(emb_width, width)

@@ -6,6 +6,7 @@ the first dimension.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -69,10 +70,7 @@ class Edm2Unet(nn.Module):
         self.emb_fourier = MPFourier(widths[0])
         self.emb_noise = MPConv(widths[0], emb_width)
         self.emb_label = MPConv(num_classes, emb_width) if num_classes else None
-
-        def block(in_width: int, width: int, half: str, resampling: Resampling = "", attends: bool = False) -> Block:
-            head_width = options.head_width if attends else 0
-            return Block(in_width, width, emb_width, half == "enc", resampling, head_width, options.dropout)
+        block = partial(Block, emb_width=emb_width, options=options)
 
         self.enc = nn.ModuleDict()  # "64x64_conv", "64x64_block0", ..., "32x32_down", ...
         current, skip_widths = widths[0], []
@@ -129,9 +127,9 @@ class Edm2Unet(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block, with attention after it where `head_width` is not 0.
+    """Residual block, with attention after it where it attends.
 
-    On the way down (`is_encoder`) the widths are made equal and each pixel normalized before the branch leaves; on the
+    On the way down (half "enc") the widths are made equal and each pixel normalized before the branch leaves; on the
     way up the branch sees the joint channels as they are.
     """
 
@@ -139,23 +137,26 @@ class Block(nn.Module):
         self,
         in_width: int,
         width: int,
+        half: Literal["enc", "dec"],
+        resampling: Resampling = "",
+        attends: bool = False,
+        *,
         emb_width: int,
-        is_encoder: bool,
-        resampling: Resampling,
-        head_width: int,
-        dropout: float,
+        options: Edm2Options,
     ) -> None:
         super().__init__()
-        if head_width and width % head_width:
+        is_encoder, head_width = half == "enc", options.head_width
+        if attends and width % head_width:
             raise ValueError(f"{width} channels attend, which are no multiple of head_width = {head_width}")
-        self.is_encoder, self.resampling, self.head_width, self.dropout = is_encoder, resampling, head_width, dropout
+        self.is_encoder, self.resampling = is_encoder, resampling
+        self.head_width, self.dropout = head_width, options.dropout
         self.emb_gain = nn.Parameter(torch.zeros(1))
         self.conv_res0 = MPConv(width if is_encoder else in_width, width, 3)
         self.emb_linear = MPConv(emb_width, width)
         self.conv_res1 = MPConv(width, width, 3)
         self.conv_skip = MPConv(in_width, width, 1) if in_width != width else None
-        self.attn_qkv = MPConv(width, 3 * width, 1) if head_width else None
-        self.attn_proj = MPConv(width, width, 1) if head_width else None
+        self.attn_qkv = MPConv(width, 3 * width, 1) if attends else None
+        self.attn_proj = MPConv(width, width, 1) if attends else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """(B, in_width, H, W) -> (B, width, H', W'); emb: float32 (B, emb_width)."""
@@ -239,7 +240,6 @@ class Edm2Model(DiffusionModel):
                 module.force_norm()
 
     def units(self) -> Sequence[nn.Module]:
-        """The blocks, in order."""
         net: Any = self.net
         return [part for part in (*net.enc.values(), *net.dec.values()) if isinstance(part, Block)]
 

@@ -116,7 +116,5 @@ def _load(place: str, device: str) -> Any:
 
 @functools.cache
 def _encoder_id(place: str) -> str:
-    tensors = _load(place, "cpu").state_dict()
-    return "sd-vae:" + hash_of(
-        {name: tensors[name] for name in tensors if name.startswith(("encoder.", "quant_conv."))}
-    )
+    used, tensors = ("encoder.", "quant_conv."), _load(place, "cpu").state_dict()
+    return "sd-vae:" + hash_of({name: tensors[name] for name in tensors if name.startswith(used)})

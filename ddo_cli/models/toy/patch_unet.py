@@ -141,7 +141,6 @@ class PatchUNet(PatchEncoder):
         return F.pixel_shuffle(self.head(torch.cat([h, patches], dim=1)), self.patch)  # (B, C, H, W)
 
     def units(self) -> list[nn.Module]:
-        """The residual blocks."""
         return [module for module in self.modules() if isinstance(module, ResBlock)]
 
 
@@ -182,7 +181,6 @@ def _modulate(h: Tensor, affine: Tensor) -> Tensor:
 
 
 def _zero(conv: nn.Conv2d) -> None:
-    """Zero weight and bias."""
     for parameter in conv.parameters():
         nn.init.zeros_(parameter)
 
