@@ -43,13 +43,12 @@ class Scoring:
             self.density = DensityScorer(toy2d())
             self.key = "js"
         else:
-            extractor = select_extractor(metric.name, metric.weights, metric.extractor, device)
-            self.extractor = extractor
+            self.extractor = select_extractor(metric.name, metric.weights, metric.extractor, device)
             if metric.ref is None:
                 check_images(real, "set metric.ref to images, or to statistics of them (ddo stats)")
-            self.reference = real if metric.ref is None else open_reference(metric.ref, extractor)
-            self.key = extractor.key
-            self.identity = {"extractor_sha256": extractor.sha256}
+            self.reference = real if metric.ref is None else open_reference(metric.ref, self.extractor)
+            self.key = self.extractor.key
+            self.identity = {"extractor_sha256": self.extractor.sha256}
 
     @cached_property
     def frechet(self) -> FrechetScorer:

@@ -41,22 +41,19 @@ def plan_of(
     title: str,
     steps: int,
     settings: TrainRecipe,
+    device: torch.device,
     evaluate_at: Iterable[int] = (),
-) -> Plan:
-    """The plan of a run that trains one network. Its last good file is the newest checkpoint, or the saved state, which
-    holds weights, too.
+) -> tuple[Plan, Meter]:
+    """Plan and meter of a run that trains one network. Its last good file is the newest checkpoint, or the saved state,
+    which holds weights, too.
     """
     state = state_file(run_dir)
 
     def last_good() -> Path | str:
         return newest(state, state_directory(state), *run_dir.path.glob("checkpoints/*.safetensors"))
 
-    return Plan(title, steps, settings, (recipe.seed,), state, recipe.name, last_good, frozenset(evaluate_at))
-
-
-def meter_of(run_dir: rundir.RunDir, settings: TrainRecipe, device: torch.device) -> Meter:
-    """The meter of a run that trains one network."""
-    return Meter(run_dir.log_file, {}, settings.batch, device)
+    plan = Plan(title, steps, settings, (recipe.seed,), state, recipe.name, last_good, frozenset(evaluate_at))
+    return plan, Meter(run_dir.log_file, {}, settings.batch, device)
 
 
 def finish(run_dir: rundir.RunDir, **figures: Any) -> dict[str, Any]:

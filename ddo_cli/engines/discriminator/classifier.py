@@ -66,8 +66,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             rows = split(len(real.items), settings.held_out, "classifier", recipe.seed)
             hflip = recipe.data.hflip
             stream = Shuffled(real.items, real.labels, "classifier", recipe.seed, only=rows.train, hflip=hflip)
-            plan = training_run.plan_of(run_dir, recipe, "classifier", steps, settings)
-            meter = training_run.meter_of(run_dir, settings, device)
+            plan, meter = training_run.plan_of(run_dir, recipe, "classifier", steps, settings, device)
             ema = loop.train(network, partial(_cross_entropy, base, law), stream, plan, meter)
             network.load_state_dict(ema)
             held_out = encoded(base, real.items, rows.held_out, "classifier", recipe.seed, device=device)

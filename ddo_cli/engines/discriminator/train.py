@@ -59,7 +59,9 @@ def run(
     real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
     label_use = base.num_classes if settings.conditional else 0
     check_fits(real, base, recipe.data.hflip, num_classes=label_use)
-    spec = sample.spec_of(loaded.checkpoint, **recipe_sampling(recipe))
+    spec = sample.spec_of(
+        loaded.checkpoint, **{key: getattr(recipe.sampling, key) for key in recipe.sampling.model_fields_set}
+    )
     base.check_sampling(spec)
     given = disc_data.given_set(loaded, real, label_use, settings, force) if settings.fake is not None else None
     config = discriminators.config_of(
@@ -112,11 +114,6 @@ def table_of(out: Path) -> tuple[list[str], list[tuple[str, ...]]]:
     return disc_report.table(evaluations[str(state["best_images"] // state["batch"])]["levels"])
 
 
-def recipe_sampling(recipe: Recipe) -> dict[str, Any]:
-    """The sampling values that the recipe sets; the rest is the checkpoint's."""
-    return {key: getattr(recipe.sampling, key) for key in recipe.sampling.model_fields_set}
-
-
 # --- Training
 
 
@@ -161,10 +158,11 @@ class _Training:
         steps = training_run.num_steps(settings.images, settings.batch)
         every = max(settings.eval_every // settings.batch, 1)
         evaluate_at = [*range(every, steps - every // 2, every), steps]
-        plan = training_run.plan_of(self.run_dir, self.recipe, "discriminator", steps, settings, evaluate_at)
+        plan, meter = training_run.plan_of(
+            self.run_dir, self.recipe, "discriminator", steps, settings, self.device, evaluate_at
+        )
         candidates = self.candidate(0).parent
         plan = plan._replace(last_good=lambda: max(candidates.glob("step-*"), default="none yet"))
-        meter = training_run.meter_of(self.run_dir, settings, self.device)
         with contextlib.closing(loop.fit(self.network, self.loss, self.pairs, plan, meter)) as events:
             for event in events:
                 if isinstance(event, loop.Evaluate):
@@ -284,19 +282,12 @@ def _header(
     settings = recipe.discriminator
     drawn = manifest_of(Path(settings.fake)).get("sampling") if settings.fake else spec.model_dump(mode="json")
     trained_on = {
-        "model": recipe.model.ckpt,
-        "model_sha256": loaded.checkpoint.sha256,
-        "data_sha256": digest(real),
-        "fake_sha256": digest(fake),
-        "num_fake": len(fake.items),
-        "sampling": drawn,
-    }
+        "model": recipe.model.ckpt, "model_sha256": loaded.checkpoint.sha256, "data_sha256": digest(real),
+        "fake_sha256": digest(fake), "num_fake": len(fake.items), "sampling": drawn,
+    }  # fmt: skip
     link = {"command": "train-disc", "recipe": recipe.model_dump(mode="json"), **trained_on}
     return {
-        "kind": "discriminator",
-        "config": config,
-        "process": discriminators.PROCESS,
-        "trained_on": trained_on,
-        "guidance": recipe.guidance.model_dump(mode="json"),
+        "kind": "discriminator", "config": config, "process": discriminators.PROCESS,
+        "trained_on": trained_on, "guidance": recipe.guidance.model_dump(mode="json"),
         "provenance": [*loaded.checkpoint.header.get("provenance", []), link],
-    }
+    }  # fmt: skip

@@ -96,12 +96,10 @@ def run(
     for warning in warnings:
         console.warn(warning)
     result: dict[str, Any] = {
-        "source": source,
-        "num_images": sources[0].num,
-        "extractor": extractors[0].name,
-        "extractor_sha256": extractors[0].sha256,
+        "source": source, "num_images": sources[0].num,
+        "extractor": extractors[0].name, "extractor_sha256": extractors[0].sha256,
         "reference": None if reference is None else reference.name,
-    }
+    }  # fmt: skip
     if dry_run:
         return {**result, "dry_run": True, "metrics": list(options.metrics), "warnings": warnings}
 
@@ -144,10 +142,9 @@ def run(
             taken |= {other.name: accumulate(other, [only_nll], other.name).taken[0] for other in compared}
             on_main(partial(fid_report.draw_likelihoods, taken, path))
             result["likelihoods"] = str(path)
-    is_published = all(extractor.is_published for extractor in extractors)
     result |= {
         "warnings": warnings,
-        "comparable": not warnings and is_published,
+        "comparable": not warnings and all(extractor.is_published for extractor in extractors),
         "protocol": {extractor.key: extractor.protocol() for extractor in extractors},
     }
     if benchmark is not None:

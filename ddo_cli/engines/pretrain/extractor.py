@@ -23,6 +23,7 @@ from ddo_cli.rng import StepRng, permutation, seed_from
 from ddo_cli.trainable import Loss
 from ddo_cli.training import loop
 from ddo_cli.training.loop import Plan
+from ddo_cli.training.meter import Meter
 
 SIZE = 32
 # Our choice: about 800 steps reach an accuracy of 0.98 on digits, in half a minute on a CPU.
@@ -67,7 +68,7 @@ def run(
         stream = Shuffled(train.items.numpy(), train.label.numpy(), "extractor", seed)
         state, owner = training_run.state_file(work), json.dumps(link, sort_keys=True)
         plan = Plan("extractor", steps, SETTINGS, (seed,), state, owner, lambda: training_run.newest(state))
-        ema = loop.train(network, _cross_entropy, stream, plan, training_run.meter_of(work, SETTINGS, device))
+        ema = loop.train(network, _cross_entropy, stream, plan, Meter(work.log_file, {}, SETTINGS.batch, device))
         network.load_state_dict(ema)
         accuracy = _accuracy(network.eval(), test, device)
         if dist.is_main():

@@ -75,9 +75,8 @@ def run(
             sampling = recipe.sampling.model_dump(mode="json", exclude_none=True)
             header = {"kind": "model", "config": config, "sampling": sampling, "provenance": [link]}
             snapshots = _Snapshots(settings, steps, out / "checkpoints", header)
-            loop_plan = training_run.plan_of(run_dir, recipe, "pretraining", steps, settings, snapshots.due)
-            meter = training_run.meter_of(run_dir, settings, device)
-            with contextlib.closing(loop.fit(model, objective, stream, loop_plan, meter)) as events:
+            job = training_run.plan_of(run_dir, recipe, "pretraining", steps, settings, device, snapshots.due)
+            with contextlib.closing(loop.fit(model, objective, stream, *job)) as events:
                 for event in events:
                     if isinstance(event, loop.Evaluate):
                         snapshots.keep(event)

@@ -67,9 +67,8 @@ def run(
     with training_run.claimed("pretrain", recipe, settings, out, identity) as (run_dir, state):
         if not run_dir.is_finished(state):
             console.info(f"pretrain {vqvae.NAME}: {parameters:,} parameters, {steps} steps of {settings.batch} images")
-            loop_plan = training_run.plan_of(run_dir, recipe, "pretraining", steps, settings)
-            meter = training_run.meter_of(run_dir, settings, device)
-            ema = loop.train(model, objective, stream, loop_plan, meter)
+            job = training_run.plan_of(run_dir, recipe, "pretraining", steps, settings, device)
+            ema = loop.train(model, objective, stream, *job)
             model.load_state_dict(ema)
             model.eval()
             figures = _finish(model, ema, recipe, real, scoring, steps, run_dir)

@@ -49,7 +49,11 @@ def run(
     spec = spec_of(file, **(sampling or {}))
     model.check_sampling(spec)
     check_labels(spec, model.num_classes, len(seeds), classes)
-    _check_classes(model, classes)
+    if classes and not model.num_classes:
+        raise UsageError(f"--classes {','.join(map(str, classes))} needs a class-conditional model; leave it out")
+    for value in classes or ():
+        if not 0 <= value < model.num_classes:
+            raise UsageError(f"--classes {value} is out of range; this model has classes 0 to {model.num_classes - 1}")
     form = form or ("png" if len(model.codec.shape) == 3 else "npz")
     if form == "png" and len(model.codec.shape) != 3:
         raise UsageError(
@@ -68,7 +72,9 @@ def run(
     }
     writer = Writer(out, form, seeds, spec.batch, made_by)
     writer.out_dir.check()
-    grid = grid_path(out)
+    place = out if out.name else out.resolve()  # "." has no name of its own
+    # The contact sheet lies next to the set's directory: inside, other programs would read it as a sample.
+    grid = place.with_name(f"{place.name}-grid.png")
     if dist.is_main() and not manifest_of(out):
         pictures.check_replaceable(grid)
     result = {"out": str(out), "num_images": len(seeds), "checkpoint_sha256": file.sha256, "sampler": spec.sampler}
@@ -107,12 +113,6 @@ def warn_if_never_unconditional(file: Checkpoint, spec: SamplingRecipe) -> None:
             f"cfg_scale = {spec.cfg_scale}: this model was trained without dropping labels (label_dropout 0), so its "
             "unconditional half was never trained"
         )
-
-
-def grid_path(out: Path) -> Path:
-    """The contact sheet of a set, next to its directory: inside, other programs would read it as a sample."""
-    place = out if out.name else out.resolve()  # "." has no name of its own
-    return place.with_name(f"{place.name}-grid.png")
 
 
 def _draw(draw: Callable[..., Iterator[Batch]], writer: Writer, missing: list[int], title: str) -> float:
@@ -161,11 +161,3 @@ def kept_of_fakes(model: LikelihoodModel, fake_as: str | None, spec: SamplingRec
             "use fake_as = images"
         )
     return "latents"
-
-
-def _check_classes(model: LikelihoodModel, classes: Sequence[int] | None) -> None:
-    if classes and not model.num_classes:
-        raise UsageError(f"--classes {','.join(map(str, classes))} needs a class-conditional model; leave it out")
-    for value in classes or ():
-        if not 0 <= value < model.num_classes:
-            raise UsageError(f"--classes {value} is out of range; this model has classes 0 to {model.num_classes - 1}")

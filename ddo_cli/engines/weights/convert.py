@@ -30,7 +30,6 @@ _ADM = {"sampler": "ddpm", "steps": 250, "clip_denoised": True}  # arXiv 2105.05
 _SCHEDULES = {"linear": "ddpm", "cosine": "iddpm"}
 _FLOAT16 = "its authors run it in float16; here it runs in float32, unless a precision is asked for"
 FORMATS, FORMAT_NAMES = (".pkl", ".pt", ".pth"), ".pkl, .pt or .pth"
-_ORDERS = ("legacy", "new")
 
 
 class Content(NamedTuple):
@@ -132,7 +131,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     for text in settings:
         key, _, value = text.partition("=")
-        if key == "qkv" and value in _ORDERS:
+        if key == "qkv" and value in ("legacy", "new"):
             arguments["order"] = value
         elif key == "schedule" and value in _SCHEDULES:
             arguments["precond"] = _SCHEDULES[value]

@@ -157,15 +157,15 @@ def combined(snapshots: Sequence[Snapshot], weights: np.ndarray) -> dict[str, Te
         network = registry.build(config)
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     sums: dict[str, Tensor] = {}
-    for number, (snapshot, weight) in enumerate(zip(snapshots, weights, strict=True), start=1):
+    for snapshot, weight in zip(snapshots, weights, strict=True):
         names = set()
         for name, tensor in checkpoint.tensors(snapshot.file):
             names.add(name)
             if name in trained:
                 sums.setdefault(name, torch.zeros(tensor.shape)).add_(tensor.to(torch.float32), alpha=float(weight))
-                if number == len(snapshots):
+                if snapshot is last:
                     sums[name] = sums[name].to(tensor.dtype)
-            elif number == len(snapshots):
+            elif snapshot is last:
                 sums[name] = tensor
         if trained - names:
             raise CheckpointError(f"{snapshot.file} lacks {min(trained - names)}; it is not whole, so write it again")
