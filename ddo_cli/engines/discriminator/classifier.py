@@ -74,9 +74,8 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             levels = _accuracies(network.eval(), base, law, held_out, labels, device)
             if dist.is_main():
                 link = {"command": "train-classifier", "recipe": recipe.model_dump(mode="json")}
-                process = discriminators.PROCESS
-                header = {"kind": "classifier", "config": config, "process": process, "provenance": [link]}
-                checkpoint.save(run_dir.final, network.state_dict(), {**header, "levels": levels})
+                header = {"kind": "classifier", "config": config, "process": discriminators.PROCESS}
+                checkpoint.save(run_dir.final, network.state_dict(), {**header, "provenance": [link], "levels": levels})
             accuracy = sum(level["accuracy"] for level in levels) / len(levels)
             state = training_run.finish(run_dir, heldout_accuracy=accuracy, levels=levels)
         return training_run.result(run_dir, state, "heldout_accuracy", "levels")

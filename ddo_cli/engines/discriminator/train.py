@@ -59,9 +59,8 @@ def run(
     real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
     label_use = base.num_classes if settings.conditional else 0
     check_fits(real, base, recipe.data.hflip, num_classes=label_use)
-    spec = sample.spec_of(
-        loaded.checkpoint, **{key: getattr(recipe.sampling, key) for key in recipe.sampling.model_fields_set}
-    )
+    sampling = {key: getattr(recipe.sampling, key) for key in recipe.sampling.model_fields_set}
+    spec = sample.spec_of(loaded.checkpoint, **sampling)  # what the recipe does not set is the checkpoint's
     base.check_sampling(spec)
     given = disc_data.given_set(loaded, real, label_use, settings, force) if settings.fake is not None else None
     config = discriminators.config_of(

@@ -90,15 +90,13 @@ def store(key: str, arrays: dict[str, np.ndarray], part: Part = "features") -> b
 
 def forget(key: str, part: Part = "features") -> None:
     """Removes an entry."""
-    path = _path(key, part)
-    if path is not None:
+    if path := _path(key, part):
         path.unlink(missing_ok=True)
 
 
 def keys_below(parent: str, part: Part) -> Iterator[str]:
     """Keys of the entries whose key starts with `parent`/."""
-    directory = cache_directory()
-    if directory is not None:
+    if directory := cache_directory():
         yield from (f"{parent}/{path.stem}" for path in sorted((directory / part / parent).glob("*.npz")))
 
 
