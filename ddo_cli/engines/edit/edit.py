@@ -124,8 +124,9 @@ def _writer(out: Path, way: Way, made_by: dict[str, Any], editor: Editor) -> Wri
 def _draw(
     editor: Editor, spec: SamplingRecipe, sources: ItemSet, seed: int, device: torch.device, way: Way, writer: Writer
 ) -> dict[str, Any]:
-    """Edits and stores the missing batches, cut as `generate` cuts seeds, for the same reasons; the set's manifest.
+    """Edits and stores the missing batches; returns the set's manifest.
 
+    Batches are cut as `generate` cuts seeds, for the same reasons.
     The noise of an image is a function of its number and the seed. It differs from that of `ddo sample` for the same
     number: a source image that was itself drawn from this noise would not be independent of it.
     """
@@ -140,8 +141,8 @@ def _draw(
             rng = RowRng([seed_from("edit", seed, row) for row in padded])
             with inference_precision(spec.precision or "float32", device):
                 sampled = model.sample(label.to(device), rng, spec, x0)
-            items, count = model.codec.decode(sampled.x).cpu(), len(rows)
-            passes = sampled.nfe, sampled.disc_nfe
-            writer.write(Batch(number, items[:count], label[:count], torch.tensor(rows), *passes))
+            items = model.codec.decode(sampled.x).cpu()[: len(rows)]
+            batch = Batch(number, items, label[: len(rows)], torch.tensor(rows), sampled.nfe, sampled.disc_nfe)
+            writer.write(batch)
             bar.advance(spec.batch)
     return writer.finish()
