@@ -26,7 +26,6 @@ from ddo_cli.metrics.kid import kernel_distance
 
 NUM = 30
 SUBSET = 20  # of KID, which takes 1000 images otherwise
-pytestmark = pytest.mark.slow  # Inception takes a tenth of a second per image, and its covariances seconds
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +56,7 @@ def found(root):
         return score(root, metrics=("fid", "is", "precision", "recall", "sfid", "kid"))
 
 
+@pytest.mark.slow  # Inception takes a tenth of a second per image, and its covariances seconds
 def test_equal_to_torch_fidelity(root, found):
     command = [sys.executable, "-m", "torch_fidelity.fidelity", "--input1", str(root / "fake"), "--input2"]
     command += [str(root / "real"), "--fid", "--isc", "--prc", "--json", "--cpu", "--no-cache", "--silent"]
@@ -104,6 +104,7 @@ def test_equal_to_the_formula(root, found):
     assert found["fid"] != pytest.approx(frechet(fake, real, ddof=0), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_sfid_against_a_reference_file(root, found, tmp_path):
     """`mu_s` and `sigma_s` as ADM's files hold them, out of torch-fidelity's network and numpy's covariance."""
     from torch_fidelity.utils import create_feature_extractor
