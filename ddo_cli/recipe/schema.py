@@ -5,7 +5,7 @@ Needs no torch and no file; `load` reads files.
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -65,7 +65,7 @@ CHURN = ("s_churn", "s_min", "s_max", "s_noise")
 GENERALISED = ("discretization", "schedule", "scaling", "step_ratio")
 
 
-def _one_of(names: Sequence[str], problem: str) -> BeforeValidator:
+def _one_of(names: Collection[str], problem: str) -> BeforeValidator:
     """Refuses a value that is neither None nor one of the names; the message has the nearest and all of them."""
 
     def check(value: Any) -> Any:
@@ -81,7 +81,7 @@ class SamplingRecipe(Section):
     """How samples are drawn. Default of a key: the model's own. A key that the model does not read is an error."""
 
     batch: int = key(256, "Images per network pass; changes only the rounding of results.", ge=1)
-    sampler: Annotated[str | None, _one_of(list(SAMPLERS), "no sampler has this name")] = key(
+    sampler: Annotated[str | None, _one_of(SAMPLERS, "no sampler has this name")] = key(
         None, f"One of {', '.join(SAMPLERS)}."
     )
     steps: int | None = key(None, "Sampling steps.", ge=1, le=10_000)
