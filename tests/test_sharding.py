@@ -71,6 +71,7 @@ def test_final_weights_are_one_plain_file(runs):
     assert not list(two.rglob("train-state*"))
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(runs, tmp_path):
     """By as many processes, to the same bytes; by another number, within rounding."""
     kind, _, _, two, options = runs

@@ -381,6 +381,7 @@ def test_dry_run_tells_nodes_rungs_and_cost(finished, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_sweep_like_one(finished, tmp_path):
     _, out, one = finished
     (tmp_path / "recipe.yaml").write_text((out / "recipe.yaml").read_text())
