@@ -9,6 +9,7 @@ import json
 import os
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
@@ -235,7 +236,7 @@ class ZipBytes:
         return {**self.__dict__, "_file": None, "_archive": None}
 
 
-class ItemFiles:
+class ItemFiles(ABC):
     """One item per file; subclasses decode it."""
 
     decodes = True
@@ -250,13 +251,13 @@ class ItemFiles:
         """Shape of the first item, which is decoded for it."""
         return self.item(self.first).shape
 
+    @abstractmethod
     def item(self, row: int) -> np.ndarray:
         """The item of a row. Raises DataError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mismatch(self, row: int, item: np.ndarray) -> DataError:
         """The error to raise for an item that is not like the first."""
-        raise NotImplementedError
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         items = np.empty((len(rows), *self.shape), self.dtype)
