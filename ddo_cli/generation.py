@@ -11,7 +11,7 @@ from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import NO_LABEL, LikelihoodModel
 from ddo_cli.precision import Precision, inference_precision
 from ddo_cli.recipe.schema import SamplingRecipe
-from ddo_cli.rng import RowRng
+from ddo_cli.rng import RowRng, seeded
 
 ENCODED_AT_ONCE = 256  # items; an autoencoder's pass over a whole set would not fit into memory
 
@@ -61,12 +61,12 @@ def generate(
         kept = ordered[number * batch : (number + 1) * batch]
         padded = kept + [kept[-1]] * (size - len(kept))
         if spec.labels == "random" and has_choice:
-            label = random_labels(model, padded)
+            label = random_labels(model, padded, spec.rng)
         else:
             by_position = spec.labels == "position" and has_choice
             label = labels_of([places[seed] for seed in padded] if by_position else padded, model.num_classes, classes)
         with inference_precision(spec.precision or "float32", device):
-            sampled = model.sample(label.to(device), RowRng(padded), spec)
+            sampled = model.sample(label.to(device), seeded(padded, spec.rng), spec)
         with inference_precision(decoding_precision(spec), device):
             items = (sampled.x if as_latents else model.codec.decode(sampled.x)).cpu()[: len(kept)]
         yield Batch(number, items, label[: len(kept)], torch.tensor(kept), sampled.nfe, sampled.disc_nfe)
@@ -97,9 +97,9 @@ def labels_of(seeds: Sequence[int], num_classes: int, classes: Sequence[int] | N
     return chosen[torch.tensor(list(seeds)) % len(chosen)]
 
 
-def random_labels(model: LikelihoodModel, seeds: Sequence[int]) -> Tensor:
+def random_labels(model: LikelihoodModel, seeds: Sequence[int], kind: str | None = None) -> Tensor:
     """Labels (B,) drawn as in EDM's scripts: from each item's own generator, after the noise that it starts from."""
-    rng = RowRng(seeds)
+    rng = seeded(seeds, kind)
     if not model.codec.is_discrete:
         rng.randn(model.codec.state_shape)
     return rng.randint(model.num_classes)

@@ -130,9 +130,11 @@ def test_an_image_depends_on_its_own_number_only(place, tmp_path):
     run(place, tmp_path / "all", sampling={"batch": 4})
     run(place, tmp_path / "few", num=6, sampling={"batch": 4})
     run(place, tmp_path / "seed", seed=1, sampling={"batch": 4})
+    run(place, tmp_path / "rng", sampling={"batch": 4, "rng": "cuda"})
     whole = images_of(tmp_path / "all" / "level-1")
     assert np.array_equal(whole[:6], images_of(tmp_path / "few" / "level-1"))
-    assert not np.array_equal(whole, images_of(tmp_path / "seed" / "level-1"))
+    for other in ("seed", "rng"):
+        assert not np.array_equal(whole, images_of(tmp_path / other / "level-1"))
 
 
 def test_the_noise_is_not_that_of_sampling(place, tmp_path):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @options.add(
     seeds=options.seeds_of,
     classes=options.classes_of,
-    sampling=options.of_sampling("labels", "sampler", "steps", "s_churn", "cfg_scale", "batch"),
+    sampling=options.of_sampling("labels", "sampler", "steps", "s_churn", "cfg_scale", "batch", "rng"),
     second_network=options.second_network,
     device=options.device_and_models,
 )
@@ -61,7 +61,7 @@ class Classifier(NamedTuple):
     classifier=Classifier,
     seeds=options.seeds_of,
     classes=options.classes_of,
-    sampling=options.of_sampling("labels", "sampler", "steps", "s_churn", "cfg_scale", "batch"),
+    sampling=options.of_sampling("labels", "sampler", "steps", "s_churn", "cfg_scale", "batch", "rng"),
     device=options.device_and_models,
 )  # fmt: skip
 def guide_sample(

@@ -90,6 +90,11 @@ class SamplingRecipe(Section):
         "Class labels: balanced (seed modulo classes), position (place in the list of seeds modulo "
         "classes), or random as EDM's scripts draw them.",
     )
+    rng: Literal["cpu", "cuda"] | None = key(
+        None,
+        "Generator of each image's noise. cuda: the numbers that torch's CUDA generator draws from the seed, whatever "
+        "the device. Default: cpu.",
+    )
     precision: Precision | None = key(None, "Precision of network passes. Default: float32.")
     dtype: Literal["float64", "float32"] | None = key(None, "Type of the sampler's state. Default: float64.")
     spacing: Literal["karras", "vp", "steps"] | None = key(

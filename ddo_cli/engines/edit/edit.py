@@ -23,7 +23,7 @@ from ddo_cli.files import write_json
 from ddo_cli.generation import Batch, num_batches
 from ddo_cli.precision import inference_precision
 from ddo_cli.recipe.schema import SamplingRecipe
-from ddo_cli.rng import RowRng, seed_from
+from ddo_cli.rng import seed_from, seeded
 
 STATE = "edit.json"
 RESULTS = ("request", "source", "figures")  # keys that are no settings
@@ -138,7 +138,7 @@ def _draw(
             padded = rows + [rows[-1]] * (min(spec.batch, total) - len(rows))
             x0 = model.codec.encode(torch.from_numpy(sources.items[padded]).to(device))
             label = torch.from_numpy(sources.labels[padded])
-            rng = RowRng([seed_from("edit", seed, row) for row in padded])
+            rng = seeded([seed_from("edit", seed, row) for row in padded], spec.rng)
             with inference_precision(spec.precision or "float32", device):
                 sampled = model.sample(label.to(device), rng, spec, x0)
             items = model.codec.decode(sampled.x).cpu()[: len(rows)]
