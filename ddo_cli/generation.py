@@ -12,6 +12,7 @@ from ddo_cli.likelihood import NO_LABEL, LikelihoodModel
 from ddo_cli.precision import Precision, inference_precision
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng, seeded
+from ddo_cli.transfer import to_device
 
 ENCODED_AT_ONCE = 256  # items; an autoencoder's pass over a whole set would not fit into memory
 
@@ -66,7 +67,7 @@ def generate(
             by_position = spec.labels == "position" and has_choice
             label = labels_of([places[seed] for seed in padded] if by_position else padded, model.num_classes, classes)
         with inference_precision(spec.precision or "float32", device):
-            sampled = model.sample(label.to(device), seeded(padded, spec.rng), spec)
+            sampled = model.sample(to_device(label, device), seeded(padded, spec.rng), spec)
         with inference_precision(decoding_precision(spec), device):
             items = (sampled.x if as_latents else model.codec.decode(sampled.x)).cpu()[: len(kept)]
         yield Batch(number, items, label[: len(kept)], torch.tensor(kept), sampled.nfe, sampled.disc_nfe)
@@ -133,5 +134,5 @@ def encoded(
     for start in range(0, len(rows), ENCODED_AT_ONCE):
         part = items[rows[start : start + ENCODED_AT_ONCE]]
         rng = RowRng.for_rows("encode", *key, rows=range(start, start + len(part)))
-        parts.append(model.codec.encode(torch.from_numpy(part).to(device), rng).cpu())
+        parts.append(model.codec.encode(to_device(torch.from_numpy(part), device), rng).cpu())
     return torch.cat(parts)

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddo_cli.diffusion.trace import Trace, rows_of
+from ddo_cli.diffusion.trace import Trace, filled, rows_of
 from ddo_cli.rng import RowRng
+from ddo_cli.transfer import to_device
 
 
 class Boost(NamedTuple):
@@ -58,12 +59,13 @@ class Churn:
         gamma: float | Tensor = _gamma(self.s_churn, num_steps)
         s_noise: float | Tensor = self.s_noise
         if self.boost is not None:
-            boosted = torch.zeros(len(x), dtype=torch.bool, device=x.device)  # (B,)
+            gammas = sigma.new_tensor([gamma, _gamma(self.boost.s_churn, num_steps)])  # of others, of boosted samples
+            self.trace.levels = self.round_sigma(sigma * (1 + gammas * inside))
+            gamma, s_noise = filled(gammas[0], x), filled(sigma.new_tensor(s_noise), x)  # (B,)
             if self.trace.log_ratio is not None and self.step % self.boost.churn_period == 0:
                 boosted = self.trace.log_ratio < 0
-            boosted_gamma = sigma.new_tensor(_gamma(self.boost.s_churn, num_steps))
-            gamma = torch.where(boosted, boosted_gamma, sigma.new_tensor(gamma))  # (B,)
-            s_noise = torch.where(boosted, sigma.new_tensor(self.boost.s_noise), sigma.new_tensor(s_noise))
+                gamma = gamma.masked_fill(boosted, float(gammas[1]))
+                s_noise = s_noise.masked_fill(boosted, self.boost.s_noise)
             self.step += 1
         sigma_hat = self.round_sigma(sigma * (1 + gamma * inside))
         added = (sigma_hat**2 - sigma**2).clamp(min=0).sqrt() * s_noise
@@ -71,7 +73,7 @@ class Churn:
 
     def eps(self, x: Tensor) -> Tensor:
         """Fresh standard normal numbers of x's shape, each row's from its own generator."""
-        return self.rng.randn(x.shape[1:], dtype=x.dtype).to(x.device)
+        return to_device(self.rng.randn(x.shape[1:], dtype=x.dtype), x.device)
 
 
 def _gamma(s_churn: float, num_steps: int) -> float:

@@ -14,11 +14,12 @@ from ddo_cli.diffusion import generalised_sampler, guidance, precond, probabilit
 from ddo_cli.diffusion.churn import Boost, Churn
 from ddo_cli.diffusion.guidance import Guide, Interval
 from ddo_cli.diffusion.precond import PrecondName
-from ddo_cli.diffusion.trace import Denoiser, Trace, rows_of
+from ddo_cli.diffusion.trace import Denoiser, Trace, filled, rows_of
 from ddo_cli.errors import NumericsError, UsageError
 from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, check_fields, drop_labels
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
+from ddo_cli.transfer import to_device
 
 
 class DiffusionDraw(NamedTuple):
@@ -90,9 +91,8 @@ class DiffusionModel(LikelihoodModel):
     def evaluate(self, x: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor | None]:
         """D(x; sigma) in float32; with learned variance also v in [-1, 1] (iDDPM eq. 15), else None."""
         x = x.to(torch.float32)
-        sigma = rows_of(sigma.to(x.device, torch.float32).expand(len(x)), x)  # (B, 1, ...)
-        c_skip, c_out, c_in, c_noise = self.precond.coefficients(sigma)
-        f = self.net(c_in * x, c_noise.view(-1), label)
+        c_skip, c_out, c_in, c_noise = self.precond.coefficients(rows_of(sigma.to(torch.float32), x))
+        f = self.net(c_in * x, filled(c_noise, x).view(-1), label)
         f, v = f.chunk(2, dim=1) if self.options.learned_variance else (f, None)
         return c_skip * x + c_out * f.to(torch.float32), v
 
@@ -131,10 +131,10 @@ class DiffusionModel(LikelihoodModel):
         spec.steps is the number of steps below that level. SDEdit cuts a fixed schedule instead: of few steps a low
         level would keep one, and a curve over levels would show the integrator's error.
         """
-        latent = rng.randn(self.codec.state_shape).to(label.device, sampling_plan.dtype_of(spec))
+        latent = to_device(rng.randn(self.codec.state_shape), label.device).to(sampling_plan.dtype_of(spec))
         if self.num_classes:
             rng.randint(self.num_classes)
-        sigmas = self.sigmas(spec).to(label.device)
+        sigmas = self.sigmas(spec)  # on the CPU, whatever the device of the samples: see `Denoiser`
         trace = Trace()
         churn = Churn(
             s_churn=spec.s_churn or 0.0,

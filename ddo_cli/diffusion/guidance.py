@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.diffusion.churn import Boost
-from ddo_cli.diffusion.trace import Denoiser, Trace, rows_of
+from ddo_cli.diffusion.trace import Denoiser, Trace, filled, rows_of
 
 Decay = Literal["constant", "linear", "cosine"]
 DECAYS: dict[Decay, Callable[[Tensor], Tensor]] = {  # share of the weight at VP time t
@@ -57,14 +57,24 @@ def extrapolated(good: Denoiser, bad: Denoiser, scale: float, interval: Interval
     """
 
     def denoise(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
-        inside = rows_of(interval.holds(sigma), x)  # one for all, or one per row
-        if not bool(inside.any()):
+        inside = interval.holds(sigma)
+        if _is_false(inside):
             return good(x, sigma, stage)
         base = bad(x, sigma, stage)
         denoised = good(x, sigma, stage)  # last, so that the trace keeps its learned variance
-        return torch.where(inside, base + scale * (denoised - base), denoised)
+        return _chosen(inside, base + scale * (denoised - base), denoised)
 
     return denoise
+
+
+def _is_false(inside: Tensor) -> bool:
+    """Whether a condition is known to hold for no row; one on a GPU is not read, because that would wait."""
+    return inside.device.type == "cpu" and not bool(inside.any())
+
+
+def _chosen(inside: Tensor, changed: Tensor, unchanged: Tensor) -> Tensor:
+    """`changed` where the condition holds, which is True or (B,)."""
+    return changed if inside.ndim == 0 else torch.where(rows_of(inside, changed), changed, unchanged)
 
 
 class Network(Protocol):
@@ -121,31 +131,36 @@ class GradientGuide(NamedTuple):
             is_predictor = stage == "predictor"
             step += is_predictor
             denoised = denoise(x, sigma, stage)
-            t = vp_sde.time_of(sigma).to(x.device).expand(len(x))  # (B,)
-            inside = (t >= self.time_min) & (t <= self.time_max)
+            t = vp_sde.time_of(sigma)  # one for all, or (B,)
+            inside = self._holds(t)
             weight = self.weight if is_predictor else self.weight_2nd
-            if weight == 0 or not bool(inside.any()):
+            possible = trace.levels if is_predictor and sigma.ndim else None  # known to the CPU, unlike sigma itself
+            if weight == 0 or _is_false(inside if possible is None else self._holds(vp_sde.time_of(possible))):
                 if is_predictor and self.boost is not None:
                     trace.log_ratio = None
                 return denoised
             trace.disc_nfe += 1
             value, direction = climb(self.potential, x, sigma, label)
-            w = weight * DECAYS[self.decay](t)  # (B,) float64
+            w = weight * DECAYS[self.decay](t)  # float64
             if is_predictor and self.boost is not None:
-                trace.log_ratio = torch.where(inside, value, math.inf)
+                trace.log_ratio = _chosen(inside, value, torch.full_like(value, math.inf))
                 if step % self.boost.weight_period == 0:
+                    w = filled(w, x)
                     w = torch.where(trace.log_ratio < 0, self.boost.factor * w, w)
-            return torch.where(rows_of(inside, x), denoised + rows_of(w, x).to(x.dtype) * direction, denoised)
+            return _chosen(inside, denoised + rows_of(w, x).to(x.dtype) * direction, denoised)
 
         return guided
+
+    def _holds(self, t: Tensor) -> Tensor:
+        """Whether each time lies in the window, of t's shape."""
+        return (t >= self.time_min) & (t <= self.time_max)
 
 
 def potential_at(potential: Potential, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
     """L at a state, (B,), without its gradient. sigma: scalar or (B,)."""
-    sigma = sigma.to(x.device, torch.float64)
     with torch.no_grad():
         x_vp = (rows_of(vp_sde.scale_of(sigma), x) * x).to(torch.float32)
-        return potential(x_vp, vp_sde.time_of(sigma).expand(len(x)), label)
+        return potential(x_vp, filled(vp_sde.time_of(sigma), x), label)
 
 
 def climb(potential: Potential, x: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,9 +173,9 @@ def climb(potential: Potential, x: Tensor, sigma: Tensor, label: Tensor) -> tupl
     differentiated = torch.is_grad_enabled() and x.requires_grad
     full = torch.autocast(x.device.type, enabled=False)
     with torch.inference_mode(False), torch.enable_grad(), full:  # the caller may have turned gradients off
-        sigma = sigma.to(x.device, torch.float64)
+        sigma = sigma.to(torch.float64)
         scale = rows_of(vp_sde.scale_of(sigma), x)
-        t = vp_sde.time_of(sigma).expand(len(x)).clone()
+        t = filled(vp_sde.time_of(sigma), x).clone()
         x_vp = scale * x if differentiated else (scale * x).detach().to(torch.float32).clone().requires_grad_()
         value = potential(x_vp, t, label)
         (gradient,) = torch.autograd.grad(value.sum(), x_vp, create_graph=differentiated)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ddo_cli.diffusion import vp_sde
+from ddo_cli.transfer import to_device
 
 PrecondName = Literal["edm", "vp", "ve", "iddpm", "ddpm"]
 
@@ -107,7 +108,7 @@ class Discrete(Preconditioner):
             raise ValueError("the noise levels of discrete steps must be two or more, positive and increasing")
         self.sigmas, self.prediction = sigmas.to(torch.float32), prediction
         self.sigma_min, self.sigma_max = self.sigmas[0].item(), self.sigmas[-1].item()
-        self._table = functools.cache(self.sigmas.to)  # by device
+        self._table = functools.cache(functools.partial(to_device, self.sigmas))  # by device
 
     def step_of(self, sigma: Tensor) -> Tensor:
         """The number 0..M - 1 of the nearest level, int64 of sigma's shape."""

@@ -52,7 +52,7 @@ def log_density(denoise: Denoiser, x: Tensor, low: float, high: float, sigma_dat
 
 def _f_and_trace(y: Tensor, sigma: float, denoise: Denoiser, sigma_data: float) -> tuple[Tensor, Tensor]:
     """F at x = y sqrt(sigma^2 + sigma_data^2), of y's shape, and the trace of its Jacobian dF/dy, (B,)."""
-    level = torch.tensor(sigma, dtype=torch.float64, device=y.device)
+    level = torch.tensor(sigma, dtype=torch.float64)  # on the CPU: see `Denoiser`
     c = precond.Edm(sigma_data).coefficients(level)
     with torch.enable_grad():
         y = y.detach().requires_grad_()

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 class Denoiser(Protocol):
     """D(x; sigma) of one batch, its labels and network already bound.
 
-    sigma: scalar, or (B,) where samples differ. stage: "predictor" for the first evaluation of a step, "corrector" for
-    a further one; guides may weigh the two differently.
+    sigma: a scalar on the CPU, whatever the device of x, so that decisions by it never wait for a GPU; or (B,) on the
+    device of x where samples differ, which nothing in a sampler's loop may read. stage: "predictor" for the first
+    evaluation of a step, "corrector" for a further one; guides may weigh the two differently.
     """
 
     def __call__(self, x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor: ...
@@ -30,6 +31,17 @@ class Trace:
     disc_nfe: int = 0
     variance: Tensor | None = None  # learned variance v in [-1, 1] of the last evaluation (arXiv 2102.09672, eq. 15)
     log_ratio: Tensor | None = None  # (B,), of the last predictor evaluation; +inf outside the guide's window
+    levels: Tensor | None = (
+        None  # on the CPU: noise levels among which those of the rows are, if boosting made them differ
+    )
+
+
+def filled(value: Tensor, x: Tensor) -> Tensor:
+    """A value of the CPU for every row of x, (B,) on its device; one per row, (B, ...), is left as it is.
+
+    Filled in, because a copy would wait until the GPU has done all work that it was given.
+    """
+    return x.new_full((len(x),), float(value), dtype=value.dtype) if value.ndim == 0 else value
 
 
 def rows_of(values: Tensor, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from ddo_cli import dist
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.objectives.discriminator import discriminator_loss, reliability
 from ddo_cli.rng import BLOCK, RowRng
+from ddo_cli.transfer import to_device
 
 LEVELS = 8  # strata of equal probability under the training density of t
 BATCH = 256
@@ -17,7 +18,7 @@ Items = tuple[Tensor, Tensor]  # x0 in model space (N, ...) and labels (N,)
 
 
 class _Part(NamedTuple):
-    """Logits for a batch in one stratum, on the CPU: (b,) each."""
+    """Logits for a batch in one stratum, (b,) each; t and weight on the CPU."""
 
     level: int
     t: Tensor
@@ -48,7 +49,7 @@ class HeldOut:
         """
         size = len(self.real[0])
         tasks = [(level, start) for level in range(LEVELS) for start in range(0, size, self.batch)]
-        share = [self._logits(network, level, start) for level, start in dist.shard(tasks)]
+        share = _read([self._logits(network, level, start) for level, start in dist.shard(tasks)])
         parts = [part for rank in dist.gathered(share) for part in rank]
         levels = [_summary([part for part in parts if part.level == level]) for level in range(LEVELS)]
         logit_real = torch.cat([part.logit_real for part in parts])
@@ -64,14 +65,23 @@ class HeldOut:
         stop = min(start + self.batch, len(self.real[0]))
         rng = RowRng.for_rows("held-out", self.seed, level, rows=range(start, stop))
         times = self.law.times((level + rng.rand(dtype=torch.float64)) / LEVELS)  # (b,)
-        t = times.t.to(self.device)
+        t = to_device(times.t, self.device)
         logits = []
         for x0, label in (self.real, self.fake):
-            eps = rng.randn(x0.shape[1:]).to(self.device)
-            states = noisy(x0[start:stop].to(self.device), t, eps)
-            logits.append(network(states, t, label[start:stop].to(self.device)).cpu())
+            eps = to_device(rng.randn(x0.shape[1:]), self.device)
+            states = noisy(to_device(x0[start:stop], self.device), t, eps)
+            logits.append(network(states, t, to_device(label[start:stop], self.device)))
         weight = torch.ones_like(times.t) if times.weight is None else times.weight
         return _Part(level, times.t, logits[0], logits[1], weight)
+
+
+def _read(parts: list[_Part]) -> list[_Part]:
+    """The parts with their logits on the CPU, copied at once: each copy from a GPU waits for it."""
+    if not parts:
+        return parts
+    logits = torch.cat([logit for part in parts for logit in (part.logit_real, part.logit_fake)]).cpu()
+    sides = iter(logits.split([len(part.t) for part in parts for _ in range(2)]))
+    return [part._replace(logit_real=next(sides), logit_fake=next(sides)) for part in parts]
 
 
 def noisy(x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:

@@ -86,8 +86,8 @@ class Recorder:
 
     def __init__(self, potential: Potential):
         self.potential = potential
-        self.sigmas: list[float] = []  # of the last batch; the mean where samples differ
-        self.log_ratios: list[Tensor] = []  # (B,) each
+        self.sigmas: list[Tensor] = []  # of the last batch, scalars; the mean where samples differ
+        self.log_ratios: list[Tensor] = []  # (B,) each, on the device
 
     def steer(self, denoise: Denoiser, label: Tensor, trace: Trace) -> Denoiser:
         """The denoiser, with recording. A new batch starts a new record."""
@@ -95,8 +95,8 @@ class Recorder:
 
         def recorded(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
             if stage == "predictor":
-                self.sigmas.append(float(sigma.mean()))
-                self.log_ratios.append(potential_at(self.potential, x, sigma, label).cpu())
+                self.sigmas.append(sigma.mean())
+                self.log_ratios.append(potential_at(self.potential, x, sigma, label))
             return denoise(x, sigma, stage)
 
         return recorded
@@ -134,7 +134,8 @@ def _along(subject: Subject, name: str, model: DiffusionModel) -> dict[str, list
     def record(number: int) -> tuple[list[float], Tensor]:
         (drawn,) = generate(model, seeds, spec, batch=batch, only=[number], device=subject.device)
         # Without the rows that fill a batch up.
-        return recorder.sigmas, torch.stack(recorder.log_ratios)[:, : len(drawn.items)]
+        log_ratios = torch.stack(recorder.log_ratios).cpu()
+        return [float(sigma) for sigma in recorder.sigmas], log_ratios[:, : len(drawn.items)]
 
     records = shared_out(f"trajectory, {name}", "batches", range(num_batches(len(seeds), batch)), record).values()
     sigma = np.mean([sigmas for sigmas, _ in records], axis=0).tolist()
@@ -148,7 +149,7 @@ def _of_data(subject: Subject, levels: Sequence[float]) -> dict[str, list[float]
     for step, level in enumerate(levels):
         rng = RowRng.for_rows("trajectory", subject.recipe.seed, step, rows=range(len(x0)))
         x = x0 + level * rng.randn(x0.shape[1:], dtype=torch.float64).to(subject.device)
-        sigma = torch.tensor(level, dtype=torch.float64, device=subject.device)
+        sigma = torch.tensor(level, dtype=torch.float64)
         log_ratios.append(potential_at(subject.guide.potential, x, sigma, label).cpu())
     return _quartiles(levels, torch.stack(log_ratios))
 

@@ -23,7 +23,7 @@ ROUND_TRIP_STEPS = 32  # at least; with 32, Heun's error on the embedded digits 
 def round_trip(subject: Subject, model: DiffusionModel, x0: Tensor, label: Tensor) -> Tensor:
     """x0 (N, ...) encoded to the highest noise level and decoded again, by Heun: an exact solver would return x0."""
     spec = subject.spec.merged(steps=round_trip_steps(subject))
-    up = model.sigmas(spec)[:-1].flip(0).to(x0.device)
+    up = model.sigmas(spec)[:-1].flip(0)
     x = x0.to(torch.float64)
     for levels in (up, up.flip(0)):
         x = samplers.heun(model.steered(label, spec, Trace()), x, levels)
@@ -45,7 +45,7 @@ def mean_regeneration(
     spec = subject.spec.merged(sigma_max=settings.noise_level)
     sampler = samplers.find(spec.sampler)
     solve = sampler.ode or sampler.integrate
-    levels = subject.base.sigmas(spec).to(subject.device)
+    levels = subject.base.sigmas(spec)
     total = torch.zeros(x0.shape, dtype=torch.float64)
     for start in range(0, settings.regenerations, spec.batch):
         rows = range(start, min(start + spec.batch, settings.regenerations))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ddo_cli.codec import Codec
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.diffusion.mixture import GaussianMixture
+from ddo_cli.diffusion.trace import filled
 from ddo_cli.models.registry import register
 
 
@@ -38,7 +39,7 @@ class MixtureModel(DiffusionModel):
     def denoise(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
         """D, the shape of x (B, d)."""
         mixture = GaussianMixture(self.net.means, self.net.covs, self.net.weights)
-        return mixture.denoise(x, sigma.to(x.device))
+        return mixture.denoise(x, filled(sigma, x))
 
 
 @register("mixture", MixtureOptions, DiffusionDrawOptions)
