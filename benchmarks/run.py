@@ -14,13 +14,13 @@ from ddo_cli.data.images import open_images
 from ddo_cli.data.pairs import Shuffled
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.diffusion.guidance import GradientGuide
-from ddo_cli.engines.pretrain.model import negative_log_lik
+from ddo_cli.engines.pretrain.model import likelihood_objective
 from ddo_cli.generation import generate
 from ddo_cli.metrics.discrimination import noisy
 from ddo_cli.models import registry
 from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.objectives.ddo import DdoSettings
-from ddo_cli.objectives.ddo_step import ddo_step
+from ddo_cli.objectives.ddo_step import ddo_objective
 from ddo_cli.objectives.discriminator import discriminator_loss
 from ddo_cli.recipe.load import load
 from ddo_cli.recipe.schema import SamplingRecipe
@@ -53,7 +53,8 @@ def ddo_step_against_plain_step() -> None:
     items, label = torch.from_numpy(data.items), torch.from_numpy(data.labels)
     real, fake = (items[:BATCH], label[:BATCH]), (items[BATCH:], label[BATCH:])
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-6)
-    settings = DdoSettings(recipe.finetune.alpha, recipe.finetune.beta)
+    objective = ddo_objective(model, ref, DdoSettings(recipe.finetune.alpha, recipe.finetune.beta))
+    likelihood = likelihood_objective(model)
 
     def step(loss: torch.Tensor) -> None:
         optimizer.zero_grad()
@@ -61,10 +62,10 @@ def ddo_step_against_plain_step() -> None:
         optimizer.step()
 
     def plain() -> None:
-        step(negative_log_lik(model, model, items, label, StepRng((0,), 0, range(2 * BATCH))).loss)
+        step(likelihood.loss(model, likelihood.batch(items, label, StepRng((0,), 0, range(2 * BATCH)))).loss)
 
     def ddo() -> None:
-        step(ddo_step(model, model, real, fake, StepRng((0,), 0, range(BATCH)), ref=ref, settings=settings).loss)
+        step(objective.loss(model, objective.batch(real, fake, StepRng((0,), 0, range(BATCH)))).loss)
 
     ddo_time, plain_time = alternating(ddo, plain)
     print(f"DDO step / plain step on the same {2 * BATCH} images: {ddo_time / plain_time:.3f} (floor 4/3 = 1.333)")

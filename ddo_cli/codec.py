@@ -2,13 +2,20 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ddo_cli.errors import UsageError
 from ddo_cli.rng import RowRng
+
+
+class Encodable(NamedTuple):
+    """Arguments of `Codec.encode`: items (n, ...), and the random numbers of a random encoder; None: it takes none."""
+
+    items: Tensor
+    eps: Tensor | None = None
 
 
 class Codec:
@@ -28,10 +35,17 @@ class Codec:
         self.state_shape = self.shape  # of one x, whose dimensions the log-likelihood is summed over
         self.latent_shapes: tuple[tuple[int, ...], ...] = ()  # of the further items that `encode` takes
 
-    def encode(self, items: Tensor, rng: RowRng | None = None) -> Tensor:
+    def prepare(self, items: Tensor, rng: RowRng) -> Encodable:
+        """What of `encode` is done on the CPU, before items are copied to a device: checks, and random numbers.
+
+        Raises DataError for items whose values `encode` cannot take.
+        """
+        return Encodable(items)
+
+    def encode(self, items: Tensor, eps: Tensor | None = None) -> Tensor:
         """Items (uint8 images, float points, or precomputed latents) -> x.
 
-        rng: where the encoder is random, x is drawn with it; None: the mean.
+        eps: of `prepare`, with which a random encoder draws x; None: the mean.
         """
         return items.to(torch.float32)
 
@@ -63,7 +77,7 @@ class Codec:
 class PixelCodec(Codec):
     """uint8 images <-> [-1, 1]. Decoding truncates 127.5 x + 128, as EDM's scripts do."""
 
-    def encode(self, items: Tensor, rng: RowRng | None = None) -> Tensor:
+    def encode(self, items: Tensor, eps: Tensor | None = None) -> Tensor:
         """uint8 (B, C, H, W) -> float32 in [-1, 1]."""
         return items.to(torch.float32) / 127.5 - 1
 
@@ -84,7 +98,7 @@ class LevelCodec(Codec):
         super().__init__(shape)
         self.levels = levels
 
-    def encode(self, items: Tensor, rng: RowRng | None = None) -> Tensor:
+    def encode(self, items: Tensor, eps: Tensor | None = None) -> Tensor:
         """uint8 (B, 1, H, W) -> int64 tokens (B, H W) in 0..levels - 1."""
         return (items.to(torch.float32) * (self.levels - 1) / 255).round().to(torch.int64).flatten(1)
 
@@ -108,17 +122,25 @@ class LatentCodec(Codec, ABC):
         self.state_shape = state_shape
         self.latent_shapes = ((2 * channels, *sides), (channels, *sides))
 
-    def encode(self, items: Tensor, rng: RowRng | None = None) -> Tensor:
+    def prepare(self, items: Tensor, rng: RowRng) -> Encodable:
+        """eps: (B, C, h, w) standard normal, for all items but x itself."""
+        return Encodable(items, None if self._is_state(items) else rng.randn(self.state_shape))
+
+    def encode(self, items: Tensor, eps: Tensor | None = None) -> Tensor:
         """Images, mean and deviation, or x -> x."""
-        if tuple(items.shape[1:]) == self.state_shape:
+        if self._is_state(items):
             return items.to(torch.float32)
         if items.dtype == torch.uint8:
             items = self.latents(items)
-        return self.draw(items.to(torch.float32), rng)
+        mean, std = items.to(torch.float32).chunk(2, dim=1)
+        return self.scaled(mean if eps is None else mean + std * eps)
 
     @abstractmethod
-    def draw(self, latents: Tensor, rng: RowRng | None) -> Tensor:
-        """Mean and deviation -> x (B, C, h, w); rng None: the mean."""
+    def scaled(self, latent: Tensor) -> Tensor:
+        """A latent as the autoencoder has it -> x, both (B, C, h, w)."""
+
+    def _is_state(self, items: Tensor) -> bool:
+        return tuple(items.shape[1:]) == self.state_shape
 
 
 def hash_of(tensors: dict[str, Tensor]) -> str:

@@ -12,6 +12,7 @@ from ddo_cli.likelihood import NO_LABEL, LikelihoodModel
 from ddo_cli.precision import Precision, inference_precision
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng, seeded
+from ddo_cli.trainable import map_tensors
 from ddo_cli.transfer import to_device
 
 ENCODED_AT_ONCE = 256  # items; an autoencoder's pass over a whole set would not fit into memory
@@ -134,5 +135,7 @@ def encoded(
     for start in range(0, len(rows), ENCODED_AT_ONCE):
         part = items[rows[start : start + ENCODED_AT_ONCE]]
         rng = RowRng.for_rows("encode", *key, rows=range(start, start + len(part)))
-        parts.append(model.codec.encode(to_device(torch.from_numpy(part), device), rng).cpu())
+        inputs = model.codec.prepare(torch.from_numpy(part), rng)
+        inputs = map_tensors(lambda tensor: to_device(tensor, device), inputs)
+        parts.append(model.codec.encode(*inputs).cpu())
     return torch.cat(parts)

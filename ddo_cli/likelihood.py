@@ -13,7 +13,7 @@ independent noise would drown it (DDO, arXiv 2503.01103, section 3.2). Row i of 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -24,7 +24,7 @@ from ddo_cli.codec import Codec
 from ddo_cli.errors import UsageError
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.trainable import Trainable
+from ddo_cli.trainable import Trainable, map_tensors
 
 NO_LABEL = -1  # the label of an unconditional row
 READ_BY_ALL = {"batch", "labels", "rng", "precision"}  # fields of SamplingRecipe that `generation.generate` reads
@@ -40,14 +40,9 @@ class Draw(Protocol):
 D = TypeVar("D", bound=Draw)
 
 
-def map_draw(fn: Callable[[Tensor], Tensor], draw: D) -> D:
-    """The draw with `fn` applied to each of its tensors."""
-    return type(draw)(*map(fn, draw))  # type: ignore[call-overload]
-
-
 def repeat_draw(draw: D, times: int) -> D:
     """The same randomness for `times` stacked batches: rows 0..B-1, then 0..B-1 again."""
-    return map_draw(lambda tensor: torch.cat([tensor] * times), draw)
+    return map_tensors(lambda tensor: torch.cat([tensor] * times), draw)
 
 
 def drop_labels(label: Tensor, draw: Draw) -> Tensor:

@@ -1,9 +1,11 @@
 """What training asks of a module beside its loss. The defaults fit any network."""
 
-from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 class Loss(NamedTuple):
@@ -11,6 +13,28 @@ class Loss(NamedTuple):
 
     loss: Tensor
     log: dict[str, Tensor]
+
+
+class Objective(NamedTuple):
+    """What is trained for, in two parts, so that the next batch is made while the device works on this one.
+
+    batch: (*rows, generators) -> everything random and every row of one forward pass: tensors on the CPU, in nested
+    NamedTuples. It runs in a thread of its own, so it draws from those generators only and leaves the model alone.
+    loss: (module, batch on the device) -> mean loss over its rows. The module is the model's DDP or FSDP wrapper.
+    """
+
+    batch: Callable[..., Any]
+    loss: Callable[[nn.Module, Any], Loss]
+
+
+def map_tensors(fn: Callable[[Tensor], Tensor], value: T) -> T:
+    """The NamedTuple with `fn` applied to each of its tensors and those of tuples in it; the rest as it is."""
+    if isinstance(value, Tensor):
+        return fn(value)  # type: ignore[return-value]
+    if not isinstance(value, tuple):
+        return value
+    entries = [map_tensors(fn, entry) for entry in value]
+    return type(value)(*entries) if hasattr(value, "_fields") else tuple(entries)  # type: ignore[return-value]
 
 
 def is_vector(name: str, parameter: nn.Parameter) -> bool:

@@ -200,6 +200,7 @@ class Positions:
 
 def fit_events(model, objective, path: Path, settings, steps: int, until: int | None = None, evaluate_at=()):
     """All events of a `loop.fit` with its state and log in `path`. objective: (wrapped, positions, rng) -> Loss."""
+    from ddo_cli.trainable import Objective
     from ddo_cli.training import loop
     from ddo_cli.training.meter import Meter
 
@@ -207,4 +208,5 @@ def fit_events(model, objective, path: Path, settings, steps: int, until: int | 
         title="x", steps=steps, settings=settings, key=(0,), state_file=path / "state", owner="",
         last_good=lambda: "none", evaluate_at=frozenset(evaluate_at), until=until,
     )  # fmt: skip
-    return list(loop.fit(model, objective, Positions(), plan, Meter(path / "log", {}, settings.batch, CPU)))
+    both = Objective(lambda positions, rng: (positions, rng), lambda wrapped, batch: objective(wrapped, *batch))
+    return list(loop.fit(model, both, Positions(), plan, Meter(path / "log", {}, settings.batch, CPU)))

@@ -13,11 +13,11 @@ from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, Dif
 from ddo_cli.diffusion.guidance import AutoGuide
 from ddo_cli.errors import UsageError
 from ddo_cli.generation import labels_of
-from ddo_cli.likelihood import NO_LABEL, LikelihoodModel, drop_labels, map_draw, repeat_draw
+from ddo_cli.likelihood import NO_LABEL, LikelihoodModel, drop_labels, repeat_draw
 from ddo_cli.models import registry
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
-from ddo_cli.trainable import Trainable
+from ddo_cli.trainable import Trainable, map_tensors
 
 
 def test_the_contract_is_small():
@@ -87,7 +87,7 @@ def test_rows_do_not_see_one_another(pair):
     x, label, draw = batch(model)
     with torch.no_grad():
         whole = model(x, label, draw)
-        part = model(x[2:4], label[2:4], map_draw(lambda tensor: tensor[2:4], draw))
+        part = model(x[2:4], label[2:4], map_tensors(lambda tensor: tensor[2:4], draw))
     assert_close(part, whole[2:4], rtol=1e-5, atol=1e-3)
 
 
@@ -112,7 +112,7 @@ def test_gradient_of_the_ratio_against_finite_differences(pair):
     x, label, draw = batch(pair[0], 2)
     model, ref = (m.double() for m in pair)
     x = x.double() if x.is_floating_point() else x
-    draw = map_draw(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, draw)
+    draw = map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, draw)
     if isinstance(model, DiffusionModel):
         model.denoise = denoise_in_float64.__get__(model)  # the model itself rounds to float32
         ref.denoise = denoise_in_float64.__get__(ref)

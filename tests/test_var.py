@@ -316,7 +316,7 @@ def test_items_are_images_or_tokens():
         assert torch.equal(model.codec.encode(tokens.to(kind)), model.codec.encode(images))
     assert model.codec.decode(model.codec.encode(images)).shape == images.shape
     with pytest.raises(DataError, match="0 to 2"):
-        model.codec.encode(torch.full((1, 5), 3))
+        model.codec.prepare(torch.full((1, 5), 3), RowRng([0]))
 
 
 def test_a_new_model_is_nearly_uniform_and_has_closed_gates():

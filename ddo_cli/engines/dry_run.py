@@ -5,7 +5,6 @@ import math
 import resource
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +21,12 @@ from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import registry
 from ddo_cli.objectives.ddo import DdoSettings
-from ddo_cli.objectives.ddo_step import ddo_step
+from ddo_cli.objectives.ddo_step import ddo_objective
 from ddo_cli.precision import set_training_precision
 from ddo_cli.recipe.schema import Recipe, SamplingRecipe, TrainRecipe
-from ddo_cli.trainable import Trainable
+from ddo_cli.trainable import Objective, Trainable
 from ddo_cli.training import loop
-from ddo_cli.training.loop import Objective, Stream
+from ddo_cli.training.feed import Stream
 from ddo_cli.training.meter import Meter
 
 STEPS = 2  # the first one warms up, the second one is timed
@@ -58,7 +57,7 @@ def of_finetuning(
             Shuffled(real.items, real.labels, "real", recipe.seed), Shuffled(fake, labels, "fake", recipe.seed)
         )
         setting = plans[0].settings[0]
-        objective = partial(ddo_step, model, ref=ref, settings=DdoSettings(*setting, settings.divide_by_alpha))
+        objective = ddo_objective(model, ref, DdoSettings(*setting, settings.divide_by_alpha))
         figures["seconds_per_step"] = two_steps(model, objective, pairs, settings, (recipe.seed, 1), device)
     return _summary(figures, _work_of_rounds(recipe, plans, scoring), settings, model, fake[:1].nbytes)
 

@@ -1,39 +1,51 @@
 """One training step of Direct Discriminative Optimization (arXiv 2503.01103): from items to the loss."""
 
+from functools import partial
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from ddo_cli.likelihood import LikelihoodModel, map_draw, repeat_draw
+from ddo_cli.codec import Encodable
+from ddo_cli.likelihood import LikelihoodModel, repeat_draw
 from ddo_cli.objectives.ddo import DdoSettings, ddo_loss
 from ddo_cli.rng import StepRng
-from ddo_cli.trainable import Loss
+from ddo_cli.trainable import Loss, Objective
 
 Rows = tuple[Tensor, Tensor]  # items as they lie on disk and their labels (-1: none), both (n, ...)
 
 
+class DdoBatch(NamedTuple):
+    """Rows and random numbers of one step: n real rows and n fake ones."""
+
+    real: Encodable  # items as they lie on disk (n, ...), with the numbers that encoding them takes
+    fake: Encodable
+    label: Tensor  # (2n,), real rows first; -1: none
+    draw: Any  # the model's, of n rows
+
+
+def ddo_batch(model: LikelihoodModel, real: Rows, fake: Rows, rng: StepRng) -> DdoBatch:
+    """All that a step takes from outside, on the CPU. Raises DataError for items that are not of this model."""
+    encode_rng = rng("encode")
+    inputs = [model.codec.prepare(items, encode_rng) for items, _ in (real, fake)]
+    label = torch.cat([real[1], fake[1]])
+    return DdoBatch(inputs[0], inputs[1], label, model.draw(len(real[1]), rng("ddo")))
+
+
 def ddo_step(
-    model: LikelihoodModel,
-    wrapped: nn.Module,
-    real: Rows,
-    fake: Rows,
-    rng: StepRng,
-    *,
-    ref: LikelihoodModel,
-    settings: DdoSettings,
+    model: LikelihoodModel, wrapped: nn.Module, batch: DdoBatch, *, ref: LikelihoodModel, settings: DdoSettings
 ) -> Loss:
-    """The DDO loss of n real and n fake rows, and what is logged beside it.
+    """The DDO loss of a batch on the model's device, and what is logged beside it.
 
     model: p_theta, being trained; wrapped: its DDP or FSDP wrapper, or itself. ref: p_ref, frozen, from which the fake
     rows were sampled. The implicit discriminator is d(x) = sigmoid(beta r(x)), r = log p_theta(x) - log p_ref(x).
     """
-    n, device = len(real[1]), next(model.parameters()).device
-    encode_rng = rng("encode")
-    x = torch.cat([model.codec.encode(items.to(device), encode_rng) for items, _ in (real, fake)])  # (2n, ...)
-    label = torch.cat([real[1], fake[1]]).to(device)  # (2n,)
+    n, label = len(batch.label) // 2, batch.label
+    x = torch.cat([model.codec.encode(*side) for side in (batch.real, batch.fake)])  # (2n, ...)
 
     # One draw of (sigma, eps) for real and fake rows, for model and reference (section 3.2): r is a small difference
     # of two large bounds, which independent noise would drown.
-    half = map_draw(lambda tensor: tensor.to(device), model.draw(n, rng("ddo")))
+    half = batch.draw
     draw = repeat_draw(half, 2)
 
     with torch.no_grad():
@@ -51,3 +63,8 @@ def ddo_step(
     ref_loss = -ref.log_lik(ref_prediction[:n], x[:n], half).mean()
     log = {**ddo._asdict(), "ref_loss": ref_loss}
     return Loss(log.pop("loss"), log)
+
+
+def ddo_objective(model: LikelihoodModel, ref: LikelihoodModel, settings: DdoSettings) -> Objective:
+    """Both parts, as the training loop takes them."""
+    return Objective(partial(ddo_batch, model), partial(ddo_step, model, ref=ref, settings=settings))

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,24 +19,14 @@ from ddo_cli import console, dist, sharding
 from ddo_cli.errors import NumericsError, RunError, UsageError
 from ddo_cli.precision import training_precision
 from ddo_cli.recipe.schema import TrainRecipe
-from ddo_cli.rng import StepRng
-from ddo_cli.trainable import Loss, Trainable
+from ddo_cli.trainable import Objective, Trainable
 from ddo_cli.training import optim
 from ddo_cli.training.ema import Averages
+from ddo_cli.training.feed import Stream, batches_of
 from ddo_cli.training.lr import learning_rate
 from ddo_cli.training.meter import Meter
 from ddo_cli.training.recompute import recompute_units, units_of
 from ddo_cli.training.state import State
-
-
-class Stream(Protocol):
-    """Training rows by position, e.g. (items, labels) or (real, fake): any process can look up any position."""
-
-    def rows(self, start: int, stop: int) -> tuple[object, ...]: ...
-
-
-# (module, *rows, generators) -> mean loss over the rows. The module is the model's DDP wrapper under torchrun.
-Objective = Callable[..., Loss]
 
 
 class Plan(NamedTuple):
@@ -155,19 +145,21 @@ def fit(
             yield from _evaluated(evaluation, device)
             note = evaluation.note
         wrapped.train(settings.dropout)
-        with console.progress(plan.title, last * settings.batch, "images", step * settings.batch) as bar:
+        batches = batches_of(
+            objective.batch, stream, plan.key, range(step, last), plan.evaluate_at, pieces, settings.batch, device
+        )
+        shown = console.progress(plan.title, last * settings.batch, "images", step * settings.batch)
+        with contextlib.closing(batches), shown as bar:
             while step < last:
                 n_images = (step + 1) * settings.batch
                 rate = learning_rate(settings, n_images, plan.steps * settings.batch)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 model.before_step()
-                for number, (start, stop) in enumerate(pieces):
-                    rng = StepRng(plan.key, step, range(start, stop))
-                    rows = stream.rows(step * settings.batch + start, step * settings.batch + stop)
-                    is_last = number + 1 == len(pieces)
+                for number in range(len(pieces)):
+                    batch, is_last = next(batches), number + 1 == len(pieces)
                     with _synchronised(wrapped, is_last), training_precision(settings.precision, device):
-                        loss = objective(wrapped, *rows, rng)
+                        loss = objective.loss(wrapped, batch)
                     scale.backward(loss.loss / len(pieces))
                     meter.add({"loss": loss.loss, **loss.log}, 1 / len(pieces))
                 scale.unscale(parameters)

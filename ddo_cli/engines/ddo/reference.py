@@ -14,10 +14,11 @@ from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import registry
 from ddo_cli.objectives.ddo import DdoSettings
-from ddo_cli.objectives.ddo_step import ddo_step
+from ddo_cli.objectives.ddo_step import ddo_objective
 from ddo_cli.precision import training_precision
 from ddo_cli.recipe.schema import FinetuneRecipe, Recipe
 from ddo_cli.rng import StepRng
+from ddo_cli.trainable import map_tensors
 from ddo_cli.training import loop
 
 # Largest error of beta r. Our choice; the paper gives none. A row's gradient weight is sigmoid(-beta r), so 0.1 changes
@@ -105,9 +106,10 @@ def precision_error(recipe: Recipe, file: str | Path, real: ItemSet, number: int
     start, stop = loop.local_rows(settings.batch, settings.micro_batch)[0]
     rows = Shuffled(real.items, real.labels, "real", seed, number, hflip=recipe.data.hflip).rows(start, stop)
     rng = StepRng((seed, number), 0, range(start, stop))
-    coefficients = DdoSettings(1.0, 1.0)  # they do not change r
+    objective = ddo_objective(exact, rounded, DdoSettings(1.0, 1.0))  # coefficients do not change r
+    batch = map_tensors(lambda tensor: tensor.to(device), objective.batch(rows, rows, rng))
     with torch.no_grad(), training_precision(settings.precision, device):
-        step = ddo_step(exact, exact, rows, rows, rng, ref=rounded, settings=coefficients)
+        step = objective.loss(exact, batch)
     squares = dist.gathered(float(step.log["r_square"]))
     return float(sum(squares) / len(squares)) ** 0.5
 

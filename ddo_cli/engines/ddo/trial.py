@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ddo_cli.errors import NumericsError
 from ddo_cli.files import read_json, write_json
 from ddo_cli.models import registry
 from ddo_cli.objectives.ddo import DdoSettings, r_std
-from ddo_cli.objectives.ddo_step import ddo_step
+from ddo_cli.objectives.ddo_step import ddo_objective
 from ddo_cli.training import loop
 from ddo_cli.training.ema import snapshot_name
 from ddo_cli.training.meter import Meter
@@ -57,7 +56,7 @@ class Trial:
                 self._score_kept()
             model = registry.load_model(self.round.ref_file, self.round.device, self.settings.draw).model
             coefficients = DdoSettings(*self.setting, self.settings.divide_by_alpha)
-            objective = partial(ddo_step, model, ref=self.networks.ref, settings=coefficients)
+            objective = ddo_objective(model, self.networks.ref, coefficients)
             events = loop.fit(model, objective, self.networks.pairs, self._plan(until), self._meter())
             with contextlib.closing(events):
                 for event in events:

@@ -2,13 +2,14 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddo_cli import checkpoint, dist, rundir
+from ddo_cli.codec import Codec, Encodable
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import check_fits, digest
 from ddo_cli.data.pairs import Shuffled, split
@@ -23,7 +24,7 @@ from ddo_cli.models import registry
 from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.recipe.schema import Recipe
 from ddo_cli.rng import RowRng, StepRng, seed_from
-from ddo_cli.trainable import Loss, Trainable
+from ddo_cli.trainable import Loss, Objective, Trainable
 from ddo_cli.training import loop
 
 
@@ -67,7 +68,8 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             hflip = recipe.data.hflip
             stream = Shuffled(real.items, real.labels, "classifier", recipe.seed, only=rows.train, hflip=hflip)
             plan, meter = training_run.plan_of(run_dir, recipe, "classifier", steps, settings, device)
-            ema = loop.train(network, partial(_cross_entropy, base, law), stream, plan, meter)
+            objective = Objective(partial(_batch, base.codec, law), partial(_cross_entropy, base.codec))
+            ema = loop.train(network, objective, stream, plan, meter)
             network.load_state_dict(ema)
             held_out = encoded(base, real.items, rows.held_out, "classifier", recipe.seed, device=device)
             labels = torch.from_numpy(real.labels[rows.held_out])
@@ -81,18 +83,26 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
         return training_run.result(run_dir, state, "heldout_accuracy", "levels")
 
 
-def _cross_entropy(
-    base: DiffusionModel, law: vp_sde.TimeLaw, wrapped: nn.Module, items: Tensor, label: Tensor, rng: StepRng
-) -> Loss:
-    """Cross-entropy of images noised to times drawn from `law`."""
-    device = next(wrapped.parameters()).device
+class _Batch(NamedTuple):
+    inputs: Encodable
+    label: Tensor
+    t: Tensor  # (B,), float64
+    eps: Tensor
+
+
+def _batch(codec: Codec, law: vp_sde.TimeLaw, items: Tensor, label: Tensor, rng: StepRng) -> _Batch:
+    """Images with times drawn from `law` and noise."""
     row_rng = rng("classifier")
-    t = law.times(row_rng.rand(dtype=torch.float64).to(device)).t
-    eps = row_rng.randn(base.codec.state_shape).to(device)
-    x = noisy(base.codec.encode(items.to(device), row_rng), t, eps)
-    logits, label = wrapped(x, t), label.to(device)  # (B, classes)
-    right = (logits.detach().argmax(1) == label).to(torch.float32).mean()
-    return Loss(F.cross_entropy(logits, label), {"accuracy": right})
+    t = law.times(row_rng.rand(dtype=torch.float64)).t
+    eps = row_rng.randn(codec.state_shape)
+    return _Batch(codec.prepare(items, row_rng), label, t, eps)
+
+
+def _cross_entropy(codec: Codec, wrapped: nn.Module, batch: _Batch) -> Loss:
+    """Cross-entropy of noisy images."""
+    logits = wrapped(noisy(codec.encode(*batch.inputs), batch.t, batch.eps), batch.t)  # (B, classes)
+    right = (logits.detach().argmax(1) == batch.label).to(torch.float32).mean()
+    return Loss(F.cross_entropy(logits, batch.label), {"accuracy": right})
 
 
 @torch.no_grad()

@@ -9,12 +9,13 @@ import contextlib
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ddo_cli import checkpoint, console, dist, rundir
+from ddo_cli.codec import Encodable
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet, check_fits, digest
 from ddo_cli.data.pairs import Examples, Pairs, Shuffled, split
@@ -34,7 +35,7 @@ from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.objectives.discriminator import discriminator_loss
 from ddo_cli.recipe.schema import Recipe, SamplingRecipe
 from ddo_cli.rng import StepRng, seed_from
-from ddo_cli.trainable import Loss, Trainable
+from ddo_cli.trainable import Loss, Objective, Trainable
 from ddo_cli.training import loop
 
 # The held-out loss counts as settled where the second half of the images gained at most this share of the total,
@@ -116,6 +117,17 @@ def table_of(out: Path) -> tuple[list[str], list[tuple[str, ...]]]:
 # --- Training
 
 
+class _Batch(NamedTuple):
+    """n real and n generated rows; tensors have the real rows first."""
+
+    real: Encodable
+    fake: Encodable
+    label: Tensor  # (2n,)
+    t: Tensor  # (2n,), float64
+    weight: Tensor | None  # (2n,), float32, of each row's loss; None: 1
+    eps: Tensor  # (2n, ...)
+
+
 class _Training:
     """The loop's loss and evaluations."""
 
@@ -160,25 +172,31 @@ class _Training:
         plan, meter = training_run.plan_of(
             self.run_dir, self.recipe, "discriminator", steps, settings, self.device, evaluate_at
         )
-        candidates = self.candidate(0).parent
+        candidates, objective = self.candidate(0).parent, Objective(self.batch, self.loss)
         plan = plan._replace(last_good=lambda: max(candidates.glob("step-*"), default="none yet"))
-        with contextlib.closing(loop.fit(self.network, self.loss, self.pairs, plan, meter)) as events:
+        with contextlib.closing(loop.fit(self.network, objective, self.pairs, plan, meter)) as events:
             for event in events:
                 if isinstance(event, loop.Evaluate):
                     event.note = self.evaluate(event.step, event.averages.whole())
                     if self.settled():
                         break
 
-    def loss(self, wrapped: nn.Module, real: Examples, fake: Examples, rng: StepRng) -> Loss:
-        """Cross-entropy of real and generated rows, each with a time and noise of its own."""
-        n, row_rng = len(real.items), rng("disc")
+    def batch(self, real: Examples, fake: Examples, rng: StepRng) -> _Batch:
+        """Real and generated rows, each with a time and noise of its own."""
+        row_rng = rng("disc")
         u = row_rng.rand((2,), dtype=torch.float64).T.flatten()  # (2n,), real rows first
         eps = row_rng.randn((2, *self.base.codec.state_shape)).transpose(0, 1).flatten(0, 1)  # (2n, ...)
-        t, weight = self.law.times(u.to(self.device))
-        x0 = torch.cat([self.base.codec.encode(side.items.to(self.device), row_rng) for side in (real, fake)])
-        label = torch.cat([real.label, fake.label]).to(self.device)
-        logit = wrapped(noisy(x0, t, eps.to(self.device)), t, label)  # (2n,)
-        weights = (None, None) if weight is None else weight.to(torch.float32).split(n)
+        t, weight = self.law.times(u)
+        inputs = [self.base.codec.prepare(side.items, row_rng) for side in (real, fake)]
+        weight = None if weight is None else weight.to(torch.float32)
+        return _Batch(inputs[0], inputs[1], torch.cat([real.label, fake.label]), t, weight, eps)
+
+    def loss(self, wrapped: nn.Module, batch: _Batch) -> Loss:
+        """Cross-entropy of real and generated rows."""
+        n = len(batch.label) // 2
+        x0 = torch.cat([self.base.codec.encode(*side) for side in (batch.real, batch.fake)])
+        logit = wrapped(noisy(x0, batch.t, batch.eps), batch.t, batch.label)  # (2n,)
+        weights = (None, None) if batch.weight is None else batch.weight.split(n)
         figures = discriminator_loss(logit[:n], logit[n:], *weights)._asdict()
         return Loss(figures.pop("loss"), figures)
 

@@ -19,8 +19,8 @@ from ddo_cli.engines import training_run
 from ddo_cli.errors import DataError, UsageError
 from ddo_cli.metrics.extractors.digit_net import DigitNet
 from ddo_cli.recipe.schema import TrainRecipe
-from ddo_cli.rng import StepRng, permutation, seed_from
-from ddo_cli.trainable import Loss
+from ddo_cli.rng import permutation, seed_from
+from ddo_cli.trainable import Loss, Objective
 from ddo_cli.training import loop
 from ddo_cli.training.loop import Plan
 from ddo_cli.training.meter import Meter
@@ -68,7 +68,8 @@ def run(
         stream = Shuffled(train.items.numpy(), train.label.numpy(), "extractor", seed)
         state, owner = training_run.state_file(work), json.dumps(link, sort_keys=True)
         plan = Plan("extractor", steps, SETTINGS, (seed,), state, owner, lambda: training_run.newest(state))
-        ema = loop.train(network, _cross_entropy, stream, plan, Meter(work.log_file, {}, SETTINGS.batch, device))
+        objective = Objective(lambda items, label, rng: Examples(items, label), _cross_entropy)
+        ema = loop.train(network, objective, stream, plan, Meter(work.log_file, {}, SETTINGS.batch, device))
         network.load_state_dict(ema)
         accuracy = _accuracy(network.eval(), test, device)
         if dist.is_main():
@@ -81,9 +82,8 @@ def run(
     return {"out": str(out), "heldout_accuracy": accuracy, "num_images": len(train.items)}
 
 
-def _cross_entropy(wrapped: nn.Module, items: Tensor, label: Tensor, rng: StepRng) -> Loss:
-    device = next(wrapped.parameters()).device
-    return Loss(F.cross_entropy(wrapped(items.to(device) / 127.5 - 1), label.to(device)), {})
+def _cross_entropy(wrapped: nn.Module, batch: Examples) -> Loss:
+    return Loss(F.cross_entropy(wrapped(batch.items / 127.5 - 1), batch.label), {})
 
 
 def _examples(sources: str) -> Examples:

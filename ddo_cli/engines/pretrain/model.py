@@ -5,12 +5,13 @@ import itertools
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ddo_cli import checkpoint, console, dist, rundir, sharding
+from ddo_cli.codec import Encodable
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import check_fits, digest
 from ddo_cli.data.pairs import Shuffled
@@ -19,12 +20,12 @@ from ddo_cli.engines import training_run
 from ddo_cli.engines.pretrain import tokenizer as pretrain_tokenizer
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.files import write_json
-from ddo_cli.likelihood import LikelihoodModel, map_draw
+from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import registry
 from ddo_cli.models.var import tokenizers
 from ddo_cli.recipe.schema import PretrainRecipe, Recipe
 from ddo_cli.rng import StepRng, seed_from
-from ddo_cli.trainable import Loss
+from ddo_cli.trainable import Loss, Objective
 from ddo_cli.training import loop
 from ddo_cli.training.ema import snapshot_name
 
@@ -55,7 +56,7 @@ def run(
     identity = {"data_sha256": digest(real), **scoring.identity}
     rundir.RunDir(out).check("pretrain", recipe, **identity)
     stream = Shuffled(real.items, real.labels, "pretrain", recipe.seed, hflip=recipe.data.hflip)
-    objective = partial(negative_log_lik, model)
+    objective = likelihood_objective(model)
     if dry_run:
         plan = {
             "out": str(out), "dry_run": True, "model": config["name"], "parameters": parameters,
@@ -89,12 +90,25 @@ def run(
         return training_run.result(run_dir, state, "metric", "score")
 
 
-def negative_log_lik(model: LikelihoodModel, wrapped: nn.Module, items: Tensor, label: Tensor, rng: StepRng) -> Loss:
+class _Batch(NamedTuple):
+    inputs: Encodable
+    label: Tensor
+    draw: Any
+
+
+def likelihood_objective(model: LikelihoodModel) -> Objective:
     """Negative log-likelihood (or bound) per dimension."""
-    device, row_rng = next(model.parameters()).device, rng("pretrain")
-    draw = map_draw(lambda tensor: tensor.to(device), model.draw(len(items), row_rng))
-    x = model.codec.encode(items.to(device), row_rng)
-    log_lik = wrapped(x, label.to(device), draw)
+    return Objective(partial(_batch, model), partial(_negative_log_lik, model))
+
+
+def _batch(model: LikelihoodModel, items: Tensor, label: Tensor, rng: StepRng) -> _Batch:
+    row_rng = rng("pretrain")
+    draw = model.draw(len(items), row_rng)
+    return _Batch(model.codec.prepare(items, row_rng), label, draw)
+
+
+def _negative_log_lik(model: LikelihoodModel, wrapped: nn.Module, batch: _Batch) -> Loss:
+    log_lik = wrapped(model.codec.encode(*batch.inputs), batch.label, batch.draw)
     return Loss(-log_lik.mean() / math.prod(model.codec.state_shape), {})
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from ddo_cli.models.var.vqvae_layers import full_precision
 from ddo_cli.recipe.schema import Recipe
 from ddo_cli.report import pictures
 from ddo_cli.rng import StepRng, permutation, seed_from
-from ddo_cli.trainable import Loss
+from ddo_cli.trainable import Loss, Objective
 from ddo_cli.training import loop
 
 GRID_ITEMS = 32
@@ -57,7 +57,7 @@ def run(
     identity = {"data_sha256": digest(real), **scoring.identity}
     rundir.RunDir(out).check("pretrain", recipe, **identity)
     stream = Shuffled(real.items, real.labels, "pretrain", recipe.seed, hflip=recipe.data.hflip)
-    objective = partial(_reconstruction, model, recipe, stream)
+    objective = Objective(partial(_batch, recipe, stream), partial(_reconstruction, model))
     if dry_run:
         plan = {
             "out": str(out), "dry_run": True, "model": vqvae.NAME, "parameters": parameters,
@@ -77,22 +77,41 @@ def run(
         return training_run.result(run_dir, state, "metric", "score", "image_error")
 
 
-def _reconstruction(
-    model: Vqvae, recipe: Recipe, stream: Shuffled, wrapped: nn.Module, items: Tensor, label: Tensor, rng: StepRng
-) -> Loss:
-    """Mean squared error of pixels, and the quantisation loss."""
-    settings, device = recipe.pretrain, next(model.parameters()).device
+class _Revival(NamedTuple):
+    """Images whose unused codes are reset before a step, and the key of the vectors that take their place."""
+
+    items: Tensor
+    seed: int
+    step: int
+
+
+class _Batch(NamedTuple):
+    items: Tensor
+    revival: _Revival | None
+
+
+def _batch(recipe: Recipe, stream: Shuffled, items: Tensor, label: Tensor, rng: StepRng) -> _Batch:
+    settings, revival = recipe.pretrain, None
     steps = training_run.num_steps(settings.images, settings.batch)
     is_first = rng.rows.start == loop.local_rows(settings.batch, settings.micro_batch)[0][0]
-    images = vqvae.scaled(items.to(device))
     if rng.step % REVIVE_EVERY == 0 and 2 * rng.step < steps and is_first:
         # The same images for every process: a function of weights and step, as all of a step must be.
         first = rng.step * settings.batch
         some, _ = stream.rows(first, first + min(settings.batch, REVIVE_IMAGES))
-        _revive(model, vqvae.scaled(some.to(device)), ("revive", recipe.seed, rng.step))
+        revival = _Revival(some, recipe.seed, rng.step)
+    return _Batch(items, revival)
+
+
+def _reconstruction(model: Vqvae, wrapped: nn.Module, batch: _Batch) -> Loss:
+    """Mean squared error of pixels, and the quantisation loss."""
+    if batch.revival is not None:
+        some, seed, step = batch.revival
+        _revive(model, vqvae.scaled(some), ("revive", seed, step))
+    images = vqvae.scaled(batch.items)
     out = wrapped(images)
     error = F.mse_loss(out.images, images)
-    codes = error.new_tensor(float(len(out.tokens.unique())))
+    # Not tokens.unique(): its size would have to be waited for.
+    codes = error.new_zeros(model.options.vocabulary).index_fill_(0, out.tokens.flatten(), 1.0).sum()
     return Loss(error + out.loss, {"image_error": error, "quantisation": out.loss, "codes_used": codes})
 
 

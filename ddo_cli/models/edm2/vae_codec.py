@@ -15,7 +15,6 @@ from torch import Tensor
 from ddo_cli.codec import LatentCodec, hash_of
 from ddo_cli.errors import CheckpointError, UsageError
 from ddo_cli.precision import decoding, inference_precision
-from ddo_cli.rng import RowRng
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 VARIABLE = "DDO_VAE"  # environment variable: a folder of the autoencoder, in place of the hub's
@@ -57,12 +56,9 @@ class StabilityCodec(LatentCodec):
             normals = [vae.encode(piece.to(torch.float32) / 255).latent_dist for piece in items.split(MINI_BATCH)]
             return torch.cat([torch.cat([normal.mean, normal.std], dim=1) for normal in normals])
 
-    def draw(self, latents: Tensor, rng: RowRng | None) -> Tensor:
-        """x (B, 4, h, w) of mean and deviation; rng None: of the mean."""
-        mean, std = latents.to(torch.float32).chunk(2, dim=1)
-        if rng is not None:
-            mean = mean + std * rng.randn(mean.shape[1:]).to(mean.device)
-        return mean * SCALE.to(mean.device) + BIAS.to(mean.device)
+    def scaled(self, latent: Tensor) -> Tensor:
+        """Shifted and scaled per channel."""
+        return latent * SCALE.to(latent.device) + BIAS.to(latent.device)
 
     def decode(self, x: Tensor) -> Tensor:
         """(B, 4, h, w) -> uint8 (B, 3, 8 h, 8 w), cut to [0, 1] and truncated, as EDM2 does."""

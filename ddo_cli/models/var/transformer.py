@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ddo_cli.codec import Codec, hash_of
+from ddo_cli.codec import Codec, Encodable, hash_of
 from ddo_cli.errors import DataError, RecipeError, UsageError
 from ddo_cli.likelihood import NO_LABEL, DrawOptions, Options, Sampled, drop_labels
 from ddo_cli.models.registry import register
@@ -64,17 +64,19 @@ class TokenCodec(Codec):
         self.state_shape = (vqvae.options.length,)
         self.latent_shapes = (self.state_shape,)
 
-    def encode(self, items: Tensor, rng: RowRng | None = None) -> Tensor:
-        """Images, or tokens of any integer type -> int64 tokens."""
-        if items.ndim == 4:
-            return self.vqvae.encode(items)
-        tokens, vocabulary = items.to(torch.int64), self.vqvae.options.vocabulary
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+    def prepare(self, items: Tensor, rng: RowRng) -> Encodable:
+        """Raises DataError for tokens beyond the vocabulary."""
+        vocabulary = self.vqvae.options.vocabulary
+        if items.ndim == 2 and len(items) and not 0 <= int(items.min()) <= int(items.max()) < vocabulary:
             raise DataError(
-                f"tokens from {int(tokens.min())} to {int(tokens.max())} where the model has 0 to {vocabulary - 1}; "
+                f"tokens from {int(items.min())} to {int(items.max())} where the model has 0 to {vocabulary - 1}; "
                 "encode the images with this model"
             )
-        return tokens
+        return Encodable(items)
+
+    def encode(self, items: Tensor, eps: Tensor | None = None) -> Tensor:
+        """Images, or tokens of any integer type -> int64 tokens."""
+        return self.vqvae.encode(items) if items.ndim == 4 else items.to(torch.int64)
 
     def latents(self, items: Tensor) -> Tensor:
         """Images -> tokens, int16."""
