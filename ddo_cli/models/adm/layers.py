@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddo_cli.models.norms import GroupNorm
+
 Resampling = Literal["", "up", "down"]
 
 GROUPS = 32  # of every GroupNorm, see `group_norm`
@@ -23,7 +25,7 @@ def cosines_and_sines(position: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def group_norm(channels: int, group_channels: int = 1) -> nn.GroupNorm:
+def group_norm(channels: int, group_channels: int = 1) -> GroupNorm:
     """32 groups, or fewer where a group would have less than `group_channels` channels (EDM's version: 4).
 
     Raises ValueError if they do not divide the channels.
@@ -31,7 +33,7 @@ def group_norm(channels: int, group_channels: int = 1) -> nn.GroupNorm:
     groups = min(GROUPS, channels // group_channels)
     if groups == 0 or channels % groups:
         raise ValueError(f"{channels} channels (width times channel_mult) do not divide into {groups} groups")
-    return nn.GroupNorm(groups, channels)
+    return GroupNorm(groups, channels)
 
 
 class ResBlock(nn.Module):
@@ -91,13 +93,16 @@ class Attention(nn.Module):
         """(B, C, H, W), as x. emb is not used: blocks of both kinds are called alike."""
         flat = x.flatten(2)  # (B, C, H W)
         qkv = self.qkv(self.norm(flat)).unflatten(1, (-1, 3, self.head_channels))  # (B, heads, 3, d, H W)
-        return (flat + self.proj_out(attend(*qkv.unbind(2)))).view_as(x)
+        return (flat + self.proj_out(attend(qkv.permute(2, 0, 1, 4, 3)))).view_as(x)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of tensors (B, heads, d, T), scores scaled by 1 / sqrt(d); (B, heads * d, T of q)."""
-    q, k, v = (part.transpose(2, 3) for part in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(1, 2)
+def attend(qkv: Tensor, num_queries: int | None = None) -> Tensor:
+    """Attention of q, k and v (3, B, heads, T, d), scores scaled by 1 / sqrt(d); (B, heads * d, T).
+
+    num_queries: only the first tokens ask.
+    """
+    q, k, v = qkv.contiguous().unbind(0)  # channels innermost: the fused kernels take no other layout
+    return F.scaled_dot_product_attention(q[:, :, :num_queries], k, v).transpose(2, 3).flatten(1, 2)
 
 
 def embedded(embedding: nn.Embedding, label: Tensor) -> Tensor:

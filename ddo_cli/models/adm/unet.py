@@ -114,14 +114,16 @@ class AdmUnet(nn.Module):
         emb = self.time_embed(features)  # (B, E)
         if self.label_emb is not None:
             emb = emb + embedded(self.label_emb, label)
-        h, skips = x, list[Tensor]()
+        h = x
+        skips: list[Tensor] = []
         for block in self.input_blocks:
             h = block(h, emb)  # (B, channels, side, side)
             skips.append(h)
         h = self.middle_block(h, emb)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h)  # (B, out_channels, H, W)
+        with torch.autocast(h.device.type, enabled=False):
+            return self.out(h.to(torch.float32))  # (B, out_channels, H, W)
 
     def units(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, (ResBlock, Attention))]

@@ -68,8 +68,9 @@ class AttentionPool(nn.Module):
         x = x.flatten(2)  # (B, C, T)
         x = torch.cat([x.mean(2, keepdim=True), x], dim=2) + self.positional_embedding  # (B, C, 1 + T)
         qkv = self.qkv_proj(x).unflatten(1, (3, -1, self.head_channels))  # (B, 3, heads, d, 1 + T)
-        q, k, v = qkv.unbind(1)
-        return self.c_proj(attend(q[..., :1], k, v)).squeeze(2)
+        gathered = attend(qkv.permute(1, 0, 2, 4, 3), num_queries=1)  # (B, C, 1)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.c_proj(gathered.to(torch.float32)).squeeze(2)
 
 
 class AdmEncoder(Trainable):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.likelihood import NO_LABEL, Options
 from ddo_cli.models.discriminators.registry import register, register_classifier
+from ddo_cli.models.norms import GroupNorm
 from ddo_cli.models.toy.patch_unet import PatchEncoder
 
 _NORM_GROUPS = 8
@@ -47,7 +48,7 @@ class TimeEncoder(PatchEncoder):
         if size % multiple:
             raise ValueError(f"side {size} must be a multiple of patch * 2**(levels - 1) = {multiple}")
         self.shrink = nn.ModuleList(nn.Conv2d(4 * fine, coarse, 1) for fine, coarse in pairwise(widths))
-        self.norm = nn.GroupNorm(_NORM_GROUPS, widths[-1])
+        self.norm = GroupNorm(_NORM_GROUPS, widths[-1])
         self.affine = nn.Linear(emb_width, 2 * widths[-1])
         self.head = nn.Linear(widths[-1], num_outputs)
         nn.init.zeros_(self.head.weight)  # untrained, the logit is 0: no guidance at all
@@ -59,7 +60,8 @@ class TimeEncoder(PatchEncoder):
         h = F.silu(self.norm(features))  # (B, widths[-1], h, w)
         scale, shift = self.affine(emb)[:, :, None, None].chunk(2, dim=1)  # (B, widths[-1], 1, 1) each
         pooled = F.silu(torch.addcmul(shift, h, 1 + scale)).mean((2, 3))  # (B, widths[-1])
-        return self.head(pooled)
+        with torch.autocast(x_vp.device.type, enabled=False):
+            return self.head(pooled.to(torch.float32))
 
     def features(self, x_vp: Tensor, t: Tensor) -> Tensor:
         """(B, widths[-1], h, w): what the pooling head sees, before its normalisation."""

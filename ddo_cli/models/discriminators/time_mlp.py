@@ -45,7 +45,8 @@ class TimeMlp(Trainable):
         h = torch.cat(inputs, dim=1)
         for layer in self.hidden:
             h = F.silu(layer(h))  # (B, width); smooth, so that guided densities have a divergence
-        return self.head(h).squeeze(1)
+        with torch.autocast(h.device.type, enabled=False):
+            return self.head(h.to(dtype)).squeeze(1)
 
 
 @register("time-mlp", TimeMlpOptions)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ddo_cli.codec import PixelCodec
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.likelihood import one_hot
+from ddo_cli.models.norms import GroupNorm
 from ddo_cli.models.registry import register
 
 _NORM_EPS = 1e-6  # of every GroupNorm
@@ -132,7 +133,8 @@ class EdmUnet(nn.Module):
             emb = emb + self.augment_emb(emb.new_zeros(len(emb), self.augment_dim) if augment is None else augment)
         emb = F.silu(self.emb1(F.silu(self.emb0(emb))))  # (B, E)
 
-        aux, skips = x, list[Tensor]()
+        aux = x
+        skips: list[Tensor] = []
         for parts in self.encoder.values():
             for name, part in parts.named_children():
                 if name == "aux":
@@ -146,7 +148,8 @@ class EdmUnet(nn.Module):
                 if name.startswith("block"):
                     x = torch.cat([x, skips.pop()], dim=1)
                 x = part(x, emb)
-        return self.head(F.silu(self.head_norm(x)))  # (B, C, H, W)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(F.silu(self.head_norm(x.to(torch.float32))))  # (B, C, H, W)
 
     def units(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, Block)]
@@ -162,8 +165,8 @@ class EdmUnet(nn.Module):
                     nn.init.zeros_(module.bias)
 
 
-def _norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, width // 4), width, eps=_NORM_EPS)
+def _norm(width: int) -> GroupNorm:
+    return GroupNorm(min(32, width // 4), width, eps=_NORM_EPS)
 
 
 # --- Features of the noise level, [sin, cos]
@@ -247,7 +250,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The shape of x, (B, width, H, W)."""
         b, c, h, w = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(b, 1, c, 3, h * w).transpose(2, 4).unbind(3)  # (B, 1, H W, C) each
+        # (3, B, 1, H W, C), channels innermost: the fused kernels take no other layout.
+        parts = self.qkv(self.norm(x)).view(b, 1, c, 3, h * w).permute(3, 0, 1, 4, 2).contiguous()
+        q, k, v = parts.unbind(0)
         out = F.scaled_dot_product_attention(q, k, v)  # (B, 1, H W, C), divides by sqrt(C)
         return self.proj(out.transpose(2, 3).reshape(b, c, h, w))
 

@@ -21,7 +21,7 @@ def normalize(x: Tensor, dim: Sequence[int] | int | None = None) -> Tensor:
     networks.
     """
     dims = list(range(1, x.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
-    size = math.prod(x.shape[d] for d in dims)
+    size = math.prod([x.shape[d] for d in dims])
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=_wide(x))
     return x / (norm / math.sqrt(size) + _EPS).to(x.dtype)
 

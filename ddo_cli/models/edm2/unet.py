@@ -109,13 +109,14 @@ class Edm2Unet(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # small, and float32 in the published half-precision runs
             emb = self._embed(c_noise.to(torch.float32), label)  # (B, E)
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)  # (B, C + 1, H, W): the constant stands in for biases
-        skips = list[Tensor]()
+        skips: list[Tensor] = []
         for name, part in self.enc.items():
             x = part(x) if name.endswith("_conv") else part(x, emb)  # (B, width, side, side)
             skips.append(x)
         for name, part in self.dec.items():
             x = part(mp_cat(x, skips.pop()) if "_block" in name else x, emb)
-        return self.out_conv(x, self.out_gain)  # (B, C, H, W)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.out_conv(x.to(torch.float32), self.out_gain)  # (B, C, H, W)
 
     def _embed(self, c_noise: Tensor, label: Tensor) -> Tensor:
         """Embedding of noise level and label, (B, E). Without a label the noise level's share stays as it is."""

@@ -47,7 +47,8 @@ class MLP(nn.Module):
         h = F.silu(self.stem(x) + self.shifts[0](condition))  # (B, width)
         for layer, shift in zip(self.hidden, self.shifts[1:], strict=True):
             h = F.silu(layer(h) + shift(condition))
-        return self.head(h)
+        with torch.autocast(h.device.type, enabled=False):
+            return self.head(h.to(torch.float32))
 
 
 # c_noise = log(sigma) / 4 lies in [-1.6, 1.1] for EDM's noise levels: the slowest wave does not repeat in that range.

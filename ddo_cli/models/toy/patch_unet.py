@@ -64,7 +64,8 @@ class PatchEncoder(Trainable):
 
     def levels(self, patches: Tensor, emb: Tensor) -> list[Tensor]:
         """What each level of the encoder leaves, (B, widths[level], side, side), finest first."""
-        h, outputs = self.stem(patches), list[Tensor]()
+        h = self.stem(patches)
+        outputs: list[Tensor] = []
         for level, stage in enumerate(self.encoder):
             if level:
                 h = self.shrink[level - 1](F.pixel_unshuffle(h, 2))
@@ -138,7 +139,9 @@ class PatchUNet(PatchEncoder):
 
         h = _modulate(F.silu(h), self.affine(emb))  # (B, widths[0], H/p, W/p)
         patches = patches * (1 + self.gain(emb)[:, :, None, None])  # (B, C p p, H/p, W/p)
-        return F.pixel_shuffle(self.head(torch.cat([h, patches], dim=1)), self.patch)  # (B, C, H, W)
+        with torch.autocast(x.device.type, enabled=False):
+            folded = self.head(torch.cat([h.to(torch.float32), patches.to(torch.float32)], dim=1))
+        return F.pixel_shuffle(folded, self.patch)  # (B, C, H, W)
 
     def units(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, ResBlock)]

@@ -66,7 +66,7 @@ class PixelTransformer(TokenModel):
         h = torch.cat([self._start(label), self.token(x[:, :-1])], dim=1) + self.position  # (B, L, width)
         for block in self.blocks:
             h = block(h)
-        return self.head(self.norm(h)).to(torch.float32)
+        return self._logits(h)
 
     def draw(self, num_rows: int, rng: RowRng) -> AutoregressiveDraw:
         return AutoregressiveDraw(rng.rand() < self.draw_options.label_dropout)
@@ -94,7 +94,7 @@ class PixelTransformer(TokenModel):
             h = h + self.position[i]
             for block, cache in zip(self.blocks, caches, strict=True):
                 h = block(h, cache, i)
-            logits = self.head(self.norm(h[:, 0])).to(torch.float32)  # (B or 2B, levels)
+            logits = self._logits(h[:, 0])  # (B or 2B, levels)
             conditional, unconditional = logits.chunk(2) if guided else (logits, None)
             x[:, i] = inverse_cdf(sampled_log_prob(conditional, unconditional, spec), uniform[:, i])
             h = self.token(x[:, i].repeat(2) if guided else x[:, i])[:, None]
@@ -105,6 +105,11 @@ class PixelTransformer(TokenModel):
         """log of the probability that `sample` draws x, (B,) nats: exact, with temperature, truncation and guidance."""
         unconditional = self.logits(x, torch.full_like(label, NO_LABEL)) if is_guided(spec) else None
         return of_tokens(sampled_log_prob(self.logits(x, label), unconditional, spec), x).sum(1)
+
+    def _logits(self, h: Tensor) -> Tensor:
+        """(..., width) -> (..., levels), float32 even under autocast: log-ratios are small differences."""
+        with torch.autocast(h.device.type, enabled=False):
+            return self.head(self.norm(h.to(torch.float32)))
 
     def _start(self, label: Tensor) -> Tensor:
         """The token before the first pixel, (B, 1, width). A model without classes ignores labels."""

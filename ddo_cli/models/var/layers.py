@@ -94,7 +94,8 @@ class Head(nn.Module):
     def forward(self, h: Tensor, condition: Tensor) -> Tensor:
         """(B, l, C), silu of the class embedding (B, C) -> (B, l, vocabulary), float32."""
         scale, shift = self.adaln(condition).unflatten(1, (1, 2, -1)).unbind(2)
-        return self.linear(modulated(h.to(torch.float32), scale, shift)).to(torch.float32)
+        with torch.autocast(h.device.type, enabled=False):
+            return self.linear(modulated(h.to(torch.float32), scale.to(torch.float32), shift.to(torch.float32)))
 
 
 def modulated(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddo_cli.models.norms import GroupNorm
 from ddo_cli.precision import inference_precision
 
 NORM_EPS = 1e-6
@@ -33,7 +34,7 @@ class Encoder(nn.Module):
             for level, width in enumerate(widths)
         )
         self.middle = middle(widths[-1], groups)
-        self.norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
+        self.norm_out = GroupNorm(groups, widths[-1], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ class Decoder(nn.Module):
             )
             for level, width in enumerate(widths)
         )
-        self.norm_out = nn.GroupNorm(groups, widths[0], NORM_EPS)
+        self.norm_out = GroupNorm(groups, widths[0], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], image_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -104,9 +105,9 @@ class Residual(nn.Module):
 
     def __init__(self, before: int, after: int, groups: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, before, NORM_EPS)
+        self.norm1 = GroupNorm(groups, before, NORM_EPS)
         self.conv1 = nn.Conv2d(before, after, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, after, NORM_EPS)
+        self.norm2 = GroupNorm(groups, after, NORM_EPS)
         self.conv2 = nn.Conv2d(after, after, 3, padding=1)
         self.shortcut = nn.Identity() if before == after else nn.Conv2d(before, after, 1)
 
@@ -121,14 +122,16 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, width, NORM_EPS)
+        self.norm = GroupNorm(groups, width, NORM_EPS)
         self.qkv = nn.Conv2d(width, 3 * width, 1)
         self.out = nn.Conv2d(width, width, 1)
 
     def forward(self, h: Tensor) -> Tensor:
         """Same shape as h, (B, C, h, w)."""
-        query, key, value = self.qkv(self.norm(h)).flatten(2).transpose(1, 2).chunk(3, dim=2)  # (B, h w, C) each
-        mixed = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
+        # (3, B, 1, h w, C), channels innermost: the fused kernels take no other layout.
+        parts = self.qkv(self.norm(h)).flatten(2).unflatten(1, (3, 1, -1)).permute(1, 0, 2, 4, 3).contiguous()
+        query, key, value = parts.unbind(0)
+        mixed = F.scaled_dot_product_attention(query, key, value)[:, 0]  # (B, h w, C)
         return h + self.out(mixed.transpose(1, 2).reshape(h.shape))
 
 
