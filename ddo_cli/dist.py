@@ -11,6 +11,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 
+from ddo_cli.precision import allow_tf32
+
 T = TypeVar("T")
 # Collective timeout; long because rank 0 alone writes files.
 _TIMEOUT = timedelta(hours=2)
@@ -36,6 +38,8 @@ def init(device: str | None = None) -> torch.device:
     # Numbers below 1e-38, such as silu(-90), cost a CPU a hundred times as much as others: a discriminator's training
     # steps took 2.6 times as long. Set before the first parallel work, whose threads take it over.
     torch.set_flush_denormal(True)
+    # Torch lets convolutions use TF32 by default: what computes in it says so, see `precision`.
+    allow_tf32(False)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":

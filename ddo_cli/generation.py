@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import NO_LABEL, LikelihoodModel
-from ddo_cli.precision import Precision, inference_precision
+from ddo_cli.precision import Device, Precision, inference_precision, resolved
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng, seeded
 from ddo_cli.trainable import map_tensors
@@ -67,9 +67,9 @@ def generate(
         else:
             by_position = spec.labels == "position" and has_choice
             label = labels_of([places[seed] for seed in padded] if by_position else padded, model.num_classes, classes)
-        with inference_precision(spec.precision or "float32", device):
+        with inference_precision(spec.precision, device):
             sampled = model.sample(to_device(label, device), seeded(padded, spec.rng), spec)
-        with inference_precision(decoding_precision(spec), device):
+        with inference_precision(decoding_precision(spec, device), device):
             items = (sampled.x if as_latents else model.codec.decode(sampled.x)).cpu()[: len(kept)]
         yield Batch(number, items, label[: len(kept)], torch.tensor(kept), sampled.nfe, sampled.disc_nfe)
 
@@ -79,13 +79,13 @@ def num_batches(num_seeds: int, batch: int) -> int:
     return -(-num_seeds // batch)
 
 
-def decoding_precision(spec: SamplingRecipe) -> Precision:
+def decoding_precision(spec: SamplingRecipe, device: Device) -> Precision:
     """Precision in which `generate` decodes: TF32 unless samples are drawn in float32.
 
     An image has 8 bits, and published figures were decoded so: EDM2's autoencoder with the convolutions in TF32 that
     torch has by default, VAR's in half precision.
     """
-    return "float32" if spec.precision in (None, "float32") else "tf32"
+    return "float32" if resolved(spec.precision, device) == "float32" else "tf32"
 
 
 # --- Labels

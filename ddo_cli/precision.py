@@ -1,4 +1,7 @@
-"""Precision of network passes: TF32 switches, autocast, and that of inference (sampling, features, autoencoding)."""
+"""Precision of network passes, for training and inference: TF32 switches and autocast. `auto` depends on the device.
+
+TF32 is off in the whole process (`dist.init`) outside of the contexts here and of a training loop in tf32.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,20 +9,36 @@ from typing import Any
 
 import torch
 
-from ddo_cli import console
+from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.recipe.training import Precision
 
 Device = torch.device | str
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def resolved(precision: Precision | None, device: Device) -> Precision:
+    """The precision that is computed in; auto, or none, is TF32 on CUDA and float32 on a CPU.
+
+    float32 leaves a GPU's tensor cores unused, and TF32 changes the log-ratio by less than 1 % of its spread.
+    """
+    if precision is None or precision == "auto":
+        return "tf32" if torch.device(device).type == "cuda" else "float32"
+    return precision
+
+
+def settled(spec: SamplingRecipe, device: Device) -> SamplingRecipe:
+    """The sampling settings with the precision that this device computes in, for the record of what is drawn."""
+    return spec.model_copy(update={"precision": resolved(spec.precision, device)})
+
+
 @contextlib.contextmanager
-def inference_precision(precision: Precision, device: Device) -> Iterator[None]:
-    """Precision of inference passes, independent of the training run's own.
+def inference_precision(precision: Precision | None, device: Device) -> Iterator[None]:
+    """Precision of inference passes (sampling, features, autoencoding), independent of the training run's own.
 
     float32: without TF32; tf32: matrix products and convolutions in TensorFloat-32 where the device has it; bf16,
     fp16: torch's autocast.
     """
+    precision = resolved(precision, device)
     with _switches_kept():
         allow_tf32(precision == "tf32")
         with torch.autocast(torch.device(device).type, _AUTOCAST.get(precision), enabled=precision in _AUTOCAST):
@@ -29,25 +48,17 @@ def inference_precision(precision: Precision, device: Device) -> Iterator[None]:
 def decoding(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Precision of autoencoders: TF32 inside `inference_precision("tf32")`, exact float32 elsewhere; never autocast.
 
-    The switch of matrix products tells which, since torch leaves that of convolutions on by default. On a CPU always
-    float32: decoded images should not depend on what the CPU can do.
+    On a CPU always float32: decoded images should not depend on what the CPU can do.
     """
     asked = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return inference_precision("tf32" if asked and device.type != "cpu" else "float32", device)
 
 
 def training_precision(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Autocast of a training step in bf16 or fp16; TF32 is a switch of the whole process (`set_training_precision`)."""
+    """Autocast of a training step in bf16 or fp16. TF32 is switched by the loop, since backward passes need it, too."""
     if precision in _AUTOCAST:
         return torch.autocast(device.type, _AUTOCAST[precision])
     return contextlib.nullcontext()
-
-
-def set_training_precision(precision: Precision) -> None:
-    """Turns TF32 on or off for the whole process, and warns of reduced precision."""
-    allow_tf32(precision == "tf32")
-    if precision != "float32":
-        console.warn(f"precision {precision}: log-ratios are small differences; the papers train in float32")
 
 
 def allow_tf32(is_on: bool) -> None:

@@ -18,7 +18,6 @@ from ddo_cli import precision as precision_module
 from ddo_cli.engines.sampling import sample
 from ddo_cli.errors import RunError
 from ddo_cli.models import registry
-from ddo_cli.precision import set_training_precision
 from ddo_cli.recipe.schema import TrainRecipe
 from ddo_cli.rng import RowRng
 from ddo_cli.trainable import Loss
@@ -273,7 +272,7 @@ def test_torchs_switches_agree_and_are_put_back(switches_kept, before):
     if before == "medium":
         torch.set_float32_matmul_precision("medium")
     elif before:
-        set_training_precision(before)
+        precision_module.allow_tf32(before == "tf32")
     found = switches()
     for precision in ("float32", "tf32", "bf16"):
         is_on = precision == "tf32"

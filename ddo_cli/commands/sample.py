@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @options.add(
     seeds=options.seeds_of,
     classes=options.classes_of,
-    sampling=options.of_sampling("labels", "sampler", "steps", "s_churn", "cfg_scale", "batch", "rng"),
+    sampling=options.of_sampling("labels", "sampler", "steps", "s_churn", "cfg_scale", "batch", "precision", "rng"),
     second_network=options.second_network,
     device=options.device_and_models,
 )
@@ -61,7 +61,7 @@ class Classifier(NamedTuple):
     classifier=Classifier,
     seeds=options.seeds_of,
     classes=options.classes_of,
-    sampling=options.of_sampling("labels", "sampler", "steps", "s_churn", "cfg_scale", "batch", "rng"),
+    sampling=options.of_sampling("labels", "sampler", "steps", "s_churn", "cfg_scale", "batch", "precision", "rng"),
     device=options.device_and_models,
 )  # fmt: skip
 def guide_sample(
@@ -115,7 +115,7 @@ class Score(NamedTuple):
 @options.add(
     model=Editor,
     guidance=options.of_guidance("dg_weight", "dg_weight_2nd", "time_min", "time_max"),
-    sampling=options.of_sampling("sampler", "steps", "s_churn", "cfg_scale", "batch"),
+    sampling=options.of_sampling("sampler", "steps", "s_churn", "cfg_scale", "batch", "precision"),
     score=Score,
     device=options.device_and_models,
 )

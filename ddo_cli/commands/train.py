@@ -107,10 +107,11 @@ def pretrain(
 
 @options.add(
     recipe=options.of_recipe(
-        "model.ckpt", "data.source", "classifier.images", "classifier.lr", "classifier.batch", "seed", "model.file"
+        "model.ckpt", "data.source", "classifier.images", "classifier.lr", "classifier.batch", "classifier.precision",
+        "seed", "model.file",
     ),
     device=options.device_of,
-)
+)  # fmt: skip
 def train_classifier(
     recipe: "Recipe",
     device: "torch.device",

@@ -22,7 +22,6 @@ from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import registry
 from ddo_cli.objectives.ddo import DdoSettings
 from ddo_cli.objectives.ddo_step import ddo_objective
-from ddo_cli.precision import set_training_precision
 from ddo_cli.recipe.schema import Recipe, SamplingRecipe, TrainRecipe
 from ddo_cli.trainable import Objective, Trainable
 from ddo_cli.training import loop
@@ -110,7 +109,6 @@ def two_steps(
     device: torch.device,
 ) -> float:
     """Seconds of a training step, the second of two real ones. Nothing is written; the model is trained."""
-    set_training_precision(settings.precision)
     nowhere = Path("dry-run-without-a-state")  # never saved: the loop is left before it would be
     quiet = settings.model_copy(update={"log_every": 10**9, "save_every": 10**9})
     plan = loop.Plan("dry run: training", STEPS + 1, quiet, key, nowhere, "dry run", lambda: "none yet")

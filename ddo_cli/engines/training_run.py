@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from ddo_cli import dist, rundir
-from ddo_cli.precision import set_training_precision
-from ddo_cli.recipe.schema import Recipe, TrainRecipe
+from ddo_cli import console, dist, rundir
+from ddo_cli.precision import resolved
+from ddo_cli.recipe.schema import Recipe, SamplingRecipe, TrainRecipe
+from ddo_cli.recipe.training import Precision
 from ddo_cli.training.loop import Plan
 from ddo_cli.training.meter import Meter
 from ddo_cli.training.state import drop_state, state_directory
@@ -17,12 +18,23 @@ from ddo_cli.training.state import drop_state, state_directory
 
 @contextlib.contextmanager
 def claimed(
-    command: str, recipe: Recipe, settings: TrainRecipe, out: Path, identity: dict[str, Any]
+    command: str, recipe: Recipe, out: Path, identity: dict[str, Any]
 ) -> Iterator[tuple[rundir.RunDir, dict[str, Any]]]:
-    """The run's directory, locked, and its state; training's precision is set. Raises RunError as `RunDir.claim`."""
-    set_training_precision(settings.precision)
+    """The run's directory, locked, and its state. Raises RunError as `RunDir.claim`."""
     with rundir.locked(out) as run_dir:
-        yield run_dir, run_dir.claim(command, recipe, **identity)
+        state = run_dir.claim(command, recipe, **identity)
+        console.info("precision: " + ", ".join(f"{use} {value}" for use, value in identity["precision"].items()))
+        yield run_dir, state
+
+
+def precision_of(
+    settings: TrainRecipe, spec: SamplingRecipe | None, device: torch.device
+) -> dict[str, dict[str, Precision]]:
+    """What passes of a run compute in, as a part of its identity: rounds and scores of two devices do not mix, where
+    auto means another precision on each of them.
+    """
+    sampling = {"sampling": resolved(spec.precision, device)} if spec is not None else {}
+    return {"precision": {"training": resolved(settings.precision, device), **sampling}}
 
 
 def num_steps(images: int, batch: int) -> int:
@@ -66,7 +78,12 @@ def finish(run_dir: rundir.RunDir, **figures: Any) -> dict[str, Any]:
 
 def result(run_dir: rundir.RunDir, state: dict[str, Any], *keys: str) -> dict[str, Any]:
     """The object that the command prints with `--json`: the run's paths and these figures."""
-    return {"out": str(run_dir.path), "final": str(run_dir.final), **{key: state[key] for key in keys}}
+    return {
+        "out": str(run_dir.path),
+        "final": str(run_dir.final),
+        "precision": state["precision"],
+        **{key: state[key] for key in keys},
+    }
 
 
 def newest(*places: Path) -> Path | str:

@@ -120,7 +120,10 @@ def _parse_yaml(text: str) -> Any:
 
 
 def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Values by key of "key=value" strings, and messages about the others."""
+    """Values by key of "key=value" strings, and messages about the others.
+
+    A section as a whole, finetune={lr: 1e-4}, sets the keys that it gives; the recipe's others stay.
+    """
     values: dict[str, Any] = {}
     problems = []
     for override in overrides:
@@ -129,7 +132,9 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str
             problems.append(f"'{override}' is not of the form section.key=value, e.g. finetune.lr=1e-4")
             continue
         try:
-            values[key.strip()] = _parse_yaml(text)
+            key, value = key.strip(), _parse_yaml(text)
+            is_section = key in Recipe.model_fields and isinstance(value, dict)
+            values |= {f"{key}.{inner}": of_inner for inner, of_inner in value.items()} if is_section else {key: value}
         except yaml.YAMLError as error:
             problems.append(f"command line: '{override}' is not YAML: {' '.join(str(error).split())}")
     return values, problems
@@ -143,10 +148,10 @@ def repeated(overrides: Sequence[str], given: dict[str, Any]) -> list[str]:
     seen = {key: f"by its option ({value})" for key, value in given.items() if value is not None}
     problems = []
     for override in overrides:
-        key = override.partition("=")[0].strip()
-        if key in seen:
-            problems.append(f"command line: {key} is given twice, {seen[key]} and as {override}; leave one out")
-        seen[key] = f"as {override}"
+        for key in _parse_overrides([override])[0]:
+            if key in seen:
+                problems.append(f"command line: {key} is given twice, {seen[key]} and as {override}; leave one out")
+            seen[key] = f"as {override}"
     return problems
 
 

@@ -95,7 +95,9 @@ class SamplingRecipe(Section):
         "Generator of each image's noise. cuda: the numbers that torch's CUDA generator draws from the seed, whatever "
         "the device. Default: cpu.",
     )
-    precision: Precision | None = key(None, "Precision of network passes. Default: float32.")
+    precision: Precision | None = key(
+        None, "Precision of network passes. auto: tf32 on a GPU, float32 on a CPU. Default: the model's own, else auto."
+    )
     dtype: Literal["float64", "float32"] | None = key(None, "Type of the sampler's state. Default: float64.")
     spacing: Literal["karras", "vp", "steps"] | None = key(
         None,

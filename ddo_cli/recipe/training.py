@@ -15,7 +15,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-Precision = Literal["float32", "tf32", "bf16", "fp16"]
+Precision = Literal["auto", "float32", "tf32", "bf16", "fp16"]
 MAX_STD = 0.289  # of a power-function average: that of the plain mean over all of training is 0.28868
 T = TypeVar("T", bound="TrainRecipe")
 
@@ -71,7 +71,11 @@ class TrainRecipe(Section):
         ge=0,
     )
     grad_clip: float | None = key(None, "Largest gradient norm. Default: no clipping.", gt=0)
-    precision: Precision = key("float32", "Precision of training passes; log-ratios are always float32.")
+    precision: Precision = key(
+        "auto",
+        "Precision of training passes; auto: tf32 on a GPU, float32 on a CPU. fp16 has loss scaling. "
+        "Log-ratios, loss and averages are always float32.",
+    )
     activation_checkpointing: bool = key(False, "Recompute blocks in the backward pass: less memory, more time.")
     sharding: Literal["ddp", "fsdp"] = key("ddp", "fsdp shards weights, averages and optimizer state.")
     log_every: int = key(10, "Steps between log lines.", ge=1)

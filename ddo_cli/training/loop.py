@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ddo_cli import console, dist, sharding
 from ddo_cli.errors import NumericsError, RunError, UsageError
-from ddo_cli.precision import training_precision
+from ddo_cli.precision import allow_tf32, inference_precision, resolved, training_precision
 from ddo_cli.recipe.schema import TrainRecipe
 from ddo_cli.trainable import Objective, Trainable
 from ddo_cli.training import optim
@@ -122,6 +122,7 @@ def fit(
     # before, since this one's moments and averages are about to be made; at the end this call's own.
     release(device)
     try:
+        allow_tf32(resolved(settings.precision, device) == "tf32")  # of backward passes, too
         if settings.activation_checkpointing:
             recompute_units(model)
         if settings.sharding == "fsdp":
@@ -190,13 +191,15 @@ def fit(
                     wrapped.train(settings.dropout)
         yield Finished(step, averages)
     finally:
+        allow_tf32(False)
         release(device)
 
 
 def _evaluated(evaluation: Evaluate, device: torch.device) -> Iterator[Evaluate]:
     """Yields it, with an empty allocator cache before and after: blocks of training do not fit evaluation batches."""
     release(device)
-    yield evaluation
+    with inference_precision("float32", device):  # unless what evaluates it chooses another
+        yield evaluation
     release(device)
 
 

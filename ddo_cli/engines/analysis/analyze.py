@@ -20,6 +20,7 @@ from ddo_cli.engines.analysis.subject import Finding, Settings, Subject
 from ddo_cli.engines.sampling import guides, sample
 from ddo_cli.errors import CheckpointError, DataError, UsageError
 from ddo_cli.files import read_json, write_json
+from ddo_cli.precision import settled
 from ddo_cli.recipe.schema import Recipe, SamplingRecipe, nearest
 
 ANALYSES: dict[str, Callable[[Subject, Settings], Finding]] = {
@@ -55,7 +56,7 @@ def run(
     """
     chosen = guides.choose(disc, ckpt, guidance or {}, device=device, force=force)
     base, file = guides.diffusion_model(chosen.model), chosen.discriminator.checkpoint
-    spec = sample.spec_of(chosen.model.checkpoint, **(sampling or {}))
+    spec = settled(sample.spec_of(chosen.model.checkpoint, **(sampling or {})), device)
     base.check_sampling(spec)
     guides.warn_of_other_sampler(chosen.discriminator, spec)
     recipe = _recipe_of(file)

@@ -50,12 +50,15 @@ def run(
     spec = _sampling(recipe, loaded)
     scoring = Scoring(recipe, real, spec, device)
     plans = _plans(recipe, loaded, scoring)
-    identity = {"reference_sha256": loaded.checkpoint.sha256, "data_sha256": digest(real), **scoring.identity}
+    identity = {
+        "reference_sha256": loaded.checkpoint.sha256, "data_sha256": digest(real), **scoring.identity,
+        **training_run.precision_of(recipe.finetune, spec, device),
+    }  # fmt: skip
     rundir.RunDir(out).check("finetune-ddo", recipe, **identity)
     if dry_run:
         plan = _dry_run(recipe, out, loaded.model, plans[0])
         return plan | dry_runs.of_finetuning(recipe, loaded, plans, real, scoring) if measure else plan
-    with training_run.claimed("finetune-ddo", recipe, recipe.finetune, out, identity) as (run_dir, state):
+    with training_run.claimed("finetune-ddo", recipe, out, identity) as (run_dir, state):
         if run_dir.is_finished(state):
             return _result(recipe, run_dir, state, scoring.key)
         if "reference" not in state:
@@ -71,7 +74,7 @@ def run(
             this = Round(number, recipe, plans[number - 1], run_dir, scoring, device)
             error = reference.check_precision(this.recipe, this.ref_file, real, number, device)
             this.draw_fakes()
-            networks = this.networks(real)
+            networks = this.networks(real, error)
             trials = [Trial(this, networks, setting) for setting in this.plan.settings]
             alive, reached = trials, 0
             for step, num_trials in this.plan.rungs:  # without a sweep one rung, the end of the round
@@ -82,7 +85,7 @@ def run(
                 reached = step
             record = _promote(this, trials, state)
             if error is not None:
-                record["reference_error"] = error
+                record["precision_error"] = error
             state = run_dir.advance(rounds=[*state["rounds"], record])
             _drop_candidates(recipe, run_dir, state["rounds"])
             del networks, trials, alive, trial  # the next round's models take their memory
@@ -204,6 +207,7 @@ def _result(recipe: Recipe, run_dir: rundir.RunDir, state: dict[str, Any], key: 
         "final": str(run_dir.final),
         "metric": key,
         "metric_images": None if recipe.metric.name == "js" else recipe.metric.num_images,  # js is of a density
+        "precision": state["precision"],
         "reference_score": state["reference"]["score"],
         "final_score": rounds[-1]["score"],
         **({} if fraction is None else {"sweep_cost": fraction}),

@@ -1,5 +1,6 @@
 """The frozen reference of a round: kept in fewer bytes, or spread over processes, where the recipe asks."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,15 @@ from ddo_cli.data.pairs import Shuffled
 from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import registry
-from ddo_cli.objectives.ddo import DdoSettings
-from ddo_cli.objectives.ddo_step import ddo_objective
-from ddo_cli.precision import training_precision
+from ddo_cli.objectives.ddo_step import ddo_batch
+from ddo_cli.precision import inference_precision, resolved
 from ddo_cli.recipe.schema import FinetuneRecipe, Recipe
 from ddo_cli.rng import StepRng
 from ddo_cli.trainable import map_tensors
 from ddo_cli.training import loop
 
 # Largest error of beta r. Our choice; the paper gives none. A row's gradient weight is sigmoid(-beta r), so 0.1 changes
-# it by 2.5 % where training starts. Beyond it, the reference's rounding competes with what a step changes; it is the
+# it by 2.5 % where training starts. Beyond it, rounding competes with what a step changes; a stored reference's is the
 # same for a given image in every epoch, so it does not average out.
 LARGEST_ERROR = 0.1
 
@@ -95,41 +95,59 @@ class _Upcast:
 
 
 def precision_error(recipe: Recipe, file: str | Path, real: ItemSet, number: int, device: torch.device) -> float:
-    """What keeping the reference in bf16 does to the log-ratio: its root mean square around 0, in nats.
+    """What the run's precision does to the log-ratio: its root mean square around 0, in nats.
 
-    On round `number`'s first batch of real images, where the model still is the reference, so that r should be 0.
+    On round `number`'s first batch of real images: the reference as training computes it, against itself in float32.
+    While training moves the model this far, errors of model and reference cancel less and less, and this is 0.5 to 2
+    times what is left of them.
     """
     settings, seed = recipe.finetune, recipe.seed
     exact = registry.load_model(file, device, settings.draw).model
     exact.before_step()
-    rounded = load(file, settings.model_copy(update={"sharding": "ddp"}), device).model
-    start, stop = loop.local_rows(settings.batch, settings.micro_batch)[0]
-    rows = Shuffled(real.items, real.labels, "real", seed, number, hflip=recipe.data.hflip).rows(start, stop)
-    rng = StepRng((seed, number), 0, range(start, stop))
-    objective = ddo_objective(exact, rounded, DdoSettings(1.0, 1.0))  # coefficients do not change r
-    batch = map_tensors(lambda tensor: tensor.to(device), objective.batch(rows, rows, rng))
-    with torch.no_grad(), training_precision(settings.precision, device):
-        step = objective.loss(exact, batch)
-    squares = dist.gathered(float(step.log["r_square"]))
-    return float(sum(squares) / len(squares)) ** 0.5
+    rounded = exact
+    if settings.reference_precision == "bf16":
+        rounded = load(file, settings.model_copy(update={"sharding": "ddp"}), device).model
+    pairs = Shuffled(real.items, real.labels, "real", seed, number, hflip=recipe.data.hflip)
+    square = torch.zeros((), device=device, dtype=torch.float64)
+    for start, stop in loop.local_rows(settings.batch, settings.micro_batch):
+        rows, rng = pairs.rows(start, stop), StepRng((seed, number), 0, range(start, stop))
+        batch = map_tensors(lambda tensor: tensor.to(device), ddo_batch(exact, rows, rows, rng))
+        x, label, draw = exact.codec.encode(*batch.real), batch.label[: stop - start], batch.draw
+        with torch.no_grad():
+            with inference_precision("float32", device):
+                prediction = exact.predict(x, label, draw)
+            with inference_precision(settings.precision, device):
+                r = exact.log_ratio(rounded.predict(x, label, draw), prediction, x, draw)
+        square += r.double().square().sum()
+    return math.sqrt(float(dist.all_reduce_sum(square)) / settings.batch)
 
 
 def check_precision(recipe: Recipe, file: str | Path, real: ItemSet, number: int, device: torch.device) -> float | None:
-    """Says what bf16 does to the log-ratio, and returns that figure; None where the reference is float32.
+    """Says what the run's precision does to the log-ratio, and returns that figure; None where all is float32.
 
     Raises UsageError if it is too much, before the first round. Later rounds warn: their predecessors are done.
     """
     settings = recipe.finetune
-    if settings.reference_precision == "float32":
+    precision, in_bf16 = resolved(settings.precision, device), settings.reference_precision == "bf16"
+    if precision == "float32" and not in_bf16:
         return None
     error = precision_error(recipe, file, real, number, device)
     beta = max(settings.beta) if isinstance(settings.beta, tuple) else settings.beta
-    effect = f"bf16 reference: log-ratio off by {error:.3g} (std) on the first batch, times beta {beta * error:.3g}"
+    names, remedies = [], []
+    if precision != "float32":
+        names.append(f"precision {precision}")
+        better = "fp16, which has a tenth of the error, or float32" if precision == "bf16" else "float32"
+        remedies.append(f"finetune.precision = {better}")
+    if in_bf16:
+        names.append("bf16 reference")
+        remedies.append("finetune.reference_precision = float32")
+    figures = f"log-ratio off by {error:.3g} nats (rms) on the first batch, times beta {beta * error:.3g}"
+    effect = f"{' and '.join(names)}: {figures}"
     if not beta * error <= LARGEST_ERROR:  # NaN is refused too
-        remedy = f"{effect}, more than {LARGEST_ERROR:g}; use finetune.reference_precision = float32"
+        remedy = f"{effect}, more than {LARGEST_ERROR:g}; use {' and '.join(remedies)}"
         if number == 1:
             raise UsageError(remedy)
         console.warn(remedy)
     else:
-        console.info(f"{effect}; r does not start at exactly 0")
+        console.info(f"round {number}: {effect}{'; r does not start at exactly 0' if in_bf16 else ''}")
     return error

@@ -64,7 +64,7 @@ class Round(NamedTuple):
             device=self.device, title=f"{self.title} fake set",
         )  # fmt: skip
 
-    def networks(self, real: ItemSet) -> "Networks":
+    def networks(self, real: ItemSet, precision_error: float | None) -> "Networks":
         """What every trial of the round trains against."""
         recipe, file = self.recipe, self.ref_file
         fake = open_samples(self.path / "samples")
@@ -86,7 +86,7 @@ class Round(NamedTuple):
             "provenance": [*ref.checkpoint.header.get("provenance", []), link],
         }
         scratch = registry.load_model(file, self.device, recipe.finetune.draw).model
-        return Networks(ref.model, ref.checkpoint.sha256, scratch, pairs, header)
+        return Networks(ref.model, ref.checkpoint.sha256, scratch, pairs, header, precision_error)
 
 
 class Networks(NamedTuple):
@@ -97,6 +97,7 @@ class Networks(NamedTuple):
     scratch: LikelihoodModel  # holds averaged weights while they are scored
     pairs: Pairs
     header: dict[str, Any]  # of every checkpoint: the reference's configuration and a longer chain of provenance
+    precision_error: float | None  # of r, in nats, on the first batch; None in float32
 
 
 def path_of(run_dir: rundir.RunDir, number: int) -> Path:

@@ -121,7 +121,18 @@ class Trial:
 
     def _meter(self) -> Meter:
         tags = {"round": self.round.number, **self.tags}
-        return Meter(self.round.run_dir.log_file, tags, self.settings.batch, self.round.device, _figures)
+        return Meter(self.round.run_dir.log_file, tags, self.settings.batch, self.round.device, self._figures)
+
+    def _figures(self, means: dict[str, float]) -> dict[str, float]:
+        """A line of the log, of the means over its rows; the error of r, where there is one, beside the spread of r."""
+        spread = r_std(means["r_real"], means["r_fake"], means.pop("r_square"))
+        error = self.networks.precision_error
+        return {
+            **means,
+            "r_std": spread,
+            **({} if error is None else {"precision_error": error}),
+            "denoising_ratio": (means["ref_loss"] - means["r_real"]) / means["ref_loss"],
+        }
 
     def _check(self, step: int, figures: dict[str, float] | None) -> None:
         self.reached = step
@@ -227,9 +238,3 @@ def candidates_of(trials: Sequence[Trial]) -> Iterator[tuple[Trial, int]]:
         )
     for trial in trials:
         yield from ((trial, step) for step in sorted(map(int, trial.candidates)))
-
-
-def _figures(means: dict[str, float]) -> dict[str, float]:
-    """A line of the log, of the means over its rows."""
-    spread = r_std(means["r_real"], means["r_fake"], means.pop("r_square"))
-    return {**means, "r_std": spread, "denoising_ratio": (means["ref_loss"] - means["r_real"]) / means["ref_loss"]}

@@ -55,12 +55,13 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     network = discriminators.build("classifier", config).to(device)
     loop.local_rows(settings.batch, settings.micro_batch)
     steps = training_run.num_steps(settings.images, settings.batch)
-    identity = {"data_sha256": digest(real), "model_sha256": loaded.checkpoint.sha256}
+    precision = training_run.precision_of(settings, None, device)
+    identity = {"data_sha256": digest(real), "model_sha256": loaded.checkpoint.sha256, **precision}
     rundir.RunDir(out).check("train-classifier", recipe, **identity)
     if dry_run:
         parameters = sum(p.numel() for p in network.parameters())
         return {"out": str(out), "dry_run": True, "parameters": parameters, "steps": steps, "data": real.name}
-    with training_run.claimed("train-classifier", recipe, settings, out, identity) as (run_dir, state):
+    with training_run.claimed("train-classifier", recipe, out, identity) as (run_dir, state):
         if not run_dir.is_finished(state):
             p_mean, p_std = base.draw_options.p_mean, base.draw_options.p_std
             law = vp_sde.TimeLaw(settings.time, False, settings.t_min, p_mean, p_std)

@@ -82,6 +82,7 @@ def run(
     identity = {"model_sha256": loaded.checkpoint.sha256, "data_sha256": digest(real), "config": config}
     identity |= {"fake_sha256": digest(given)} if given is not None else {}
     identity |= scoring.identity if scoring is not None else {}
+    identity |= training_run.precision_of(settings, spec, device)
     rundir.RunDir(out).check("train-disc", recipe, **identity)
     if dry_run:
         return {
@@ -89,7 +90,7 @@ def run(
             "discriminator": settings.name, "parameters": sum(p.numel() for p in network.parameters()),
             "fake": settings.fake or f"{settings.num_fake} to draw", "images": settings.images, "batch": settings.batch,
         }  # fmt: skip
-    with training_run.claimed("train-disc", recipe, settings, out, identity) as (run_dir, state):
+    with training_run.claimed("train-disc", recipe, out, identity) as (run_dir, state):
         if not run_dir.is_finished(state):
             fake = given or disc_data.draw(recipe, spec, run_dir, label_use, real, device)
             header = _header(recipe, loaded, config, spec, real, fake)

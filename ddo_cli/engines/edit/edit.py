@@ -21,7 +21,7 @@ from ddo_cli.engines.edit.report import Way
 from ddo_cli.engines.sampling import sample
 from ddo_cli.files import write_json
 from ddo_cli.generation import Batch, num_batches
-from ddo_cli.precision import inference_precision
+from ddo_cli.precision import inference_precision, settled
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import seed_from, seeded
 
@@ -61,7 +61,7 @@ def run(
     """
     editor = edit_inputs.choose(disc, ckpt, guidance or {}, use_guidance, force=force, device=device)
     base, has_guide = editor.base, editor.settings is not None
-    spec = sample.spec_of(editor.file, **(sampling or {}))
+    spec = settled(sample.spec_of(editor.file, **(sampling or {})), device)
     editor.model(is_guided=has_guide).check_sampling(spec)
     levels = edit_inputs.check_levels(levels, spec, base)
     edit_inputs.check_outside(out, source)
@@ -139,7 +139,7 @@ def _draw(
             x0 = model.codec.encode(torch.from_numpy(sources.items[padded]).to(device))
             label = torch.from_numpy(sources.labels[padded])
             rng = seeded([seed_from("edit", seed, row) for row in padded], spec.rng)
-            with inference_precision(spec.precision or "float32", device):
+            with inference_precision(spec.precision, device):
                 sampled = model.sample(label.to(device), rng, spec, x0)
             items = model.codec.decode(sampled.x).cpu()[: len(rows)]
             batch = Batch(number, items, label[: len(rows)], torch.tensor(rows), sampled.nfe, sampled.disc_nfe)

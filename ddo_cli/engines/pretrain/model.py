@@ -53,7 +53,8 @@ def run(
     model.check_sampling(recipe.sampling)
     scoring = Scoring(recipe, real, recipe.sampling, device)
     parameters = sum(p.numel() for p in model.parameters())
-    identity = {"data_sha256": digest(real), **scoring.identity}
+    precision = training_run.precision_of(settings, recipe.sampling, device)
+    identity = {"data_sha256": digest(real), **scoring.identity, **precision}
     rundir.RunDir(out).check("pretrain", recipe, **identity)
     stream = Shuffled(real.items, real.labels, "pretrain", recipe.seed, hflip=recipe.data.hflip)
     objective = likelihood_objective(model)
@@ -67,7 +68,7 @@ def run(
             plan |= dry_runs.of_pretraining(recipe, model, objective, stream, device, model, scoring.images)
         return plan
     model.start_training()
-    with training_run.claimed("pretrain", recipe, settings, out, identity) as (run_dir, state):
+    with training_run.claimed("pretrain", recipe, out, identity) as (run_dir, state):
         if not run_dir.is_finished(state):
             console.info(
                 f"pretrain {config['name']}: {parameters:,} parameters, {steps} steps of {settings.batch} images"

@@ -54,7 +54,8 @@ def run(
     model: Vqvae = tokenizers.build(config).to(device)
     scoring = Scoring(recipe, real, recipe.sampling, device)
     parameters = sum(p.numel() for p in model.parameters())
-    identity = {"data_sha256": digest(real), **scoring.identity}
+    precision = training_run.precision_of(settings, None, device)
+    identity = {"data_sha256": digest(real), **scoring.identity, **precision}
     rundir.RunDir(out).check("pretrain", recipe, **identity)
     stream = Shuffled(real.items, real.labels, "pretrain", recipe.seed, hflip=recipe.data.hflip)
     objective = Objective(partial(_batch, recipe, stream), partial(_reconstruction, model))
@@ -64,7 +65,7 @@ def run(
             "images": steps * settings.batch, "steps": steps, "batch": settings.batch, "data": real.name,
         }  # fmt: skip
         return plan | dry_runs.of_pretraining(recipe, model, objective, stream, device) if measure else plan
-    with training_run.claimed("pretrain", recipe, settings, out, identity) as (run_dir, state):
+    with training_run.claimed("pretrain", recipe, out, identity) as (run_dir, state):
         if not run_dir.is_finished(state):
             console.info(f"pretrain {vqvae.NAME}: {parameters:,} parameters, {steps} steps of {settings.batch} images")
             job = training_run.plan_of(run_dir, recipe, "pretraining", steps, settings, device)

@@ -16,6 +16,7 @@ from ddo_cli.errors import UsageError
 from ddo_cli.generation import Batch, check_labels, generate, num_batches
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import registry
+from ddo_cli.precision import settled
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.report import pictures
 
@@ -46,7 +47,7 @@ def run(
     Continues a set that an earlier run left unfinished; does nothing to a finished one.
     """
     model, file = ckpt if isinstance(ckpt, registry.Loaded) else registry.load_model(ckpt, device)
-    spec = spec_of(file, **(sampling or {}))
+    spec = settled(spec_of(file, **(sampling or {})), device)
     model.check_sampling(spec)
     check_labels(spec, model.num_classes, len(seeds), classes)
     if classes and not model.num_classes:
@@ -78,9 +79,12 @@ def run(
     if dist.is_main() and not manifest_of(out):
         pictures.check_replaceable(grid)
     result = {"out": str(out), "num_images": len(seeds), "checkpoint_sha256": file.sha256, "sampler": spec.sampler}
+    result["precision"] = spec.precision
     if dry_run:
         return {**result, "batches": num_batches(len(seeds), spec.batch), "steps": spec.steps, "dry_run": True}
     warn_if_never_unconditional(file, spec)
+    if spec.precision != "float32":
+        console.info(f"{title}: precision {spec.precision}")
     draw = partial(drawn, model, spec=spec, classes=classes, as_given=seeds, device=device)
     with rundir.locked(out):
         writer.out_dir.claim()
