@@ -90,6 +90,8 @@ def test_a_section_as_a_whole_keeps_the_keys_that_it_does_not_give():
     update = {"precision": "fp16", "lr": 1e-5}
     assert plain.finetune.warmup != FinetuneRecipe().warmup, "the recipe's own, which was lost"
     assert changed == plain.model_copy(update={"finetune": plain.finetune.model_copy(update=update)})
+    assert load("toy2d").model.options
+    assert load("toy2d", ["model={name: patch-unet}"]).model.options == {}, "those of another network"
     assert load("quickstart", ["model.options={patch: 2}"]).model.options == {"patch": 2}  # a value, not a section
 
 

@@ -122,7 +122,8 @@ def _parse_yaml(text: str) -> Any:
 def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Values by key of "key=value" strings, and messages about the others.
 
-    A section as a whole, finetune={lr: 1e-4}, sets the keys that it gives; the recipe's others stay.
+    A section as a whole, finetune={lr: 1e-4}, sets the keys that it gives; the recipe's others stay, except for options
+    and draw where it names another network.
     """
     values: dict[str, Any] = {}
     problems = []
@@ -133,8 +134,13 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str
             continue
         try:
             key, value = key.strip(), _parse_yaml(text)
-            is_section = key in Recipe.model_fields and isinstance(value, dict)
-            values |= {f"{key}.{inner}": of_inner for inner, of_inner in value.items()} if is_section else {key: value}
+            if key in Recipe.model_fields and isinstance(value, dict):
+                of_name: set[str] = {"options", "draw"} if "name" in value else set()
+                known = getattr(Recipe.model_fields[key].annotation, "model_fields", {})
+                value = {**{name: {} for name in of_name & known.keys()}, **value}
+                values |= {f"{key}.{name}": inner for name, inner in value.items()}
+            else:
+                values[key] = value
         except yaml.YAMLError as error:
             problems.append(f"command line: '{override}' is not YAML: {' '.join(str(error).split())}")
     return values, problems
