@@ -12,7 +12,7 @@ from ddo_cli.codec import Codec
 from ddo_cli.diffusion import samplers, vp_sde
 from ddo_cli.diffusion.churn import Boost, Churn
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
-from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, climb, extrapolated
+from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, climb, extrapolated, in_turn
 from ddo_cli.diffusion.mixture import GaussianMixture, toy2d
 from ddo_cli.diffusion.schedules import karras_sigmas
 from ddo_cli.diffusion.trace import Trace, rows_of
@@ -275,7 +275,9 @@ def test_the_denoiser_is_told_its_stage():
         def denoise(self, x, sigma, label):
             return x
 
-    guided = steered(AutoGuide(Bad(), 2.0), steered(GradientGuide(curved), extrapolated(denoise, denoise, 2.0)))
+    guided = steered(
+        AutoGuide(Bad(), 2.0), steered(GradientGuide(curved), extrapolated(denoise, in_turn(denoise, denoise), 2.0))
+    )
     guided(normal(4), torch.ones((), dtype=torch.float64), "corrector")
     assert stages == ["corrector", "corrector"]
 
@@ -595,3 +597,26 @@ def test_guides_without_weight_leave_samples_alone():
     plain, guided = sample([]), sample([GradientGuide(Counting(), 0.0)])
     assert torch.equal(plain.x, guided.x)
     assert (plain.nfe, plain.disc_nfe, guided.nfe, guided.disc_nfe) == (11, 0, 11, 0)
+
+
+@pytest.mark.parametrize("sigma", [torch.tensor(0.7, dtype=torch.float64), levels(0.05, 0.7, 5.0, 80.0)])
+def test_with_and_without_label_are_one_batch_and_the_variance_is_the_conditional_one(sigma):
+    sizes = []
+
+    class Labelled(nn.Module):
+        """F = label, v = label + 1 / 2: of each row's own label."""
+
+        def forward(self, x, c_noise, label):
+            sizes.append((len(x), len(c_noise)))
+            told = label.to(x.dtype)[:, None].expand_as(x)
+            return torch.cat([told, told + 0.5], dim=1)
+
+    options = DiffusionOptions(learned_variance=True)
+    model = DiffusionModel(Labelled(), Codec((3,)), 10, options, DiffusionDrawOptions())
+    x, trace, label = torch.zeros(4, 3, dtype=torch.float64), Trace(), torch.tensor([0, 3, 5, 9])
+    interval = {"cfg_sigma_min": 0.01, "cfg_sigma_max": 100.0}
+    found = model.steered(label, SamplingRecipe(cfg_scale=3.0, **interval), trace)(x, sigma)
+    c_out = model.precond.coefficients(sigma.float()).c_out.expand(4)
+    assert_close(found, (c_out * (-1 + 3.0 * (label + 1))).double()[:, None].expand(4, 3))
+    assert_close(trace.variance, (label + 0.5)[:, None].expand(4, 3))
+    assert (sizes, trace.nfe) == ([(8, 8)], 2)

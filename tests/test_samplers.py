@@ -137,9 +137,10 @@ def test_classifier_free_guidance_extrapolates():
         return x
 
     x = torch.zeros(3)
-    assert_close(guidance.extrapolated(conditional, unconditional, 1.0)(x, torch.ones(())), x + 1)
-    assert_close(guidance.extrapolated(conditional, unconditional, 2.5)(x, torch.ones(())), x + 2.5)
-    assert_close(guidance.extrapolated(conditional, unconditional, 0.0)(x, torch.ones(())), x)
+    pair = guidance.in_turn(conditional, unconditional)
+    assert_close(guidance.extrapolated(conditional, pair, 1.0)(x, torch.ones(())), x + 1)
+    assert_close(guidance.extrapolated(conditional, pair, 2.5)(x, torch.ones(())), x + 2.5)
+    assert_close(guidance.extrapolated(conditional, pair, 0.0)(x, torch.ones(())), x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from ddo_cli.commands.options import interval_of
 from ddo_cli.diffusion import samplers, sampling_plan
 from ddo_cli.diffusion.churn import Churn
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
-from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, Interval, extrapolated
+from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, Interval, extrapolated, in_turn
 from ddo_cli.diffusion.schedules import karras_sigmas
 from ddo_cli.diffusion.trace import Trace
 from ddo_cli.engines.sampling import guides, sample
@@ -145,7 +145,8 @@ def constant(value, calls):
 
 def test_the_interval_is_open_below_and_closed_above():
     calls = []
-    guided = extrapolated(constant(1.0, []), constant(0.0, calls), 3.0, Interval(0.5, 2.0))
+    good = constant(1.0, [])
+    guided = extrapolated(good, in_turn(good, constant(0.0, calls)), 3.0, Interval(0.5, 2.0))
     x = torch.zeros(2, 1)
     found = [guided(x, torch.tensor(sigma))[0].item() for sigma in (0.1, 0.5, 0.51, 2.0, 2.1)]
     assert found == [1, 1, 3, 3, 1]
@@ -177,7 +178,10 @@ class Labelled(Analytic):
     """Has another `a` without labels."""
 
     def denoise(self, x, sigma, label):
-        return Analytic(0.3 if (label >= 0).all() else 0.2).denoise(x, sigma, label)
+        found = torch.zeros(x.shape)
+        for rows, a in ((label >= 0, 0.3), (label < 0, 0.2)):
+            found[rows] = Analytic(a).denoise(x[rows], sigma, label[rows])
+        return found
 
 
 @pytest.mark.parametrize(("low", "high"), [(None, None), (0.3, 6.0), (None, 6.0), (0.3, None)])

@@ -164,23 +164,32 @@ class DiffusionModel(LikelihoodModel):
     def steered(self, label: Tensor, spec: SamplingRecipe, trace: Trace) -> Denoiser:
         """The denoiser of a batch with classifier-free guidance and all guides; counts evaluations in `trace`."""
 
-        def bound(label: Tensor) -> Denoiser:
-            def denoise(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
-                trace.nfe += 1
-                if not self.options.learned_variance:
-                    return self.denoise(x, sigma, label).to(x.dtype)
-                denoised, trace.variance = self.evaluate(x, sigma, label)
-                return denoised.to(x.dtype)
+        both_labels = torch.cat([label, torch.full_like(label, NO_LABEL)])  # (2 B,)
 
-            return denoise
+        def network(x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
+            if not self.options.learned_variance:
+                return self.denoise(x, sigma, label).to(x.dtype)
+            denoised, trace.variance = self.evaluate(x, sigma, label)
+            return denoised.to(x.dtype)
+
+        def conditional(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
+            trace.nfe += 1
+            return network(x, sigma, label)
+
+        def both(x: Tensor, sigma: Tensor, stage: str = "predictor") -> tuple[Tensor, Tensor]:
+            """D with and without label, of one batch of 2 B; the trace keeps the conditional variance."""
+            trace.nfe += 2
+            sigmas = sigma.repeat(2) if sigma.ndim else sigma
+            denoised, unconditional = network(torch.cat([x, x]), sigmas, both_labels).chunk(2)
+            trace.variance = None if trace.variance is None else trace.variance[: len(x)]
+            return denoised, unconditional
 
         def clipped(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
             return unclipped(x, sigma, stage).clamp(-1, 1)
 
-        denoise = bound(label)
+        denoise: Denoiser = conditional
         if spec.cfg_scale is not None and spec.cfg_scale != 1:
-            unconditional = bound(torch.full_like(label, NO_LABEL))
-            denoise = guidance.extrapolated(denoise, unconditional, spec.cfg_scale, _cfg_interval(spec))
+            denoise = guidance.extrapolated(conditional, both, spec.cfg_scale, _cfg_interval(spec))
         if spec.clip_denoised:
             unclipped, denoise = denoise, clipped
         for guide in self.guides:

@@ -50,8 +50,24 @@ class Interval(NamedTuple):
         return (sigma > self.low) & (sigma <= self.high)
 
 
-def extrapolated(good: Denoiser, bad: Denoiser, scale: float, interval: Interval = Interval()) -> Denoiser:  # noqa: B008
-    """D_bad + scale (D_good - D_bad) inside the interval, D_good elsewhere, where `bad` is not evaluated.
+class Pair(Protocol):
+    """Two denoisers of the same states: (D_good, D_bad)."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, stage: str = "predictor") -> tuple[Tensor, Tensor]: ...
+
+
+def in_turn(good: Denoiser, bad: Denoiser) -> Pair:
+    """The pair of two networks, `good` evaluated last, so that the trace keeps its learned variance."""
+
+    def pair(x: Tensor, sigma: Tensor, stage: str = "predictor") -> tuple[Tensor, Tensor]:
+        base = bad(x, sigma, stage)
+        return good(x, sigma, stage), base
+
+    return pair
+
+
+def extrapolated(good: Denoiser, pair: Pair, scale: float, interval: Interval = Interval()) -> Denoiser:  # noqa: B008
+    """D_bad + scale (D_good - D_bad) inside the interval, D_good alone elsewhere. pair: of `good` and the other one.
 
     Classifier-free guidance: conditional and unconditional (arXiv 2207.12598); 1 is the conditional model itself.
     """
@@ -60,8 +76,7 @@ def extrapolated(good: Denoiser, bad: Denoiser, scale: float, interval: Interval
         inside = interval.holds(sigma)
         if _is_false(inside):
             return good(x, sigma, stage)
-        base = bad(x, sigma, stage)
-        denoised = good(x, sigma, stage)  # last, so that the trace keeps its learned variance
+        denoised, base = pair(x, sigma, stage)
         return _chosen(inside, base + scale * (denoised - base), denoised)
 
     return denoise
@@ -101,7 +116,7 @@ class AutoGuide(NamedTuple):
             trace.nfe += 1
             return self.bad.denoise(x, sigma, label).to(x.dtype)
 
-        return extrapolated(denoise, bad, self.scale, self.interval)
+        return extrapolated(denoise, in_turn(denoise, bad), self.scale, self.interval)
 
 
 class GradientGuide(NamedTuple):
