@@ -108,8 +108,31 @@ def test_folder_of_npz_files_and_others(tmp_path):
     (root / "b.npz").write_bytes(b"junk")
     with pytest.raises(DataError, match=r"b\.npz is not a whole \.npz"):
         open_images(str(root))
-    (root / "b.png").write_bytes(encoded(some_items(1)[0]))
-    assert len(open_images(str(root)).items) == 1  # a folder of images, with arrays that are passed over
+    (root / "c.png").write_bytes(encoded(some_items(1)[0]))
+    with pytest.raises(DataError, match=r"images in \.npz files \(a\.npz\) and others beside them \(c\.png\)"):
+        open_images(str(root))  # one of the two would be left out
+    (root / "a.npz").unlink()
+    assert len(open_images(str(root)).items) == 1  # b.npz is no set
+
+
+def test_folders_of_published_code(tmp_path, capsys):
+    """DG's generate.py leaves a contact sheet beside each file; guided-diffusion its logs."""
+    items = some_items(4)
+    for form in ("samples", "arr_0"):
+        root = write_npzs(tmp_path / form, {f"samples_{n}.npz": {form: items[2 * n : 2 * n + 2]} for n in range(2)})
+        for n in range(2):
+            (root / f"sample_{n}.png").write_bytes(encoded(some_items(1, size=20)[0]))
+        (root / "log.txt").write_text("creating model and diffusion...")
+        np.testing.assert_array_equal(open_images(str(root)).items, items)
+        said = " ".join(capsys.readouterr().err.split())
+        assert "those of 2 .npz files; left out: log.txt, sample_0.png, sample_1.png" in said
+
+
+def test_statistics_beside_images_are_left_out(tmp_path, capsys):
+    root = write_npzs(tmp_path / "set", {"fid-refs.npz": {"mu": np.zeros(3), "sigma": np.eye(3)}})
+    (root / "a.png").write_bytes(encoded(some_items(1)[0]))
+    assert len(open_images(str(root)).items) == 1
+    assert "left out: 1 .npz" in capsys.readouterr().err
 
 
 def test_npz_of_points(tmp_path):

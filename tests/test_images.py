@@ -81,7 +81,15 @@ def test_images_come_back_in_the_order_of_names(tmp_path, write, channels):
 
 @either
 @pytest.mark.parametrize(
-    ("form", "options"), [("webp", {"lossless": True}), ("bmp", {}), ("jpeg", {"quality": 100}), ("PNG", {})]
+    ("form", "options"),
+    [
+        ("webp", {"lossless": True}),
+        ("bmp", {}),
+        ("jpeg", {"quality": 100}),
+        ("PNG", {}),
+        ("tiff", {}),
+        ("ppm", {}),
+    ],
 )
 def test_formats(tmp_path, write, form, options):
     flat = np.full((3, 3, 8, 8), 128, np.uint8)  # which JPEG keeps
@@ -109,18 +117,112 @@ def test_labels_of_dataset_json(tmp_path, write):
     assert_holds(open_images(str(write(tmp_path, {**content, "dataset.json": index(None)}))), items)
 
 
-def test_labels_of_subfolders(tmp_path):
+def test_labels_of_subfolders(tmp_path, capsys):
     items = some_items(4)
     names = ["cat/a.png", "cat/deep/b.png", "dog/a.png", "eel/a.png"]
     root = write_folder(tmp_path / "set", dict(zip(names, map(encoded, items), strict=True)))
     (root / "empty").mkdir()
     assert_holds(open_images(str(root)), items, [0, 0, 1, 2], num_classes=3)
     assert_holds(open_images(str(root / "cat")), items[:2])  # not all in subfolders, or in one only
+    capsys.readouterr()
+    assert open_images(str(root)).num_classes == 3
+    assert "3 classes from folder names: 0 cat, 1 dog, 2 eel" in capsys.readouterr().err
     (root / "zebra.png").write_bytes(encoded(items[0]))
     assert open_images(str(root)).num_classes == 0
+    assert "no labels, since zebra.png lies beside the folders cat, dog, eel" in capsys.readouterr().err
     # The directories of an archive without dataset.json are no classes, as in EDM.
     zipped = write_zip(tmp_path / "set.zip", dict(zip(names, map(encoded, items), strict=True)))
     assert_holds(open_images(str(zipped)), items)
+
+
+@pytest.mark.parametrize(
+    ("folders", "labels", "said"),
+    [
+        (["0", "1", "2", "10"], [0, 1, 10, 2], "4 classes from folder names: 0 0, 1 1, 2 2, 10 10"),
+        (["1", "2", "10"], [1, 10, 2], "3 classes from folder names: 1 1"),
+        (["a", "1", "b"], [0, 1, 2], "0 1, 1 a, 2 b"),
+        (["000000", "001000", "002000"], None, "folders 000000, 001000, 002000 are taken for shards, not classes"),
+        (["00000", "00001"], None, "folders 00000, 00001 are taken for shards"),
+        (["train", "val"], None, "folders train, val are taken for splits, not classes; to use one of them, give"),
+    ],
+)
+def test_what_folder_names_mean(tmp_path, capsys, folders, labels, said):
+    items = some_items(len(folders))
+    content = {f"{folder}/{row}.png": encoded(items[row]) for row, folder in enumerate(sorted(folders))}
+    found = open_images(str(write_folder(tmp_path / "set", content)))
+    assert_holds(found, items, labels, max(labels) + 1 if labels else 0)
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_two_folders_of_one_number(tmp_path):
+    content = {f"{folder}/a.png": encoded(some_items(1)[0]) for folder in ("1", "01", "2")}
+    with pytest.raises(DataError, match="two folders of class 1"):
+        open_images(str(write_folder(tmp_path / "set", content)))
+
+
+@either
+def test_dataset_json_in_an_outer_folder(tmp_path, write, capsys):
+    items = some_items(2)
+    content = {"outer/00000/a.png": encoded(items[0]), "outer/b.png": encoded(items[1])}
+    labels = {"outer/dataset.json": index([["00000/a.png", 3], ["b.png", 1]])}
+    assert_holds(open_images(str(write(tmp_path, content | labels))), items, [3, 1], num_classes=4)
+    assert "labels are those of outer/dataset.json" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"outer/dataset\.json, whose labels do not cover stray\.png"):
+        open_images(str(write(tmp_path, {**content, **labels, "stray.png": encoded(items[0])})))
+    (tmp_path / "two").mkdir()
+    two = {"a/x.png": encoded(items[0]), "b/x.png": encoded(items[1])}
+    two |= {f"{name}/dataset.json": index([["x.png", 0]]) for name in "ab"}
+    with pytest.raises(DataError, match=r"holds 2 files dataset\.json"):
+        open_images(str(write(tmp_path / "two", two)))
+
+
+@either
+def test_an_image_listed_twice(tmp_path, write):
+    content = {"a.png": encoded(some_items(1)[0]), "dataset.json": index([["a.png", 1], ["a.png", 2]])}
+    with pytest.raises(DataError, match=r"lists a\.png more than once"):
+        open_images(str(write(tmp_path, content)))
+
+
+@either
+def test_what_is_left_out_is_said(tmp_path, write, capsys):
+    content = {"a.png": encoded(some_items(1)[0]), "b.tga": b"x", "c.tga": b"x", "d.svg": b"x", "log.txt": b"x"}
+    (tmp_path / "two").mkdir()
+    assert len(open_images(str(write(tmp_path / "two", content))).items) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "files that are no images are left out: 1 .txt" in said
+    assert "warning:" in said
+    assert "pictures of other formats are left out: 2 .tga, 1 .svg; convert them to PNG" in said
+
+
+def test_postscript_is_never_started(tmp_path, monkeypatch):
+    """Whatever the name says: Pillow would start Ghostscript for it."""
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 7\n%%EndComments\n%%EOF\n"
+    with pytest.raises(DataError, match=r"a\.png cannot be read as an image"):
+        open_images(str(write_folder(tmp_path / "set", {"a.png": content})))
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB", "LA", "RGBA"])
+@pytest.mark.parametrize("is_clear", [True, False])
+def test_transparency_in_every_form(tmp_path, mode, is_clear):
+    """A transparent palette entry or colour is seen like an alpha channel."""
+    image = Image.new("RGB", (4, 4), (0, 0, 0))
+    image.putpixel((1, 1), (255, 255, 255))
+    image = image.convert(mode)
+    options = {}
+    if mode in ("LA", "RGBA"):
+        image.putalpha(Image.new("L", (4, 4), 0 if is_clear else 255))
+    elif is_clear:
+        options = {"transparency": {"P": image.getpixel((0, 0)), "L": 0, "RGB": (0, 0, 0)}[mode]}
+    (tmp_path / "set").mkdir()
+    image.save(tmp_path / "set" / "a.png", **options)
+    if is_clear:
+        with pytest.raises(DataError, match="transparent pixels"):
+            open_images(str(tmp_path / "set"))
+    else:
+        found = open_images(str(tmp_path / "set")).items
+        assert found.shape[1] == (1 if mode in ("L", "LA") else 3)
+        assert found[0, :, 1, 1].tolist() == [255] * found.shape[1]
 
 
 def test_links_are_followed_once(tmp_path):

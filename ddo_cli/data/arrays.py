@@ -24,11 +24,25 @@ CHUNK = 1 << 22  # bytes that are decompressed at a time
 
 
 def npz_files(path: Path) -> list[Path]:
-    """The .npz files of a folder that holds nothing else (hidden files aside), sorted by name; else none."""
-    entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-    if not all(entry.suffix.lower() == ".npz" and entry.is_file() for entry in entries):
+    """The .npz files of a folder that hold items, sorted by name; statistics beside images are none."""
+    files = sorted(
+        entry
+        for entry in path.iterdir()
+        if entry.suffix.lower() == ".npz" and entry.is_file() and not entry.name.startswith(".")
+    )
+    if not files:
         return []
-    return [entry for entry in entries if entry.name != MERGED] or entries
+    only_npz = all(entry in files or entry.name.startswith(".") for entry in path.iterdir())
+    if not only_npz:  # a damaged file is no set; among nothing else it is reported
+        files = [file for file in files if _holds_items(file)]
+    return [file for file in files if file.name != MERGED] or files
+
+
+def _holds_items(file: Path) -> bool:
+    try:
+        return bool(npz.names(file) & set(NPZ_ITEMS))
+    except npz.DAMAGE:
+        return False
 
 
 def open_npz_folder(path: Path, files: Sequence[Path], in_memory: bool) -> Contents:

@@ -4,8 +4,10 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,16 +17,39 @@ from ddo_cli.data.readers import ZIP_ERRORS, ItemFiles
 from ddo_cli.errors import DataError
 from ddo_cli.likelihood import NO_LABEL
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-LOSSY = (".jpg", ".jpeg", ".webp")
-# Pillow modes without loss in 8 bits of grey or RGB. RGBA is taken where it is opaque.
-MODES = {"1": "L", "L": "L", "RGB": "RGB", "P": "RGB", "YCbCr": "RGB", "CMYK": "RGB", "RGBA": "RGBA"}
+# What Pillow decodes by itself. EPS and PostScript are left out, since Pillow starts Ghostscript for them.
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
+EXTENSIONS = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
+LOSSY = (".jpg", ".jpeg", ".jfif", ".webp")
+# Pictures that are left out of a set: their number counts against comparing its scores.
+OTHER_PICTURES = (
+    ".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".tga", ".psd", ".exr", ".hdr", ".dds", ".ico", ".pcx", ".svg",
+    ".eps", ".ps", ".pdf", ".wmf", ".emf", ".raw", ".dng", ".cr2", ".nef",
+)  # fmt: skip
+# Pillow modes without loss in 8 bits of grey or RGB. Those with alpha are taken where it is opaque.
+MODES = {"1": "L", "L": "L", "RGB": "RGB", "P": "RGB", "YCbCr": "RGB", "CMYK": "RGB", "RGBA": "RGBA", "LA": "LA"}
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
+FEW_NAMES = 12  # class names, or files, that a note spells out
 
 
-def folder_entries(source: str, path: Path) -> tuple[list[str], np.ndarray]:
-    """Names of a folder's images, sorted, and their labels int64 (N,).
+class Listing(NamedTuple):
+    """The images of a set, sorted by name, with labels int64 (N,), -1 = none.
 
-    Labels are those of dataset.json, or else of the top-level subfolders if every image is in one.
+    notes: what is assumed or left out, for people; warnings: what speaks against comparing the set's scores.
+    """
+
+    names: list[str]
+    labels: np.ndarray
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def folder_entries(source: str, path: Path) -> Listing:
+    """The images of a folder and all below it.
+
+    Labels are those of dataset.json, or else of the top-level subfolders if every image is in one. Raises DataError.
     """
     names: list[str] = []
     seen: set[str] = set()
@@ -34,24 +59,15 @@ def folder_entries(source: str, path: Path) -> tuple[list[str], np.ndarray]:
         if real not in seen:  # else a link to a parent folder would never end
             names += [Path(root, leaf).relative_to(path).as_posix() for leaf in leaves]
         seen.add(real)
-    text = folder_index(path)
-    names = _image_names(source, names)
-    labels = indexed_labels(source, names, text)
-    tops = [name.partition("/")[0] for name in names if "/" in name]
-    classes = sorted(set(tops))
-    if text is None and len(tops) == len(names) and len(classes) > 1:
-        number = {top: label for label, top in enumerate(classes)}
-        labels = np.array([number[top] for top in tops], dtype=np.int64)
-    return names, labels
+    return _listing(source, names, lambda index: folder_index(path / index), folders_are_classes=True)
 
 
-def zip_entries(source: str, archive: zipfile.ZipFile) -> tuple[list[str], np.ndarray]:
-    """Names of a zip's images, sorted, and their labels int64 (N,). Directories in a zip are no classes, as in EDM.
+def zip_entries(source: str, archive: zipfile.ZipFile) -> Listing:
+    """The images of a zip. Labels are those of dataset.json; directories in a zip are no classes, as in EDM.
 
     Raises DataError, or one of ZIP_ERRORS.
     """
-    names = _image_names(source, archive.namelist())
-    return names, indexed_labels(source, names, zip_index(archive))
+    return _listing(source, archive.namelist(), lambda index: archive.read(index), folders_are_classes=False)
 
 
 def broken_zip(source: str, error: Exception) -> DataError:
@@ -59,22 +75,114 @@ def broken_zip(source: str, error: Exception) -> DataError:
     return DataError(f"{source} is not a whole zip file ({error}); copy it again")
 
 
-def _image_names(source: str, names: Iterable[str]) -> list[str]:
-    """Names with an image's extension, sorted; hidden files and macOS's resource forks are no images."""
-    images = sorted(
-        name
-        for name in names
-        if name.lower().endswith(EXTENSIONS)
-        and not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-    )
-    if not images:
+def _listing(
+    source: str, files: Sequence[str], read: Callable[[str], bytes | None], folders_are_classes: bool
+) -> Listing:
+    names, notes, warnings = _images_of(source, files)
+    index = _index_of(source, files, names)
+    if index is not None:
+        root = index.removesuffix(INDEX)
+        labels = indexed_labels(source, [name.removeprefix(root) for name in names], read(index), index)
+        if root:
+            notes.append(f"{source}: labels are those of {index}")
+        return Listing(names, labels, tuple(notes), tuple(warnings))
+    labels = np.full(len(names), NO_LABEL)
+    if folders_are_classes:
+        labels, said, warned = _folder_labels(source, names)
+        notes, warnings = notes + said, warnings + warned
+    return Listing(names, labels, tuple(notes), tuple(warnings))
+
+
+def _images_of(source: str, files: Iterable[str]) -> tuple[list[str], list[str], list[str]]:
+    """Names with an image's extension, sorted; and notes and warnings about the files that are left out.
+
+    Hidden files and macOS's resource forks are no images, and not worth a note.
+    """
+    names, others = list[str](), Counter[str]()
+    for name in files:
+        parts = name.split("/")
+        if name.endswith("/") or any(part.startswith(".") or part == "__MACOSX" for part in parts):
+            continue
+        if name.lower().endswith(EXTENSIONS):
+            names.append(name)
+        elif parts[-1] != INDEX:
+            others[os.path.splitext(name)[1].lower() or "without extension"] += 1
+    if not names:
         raise DataError(f"{source} holds no images ({', '.join(EXTENSIONS)}); give the folder or zip that has them")
-    return images
+    pictures = {kind: count for kind, count in others.items() if kind in OTHER_PICTURES}
+    rest = {kind: count for kind, count in others.items() if kind not in OTHER_PICTURES}
+    notes = [f"{source}: files that are no images are left out: {_counted(rest)}"] if rest else []
+    warnings = (
+        [f"{source}: pictures of other formats are left out: {_counted(pictures)}; convert them to PNG to use them"]
+        if pictures
+        else []
+    )
+    return sorted(names), notes, warnings
 
 
-def folder_index(path: Path) -> bytes | None:
-    """The dataset.json of a folder; None if there is none."""
-    index = path / INDEX
+def _counted(counts: Mapping[str, int]) -> str:
+    shown = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    more = f" and {len(shown) - FEW_NAMES} more kinds" if len(shown) > FEW_NAMES else ""
+    return ", ".join(f"{count} {kind}" for kind, count in shown[:FEW_NAMES]) + more
+
+
+def _index_of(source: str, files: Iterable[str], names: Sequence[str]) -> str | None:
+    """The dataset.json of a set: at its top, or in the one folder that all images lie in. Raises DataError.
+
+    Labels in any other place would be lost.
+    """
+    indices = sorted(name for name in files if name.rpartition("/")[2] == INDEX and not name.startswith("__MACOSX/"))
+    if not indices or INDEX in indices:
+        return INDEX if indices else None
+    root = indices[0].removesuffix(INDEX)
+    outside = [name for name in names if not name.startswith(root)]
+    if len(indices) == 1 and not outside:
+        return indices[0]
+    if len(indices) > 1:
+        problem = f"holds {len(indices)} files {INDEX} ({', '.join(indices[:3])}), each of a set of its own"
+    else:
+        problem = f"holds {indices[0]}, whose labels do not cover {outside[0]} outside its folder"
+    raise DataError(f"{source} {problem}; give the folder or an archive of one set, or remove what does not belong")
+
+
+def _folder_labels(source: str, names: Sequence[str]) -> tuple[np.ndarray, list[str], list[str]]:
+    """Labels int64 (N,) of the top-level folders, and notes and warnings about them. Raises DataError."""
+    none = np.full(len(names), NO_LABEL)
+    tops = [name.partition("/")[0] for name in names if "/" in name]
+    folders = sorted(set(tops))
+    if len(folders) < 2:
+        return none, [], []
+    shown = ", ".join(folders[:FEW_NAMES]) + (", ..." if len(folders) > FEW_NAMES else "")
+    if all(folder.isdecimal() and len(folder) == len(folders[0]) >= 5 for folder in folders):
+        return none, [f"{source}: folders {shown} are taken for shards, not classes"], []
+    if {folder.lower() for folder in folders} <= SPLITS:
+        text = f"{source}: folders {shown} are taken for splits, not classes; to use one of them, give {source}"
+        return none, [], [f"{text.rstrip('/')}/{folders[0]}"]
+    if len(tops) < len(names):
+        stray = next(name for name in names if "/" not in name)
+        text = f"{source}: no labels, since {stray} lies beside the folders {shown}"
+        return none, [], [f"{text}; remove it, or move it into its class, to take them for classes"]
+    number = _class_numbers(source, folders)
+    classes = sorted(number, key=lambda folder: number[folder])
+    mapping = ", ".join(f"{number[folder]} {folder}" for folder in classes[:FEW_NAMES])
+    more = ", ..." if len(classes) > FEW_NAMES else ""
+    note = f"{source}: {len(classes)} classes from folder names: {mapping}{more}"
+    return np.array([number[top] for top in tops], dtype=np.int64), [note], []
+
+
+def _class_numbers(source: str, folders: Sequence[str]) -> dict[str, int]:
+    """The class of each folder: its own number where all are numbers below a million, else its place by name."""
+    if not all(folder.isascii() and folder.isdecimal() and len(folder) <= 6 for folder in folders):
+        return {folder: number for number, folder in enumerate(folders)}
+    number = {folder: int(folder) for folder in folders}
+    if len(set(number.values())) < len(number):
+        twice = next(f for f in folders if list(number.values()).count(number[f]) > 1)
+        raise DataError(f"{source} has two folders of class {number[twice]}; rename one of them")
+    return number
+
+
+def folder_index(index: Path) -> bytes | None:
+    """The content of a dataset.json; None if there is none."""
     try:
         return index.read_bytes() if index.is_file() else None
     except OSError as error:
@@ -86,9 +194,9 @@ def zip_index(archive: zipfile.ZipFile) -> bytes | None:
     return archive.read(INDEX) if INDEX in archive.namelist() else None
 
 
-def indexed_labels(source: str, names: list[str], text: bytes | None) -> np.ndarray:
+def indexed_labels(source: str, names: Sequence[str], text: bytes | None, index: str = INDEX) -> np.ndarray:
     """Labels of dataset.json, int64 (N,): {"labels": [[name, class], ...]}, or null for none."""
-    where, labels = f"{source}: {INDEX}", np.full(len(names), NO_LABEL)
+    where, labels = f"{source}: {index}", np.full(len(names), NO_LABEL)
     if text is None:
         return labels
     remedy = 'it must be {"labels": [["image name", class number], ...]} or {"labels": null}'
@@ -99,6 +207,9 @@ def indexed_labels(source: str, names: list[str], text: bytes | None) -> np.ndar
         known = dict(entries)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{where} is malformed ({type(error).__name__}: {error}); {remedy}") from None
+    if len(known) < len(entries):
+        twice = next(name for name, label in entries if known[name] != label or entries.count([name, label]) > 1)
+        raise DataError(f"{where} lists {twice} more than once; keep one entry for each image")
     for row, name in enumerate(names):
         if name not in known:
             raise DataError(f"{where} has no label for {name}; add it, or set labels to null")
@@ -119,17 +230,20 @@ class ImageFiles(ItemFiles):
         """The image of a row, with 1 or 3 channels. Raises DataError."""
         where = f"{self.source}: {self.names[row]}"
         try:
-            with Image.open(io.BytesIO(self.content(row))) as image:
+            with Image.open(io.BytesIO(self.content(row)), formats=FORMATS) as image:
                 image.load()
                 mode = MODES.get(image.mode)
+                if mode and "transparency" in image.info:  # a transparent colour or palette entry
+                    mode = "LA" if mode == "L" else "RGBA"
                 pixels = np.asarray(image.convert(mode)) if mode else None  # (H, W) or (H, W, C)
                 mode_in_file = image.mode
         except Exception as error:  # Pillow's decoders raise errors of any kind
             raise DataError(f"{where} cannot be read as an image ({error}); replace or remove it") from None
-        if mode == "RGBA" and pixels is not None and (pixels[..., 3] == 255).all():
-            mode, pixels = "RGB", pixels[..., :3]
-        if pixels is None or mode == "RGBA":
-            problem = "transparent pixels" if mode == "RGBA" else f"the mode {mode_in_file}"
+        has_alpha = mode in ("LA", "RGBA")
+        if has_alpha and pixels is not None and (pixels[..., -1] == 255).all():
+            pixels, has_alpha = pixels[..., 0] if mode == "LA" else pixels[..., :3], False
+        if pixels is None or has_alpha:
+            problem = "transparent pixels" if has_alpha else f"the mode {mode_in_file}"
             raise DataError(f"{where} has {problem}; convert it to RGB or 8-bit grey")
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
@@ -143,18 +257,15 @@ class ImageFiles(ItemFiles):
     def num_lossy(self, rows: Sequence[int]) -> int:
         """How many of `rows` are in formats that lose detail.
 
-        Counted by file name after a look into the first such file; all, if the first image is a JPEG with another name.
-        To be sure one would have to open every file: a WebP may be lossless, and a JPEG may be named .png.
+        Counted by extension after a look into the first file of each: a WebP may be lossless, a JPEG may be named .png,
+        a PNG .jpg. To be sure one would have to open every file.
         """
-        named = [row for row in rows if self.names[row].lower().endswith(LOSSY)]
+        by_extension = Counter(os.path.splitext(self.names[row])[1].lower() for row in rows)
+        first = {os.path.splitext(self.names[row])[1].lower(): row for row in reversed(rows)}
         try:
-            if not named:
-                return len(rows) if _is_lossy(self.content(rows[0])) else 0
-            # A lossless WebP speaks for the set's other WebPs, not for its JPEGs.
-            webps = [row for row in named if self.names[row].lower().endswith(".webp")]
-            return len(named) - len(webps) if webps and not _is_lossy(self.content(webps[0])) else len(named)
-        except (*ZIP_ERRORS, ValueError):
-            return len(named)  # reading the pixels will say what is wrong
+            return sum(count for kind, count in by_extension.items() if _is_lossy(self.content(first[kind])))
+        except (*ZIP_ERRORS, ValueError):  # reading the pixels will say what is wrong
+            return sum(count for kind, count in by_extension.items() if kind in LOSSY)
 
 
 def _is_lossy(content: bytes) -> bool:

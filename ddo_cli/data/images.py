@@ -32,6 +32,10 @@ def open_images(source: str, num: int | None = None, cache: bool = True) -> Item
     Raises DataError naming the first item that cannot be used.
     """
     opened = open_source(source, num, in_memory=True)
+    for note in opened.notes:
+        console.info(note)
+    for warning in opened.warnings:
+        console.warn(warning)
     if opened.encoded is not None:
         # `Lazy` has what is used of an array: shape, dtype and indexing.
         items = cast(np.ndarray, Lazy(opened.reader, opened.positions))

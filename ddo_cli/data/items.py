@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ddo_cli import console
 from ddo_cli.codec import Codec
 from ddo_cli.errors import DataError
 from ddo_cli.likelihood import NO_LABEL, LikelihoodModel
 
+MAX_RATIO = 2  # items of the most frequent class to those of the rarest, beyond which a warning is due; our choice
 INDEX = "dataset.json"  # labels of EDM's and StyleGAN's archives
 
 
@@ -55,11 +57,19 @@ def digest(items: ItemSet) -> str:
     return content.hexdigest()
 
 
-def check_fits(items: ItemSet, model: LikelihoodModel, hflip: bool = False, *, num_classes: int | None = None) -> None:
-    """Raises DataError unless the model can be trained on the set.
+def check_fits(
+    items: ItemSet,
+    model: LikelihoodModel,
+    hflip: bool = False,
+    *,
+    num_classes: int | None = None,
+    every_class: bool = False,
+) -> None:
+    """Raises DataError unless the model can be trained on the set; warns of classes that are missing or rare.
 
     hflip: whether items will be mirrored; only images can be.
     num_classes: number of classes whose labels are needed (0: none); None: the model's.
+    every_class: a class without items is an error, since the set is compared with samples of all classes.
     """
     num_classes = model.num_classes if num_classes is None else num_classes
     if hflip and not holds_images(items):
@@ -87,6 +97,21 @@ def check_fits(items: ItemSet, model: LikelihoodModel, hflip: bool = False, *, n
         raise DataError(
             f"{items.name} has {items.num_classes} classes where the model has {num_classes}; choose a model with as "
             "many classes, or correct the labels"
+        )
+    counts = np.bincount(items.labels, minlength=num_classes)
+    if (missing := np.flatnonzero(counts == 0)).size:
+        named = ", ".join(map(str, missing[:5].tolist())) + (", ..." if missing.size > 5 else "")
+        from_one = missing[0] == 0 and counts[1:].all()
+        reason = "; do the labels start at 1? They count from 0" if from_one else ""
+        message = f"{items.name} has no item of class {named}, of {num_classes} classes of the model{reason}"
+        if every_class:
+            raise DataError(f"{message}; correct the labels, or give data with every class")
+        console.warn(message)
+    elif counts.max() > MAX_RATIO * counts.min():
+        least, most = int(counts.argmin()), int(counts.argmax())
+        console.warn(
+            f"{items.name}: classes are not balanced: {counts[least]} items of class {least}, {counts[most]} of class "
+            f"{most}; the model's samples have every class equally often"
         )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ddo_cli.checkpoint import write_tensors
 from ddo_cli.data import cache, image_files, samples
-from ddo_cli.data.items import Encoded, count_classes, hashed
+from ddo_cli.data.items import INDEX, Encoded, count_classes, hashed
 from ddo_cli.data.readers import TENSOR_ERRORS, ZIP_ERRORS, Contents, FolderBytes, ItemFiles, ZipBytes, join_tensors
 from ddo_cli.errors import DataError
 from ddo_cli.files import write_json
@@ -54,7 +54,7 @@ def open_latents(source: str, path: Path) -> Contents:
     if manifest.get("format") == FORMAT:
         return _open_shards(source, path, manifest)
     names = _entries(file.relative_to(path).as_posix() for file in path.rglob(f"{EDM2_NAME}*.npy"))
-    labels = image_files.indexed_labels(source, names, image_files.folder_index(path))
+    labels = image_files.indexed_labels(source, names, image_files.folder_index(path / INDEX))
     stamp = cache.key_of(path, (path / name for name in names), names)
     return _edm2_set(source, names, FolderBytes(path, names), labels, stamp)
 

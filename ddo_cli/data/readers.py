@@ -47,7 +47,8 @@ class Contents(NamedTuple):
     """What a source holds: all items, labels int64 (N,), -1 = none, and the number of classes.
 
     key: hash of names, sizes and times of the files; None for image files (of which only a part may be used), latents,
-    and embedded sets. encoded: where latents come from.
+    and embedded sets. encoded: where latents come from. notes: what is assumed or left out, for people; warnings: what
+    speaks against comparing the set's scores.
     """
 
     reader: Reader
@@ -55,6 +56,8 @@ class Contents(NamedTuple):
     num_classes: int
     key: str | None = None
     encoded: Encoded | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 class Memory:

@@ -1,6 +1,8 @@
 """Opens any kind of source: a reader of its items, and their labels."""
 
+import os
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,8 @@ class Source:
     """Items in a fixed order, not read yet, with their labels.
 
     positions: int64 (N,), rows of `reader`; labels: int64 (N,), -1 = none; num_classes, encoded: as in `items.ItemSet`;
-    identity: changes with the path and with names, sizes and times of the files, not with labels; None if unknown.
+    identity: changes with the path and with names, sizes and times of the files, not with labels; None if unknown;
+    notes, warnings: as in `readers.Contents`.
     """
 
     name: str
@@ -30,6 +33,8 @@ class Source:
     num_classes: int
     identity: str | None = None
     encoded: Encoded | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def num(self) -> int:
@@ -50,7 +55,8 @@ def open_source(source: str, num: int | None, in_memory: bool) -> Source:
     if num is not None and num < 1:
         raise DataError(f"{source}: num = {num} must be at least 1")
     path = Path(source)
-    reader, labels, num_classes, key, encoded = _contents(source, path, num, in_memory)
+    contents = _contents(source, path, num, in_memory)
+    reader, labels, num_classes, key, encoded, *said = contents
     rows = choice(source, reader.num, num)
     identity = None if key is None else hashed(key, num)
     if source.startswith(EMBEDDED):
@@ -61,7 +67,7 @@ def open_source(source: str, num: int | None, in_memory: bool) -> Source:
         identity = cache.key_of(path, files, names)
     if encoded is not None and num is not None and num != reader.num:
         encoded = encoded._replace(digest=hashed(encoded.digest, num))
-    return Source(source, reader, rows, labels[rows], num_classes, identity, encoded)
+    return Source(source, reader, rows, labels[rows], num_classes, identity, encoded, *said)
 
 
 def _contents(source: str, path: Path, num: int | None, in_memory: bool) -> Contents:
@@ -80,8 +86,8 @@ def _contents(source: str, path: Path, num: int | None, in_memory: bool) -> Cont
     if path.suffix.lower() == ".zip":
         try:
             with zipfile.ZipFile(path) as archive:
-                names, labels = image_files.zip_entries(source, archive)
-                return _image_files(source, names, labels, ZipBytes(path, archive, names))
+                listing = image_files.zip_entries(source, archive)
+                return _image_files(source, listing, ZipBytes(path, archive, listing.names))
         except ZIP_ERRORS as error:
             raise image_files.broken_zip(source, error) from None
     if path.suffix.lower() == ".npz":
@@ -101,7 +107,7 @@ def _directory(source: str, path: Path, in_memory: bool) -> Contents:
         samples.check_complete(path, manifest)
         if form == "npz":
             return arrays.open_npz(source, path / "samples.npz", in_memory)
-        names, labels = samples.image_entries(source, manifest)
+        listing = image_files.Listing(*samples.image_entries(source, manifest))
     elif form == "shards" or any(path.glob("shard-*.safetensors")):
         return samples.open_shards(path)[0]
     elif any((path / name).is_file() for name in cifar.BATCHES):
@@ -109,11 +115,39 @@ def _directory(source: str, path: Path, in_memory: bool) -> Contents:
         key = cache.key_of(path, [path / name for name in cifar.BATCHES])
         return Contents(Memory(items), labels, cifar.NUM_CLASSES, key)
     elif files := arrays.npz_files(path):
-        return arrays.open_npz_folder(path, files, in_memory)
+        return _of_arrays(source, path, files, in_memory)
     else:
-        names, labels = image_files.folder_entries(source, path)
-    return _image_files(source, names, labels, FolderBytes(path, names))
+        listing = image_files.folder_entries(source, path)
+    return _image_files(source, listing, FolderBytes(path, listing.names))
 
 
-def _image_files(source: str, names: list[str], labels: np.ndarray, content: FolderBytes | ZipBytes) -> Contents:
-    return Contents(image_files.ImageFiles(source, names, content), labels, count_classes(labels))
+def _of_arrays(source: str, path: Path, files: Sequence[Path], in_memory: bool) -> Contents:
+    """The arrays of a folder's .npz files, beside which there may be logs and Discriminator Guidance's contact sheets.
+
+    Raises DataError where further images lie beside them: one of the two would be left out.
+    """
+    contents = arrays.open_npz_folder(path, files, in_memory)
+    stems = {file.stem for file in files}
+    others = sorted(entry for entry in path.iterdir() if entry not in files and not entry.name.startswith("."))
+    others = [entry for entry in others if entry.name != arrays.MERGED]
+    for entry in others:
+        names = [name for *_, leaves in os.walk(entry) for name in leaves] if entry.is_dir() else [entry.name]
+        is_sheet = entry.stem.replace("sample_", "samples_") in stems
+        if not is_sheet and any(name.lower().endswith(image_files.EXTENSIONS) for name in names):
+            raise DataError(
+                f"{source} holds images in .npz files ({files[0].name}) and others beside them ({entry.name}); give a "
+                "folder, or a file, of one of the two"
+            )
+    if not others:
+        return contents
+    left_out = ", ".join(entry.name for entry in others[: image_files.FEW_NAMES])
+    more = ", ..." if len(others) > image_files.FEW_NAMES else ""
+    plural = "s" if len(files) > 1 else ""
+    note = f"{source}: the images are those of {len(files)} .npz file{plural}; left out: {left_out}{more}"
+    return contents._replace(notes=(note,))
+
+
+def _image_files(source: str, listing: image_files.Listing, content: FolderBytes | ZipBytes) -> Contents:
+    files = image_files.ImageFiles(source, listing.names, content)
+    classes = count_classes(listing.labels)
+    return Contents(files, listing.labels, classes, notes=listing.notes, warnings=listing.warnings)

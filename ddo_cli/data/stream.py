@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ddo_cli import dist
+from ddo_cli import console, dist
 from ddo_cli.data import cache, latents
 from ddo_cli.data.image_files import ImageFiles
 from ddo_cli.data.images import MANY
@@ -101,6 +101,8 @@ def open_stream(source: str, num: int | None = None) -> ImageStream:
     if latents.is_latents(Path(source)):
         raise DataError(f"{source} holds latents or tokens, not images; give the images that they were encoded from")
     images = ImageStream(**vars(open_source(source, num, in_memory=False)))
+    for note in images.notes:
+        console.info(note)
     if isinstance(images.reader, ImageFiles):
         images.num_lossy = images.reader.num_lossy(images.positions.tolist())
         kept = cache.existing(source, images.identity, images.num) if images.identity and images.num >= MANY else None

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from ddo_cli import console
@@ -92,9 +93,8 @@ def run(
         reference = fid_inputs.open_reference(ref or DEFAULT_REFERENCE, wanted)
     fid_report.check(log, benchmark, options.pictures if options.nearest or options.nll is not None else None)
     _check_numbers(options, sources[0], reference)
-    warnings = _warnings(source, sources[0], reference, extractors)
-    for warning in warnings:
-        console.warn(warning)
+    warnings = _warnings(source, sources[0], reference, extractors, options.per_class)
+    _warned(warnings)
     result: dict[str, Any] = {
         "source": source, "num_images": sources[0].num,
         "extractor": extractors[0].name, "extractor_sha256": extractors[0].sha256,
@@ -106,7 +106,8 @@ def run(
     accumulate = partial(one_pass.run, batch=options.batch, workers=options.workers, device=device, cache=options.cache)
     sides = [Side({}) for _ in wanted]
     if reference is not None:
-        sides = fid_inputs.sides(reference, wanted, options.batch, accumulate)
+        sides, of_reference = fid_inputs.sides(reference, wanted, options.batch, accumulate)
+        warnings += _warned(of_reference.warnings(reference.name) if of_reference is not None else [])
     if options.nll is not None:
         spatial = sides[0].moments["spatial"]
         wanted[0] = wanted[0]._replace(gaussian=FeatureGaussian(spatial.mean, spatial.cov))
@@ -116,9 +117,7 @@ def run(
         title = source if options.repeat == 1 else f"{source} {number}/{options.repeat}"
         passed = accumulate(images, wanted, title)
         num_cached += images.num if passed.is_cached else 0
-        for warning in passed.inspection.warnings(source):
-            console.warn(warning)
-            warnings.append(warning)
+        warnings += _warned(passed.inspection.warnings(source))
         repeats.append(on_main(partial(fid_scores.of_set, passed.taken, sides, options.metrics, options.uncertainty)))
     num_computed = sum(images.num for images in sources) - num_cached
     seconds = max(time.monotonic() - started, 1e-9)
@@ -283,12 +282,17 @@ def _check_numbers(options: Options, images: Source, reference: Reference | None
         raise UsageError(f"{images.name}: {images.num} images are too few for --uncertainty; give {2 * CHUNKS}")
 
 
-def _warnings(source: str, images: Source, reference: Reference | None, extractors: Sequence[Extractor]) -> list[str]:
+def _warnings(
+    source: str, images: Source, reference: Reference | None, extractors: Sequence[Extractor], per_class: bool
+) -> list[str]:
     """What speaks against comparing the scores with others, as far as it shows before the pass."""
     main = extractors[0]
     warnings = few(source, images.num, main)
     if unbalanced := balance(images.labels, images.num_classes):
         warnings.append(f"{source}: {unbalanced}")
+    warnings += images.warnings
+    if per_class and images.num_classes and (least := int(np.bincount(images.labels[images.labels >= 0]).min())):
+        warnings += few(f"{source}, smallest class", least, main)
     if images.num_lossy:
         warnings.append(f"{source}: {images.num_lossy} images are JPEGs or lossy WebPs; compression moves every score")
     for extractor in extractors:
@@ -299,12 +303,25 @@ def _warnings(source: str, images: Source, reference: Reference | None, extracto
                 "the Inception weights are not the published file: the figures compare only with those of these weights"
             )
     if reference is not None and reference.stream is not None:
-        warnings += few(reference.name, reference.stream.num, main)
+        stream = reference.stream
+        warnings += [*few(reference.name, stream.num, main), *stream.warnings]
+        if stream.num_lossy:
+            warnings.append(
+                f"reference {reference.name}: {stream.num_lossy} images are JPEGs or lossy WebPs; compare only with "
+                "scores against the same files"
+            )
         if reference.stream.shape != images.shape:
             warnings.append(
                 f"{source} holds images of shape {images.shape}, {reference.name} of {reference.stream.shape}: both "
                 f"are resized ({main.resize}), and the difference in resolution is part of the distance"
             )
+    return warnings
+
+
+def _warned(warnings: list[str]) -> list[str]:
+    """The warnings, shown."""
+    for warning in warnings:
+        console.warn(warning)
     return warnings
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ddo_cli import dist
+from ddo_cli.data.inspection import Inspection
 from ddo_cli.data.samples import MAX_SEED
 from ddo_cli.data.stream import ImageStream, open_stream
 from ddo_cli.engines.fid.cache import Source
@@ -35,6 +36,7 @@ class Drawn:
     """Images that a model draws for the seeds first .. first + num - 1, never on disk."""
 
     num_lossy = 0
+    warnings: tuple[str, ...] = ()
     identity: str | None = None  # its images are known only once they are drawn
 
     def __init__(self, name: str, model: LikelihoodModel, spec: SamplingRecipe, first: int, num: int, device: Any):
@@ -168,20 +170,27 @@ def open_reference(name: str, wanted: Sequence[Wanted]) -> Reference:
     return Reference(name, file, None)
 
 
-def sides(reference: Reference, wanted: Sequence[Wanted], batch: int, accumulate: Callable[..., Passed]) -> list[Side]:
-    """The reference's side of every extractor. accumulate: `one_pass.run`, of a source, what is wanted and a title."""
+def sides(
+    reference: Reference, wanted: Sequence[Wanted], batch: int, accumulate: Callable[..., Passed]
+) -> tuple[list[Side], Inspection | None]:
+    """The reference's side of every extractor, and what its images show; None for a file of statistics.
+
+    accumulate: `one_pass.run`, of a source, what is wanted and a title.
+    """
     if reference.file is not None:
-        return [_of_file(reference.file, of_one, batch) for of_one in wanted]
+        return [_of_file(reference.file, of_one, batch) for of_one in wanted], None
     # No score is taken of the reference, and no error, which needs the moments of parts.
     wanted = [of_one._replace(chunks=1, score=None) for of_one in wanted]
-    return [
+    passed = accumulate(reference.stream, wanted, f"reference {reference.name}")
+    of_images = [
         Side(
             {kind: merged(chunks.result()).statistics() for kind, chunks in taken.moments.items()},
             None if taken.features is None else taken.features.result(),
             None if taken.classes is None else taken.classes.result(),
         )
-        for taken in accumulate(reference.stream, wanted, f"reference {reference.name}").taken
+        for taken in passed.taken
     ]
+    return of_images, passed.inspection
 
 
 def _of_file(file: ReferenceFile, wanted: Wanted, batch: int) -> Side:
