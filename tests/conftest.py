@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads cost mor
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,11 @@ TINY = {
     "var": ("var", (3, 32, 32), {"depth": 2, "width": 16, "heads": 2, "vqvae": TINY_VQVAE}, {"batch": 8}),
 }
 KINDS = tuple(TINY)
+
+
+def kinds(*quick: str) -> list[Any]:
+    """Every kind of model, as parameters of a test; those that are not named are slow."""
+    return [pytest.param(kind, marks=() if kind in quick else pytest.mark.slow) for kind in KINDS]
 
 
 @pytest.fixture(autouse=True, scope="session")

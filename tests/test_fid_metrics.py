@@ -131,6 +131,7 @@ def test_sfid_against_a_reference_file(root, found, tmp_path):
     assert value != pytest.approx(frechet(fake, channels_first), rel=1e-2)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(root, found):
     """Of 30 images: a batch of 16 on one process, 14 on the other."""
     arguments = ["--ref", root / "real", "--weights", root / "inception.pth", "--batch", 16, "--no-cache", "--json"]
@@ -144,6 +145,7 @@ def test_two_processes_equal_one(root, found):
     assert two["content_digest"] == found["content_digest"]
 
 
+@pytest.mark.slow
 def test_one_image_at_a_time_and_likelihoods(root, found, tmp_path):
     again = score(root, metrics=("fid",), nll=(str(root / "real"),), batch=1, pictures=tmp_path)
     assert again["fid"] == pytest.approx(found["fid"], rel=1e-5)

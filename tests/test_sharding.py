@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, KINDS, make_checkpoint, tiny_recipe, torchrun
+from conftest import CPU, kinds, make_checkpoint, tiny_recipe, torchrun
 from launch import launch
 from torch import nn
 
@@ -32,7 +32,7 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     return checkpoint.load(run / "round-01" / "checkpoints" / f"step-{step:06d}.safetensors", kind="model").tensors
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=kinds("diffusion", "edm2"))
 def runs(request, tmp_path_factory):
     """The same run by one process, and sharded by two: (kind, reference, one, two, options)."""
     path = tmp_path_factory.mktemp(request.param)
