@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, torchrun
+from PIL import Image
 
 from ddo_cli import checkpoint, files
 from ddo_cli.data import embedded
@@ -155,3 +156,29 @@ def test_two_processes_equal_one(sets, extractor):
     expected = distance(extractor, sets / "other.npz", sets / "ref.npz", batch=64)
     assert int(num) == NUM
     assert float(value) == pytest.approx(expected, rel=1e-7)
+
+
+def test_the_reference_is_inspected(sets, extractor, tmp_path, capsys):
+    """As the images are: copies, constant images, values 0..1 and lossy files."""
+    images = np.load(sets / "ref.npz")["images"]
+    black = np.zeros_like(images)
+    black[:, 0, 0, 0] = np.arange(NUM) % 2
+    content = {"copies": np.concatenate([images[:-1], images[:1]]), "same": images[:1].repeat(NUM, 0), "dark": black}
+    texts = {
+        "copies": "copies: 1 of 600 images are exact",
+        "same": "all 600 images are the same",
+        "dark": "no value is above 1",
+    }
+    settings = fid.Options(extractor=extractor, cache=False)
+    for name, pixels in content.items():
+        np.savez(tmp_path / f"{name}.npz", images=pixels)
+        found = fid.run(str(sets / "other.npz"), str(tmp_path / f"{name}.npz"), settings, device=CPU)
+        assert any(texts[name] in line and name in line for line in found["warnings"]), name
+        assert not found["comparable"]
+    (tmp_path / "lossy").mkdir()
+    for row, pixels in enumerate(images):
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(tmp_path / "lossy" / f"{row}.jpg")
+    (tmp_path / "lossy" / "more.tga").write_bytes(b"x")
+    found = fid.run(str(sets / "other.npz"), str(tmp_path / "lossy"), settings, device=CPU)
+    assert any("lossy: 600 images are JPEGs" in line for line in found["warnings"])
+    assert any("left out: 1 .tga" in line for line in found["warnings"])

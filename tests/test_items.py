@@ -35,3 +35,21 @@ def test_check_fits():
         check_fits(labelled, model((3, 7, 5), 4))
     with pytest.raises(DataError, match="without label"):
         check_fits(plain, model((3, 7, 5), 4))
+
+
+def test_classes_without_items(capsys):
+    """A set that is compared with samples of all classes needs all of them; else a warning says what is missing."""
+    from_one = ItemSet(some_items(4), np.array([1, 2, 3, 2]), "x", 4)
+    for classes, text in (
+        (4, "no item of class 0, of 4 classes of the model; do the labels start at 1?"),
+        (9, "0, 4, 5, 6, 7, ..."),
+    ):
+        with pytest.raises(DataError, match=text.replace("?", r"\?")):
+            check_fits(from_one, model((3, 7, 5), classes), every_class=True)
+        check_fits(from_one, model((3, 7, 5), classes))
+        assert text in " ".join(capsys.readouterr().err.split())
+    rare = ItemSet(some_items(6), np.array([0, 1, 1, 1, 1, 1]), "x", 2)
+    check_fits(rare, model((3, 7, 5), 2), every_class=True)
+    assert "1 items of class 0, 5 of class 1" in " ".join(capsys.readouterr().err.split())
+    check_fits(from_one, model((3, 7, 5), 0), every_class=True)
+    assert not capsys.readouterr().err
