@@ -1,4 +1,4 @@
-"""Processes started by torchrun, or one without it. With `sharding` the only caller of torch.distributed."""
+"""Processes started by torchrun or srun, or one without them. With `sharding` the only caller of torch.distributed."""
 
 import contextlib
 import os
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 
+from ddo_cli.errors import UsageError
 from ddo_cli.precision import allow_tf32
 
 T = TypeVar("T")
@@ -19,7 +20,7 @@ _TIMEOUT = timedelta(hours=2)
 
 
 def rank() -> int:
-    """Number of this process; 0 without torchrun."""
+    """Number of this process; 0 where there is one."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -34,7 +35,11 @@ def is_main() -> bool:
 
 
 def init(device: str | None = None) -> torch.device:
-    """Joins the group that torchrun started (NCCL on GPUs, gloo on CPUs) and returns this process's device."""
+    """Joins the group that torchrun or srun started (NCCL on GPUs, gloo on CPUs); returns this process's device.
+
+    Raises UsageError under a srun of several tasks that does not say where they meet.
+    """
+    _take_over_srun()
     # Numbers below 1e-38, such as silu(-90), cost a CPU a hundred times as much as others: a discriminator's training
     # steps took 2.6 times as long. Set before the first parallel work, whose threads take it over.
     torch.set_flush_denormal(True)
@@ -43,7 +48,8 @@ def init(device: str | None = None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        # Modulo, because a launcher may show each process its own GPU only.
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % max(torch.cuda.device_count(), 1)}"
         torch.cuda.set_device(device)
     if world_size() > 1 and not torch_dist.is_initialized():
         # NCCL takes the GPU's number from it. Without, it guesses that of the rank, wrongly on a second machine, and
@@ -52,6 +58,26 @@ def init(device: str | None = None) -> torch.device:
         with _stdout_to_stderr():
             torch_dist.init_process_group("nccl" if options else "gloo", timeout=_TIMEOUT, **options)
     return torch.device(device)
+
+
+def _take_over_srun() -> None:
+    """Makes srun's tasks the processes of one run, as torchrun's are; else each would be a run of its own, all of them
+    writing to the same directory.
+
+    Only inside a step of several tasks: a batch script has SLURM's other variables as well.
+    """
+    slurm = os.environ
+    tasks = int(slurm.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "RANK" in slurm or tasks == 1 or "SLURM_PROCID" not in slurm:
+        return
+    if "MASTER_ADDR" not in slurm:
+        raise UsageError(
+            f"srun started {tasks} tasks, and MASTER_ADDR does not say where they meet; export MASTER_ADDR=$(scontrol "
+            "show hostnames $SLURM_JOB_NODELIST | head -n 1), or start one task on each machine, and torchrun in it"
+        )
+    of_a_machine = str(-(-tasks // int(slurm.get("SLURM_STEP_NUM_NODES", "1"))))  # shares cores among decoders
+    slurm.update(RANK=slurm["SLURM_PROCID"], WORLD_SIZE=str(tasks), LOCAL_RANK=slurm.get("SLURM_LOCALID", "0"))
+    slurm.update(LOCAL_WORLD_SIZE=of_a_machine, MASTER_PORT=slurm.get("MASTER_PORT", "29500"))  # torchrun's port
 
 
 @contextlib.contextmanager
@@ -111,8 +137,15 @@ def shard(items: Sequence[T]) -> Sequence[T]:
 
 
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module with gradients averaged over processes (DistributedDataParallel); itself in one process."""
+    """The module with gradients averaged over processes (DistributedDataParallel); itself in one process.
+
+    Buffers are equal on all processes from the start; they are broadcast before a pass only where passes change them.
+    """
     if world_size() == 1:
         return module
     ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(module, device_ids=ids)
+    statistics = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
+    # Not static_graph: it counts on every pass being reduced, and micro-batches but the last are not (`no_sync`).
+    return nn.parallel.DistributedDataParallel(
+        module, device_ids=ids, broadcast_buffers=statistics, gradient_as_bucket_view=True
+    )

@@ -66,7 +66,7 @@ def clip_grad_norm(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
     """Scales gradients down to a norm of at most `most` over all processes, and returns the norm they had."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not any(isinstance(gradient, DTensor) for gradient in gradients):
-        return nn.utils.clip_grad_norm_(parameters, most)
+        return nn.utils.clip_grad_norm_(parameters, most) if most < math.inf else nn.utils.get_total_norm(gradients)
     rows = [own_rows(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
     whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
     for gradient in whole:

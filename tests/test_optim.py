@@ -103,7 +103,15 @@ def test_a_model_exempts_parameters_from_decay():
     assert [group["weight_decay"] for group in optim.build(model, recipe).param_groups] == [0.0]
 
 
-def test_adamw_goes_on_as_if_it_had_not_stopped(tmp_path):
+@pytest.fixture(params=["asked", "fused"])
+def stepping(request, monkeypatch):
+    """The optimizer is asked to step or not; or, as on a GPU, a fused one decides itself and is read a step later."""
+    if request.param == "fused":
+        monkeypatch.setattr(optim, "_can_fuse", lambda parameters: True)
+    return request.param
+
+
+def test_adamw_goes_on_as_if_it_had_not_stopped(tmp_path, stepping):
     settings = {"optimizer": "adamw", "weight_decay": 0.1}
     whole, _ = fit(tmp_path / "whole", **settings)
     paused, _ = fit(tmp_path / "paused", 2, 5, **settings)
@@ -111,7 +119,7 @@ def test_adamw_goes_on_as_if_it_had_not_stopped(tmp_path):
         assert torch.equal(ours, theirs)
 
 
-def test_float16_is_near_float32_and_goes_on_as_if_it_had_not_stopped(tmp_path):
+def test_float16_is_near_float32_and_goes_on_as_if_it_had_not_stopped(tmp_path, stepping):
     whole, log = fit(tmp_path / "whole", precision="fp16")
     _, exact_log = fit(tmp_path / "exact")
     assert_close(log[0]["loss"], exact_log[0]["loss"], rtol=1e-2, atol=0)
@@ -128,14 +136,14 @@ def overflow(*steps):
     return lambda step: torch.inf if step in steps else 1.0
 
 
-def test_the_scale_doubles_after_good_steps_in_a_row(tmp_path, monkeypatch):
+def test_the_scale_doubles_after_good_steps_in_a_row(tmp_path, monkeypatch, stepping):
     """The one that overflows ends the row of those before it."""
     monkeypatch.setattr(optim, "_STEPS_TO_DOUBLE", 3)
     _, log = fit(tmp_path / "x", factor=overflow(2), precision="fp16", lr=1e-3)
     assert [line["loss_scale"] for line in log] == [2048, 2048, 1024, 1024, 1024, 2048]
 
 
-def test_a_step_that_overflows_is_left_out(tmp_path):
+def test_a_step_that_overflows_is_left_out(tmp_path, stepping):
     settings = {"precision": "fp16", "lr": 1e-3}
     _, log = fit(tmp_path / "x", factor=overflow(1, 2), **settings)
     assert [line["loss_scale"] for line in log] == [2048, 1024, 512, 512, 512, 512]
@@ -150,11 +158,42 @@ def test_a_step_that_overflows_is_left_out(tmp_path):
     assert paused[-1]["skipped_steps"] == 2
 
 
-def test_a_scale_that_cannot_fall_further_stops_the_run(tmp_path):
+def test_a_scale_that_cannot_fall_further_stops_the_run(tmp_path, stepping):
     with pytest.raises(NumericsError, match="the gradient of step 11 is not finite"):  # 2048 is 2^11
         fit(tmp_path / "x", steps=20, factor=overflow(*range(20)), precision="fp16")
     with pytest.raises(NumericsError, match="the gradient of step 1 is not finite"):
         fit(tmp_path / "y", steps=20, factor=overflow(*range(1, 20)))
+
+
+def test_a_failure_is_known_one_step_later_and_no_step_is_taken_since(tmp_path, stepping):
+    """At the latest before a state is saved. The loss is that of the step that failed."""
+    good, _ = fit(tmp_path / "good", steps=3, log_every=100)
+    for save_every, known_after in ((100, 4 if stepping == "fused" else 3), (4, 3)):
+        path, net, called = tmp_path / str(save_every), Net(), []
+        with pytest.raises(NumericsError, match=r"the gradient of step 3 is not finite \(loss inf\)") as caught:
+            fit(
+                path, steps=9, net=net, log_every=100, save_every=save_every,
+                factor=lambda step, called=called: called.append(step) or overflow(3)(step),
+            )  # fmt: skip
+        assert caught.value.step == 4
+        assert called == list(range(known_after + 1))
+        assert not (path / "state").exists()
+        for ours, expected in zip(net.parameters(), good.parameters(), strict=True):
+            assert torch.equal(ours, expected)
+
+
+def test_a_fused_optimizer_takes_the_same_steps(tmp_path, monkeypatch):
+    """But for rounding; so a state of a CPU goes on on a GPU, and the other way round."""
+    settings = {"optimizer": "adamw", "weight_decay": 0.1, "precision": "fp16", "factor": overflow(1)}
+    asked, _ = fit(tmp_path / "asked", **settings)
+    monkeypatch.setattr(optim, "_can_fuse", lambda parameters: True)
+    fused, _ = fit(tmp_path / "fused", **settings)
+    assert optim.build(fused, TrainRecipe(optimizer="adamw")).defaults["fused"]
+    names = [set(checkpoint.load(tmp_path / name / "state").tensors) for name in ("asked", "fused")]
+    assert names[0] == names[1]
+    for ours, theirs, start in zip(fused.parameters(), asked.parameters(), Net().parameters(), strict=True):
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert float((ours - start).detach().abs().max()) > 0.1
 
 
 def test_the_model_is_told_of_each_step(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from conftest import CPU, fit_events, make_checkpoint, torchrun
 from ddo_cli import checkpoint, cli, dist, sharding
 from ddo_cli import precision as precision_module
 from ddo_cli.engines.sampling import sample
-from ddo_cli.errors import RunError
+from ddo_cli.errors import RunError, UsageError
 from ddo_cli.models import registry
 from ddo_cli.recipe.schema import TrainRecipe
 from ddo_cli.rng import RowRng
@@ -201,9 +201,13 @@ def test_averages_are_gathered_for_who_asks(tmp_path, monkeypatch):
 # Joining and leaving
 
 
-@pytest.mark.parametrize(("device", "expected"), [("cuda", "cuda:1"), ("cpu", None)])
-def test_nccl_is_told_its_gpu(monkeypatch, device, expected):
+@pytest.mark.parametrize(
+    ("device", "visible", "expected"), [("cuda", 4, "cuda:1"), ("cuda", 1, "cuda:0"), ("cpu", 0, None)]
+)
+def test_nccl_is_told_its_gpu(monkeypatch, device, visible, expected):
+    """Also where each process sees its own only."""
     calls = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "1")  # the second GPU of the second machine
@@ -212,6 +216,31 @@ def test_nccl_is_told_its_gpu(monkeypatch, device, expected):
     dist.init(device)
     backend, more = calls[0]
     assert (backend, more.get("device_id")) == (("nccl", torch.device(expected)) if expected else ("gloo", None))
+
+
+SRUN = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
+
+
+def test_tasks_of_srun_are_the_processes_of_one_run(monkeypatch):
+    monkeypatch.setattr(dist.torch_dist, "init_process_group", lambda backend, **more: None)
+    monkeypatch.setattr(os, "environ", {**SRUN, "MASTER_ADDR": "node7"})
+    dist.init("cpu")
+    assert (dist.rank(), dist.world_size()) == (5, 8)
+    assert [os.environ[key] for key in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")] == ["1", "4", "29500"]
+    monkeypatch.setattr(os, "environ", SRUN)
+    with pytest.raises(UsageError, match=r"srun started 8 tasks, .* export MASTER_ADDR=\$\(scontrol show hostnames"):
+        dist.init("cpu")
+
+
+@pytest.mark.parametrize(
+    "more", [{"SLURM_STEP_NUM_TASKS": "1"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_STEP_NUM_TASKS": ""}]
+)
+def test_one_task_and_torchrun_inside_a_job_are_left_alone(monkeypatch, more):
+    """As a batch script is, which has the job's variables and no step of its own."""
+    given = {key: value for key, value in {**SRUN, "SLURM_NTASKS": "8", **more}.items() if value}
+    monkeypatch.setattr(os, "environ", given)
+    dist.init("cpu")
+    assert (dist.rank(), dist.world_size()) == (0, 1)
 
 
 def test_torchrun_itself_starts_the_program(tmp_path):

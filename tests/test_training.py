@@ -19,18 +19,35 @@ from ddo_cli.metrics.extractors.select import load_extractor
 from ddo_cli.recipe.load import load
 from ddo_cli.recipe.schema import TrainRecipe
 from ddo_cli.report import html, pictures
-from ddo_cli.training.ema import ema_decay, update_ema
+from ddo_cli.training.ema import Averages, ema_decay
 from ddo_cli.training.loop import local_rows
 from ddo_cli.training.lr import learning_rate
 
 
 def test_ema_halves_after_its_half_life():
     model = torch.nn.Linear(1, 1, bias=False)
-    ema = {"weight": torch.ones(1, 1)}
+    torch.nn.init.ones_(model.weight)
+    averages = Averages(model, TrainRecipe(batch=50, ema_half_life=500))
     torch.nn.init.zeros_(model.weight)
-    for _ in range(10):
-        update_ema(ema, model, ema_decay(batch=50, half_life=500, n_images=10**9))
-    assert_close(ema["weight"].item(), 0.5)
+    for step in range(10):
+        averages.update(50 * (step + 1))
+    assert_close(averages.whole()["weight"].item(), 0.5)
+
+
+def test_averages_of_a_list_are_those_one_by_one():
+    """To the bit, for every decay, of layouts that differ."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Linear(7, 11)).to(memory_format=torch.channels_last)
+    averages = Averages(model, TrainRecipe(batch=1, ema_half_life=1))
+    expected = averages.whole()
+    expected = {name: tensor.clone() for name, tensor in expected.items()}
+    for half_life in (0.0, 0.3, 2.0, 1000.0):
+        averages.recipe = TrainRecipe(batch=1, ema_half_life=half_life)
+        averages.update(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                expected[name].lerp_(parameter, 1 - ema_decay(1, half_life, 1))
+                parameter.add_(torch.randn_like(parameter))
+        assert all(torch.equal(averages.whole()[name], tensor) for name, tensor in expected.items())
 
 
 def test_ema_ramp_limits_the_half_life():
@@ -40,10 +57,11 @@ def test_ema_ramp_limits_the_half_life():
 
 def test_buffers_are_copied_not_averaged():
     model = torch.nn.BatchNorm1d(2)
-    ema = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    averages = Averages(model, TrainRecipe(batch=1, ema_half_life=1))
     model.running_mean.fill_(3.0)
     model.num_batches_tracked.fill_(7)
-    update_ema(ema, model, 0.5)
+    averages.update(1)
+    ema = averages.whole()
     assert ema["running_mean"].tolist() == [3.0, 3.0]
     assert ema["num_batches_tracked"].item() == 7
 

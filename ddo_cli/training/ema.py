@@ -20,18 +20,6 @@ def ema_decay(batch: int, half_life: float, n_images: int, ramp: float | None = 
     return 0.5 ** (batch / half_life) if half_life > 0 else 0.0
 
 
-@torch.no_grad()
-def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
-    """ema <- decay * ema + (1 - decay) * weights for trained parameters, in place; other entries are the model's."""
-    state = model.state_dict()
-    trained = _trained(model)
-    for name, average in ema.items():
-        if name in trained:
-            average.lerp_(state[name].to(average.dtype), 1 - decay)
-        else:
-            ema[name] = state[name]
-
-
 def snapshot_name(step: int, width: float | None = None) -> str:
     """File name of the averaged weights after a step. width: of a further average; None: of the first."""
     return f"step-{step:06d}.safetensors" if width is None else f"step-{step:06d}-ema{width:.3f}.safetensors"
@@ -47,12 +35,14 @@ class Averages:
     def __init__(self, model: nn.Module, recipe: TrainRecipe):
         self.recipe = recipe
         self.widths = recipe.ema_widths
-        self.trained = _trained(model)
+        self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         self.sets: list[dict[str, Tensor]] = [
             {name: tensor.clone() if name in self.trained else tensor for name, tensor in state.items()}
             for _ in range(max(len(self.widths), 1))
         ]
+        with torch.no_grad():
+            self._averaged = [[sharding.own_rows(average[name]) for name in self.trained] for average in self.sets]
 
     def whole(self) -> dict[str, Tensor]:
         """The first set, which is scored and promoted, gathered where it is sharded; every process has to ask."""
@@ -63,15 +53,16 @@ class Averages:
         for width, tensors in zip(self.widths[1:], self.sets[1:], strict=True):
             yield width, sharding.full(tensors)
 
-    def update(self, model: nn.Module, n_images: int) -> None:
-        """Adds the weights after a step. n_images: trained on so far, including that step."""
+    @torch.no_grad()
+    def update(self, n_images: int) -> None:
+        """average <- decay * average + (1 - decay) * weights, after a step; n_images: trained on so far, with it."""
         batch, recipe = self.recipe.batch, self.recipe
         ramp = getattr(recipe, "ema_ramp", None)  # a key of pretraining only
         decays = [power_decay(batch, width, n_images) for width in self.widths]
-        for average, decay in zip(
-            self.sets, decays or [ema_decay(batch, recipe.ema_half_life, n_images, ramp)], strict=True
-        ):
-            update_ema(average, model, decay)
+        decays = decays or [ema_decay(batch, recipe.ema_half_life, n_images, ramp)]
+        weights = [sharding.own_rows(parameter) for parameter in self.trained.values()]
+        for averaged, decay in zip(self._averaged, decays, strict=True):
+            torch._foreach_lerp_(averaged, weights, 1 - decay)
 
     def tensors(self) -> dict[str, Tensor]:
         """What resuming needs: averaged tensors as "ema.<name>" of the first set, "ema1.<name>" of the second ..."""
@@ -81,7 +72,3 @@ class Averages:
             for name in average
             if name in self.trained
         }
-
-
-def _trained(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}

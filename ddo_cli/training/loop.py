@@ -6,7 +6,6 @@ generators keyed by (seed, step, row). So the state to save is weights, optimize
 
 import contextlib
 import gc
-import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,10 +126,10 @@ def fit(
             recompute_units(model)
         if settings.sharding == "fsdp":
             sharding.shard(model, model.units())
-        optimizer, scale = optim.build(model, settings), optim.LossScale(settings)
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = optim.build(model, settings)
+        stepper = optim.Stepper(optimizer, settings)
         averages = Averages(model, settings)
-        state = State(plan.state_file, plan.owner, settings.sharding, model, optimizer, scale, averages, meter)
+        state = State(plan.state_file, plan.owner, settings.sharding, model, optimizer, stepper, averages, meter)
         step = state.restore()
         last = plan.steps if plan.until is None else min(plan.until, plan.steps)
         if step > last:
@@ -161,28 +160,29 @@ def fit(
                     batch, is_last = next(batches), number + 1 == len(pieces)
                     with _synchronised(wrapped, is_last), training_precision(settings.precision, device):
                         loss = objective.loss(wrapped, batch)
-                    scale.backward(loss.loss / len(pieces))
+                    stepper.backward(loss.loss / len(pieces))
                     meter.add({"loss": loss.loss, **loss.log}, 1 / len(pieces))
-                scale.unscale(parameters)
-                norm = sharding.clip_grad_norm(parameters, settings.grad_clip or math.inf)
-                is_finite = bool(torch.isfinite(norm))
-                if not scale.step(optimizer, is_finite):
+                norm = stepper.clip()
+                failure = stepper.step(norm, step, loss.loss)
+                step += 1
+                is_logged, is_due = step % settings.log_every == 0 or step == plan.steps, step in plan.evaluate_at
+                is_saved = step % settings.save_every == 0 or is_due or step == last
+                if failure is None and (is_logged or is_saved):
+                    failure = stepper.settle()
+                if failure is not None:
                     # With no finite gradient there is no step to take; weights and saved state are those of before.
                     raise NumericsError(
-                        f"{plan.title}: the gradient of step {step} is not finite (loss {loss.loss.item():.4g}); "
+                        f"{plan.title}: the gradient of step {failure.step} is not finite (loss {failure.loss:.4g}); "
                         f"the last good checkpoint is {plan.last_good()}; lower {settings.prefix}lr = "
                         f"{settings.lr:g} and choose another --out",
-                        step=step + 1,
+                        step=failure.step + 1,
                     )
-                step += 1
-                averages.update(model, n_images)
+                averages.update(n_images)
                 optimizer.zero_grad(set_to_none=True)  # now: evaluations need the memory
-                meter.count(norm if is_finite else torch.zeros_like(norm))
-                is_logged = step % settings.log_every == 0 or step == plan.steps
-                yield Stepped(step, meter.flush(step, n_images, rate, scale.log()) if is_logged else None)
+                meter.count(norm.nan_to_num(0.0, 0.0, 0.0))  # of a step left out: 0
+                yield Stepped(step, meter.flush(step, n_images, rate, stepper.log()) if is_logged else None)
                 bar.advance(settings.batch, f"{meter.text} {note}")
-                is_due = step in plan.evaluate_at
-                if step % settings.save_every == 0 or is_due or step == last:
+                if is_saved:
                     state.save(step)
                 if is_due:
                     evaluation = Evaluate(step, averages)

@@ -39,7 +39,12 @@ class Meter:
     def add(self, values: Mapping[str, Tensor], weight: float) -> None:
         """Adds the means over a micro-batch, which is the share `weight` of the step."""
         for key, value in values.items():
-            self.sums[key] = self.sums.get(key, torch.zeros((), device=self.device)) + weight * value.detach()
+            if key not in self.sums:
+                dtype = torch.promote_types(value.dtype, torch.float32)
+                self.sums[key] = torch.zeros((), dtype=dtype, device=self.device)
+        # On a GPU two kernels for all of them.
+        shares = torch._foreach_mul([value.detach() for value in values.values()], weight)
+        torch._foreach_add_([self.sums[key] for key in values], shares)
 
     def count(self, norm: Tensor) -> None:
         """Ends a step. norm: of its gradient."""

@@ -1,7 +1,8 @@
-"""Adam and AdamW as a recipe asks for them, and the loss scaling of float16."""
+"""Adam and AdamW as a recipe asks for them, steps that are left out, and the loss scaling of float16."""
 
-from collections.abc import Iterable
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ def build(model: Trainable, recipe: TrainRecipe) -> torch.optim.Adam:
         "betas": (recipe.adam_beta1, recipe.adam_beta2),
         "eps": recipe.adam_eps,
         "weight_decay": recipe.weight_decay,
+        "fused": _can_fuse([parameter for _, parameter in named]) or None,
     }
     if recipe.optimizer == "adam":
         return _with_moments(torch.optim.Adam([p for _, p in named], **keywords))
@@ -41,6 +43,14 @@ def build(model: Trainable, recipe: TrainRecipe) -> torch.optim.Adam:
     return _with_moments(torch.optim.AdamW([group for group in groups if group["params"]], **keywords))
 
 
+def _can_fuse(parameters: Sequence[Tensor]) -> bool:
+    """Whether one kernel updates all parameters: on a GPU, where each is whole.
+
+    Not on a CPU, whose fused kernel rounds otherwise; nor the rows of sharded weights beside scalars, which are whole.
+    """
+    return all(type(parameter) is nn.Parameter and parameter.is_cuda for parameter in parameters)
+
+
 def _with_moments(optimizer: torch.optim.Adam) -> torch.optim.Adam:
     """Makes the moments, zeros, before the first step: a saved state is read into them, and memory that does not
     suffice shows at once.
@@ -48,63 +58,115 @@ def _with_moments(optimizer: torch.optim.Adam) -> torch.optim.Adam:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+            device = parameter.device if group["fused"] else "cpu"
+            optimizer.state[parameter] = {"step": torch.zeros((), device=device), **moments}
     return optimizer
 
 
-class LossScale:
-    """Scaling of the loss, so that small gradients survive float16; for other precisions nothing happens.
+class Failure(NamedTuple):
+    """A gradient that is not finite, and the loss that it was of."""
 
-    A step whose gradient overflows is left out and the scale halved; after a thousand good ones in a row it doubles.
+    step: int
+    loss: float
+
+
+class _Outcome(NamedTuple):
+    """What a step has come to, on its way to the CPU."""
+
+    step: int
+    has_failed: Tensor  # on the CPU
+    loss: Tensor
+    arrived: torch.cuda.Event | None
+
+    def failure(self) -> Failure | None:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return Failure(self.step, float(self.loss)) if self.has_failed else None
+
+
+class Stepper:
+    """Takes the optimizer's steps, but for those whose gradient is not finite.
+
+    Such a step is a failure. In float16 the loss is scaled so that small gradients survive, and a step that overflows
+    is left out instead and halves the scale; after a thousand good ones in a row it doubles. A scale that can fall no
+    further makes it a failure, too.
+
+    A fused optimizer is told on the device what to leave out, by numbers that never leave it, and after a failure
+    everything: so weights and moments stay those of before, while the CPU reads of it one step later, or in `settle`.
+    Another one is asked to step only after the CPU has read whether it should.
     """
 
-    def __init__(self, recipe: TrainRecipe):
+    def __init__(self, optimizer: torch.optim.Adam, recipe: TrainRecipe):
+        self.optimizer, self.clip_at = optimizer, recipe.grad_clip or math.inf
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.is_fused = bool(optimizer.defaults["fused"])
         self.is_on = recipe.precision == "fp16"
-        self.value = _FIRST_SCALE if self.is_on else 1.0  # the factor of the loss, a power of two: it rounds nothing
-        self.skipped = 0  # steps left out
-        self._good = 0  # steps in a row that were not
+        device = self.parameters[0].device
+        # The factor of the loss, a power of two: it rounds nothing.
+        self.scale = torch.full((), _FIRST_SCALE if self.is_on else 1.0, device=device)
+        self.good = torch.zeros((), dtype=torch.int32, device=device)  # steps in a row that were not left out
+        self.skipped = torch.zeros((), device=device)  # steps left out
+        self._has_failed = torch.zeros((), device=device)
+        self._unread: _Outcome | None = None
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the scaled loss, added to those there are."""
-        (loss * self.value if self.is_on else loss).backward()
+        (loss * self.scale if self.is_on else loss).backward()
 
     @torch.no_grad()
-    def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Divides the gradients by the scale, once before the step.
-
-        One by one: the scalars of a sharded model are not sharded, and torch's GradScaler takes no list of both kinds.
-        """
+    def clip(self) -> Tensor:
+        """Divides the gradients by the scale and clips them; returns the norm they had, over all processes."""
         if self.is_on:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    sharding.own_rows(parameter.grad).mul_(1 / self.value)
+            gradients = [sharding.own_rows(p.grad) for p in self.parameters if p.grad is not None]
+            torch._foreach_mul_(gradients, 1 / self.scale)
+        return sharding.clip_grad_norm(self.parameters, self.clip_at)
 
-    def step(self, optimizer: torch.optim.Optimizer, is_finite: bool) -> bool:
-        """Takes the optimizer's step, or leaves it out and lowers the scale. False: the scale can fall no further.
+    @torch.no_grad()
+    def step(self, norm: Tensor, number: int, loss: Tensor) -> Failure | None:
+        """Takes the step of this number, or leaves it out; returns a failure that the CPU has come to know of.
 
-        is_finite: of the gradient's norm over all processes, of which each may hold a part only.
+        norm: of the gradient over all processes, of which each may hold a part only. loss: of the step.
         """
-        if is_finite:
-            optimizer.step()
-            self._good += 1
-            if self.is_on and self._good == _STEPS_TO_DOUBLE:
-                self.value, self._good = 2 * self.value, 0
-            return True
-        if not self.is_on or self.value <= SMALLEST_SCALE:
-            return False
-        self.value, self._good = self.value / 2, 0
-        self.skipped += 1
-        return True
+        overflows = norm.isfinite().logical_not().to(torch.float32)
+        self._has_failed = torch.maximum(self._has_failed, overflows * (self.scale <= SMALLEST_SCALE))
+        left_out = torch.maximum(overflows, self._has_failed)
+        if self.is_fused:
+            self.optimizer.found_inf = left_out  # type: ignore[attr-defined]  # as torch's GradScaler has it
+            self.optimizer.step()
+        elif not left_out:
+            self.optimizer.step()
+        if self.is_on:
+            self.skipped += left_out
+            torch._amp_update_scale_(self.scale, self.good, overflows, 2.0, 0.5, _STEPS_TO_DOUBLE)
+        before, self._unread = self._unread, self._outcome(number, loss)
+        if not self.is_fused:
+            return self.settle()
+        return before.failure() if before is not None else None
+
+    def settle(self) -> Failure | None:
+        """The failure of the last step, if it was one; waits for the device."""
+        last, self._unread = self._unread, None
+        return last.failure() if last is not None else None
+
+    def _outcome(self, number: int, loss: Tensor) -> _Outcome:
+        has_failed, arrived = self._has_failed.to("cpu", non_blocking=True), None
+        if self.scale.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return _Outcome(number, has_failed, loss.detach(), arrived)
 
     def state(self) -> dict[str, Any]:
         """What resuming needs, JSON-ready; empty where nothing is scaled."""
-        return {"scale": self.value, "skipped": self.skipped, "good_steps": self._good} if self.is_on else {}
+        numbers = {"scale": float(self.scale), "skipped": int(self.skipped), "good_steps": int(self.good)}
+        return numbers if self.is_on else {}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Takes over what `state` gave."""
         if self.is_on and saved:
-            self.value, self.skipped, self._good = saved["scale"], saved["skipped"], saved["good_steps"]
+            self.scale.fill_(saved["scale"])
+            self.skipped.fill_(saved["skipped"])
+            self.good.fill_(saved["good_steps"])
 
     def log(self) -> dict[str, float]:
-        """Figures for a line of the log."""
-        return {"loss_scale": self.value, "skipped_steps": self.skipped} if self.is_on else {}
+        """Figures for a line of the log; as `state` it waits for the device."""
+        return {"loss_scale": float(self.scale), "skipped_steps": int(self.skipped)} if self.is_on else {}

@@ -10,7 +10,7 @@ from ddo_cli import checkpoint, dist, sharding
 from ddo_cli.errors import RunError
 from ddo_cli.training.ema import Averages
 from ddo_cli.training.meter import Meter
-from ddo_cli.training.optim import LossScale
+from ddo_cli.training.optim import Stepper
 
 
 class State:
@@ -23,20 +23,20 @@ class State:
         sharded: str,
         model: nn.Module,
         optimizer: torch.optim.Adam,
-        scale: LossScale,
+        stepper: Stepper,
         averages: Averages,
         meter: Meter,
     ):
         """owner: identifies the run; a state of another is refused. sharded: "ddp" or "fsdp"."""
         self.file, self.owner, self.is_sharded = file, owner, sharded == "fsdp"
-        self.model, self.optimizer, self.scale = model, optimizer, scale
+        self.model, self.optimizer, self.stepper = model, optimizer, stepper
         self.averages, self.meter = averages, meter
 
     def save(self, step: int) -> None:
         """Writes the state after a step; every process has to call it."""
         sums = {f"meter.{name}": tensor for name, tensor in self.meter.state().items()}
         header = {"kind": "train-state", "step": step, "metered_steps": self.meter.steps, "owner": self.owner}
-        header |= {"loss_scale": self.scale.state()}
+        header |= {"loss_scale": self.stepper.state()}
         if self.is_sharded:
             sharding.save(state_directory(self.file), step, self._tensors(), sums, header)
         elif dist.is_main():
@@ -61,7 +61,7 @@ class State:
             with torch.no_grad():
                 for name, tensor in tensors.items():
                     tensor.copy_(saved.tensors[name])
-        self.scale.restore(saved.header.get("loss_scale", {}))
+        self.stepper.restore(saved.header.get("loss_scale", {}))
         sums = {name.removeprefix("meter."): t for name, t in saved.tensors.items() if name.startswith("meter.")}
         self.meter.restore(sums, saved.header["metered_steps"])
         return int(saved.header["step"])
