@@ -87,6 +87,15 @@ def _plain_process():
     torch.set_flush_denormal(False)
 
 
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Of tests marked gpu: the card, or with DDO_TEST_DEVICE=cpu the CPU, which shows mistakes of the tests themselves."""
+    name = os.environ.get("DDO_TEST_DEVICE", "cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+
+
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Figures are one black pixel and grids have one image: they take most of a tiny run. Wider fixtures draw them."""

@@ -50,6 +50,15 @@ def test_two_real_steps_and_a_batch_of_samples(kind, tmp_path, monkeypatch):
     assert item in (64, 4 * 64, 3 * 32 * 32, 4 * 3 * 32 * 32) or kind not in ("diffusion", "autoregressive")
 
 
+def test_memory_of_a_gpu(monkeypatch):
+    sizes = {"max_memory_allocated": 3 * 2**30, "max_memory_reserved": 4 * 2**30, "reset_peak_memory_stats": None}
+    for name, size in {**sizes, "get_device_name": "a card"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
+    with dry_run._measured(torch.device("cuda", 0)) as figures:
+        figures["seconds_per_step"] = 1.0
+    assert figures == {"seconds_per_step": 1.0, "peak_memory_gib": 3, "peak_reserved_gib": 4, "device": "a card"}
+
+
 def test_the_plan_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "fit", None)
     ckpt = make_checkpoint(tmp_path / "x.safetensors")

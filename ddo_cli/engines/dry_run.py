@@ -152,6 +152,7 @@ def _measured(device: torch.device) -> Iterator[dict[str, Any]]:
         ) from None
     if device.type == "cuda":
         figures["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / GIB
+        figures["peak_reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB  # what the card has to hold
     else:
         figures["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in KiB
     figures["device"] = _name(device)
