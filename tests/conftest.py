@@ -89,7 +89,7 @@ def _plain_process():
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Of tests marked gpu: the card, or with DDO_TEST_DEVICE=cpu the CPU, which shows mistakes of the tests themselves."""
+    """Of tests marked gpu: the card; the CPU with DDO_TEST_DEVICE=cpu, which shows mistakes of the tests themselves."""
     name = os.environ.get("DDO_TEST_DEVICE", "cuda")
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")

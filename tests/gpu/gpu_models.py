@@ -6,9 +6,10 @@ import torch
 from conftest import TINY_EDM2, TINY_TRANSFORMER, TINY_UNET, TINY_VQVAE
 from torch import Tensor
 
-from ddo_cli.likelihood import LikelihoodModel, map_draw, repeat_draw
+from ddo_cli.likelihood import LikelihoodModel, repeat_draw
 from ddo_cli.models import registry
 from ddo_cli.rng import RowRng
+from ddo_cli.trainable import map_tensors
 
 TINY_EDM = {"channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [16]}
 NCSN = {"embedding": "fourier", "channel_mult_noise": 2, "encoder": "residual", "resample_filter": [1, 3, 3, 1]}
@@ -45,6 +46,7 @@ PUBLISHED = {
 
 def built(size: Size, seed: int = 0) -> LikelihoodModel:
     """A random network, in eval mode on the CPU."""
+    torch.manual_seed(seed)  # of biases
     generator = torch.Generator().manual_seed(seed)
     model = registry.build(registry.config_of(size.name, size.shape, size.num_classes, size.options, {}))
     with torch.no_grad():
@@ -72,7 +74,7 @@ def rows(model: LikelihoodModel, num: int = 4) -> tuple[Tensor, Tensor, Any]:
     """x, label and draw of `num` rows (even), the first half with the draw of the second, on the CPU."""
     generator = torch.Generator().manual_seed(2)
     if model.codec.is_discrete:
-        x = torch.randint(0, 16, (num, *model.codec.state_shape), generator=generator)
+        x = torch.randint(0, 16, (num, *model.codec.state_shape), generator=generator).flatten(1)
     else:
         x = torch.randn((num, *model.codec.state_shape), generator=generator) * 0.5
     label = torch.arange(num) % model.num_classes if model.num_classes else torch.full((num,), -1)
@@ -80,9 +82,10 @@ def rows(model: LikelihoodModel, num: int = 4) -> tuple[Tensor, Tensor, Any]:
 
 
 def at(device: torch.device, x: Tensor, label: Tensor, draw: Any) -> tuple[Tensor, Tensor, Any]:
-    return x.to(device), label.to(device), map_draw(lambda tensor: tensor.to(device), draw)
+    return x.to(device), label.to(device), map_tensors(lambda tensor: tensor.to(device), draw)
 
 
 def error(found: Tensor, exact: Tensor) -> float:
     """Of the norm."""
-    return float((found.detach().double().cpu() - exact.double()).norm() / exact.double().norm())
+    exact = exact.detach().double()
+    return float((found.detach().cpu().double() - exact).norm() / exact.norm())
