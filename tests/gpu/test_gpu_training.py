@@ -30,6 +30,8 @@ from ddo_cli.training.meter import Meter
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_pictures")]
 
 TWO_STEPS = ("finetune.rounds=1", "finetune.images_per_round=8", "finetune.eval_every=8", "metric.repeats=1")
+# What the checkpoint says, in place of the quickstart's values for a denoiser.
+OWN = ("finetune.draw={}", *(f"sampling.{key}=null" for key in ("sampler", "steps", "sigma_min", "sigma_max")))
 
 
 def log_of(run):
@@ -44,7 +46,7 @@ def log_of(run):
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bf16", "fp16"])
 def test_a_round_of_ddo(tmp_path, device, kind, precision):
     ckpt = make_checkpoint(tmp_path / "ref.safetensors", kind)
-    settings = (*TWO_STEPS, f"finetune.precision={precision}", "finetune.log_every=1", "finetune.beta=1.0e-4")
+    settings = (*TWO_STEPS, *OWN, f"finetune.precision={precision}", "finetune.log_every=1", "finetune.beta=1.0e-4")
     found = finetune.run(tiny_recipe(ckpt, kind, *settings), tmp_path / "run", device=device)
     first, second = log_of(tmp_path / "run")
     assert first["r_real"] == first["r_fake"] == 0  # the reference itself
