@@ -149,7 +149,7 @@ def fit(
             objective.batch, stream, plan.key, range(step, last), plan.evaluate_at, pieces, settings.batch, device
         )
         shown = console.progress(plan.title, last * settings.batch, "images", step * settings.batch)
-        with contextlib.closing(batches), shown as bar:
+        with contextlib.closing(batches), contextlib.closing(state), shown as bar:
             while step < last:
                 n_images = (step + 1) * settings.batch
                 rate = learning_rate(settings, n_images, plan.steps * settings.batch)
@@ -182,13 +182,16 @@ def fit(
                 meter.count(norm.nan_to_num(0.0, 0.0, 0.0))  # of a step left out: 0
                 yield Stepped(step, meter.flush(step, n_images, rate, stepper.log()) if is_logged else None)
                 bar.advance(settings.batch, f"{meter.text} {note}")
+                state.check()
                 if is_saved:
                     state.save(step)
                 if is_due:
+                    state.settle()
                     evaluation = Evaluate(step, averages)
                     yield from _evaluated(evaluation, device)
                     note = evaluation.note
                     wrapped.train(settings.dropout)
+            state.settle()
         yield Finished(step, averages)
     finally:
         allow_tf32(False)

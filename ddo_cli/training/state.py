@@ -1,7 +1,10 @@
 """What resuming needs, on disk: weights, moments of the optimizer, averages, sums of the log, and the step."""
 
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +14,15 @@ from ddo_cli.errors import RunError
 from ddo_cli.training.ema import Averages
 from ddo_cli.training.meter import Meter
 from ddo_cli.training.optim import Stepper
+from ddo_cli.transfer import snapshot
 
 
 class State:
-    """The state of one `fit`: one file, or with sharded weights a directory beside it (`sharding`)."""
+    """The state of one `fit`: one file, or with sharded weights a directory beside it (`sharding`). To be closed.
+
+    On a GPU `save` copies the tensors once, and a thread writes the file while training goes on; the file before it
+    stays until then. Elsewhere, and with sharded weights, `save` writes. (A CPU would hold the state twice.)
+    """
 
     def __init__(
         self,
@@ -31,17 +39,51 @@ class State:
         self.file, self.owner, self.is_sharded = file, owner, sharded == "fsdp"
         self.model, self.optimizer, self.stepper = model, optimizer, stepper
         self.averages, self.meter = averages, meter
+        self._writer = ThreadPoolExecutor(1, "state") if _is_written_behind(meter.device, self.is_sharded) else None
+        self._written: Future[None] | None = None  # by the thread
 
     def save(self, step: int) -> None:
-        """Writes the state after a step; every process has to call it."""
+        """Writes the state after a step, or begins to, once the one before is written; every process has to call it.
+
+        Raises OSError, for example if the disk is full.
+        """
+        self._wait()
         sums = {f"meter.{name}": tensor for name, tensor in self.meter.state().items()}
         header = {"kind": "train-state", "step": step, "metered_steps": self.meter.steps, "owner": self.owner}
         header |= {"loss_scale": self.stepper.state()}
+        if self._writer is not None:
+            if dist.is_main():
+                self._written = self._writer.submit(self._write, *snapshot({**self._tensors(), **sums}), header)
+            return
         if self.is_sharded:
             sharding.save(state_directory(self.file), step, self._tensors(), sums, header)
         elif dist.is_main():
             checkpoint.save(self.file, {**self._tensors(), **sums}, header)
         dist.barrier()
+
+    def check(self) -> None:
+        """Raises what a write has failed with, without waiting for one under way."""
+        if self._written is not None and self._written.done():
+            self._wait()
+
+    def settle(self) -> None:
+        """Waits until the state is on disk; every process has to call it. Raises OSError as `save`."""
+        self._wait()
+        dist.barrier()
+
+    def close(self) -> None:
+        """Waits for a write under way. Its failure is not told: training has ended, by another error or in `settle`."""
+        if self._writer is not None:
+            self._writer.shutdown()
+
+    def _write(self, tensors: dict[str, Tensor], wait: Callable[[], None], header: dict[str, Any]) -> None:
+        wait()
+        checkpoint.save(self.file, tensors, header)
+
+    def _wait(self) -> None:
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
 
     def restore(self) -> int:
         """Takes over the saved state; returns its step, 0 where there is none. Raises RunError for another run's."""
@@ -76,6 +118,10 @@ class State:
             **self.averages.tensors(),
             **{f"adam.{number}.{key}": tensor for number, group in moments.items() for key, tensor in group.items()},
         }
+
+
+def _is_written_behind(device: torch.device, is_sharded: bool) -> bool:
+    return device.type == "cuda" and not is_sharded
 
 
 def state_directory(state_file: Path) -> Path:
