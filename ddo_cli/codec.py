@@ -2,6 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -143,7 +144,7 @@ class LatentCodec(Codec, ABC):
         return tuple(items.shape[1:]) == self.state_shape
 
 
-def hash_of(tensors: dict[str, Tensor]) -> str:
+def hash_of(tensors: Mapping[str, Tensor]) -> str:
     """Hex digest of the tensors' names and float32 values, whatever their type and order in the file."""
     digest = hashlib.sha256()
     for name in sorted(tensors):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,13 +82,29 @@ def read_json(path: Path, kind: type = dict) -> Any:
         raise RunError(f"{path} is damaged ({error}); remove its directory and start again") from None
 
 
+_SETTLED = 2.0  # seconds after which a change of a file shows in its time of change, on network file systems too
+_hashes: dict[tuple[str, int, int, int, int], str] = {}  # of this process, by `_state`
+
+
 def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Hex digest of a file's bytes. Read once in a process, unless the file changes."""
+    state = _state(path)
+    if state in _hashes:
+        return _hashes[state]
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
+    changed = max(state[3:]) / 1e9
+    if _state(path) == state and time.time() - changed > _SETTLED:
+        _hashes[state] = digest.hexdigest()
     return digest.hexdigest()
+
+
+def _state(path: Path) -> tuple[str, int, int, int, int]:
+    """What changes with the content of a file."""
+    status = path.stat()
+    return str(path.absolute()), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def cache_directory() -> Path | None:

@@ -27,6 +27,7 @@ from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.errors import CheckpointError, RecipeError, UsageError
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models.catalog import Catalog, option_problems
+from ddo_cli.models.loading import with_tensors
 from ddo_cli.models.var import tokenizers
 
 BUILTIN = {
@@ -119,9 +120,13 @@ def load_model(path: str | Path, device: torch.device, draw: dict[str, Any] | No
     Raises CheckpointError if the file does not hold a model of this program or its tensors do not fit.
     """
     file = checkpoint.load(path, kind="model")
-    model = build(check_config(file.header.get("config"), str(path)), draw)
+    config = check_config(file.header.get("config"), str(path))
     try:
-        model.load_state_dict(file.tensors)
+        if config["name"] in BUILTIN:
+            model = with_tensors(lambda: build(config, draw), file.tensors, device)
+        else:  # a user's code may compute with tensors as it builds, which the meta device does not allow
+            model = build(config, draw)
+            model.load_state_dict(file.tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: tensors do not fit the model its header describes: {error}") from None
     return Loaded(model.to(device).eval(), file._replace(tensors={}))

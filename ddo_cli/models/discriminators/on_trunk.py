@@ -62,8 +62,10 @@ def load_trunk(shape: tuple[int, ...], options: TrunkFile) -> tuple[Classifier, 
 
     Raises CheckpointError if its file is missing or changed, ValueError if it is for states of another shape.
     """
+    on_cpu = torch.device("cpu")  # as a context: the discriminator itself may be built without memory
     try:
-        trunk, file = discriminators.load("classifier", options.trunk, torch.device("cpu"))
+        with on_cpu:
+            trunk, file = discriminators.load("classifier", options.trunk, on_cpu)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}; it is the classifier under a discriminator, which names it by this path: put it there, or start "
@@ -81,8 +83,9 @@ def load_trunk(shape: tuple[int, ...], options: TrunkFile) -> tuple[Classifier, 
     made_for = tuple(file.header["config"]["shape"])
     if made_for != shape:
         raise ValueError(f"the trunk {options.trunk} was made for states of shape {made_for}")
-    with torch.no_grad():
-        _, channels, side, _ = trunk.features(torch.zeros(1, *shape), torch.ones(1, dtype=torch.float64)).shape  # type: ignore[operator]
+    with torch.no_grad(), on_cpu:
+        black, time = torch.zeros(1, *shape), torch.ones(1, dtype=torch.float64)
+        _, channels, side, _ = trunk.features(black, time).shape  # type: ignore[operator]
     return trunk, channels, side  # type: ignore[return-value]
 
 

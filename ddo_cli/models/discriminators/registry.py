@@ -18,6 +18,7 @@ from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.errors import CheckpointError, RecipeError
 from ddo_cli.models.catalog import Catalog, option_problems
+from ddo_cli.models.loading import with_tensors
 from ddo_cli.trainable import Trainable
 
 BUILTIN = {
@@ -97,9 +98,13 @@ def load(kind: str, path: str | Path, device: torch.device) -> Loaded:
         )
     if not isinstance(header.get("config"), dict):
         raise CheckpointError(f"{path} holds no configuration of a {kind}; give a file that ddo wrote")
-    network = build(kind, header["config"])
+    config = header["config"]
     try:
-        network.load_state_dict(file.tensors)
+        if config["name"] in BUILTIN | CLASSIFIERS:
+            network = with_tensors(lambda: build(kind, config), file.tensors, device)
+        else:  # a user's code may compute with tensors as it builds, which the meta device does not allow
+            network = build(kind, config)
+            network.load_state_dict(file.tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: tensors do not fit the {kind} its header describes: {error}") from None
     return Loaded(network.to(device).eval().requires_grad_(False), file)

@@ -28,7 +28,8 @@ class TimeMlp(Trainable):
     def __init__(self, *, dim: int, num_classes: int, width: int, depth: int) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.register_buffer("frequencies", torch.arange(1.0, _NUM_FREQUENCIES + 1), persistent=False)
+        frequencies = torch.arange(1.0, _NUM_FREQUENCIES + 1, device="cpu")
+        self.register_buffer("frequencies", frequencies, persistent=False)
         inputs = dim + 2 * _NUM_FREQUENCIES + num_classes
         self.hidden = nn.ModuleList(nn.Linear(width if i else inputs, width) for i in range(depth))
         self.head = nn.Linear(width, 1)

@@ -30,7 +30,8 @@ class MLP(nn.Module):
     def __init__(self, *, dim: int, num_classes: int, width: int, depth: int) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.register_buffer("frequencies", torch.arange(1, NUM_FREQUENCIES + 1) * FREQ_STEP, persistent=False)
+        frequencies = torch.arange(1, NUM_FREQUENCIES + 1, device="cpu") * FREQ_STEP
+        self.register_buffer("frequencies", frequencies, persistent=False)
         self.stem = nn.Linear(dim, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
         self.shifts = nn.ModuleList(nn.Linear(2 * NUM_FREQUENCIES + num_classes, width) for _ in range(depth))

@@ -41,7 +41,7 @@ class PatchEncoder(Trainable):
         if len(widths) != len(depths) or not widths:
             raise ValueError(f"widths {list(widths)} and depths {list(depths)} must be of the same length, at least 1")
         self.num_classes, self.patch = num_classes, patch
-        frequencies = torch.exp(torch.linspace(0.0, math.log(_MAX_FREQUENCY), _NUM_FREQUENCIES))
+        frequencies = torch.exp(torch.linspace(0.0, math.log(_MAX_FREQUENCY), _NUM_FREQUENCIES, device="cpu"))
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.noise_emb = nn.Linear(2 * _NUM_FREQUENCIES, emb_width)
         self.label_emb = nn.Linear(num_classes, emb_width, bias=False) if num_classes else None

@@ -5,7 +5,7 @@ the likelihood of an image's tokens is exact and takes one pass, and sampling ta
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,7 @@ class TokenCodec(Codec):
         self.vqvae = vqvae
         self.state_shape = (vqvae.options.length,)
         self.latent_shapes = (self.state_shape,)
+        self._hashed: tuple[list[Any], str] | None = None  # versions of the weights, and their hash
 
     def prepare(self, items: Tensor, rng: RowRng) -> Encodable:
         """Raises DataError for tokens beyond the vocabulary."""
@@ -84,8 +85,12 @@ class TokenCodec(Codec):
 
     def encoder_id(self) -> str:
         """The hash of what tokens come from: the VQVAE's encoder and its codes."""
-        used, tensors = ("encoder.", "quant_conv.", "quantize."), self.vqvae.state_dict()
-        return "vqvae:" + hash_of({name: tensors[name] for name in tensors if name.startswith(used)})
+        used = ("encoder.", "quant_conv.", "quantize.")
+        weights = {name: weight for name, weight in self.vqvae.named_parameters() if name.startswith(used)}
+        versions = [(id(weight), weight.dtype, weight._version) for weight in weights.values()]
+        if self._hashed is None or self._hashed[0] != versions:
+            self._hashed = versions, "vqvae:" + hash_of(weights)
+        return self._hashed[1]
 
     def decode(self, x: Tensor) -> Tensor:
         """Tokens, or the mixed codes (B, z, p, p) of smooth sampling -> images."""
@@ -131,7 +136,7 @@ class Var(TokenModel):
             Block(self.width, self.heads, options.l2_norm, options.shared_adaln) for _ in range(options.depth)
         )
         self.head = Head(self.width, options.vqvae.vocabulary)
-        level = torch.cat([torch.full((side**2,), s) for s, side in enumerate(self.sides)])
+        level = torch.cat([torch.full((side**2,), s, device="cpu") for s, side in enumerate(self.sides)])
         self.register_buffer("level", level, persistent=False)
         self._initialise()
 

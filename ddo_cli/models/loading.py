@@ -1,0 +1,35 @@
+"""Modules with the weights of a file, built without drawing initial ones."""
+
+from collections.abc import Callable
+from itertools import chain
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def with_tensors(build: Callable[[], Module], tensors: dict[str, Tensor], device: torch.device) -> Module:
+    """What `build` makes, on `device`, with these tensors as its state dict, in the types and layouts of its own.
+
+    It is built on torch's meta device, where nothing is allocated or drawn; constants that are no part of the state
+    dict are made with device="cpu". Raises RuntimeError, as `load_state_dict` does, if the tensors do not fit.
+    """
+    with torch.device("meta"):
+        module = build()
+    own = module.state_dict()
+    module.load_state_dict(
+        {name: _like(own.get(name), tensor, device) for name, tensor in tensors.items()}, assign=True
+    )
+    if any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers())):
+        module = build()  # a library's module, whose constants are made anywhere
+        module.load_state_dict(tensors)
+    return module.to(device)
+
+
+def _like(own: Tensor | None, tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy in the type and layout of `own`; a tensor that does not fit as it is, for the error message."""
+    if own is None or own.shape != tensor.shape:
+        return tensor
+    return torch.empty_like(own, device=device).copy_(tensor)
