@@ -10,7 +10,7 @@ from ddo_cli.errors import RecipeError, UsageError
 from ddo_cli.generation import labels_of
 from ddo_cli.likelihood import repeat_draw
 from ddo_cli.models import registry
-from ddo_cli.models.tokens import sampled_log_prob
+from ddo_cli.models.tokens import inverse_cdf, sampled_log_prob
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
 
@@ -164,6 +164,27 @@ def test_truncation_by_hand():
     for name, (spec, expected) in keep.items():
         wanted = torch.tensor(expected, dtype=torch.float64)
         assert_close(sampled_log_prob(logits, None, spec).exp(), wanted / wanted.sum(), msg=name)
+
+
+def test_truncation_equals_sorting_all_levels():
+    logits, uniform = 2 * torch.randn(50, 300), torch.rand(50, dtype=torch.float64)
+    spec = SamplingRecipe(top_k=60, top_p=0.9)
+    prob, order = logits.to(torch.float64).sort(dim=-1, descending=True)
+    prob = prob[:, :60].softmax(-1)
+    prob = torch.where(prob.cumsum(-1) - prob < 0.9, prob, 0)
+    expected = torch.zeros(50, 300, dtype=torch.float64).scatter(1, order[:, :60], prob / prob.sum(-1, keepdim=True))
+    assert_close(sampled_log_prob(logits, None, spec).exp(), expected)
+    tokens = inverse_cdf(sampled_log_prob(logits, None, spec), uniform)
+    assert torch.equal(tokens, inverse_cdf(expected.log(), uniform))
+
+
+def test_ties_with_the_last_level_are_kept():
+    logits = torch.tensor([0.4, 0.2, 0.2, 0.2]).log()
+    for spec in (SamplingRecipe(top_k=2), SamplingRecipe(top_p=0.5), SamplingRecipe(top_k=2, top_p=0.5)):
+        assert_close(sampled_log_prob(logits, None, spec).exp(), logits.exp().to(torch.float64))
+    assert_close(
+        sampled_log_prob(logits, None, SamplingRecipe(top_k=2, top_p=0.4)).exp()[1:], torch.zeros(3).to(torch.float64)
+    )
 
 
 def test_guidance_raises_the_likelihood_of_the_condition():

@@ -56,25 +56,25 @@ def sampled_log_prob(
 ) -> Tensor:
     """Log-probabilities (..., levels) that tokens are drawn from, float64; levels cut off are -inf.
 
-    In this order: guidance on logits, temperature, the top_k likeliest levels (and their ties), and of what is left
-    the fewest likeliest levels that hold at least top_p of the probability.
-    cfg_scale: of these tokens, as it broadcasts with the logits, where it is not spec's own.
+    In this order: guidance on logits, temperature, the top_k likeliest levels, and of what is left the fewest likeliest
+    levels that hold at least top_p of the probability; ties with the last level that is kept are kept.
+    logits: float32. cfg_scale: of these tokens, as it broadcasts with the logits, where it is not spec's own.
     """
-    logits = logits.to(torch.float64)
     scale = spec.cfg_scale if cfg_scale is None else cfg_scale
     if unconditional is not None and scale is not None:
         logits = unconditional + scale * (logits - unconditional)
     logits = logits / (spec.temperature or 1.0)
-    if spec.top_k is not None and spec.top_k < logits.shape[-1]:
-        least = logits.topk(spec.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if spec.top_p is not None and spec.top_p < 1:
-        ordered, order = logits.log_softmax(-1).sort(dim=-1, descending=True, stable=True)
-        prob = ordered.exp()
-        likelier = prob.cumsum(-1) - prob  # mass of the levels before; 0 for the first, which is always kept
-        cut = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, likelier >= spec.top_p)
-        logits = logits.masked_fill(cut, -torch.inf)
-    return logits.log_softmax(-1)
+    levels = logits.shape[-1]
+    top_k, top_p = min(spec.top_k or levels, levels), spec.top_p or 1.0
+    if top_k < levels or top_p < 1:
+        ordered = logits.topk(top_k, dim=-1).values  # (..., top_k), decreasing
+        logits = logits.masked_fill(logits < ordered[..., -1:], -torch.inf)
+        if top_p < 1:
+            prob = (ordered.to(torch.float64) - logits.to(torch.float64).logsumexp(-1, keepdim=True)).exp()
+            likelier = prob.cumsum(-1) - prob  # mass of the levels before; 0 for the first, which is always kept
+            least = ordered.masked_fill(likelier >= top_p, torch.inf).amin(-1, keepdim=True)
+            logits = logits.masked_fill(logits < least, -torch.inf)
+    return logits.log_softmax(-1, dtype=torch.float64)
 
 
 def inverse_cdf(log_prob: Tensor, uniform: Tensor) -> Tensor:

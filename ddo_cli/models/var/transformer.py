@@ -231,7 +231,7 @@ class Var(TokenModel):
         if spec.smooth:
             raise UsageError("sampling.smooth = true draws mixtures of codes, which have no probability; leave it out")
         unconditional = self.logits(x, torch.full_like(label, NO_LABEL)) if is_guided(spec) else None
-        scale = torch.tensor([self._cfg_scale(spec, s) for s in range(len(self.sides))], dtype=torch.float64)
+        scale = torch.tensor([self._cfg_scale(spec, s) for s in range(len(self.sides))])
         of_token = scale.to(x.device)[self.level][:, None]  # (L, 1)
         return of_tokens(sampled_log_prob(self.logits(x, label), unconditional, spec, of_token), x).sum(1)
 
