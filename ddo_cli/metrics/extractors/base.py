@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ddo_cli.errors import DataError, NumericsError, UsageError
 from ddo_cli.precision import Device, inference_precision
+from ddo_cli.transfer import to_device
 
 Precision = Literal["float32", "tf32", "bf16"]
 
@@ -72,7 +73,7 @@ class Extractor(ABC):
                 f"items of type {images.dtype} and shape {tuple(images.shape[1:])} have no features; the extractor "
                 f"{self.name} reads uint8 images with 1 or 3 channels"
             )
-        images = images.to(self.device).expand(-1, 3, -1, -1)  # (B, 3, H, W), moved as bytes
+        images = to_device(images, self.device).expand(-1, 3, -1, -1)  # (B, 3, H, W), moved as bytes
         with torch.no_grad(), inference_precision(self.precision, self.device):
             features = {name: value.to(torch.float32) for name, value in self._extract(images, outputs).items()}
         for name, value in features.items():

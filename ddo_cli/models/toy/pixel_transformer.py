@@ -13,6 +13,7 @@ from ddo_cli.models.registry import register
 from ddo_cli.models.tokens import Cache, TokenModel, inverse_cdf, is_guided, of_tokens, sampled_log_prob
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
+from ddo_cli.transfer import to_device
 
 
 class PixelTransformerOptions(Options):
@@ -84,7 +85,7 @@ class PixelTransformer(TokenModel):
         Keys and values of earlier pixels are kept, so a pass costs one position. Token i of a row is the inverse of
         its cumulative distribution at the row's i-th uniform number: no row depends on another.
         """
-        uniform = rng.rand((self.length,), dtype=torch.float64).to(label.device)  # (B, L)
+        uniform = to_device(rng.rand((self.length,), dtype=torch.float64), label.device)  # (B, L)
         guided = is_guided(spec)
         labels = torch.cat([label, torch.full_like(label, NO_LABEL)]) if guided else label  # (B or 2B,)
         caches = self.caches(len(labels), self.position)

@@ -22,6 +22,7 @@ from ddo_cli.models.var.vqvae import Vqvae, VqvaeOptions, load_into
 from ddo_cli.models.var.vqvae_layers import full_precision
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
+from ddo_cli.transfer import to_device
 
 HEAD_WIDTH = 64  # of every published model
 # Initial size of the blocks' gates up to a depth (their training scripts).
@@ -200,7 +201,7 @@ class Var(TokenModel):
         With smooth, x is the sum of mixed codes f_hat (B, z, p, p) instead, which only `decode` takes.
         """
         quantize, guided = self.vqvae.quantize, is_guided(spec)
-        uniform = rng.rand((self.length,), dtype=torch.float64).to(label.device)  # (B, L)
+        uniform = to_device(rng.rand((self.length,), dtype=torch.float64), label.device)  # (B, L)
         rows = torch.cat([label, torch.full_like(label, NO_LABEL)]) if guided else label  # (B or 2B,)
         embedded = self._class(rows)
         silu, condition = self._conditions(embedded)
@@ -241,7 +242,8 @@ class Var(TokenModel):
     def _smoothed(self, log_prob: Tensor, scale: int, rng: RowRng) -> Tensor:
         """Mixed codes (B, z, p_s, p_s): Gumbel-softmax of sharpened logits, cooled down over the scales."""
         at = scale / (len(self.sides) - 1)
-        noise = -torch.log(-torch.log(rng.rand(log_prob.shape[1:], dtype=torch.float64))).to(log_prob.device)
+        uniform = to_device(rng.rand(log_prob.shape[1:], dtype=torch.float64), log_prob.device)
+        noise = -torch.log(-torch.log(uniform))
         weight = ((log_prob * (1 + at) + noise) / max(0.27 * (1 - 0.95 * at), 0.005)).softmax(-1)
         embedding = self.vqvae.quantize.embedding.weight
         return self.vqvae.quantize.as_map(weight.to(embedding.dtype) @ embedding, scale)
