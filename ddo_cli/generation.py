@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddo_cli import compilation
 from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import NO_LABEL, LikelihoodModel
 from ddo_cli.precision import Device, Precision, inference_precision, resolved
@@ -55,6 +56,8 @@ def generate(
     Samples are drawn in spec.precision and decoded in `decoding_precision`. On a CPU images are decoded in float32.
     """
     model.check_sampling(spec)
+    if compilation.is_on(spec.compile, device):
+        compilation.compile_network(model)
     ordered = sorted(seeds)
     has_choice = bool(model.num_classes and not classes)
     places = {seed: place for place, seed in enumerate(seeds if as_given is None else as_given)}

@@ -27,7 +27,7 @@ from ddo_cli.rng import RowRng
 from ddo_cli.trainable import Trainable, map_tensors
 
 NO_LABEL = -1  # the label of an unconditional row
-READ_BY_ALL = {"batch", "labels", "rng", "precision"}  # fields of SamplingRecipe that `generation.generate` reads
+READ_BY_ALL = {"batch", "compile", "labels", "rng", "precision"}  # fields that `generation.generate` reads
 
 
 class Draw(Protocol):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ddo_cli import compilation
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.recipe.training import Precision
 
@@ -27,8 +28,9 @@ def resolved(precision: Precision | None, device: Device) -> Precision:
 
 
 def settled(spec: SamplingRecipe, device: Device) -> SamplingRecipe:
-    """The sampling settings with the precision that this device computes in, for the record of what is drawn."""
-    return spec.model_copy(update={"precision": resolved(spec.precision, device)})
+    """The sampling settings with what this device computes by, for the record of what is drawn."""
+    computed = {"precision": resolved(spec.precision, device), "compile": compilation.is_on(spec.compile, device)}
+    return spec.model_copy(update=computed)
 
 
 @contextlib.contextmanager

@@ -51,6 +51,10 @@ class Trainable(nn.Module):
         """The repeated blocks, in order: what is sharded and checkpointed one by one. Empty: the network as a whole."""
         return ()
 
+    def graphs(self) -> Sequence[nn.Module]:
+        """What torch.compile makes a graph of each: the blocks, else the network as a whole."""
+        return self.units() or (self,)
+
     def no_decay(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether AdamW's weight decay leaves this parameter alone."""
         return is_vector(name, parameter)

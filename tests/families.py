@@ -15,6 +15,7 @@ from ddo_cli.trainable import Loss
 
 # Name, shape of the items, options.
 FAMILIES = {
+    "mlp": ("mlp", (2,), {"width": 16, "depth": 1}),
     "patch-unet": KINDS["diffusion"][:3],
     "pixel-transformer": KINDS["autoregressive"][:3],
     "edm-unet": (
@@ -48,8 +49,9 @@ def frozen(model: LikelihoodModel) -> LikelihoodModel:
 def step(model: LikelihoodModel, ref: LikelihoodModel, num_rows: int = 2, beta: float = 0.05) -> Loss:
     """The DDO loss of random items, the same ones in each call."""
     rng = torch.Generator().manual_seed(1)
-    high = 256 if len(model.codec.shape) == 3 else 2
-    items = torch.randint(high, (2 * num_rows, *model.codec.shape), generator=rng).to(torch.uint8)
+    shape = (2 * num_rows, *model.codec.shape)
+    is_image = len(shape) == 4
+    items = torch.randint(256, shape, generator=rng).to(torch.uint8) if is_image else torch.randn(shape, generator=rng)
     label = torch.randint(10, (2 * num_rows,), generator=rng)
     real, fake = Examples(items[:num_rows], label[:num_rows]), Examples(items[num_rows:], label[num_rows:])
     draws = StepRng((0, 1), 0, range(num_rows))

@@ -187,7 +187,7 @@ class Analyses(NamedTuple):
     discriminator=options.Pair,
     analyses=Analyses,
     guidance=options.of_guidance("dg_weight", "dg_weight_2nd", "time_min", "time_max"),
-    sampling=options.of_sampling("sampler", "steps", "s_churn", "cfg_scale", "batch", "precision"),
+    sampling=options.of_sampling("sampler", "steps", "s_churn", "cfg_scale", "batch", "precision", "compile"),
     device=options.device_and_models,
 )
 def analyze(

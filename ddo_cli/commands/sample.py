@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 
     from ddo_cli.engines.sampling import guides
 
+SAMPLING = ("labels", "sampler", "steps", "s_churn", "cfg_scale", "batch", "precision", "compile", "rng")
+
 
 @options.add(
     seeds=options.seeds_of,
     classes=options.classes_of,
-    sampling=options.of_sampling("labels", "sampler", "steps", "s_churn", "cfg_scale", "batch", "precision", "rng"),
+    sampling=options.of_sampling(*SAMPLING),
     second_network=options.second_network,
     device=options.device_and_models,
 )
@@ -61,7 +63,7 @@ class Classifier(NamedTuple):
     classifier=Classifier,
     seeds=options.seeds_of,
     classes=options.classes_of,
-    sampling=options.of_sampling("labels", "sampler", "steps", "s_churn", "cfg_scale", "batch", "precision", "rng"),
+    sampling=options.of_sampling(*SAMPLING),
     device=options.device_and_models,
 )  # fmt: skip
 def guide_sample(
@@ -115,7 +117,7 @@ class Score(NamedTuple):
 @options.add(
     model=Editor,
     guidance=options.of_guidance("dg_weight", "dg_weight_2nd", "time_min", "time_max"),
-    sampling=options.of_sampling("sampler", "steps", "s_churn", "cfg_scale", "batch", "precision"),
+    sampling=options.of_sampling("sampler", "steps", "s_churn", "cfg_scale", "batch", "precision", "compile"),
     score=Score,
     device=options.device_and_models,
 )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     recipe=options.of_recipe(
         "model.ckpt", "data.source", "finetune.rounds", "finetune.alpha", "finetune.beta", "finetune.lr",
         "finetune.batch", "finetune.images_per_round", "finetune.eval_every", "finetune.num_fake",
-        "metric.num_images", "finetune.precision", "seed", "model.file",
+        "metric.num_images", "finetune.precision", "finetune.compile", "seed", "model.file",
     ),
     device=options.device_of,
 )  # fmt: skip
@@ -55,7 +55,8 @@ def finetune_ddo(
     recipe=options.of_recipe(
         "model.ckpt", "data.source", "discriminator.fake", "discriminator.num_fake", "discriminator.images",
         "discriminator.eval_every", "metric.num_images", "discriminator.lr", "discriminator.batch",
-        "discriminator.select", "discriminator.precision", "discriminator.conditional", "seed", "model.file",
+        "discriminator.select", "discriminator.precision", "discriminator.compile", "discriminator.conditional",
+        "seed", "model.file",
     ),
     device=options.device_of,
 )  # fmt: skip
@@ -86,7 +87,8 @@ def train_disc(
 
 @options.add(
     recipe=options.of_recipe(
-        "data.source", "pretrain.images", "pretrain.lr", "pretrain.batch", "pretrain.precision", "seed", "model.file",
+        "data.source", "pretrain.images", "pretrain.lr", "pretrain.batch", "pretrain.precision",
+        "pretrain.compile", "seed", "model.file",
         check_model=True,
     ),
     device=options.device_of,
@@ -108,7 +110,7 @@ def pretrain(
 @options.add(
     recipe=options.of_recipe(
         "model.ckpt", "data.source", "classifier.images", "classifier.lr", "classifier.batch", "classifier.precision",
-        "seed", "model.file",
+        "classifier.compile", "seed", "model.file",
     ),
     device=options.device_of,
 )  # fmt: skip

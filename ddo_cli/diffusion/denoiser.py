@@ -214,6 +214,9 @@ class DiffusionModel(LikelihoodModel):
         units = getattr(self.net, "units", None)
         return units() if callable(units) else ()
 
+    def graphs(self) -> Sequence[nn.Module]:
+        return (self.net,)
+
     def check_sampling(self, spec: SamplingRecipe) -> None:
         """Raises UsageError for a sampler, noise levels or guides that do not go together or with the network."""
         check_fields(self, spec, SAMPLING_FIELDS)

@@ -98,6 +98,7 @@ class SamplingRecipe(Section):
     precision: Precision | None = key(
         None, "Precision of network passes. auto: tf32 on a GPU, float32 on a CPU. Default: the model's own, else auto."
     )
+    compile: bool | None = key(None, "torch.compile the network; the first batches take minutes. Default: no.")
     dtype: Literal["float64", "float32"] | None = key(None, "Type of the sampler's state. Default: float64.")
     spacing: Literal["karras", "vp", "steps"] | None = key(
         None,

@@ -76,6 +76,9 @@ class TrainRecipe(Section):
         "Precision of training passes; auto: tf32 on a GPU, float32 on a CPU. fp16 has loss scaling. "
         "Log-ratios, loss and averages are always float32.",
     )
+    compile: bool | None = key(
+        None, "torch.compile the network; the first steps take minutes. Weights and files are the same. Default: no."
+    )
     activation_checkpointing: bool = key(False, "Recompute blocks in the backward pass: less memory, more time.")
     sharding: Literal["ddp", "fsdp"] = key("ddp", "fsdp shards weights, averages and optimizer state.")
     log_every: int = key(10, "Steps between log lines.", ge=1)
@@ -87,6 +90,13 @@ class TrainRecipe(Section):
         if len({f"{width:.3f}" for width in widths}) < len(widths):  # their files are named with three digits
             raise PydanticCustomError("widths", "the widths must differ in their first three digits")
         return widths
+
+    @model_validator(mode="after")
+    def _compiles(self: T) -> T:
+        if self.compile and self.sharding == "fsdp":
+            text = "does not go with sharding = fsdp, whose weights change place while blocks compute; leave one out"
+            raise ValidationError.from_exception_data(type(self).__name__, [_problem(["compile"], True, text)])
+        return self
 
     @model_validator(mode="after")
     def _decays(self: T) -> T:
@@ -131,7 +141,7 @@ Coefficient = Annotated[float | tuple[float, ...], BeforeValidator(_coefficient)
 
 
 # Keys that are the same in all rounds of a run.
-_OF_THE_RUN = ("rounds", "from_round", "precision", "sharding", "fake_as", "keep_candidates")
+_OF_THE_RUN = ("rounds", "from_round", "precision", "compile", "sharding", "fake_as", "keep_candidates")
 
 
 def _numbers(value: Any) -> Any:
@@ -185,6 +195,13 @@ class FinetuneRecipe(TrainRecipe):
                 draw = {**self.draw, **given.get("draw", {}), **draw}
             given |= values | ({"draw": draw} if "draw" in values else {})
         return given
+
+    @model_validator(mode="after")
+    def _reference_compiles(self) -> "FinetuneRecipe":
+        if self.compile and self.reference_precision == "bf16":
+            text = "does not go with reference_precision = bf16, whose blocks are upcast one by one; leave one out"
+            raise ValidationError.from_exception_data("FinetuneRecipe", [_problem(["compile"], True, text)])
+        return self
 
     @model_validator(mode="after")
     def _rounds_can_run(self) -> "FinetuneRecipe":

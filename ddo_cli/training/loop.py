@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ddo_cli import console, dist, sharding
+from ddo_cli import compilation, console, dist, sharding
 from ddo_cli.errors import NumericsError, RunError, UsageError
 from ddo_cli.precision import allow_tf32, inference_precision, resolved, training_precision
 from ddo_cli.recipe.schema import TrainRecipe
@@ -122,6 +122,8 @@ def fit(
     release(device)
     try:
         allow_tf32(resolved(settings.precision, device) == "tf32")  # of backward passes, too
+        if compilation.is_on(settings.compile, device):
+            compilation.compile_network(model)
         if settings.activation_checkpointing:
             recompute_units(model)
         if settings.sharding == "fsdp":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddo_cli import console, dist, sharding
+from ddo_cli import compilation, console, dist, sharding
 from ddo_cli.data.items import ItemSet
 from ddo_cli.data.pairs import Shuffled
 from ddo_cli.errors import UsageError
@@ -32,6 +32,8 @@ def load(file: str | Path, settings: FinetuneRecipe, device: torch.device) -> re
     loaded = registry.load_model(file, device, settings.draw)
     model = loaded.model
     model.before_step()  # as the model's first step does, so that r starts at exactly 0
+    if compilation.is_on(settings.compile, device):
+        compilation.compile_network(model)
     if settings.reference_precision == "bf16":
         keep_bf16(model)
     if settings.sharding == "fsdp":

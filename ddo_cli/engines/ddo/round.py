@@ -82,7 +82,7 @@ class Round(NamedTuple):
         header = {
             "kind": "model",
             "config": ref.checkpoint.header["config"],
-            "sampling": self.scoring.spec.model_dump(mode="json", exclude_none=True),
+            "sampling": self.scoring.spec.model_dump(mode="json", exclude_none=True, exclude={"compile"}),
             "provenance": [*ref.checkpoint.header.get("provenance", []), link],
         }
         scratch = registry.load_model(file, self.device, recipe.finetune.draw).model

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ddo_cli import console, dist, rundir
+from ddo_cli import compilation, console, dist, rundir
 from ddo_cli.data.items import ItemSet, digest
 from ddo_cli.data.samples import Format, Writer
 from ddo_cli.engines.edit import inputs as edit_inputs
@@ -131,6 +131,8 @@ def _draw(
     number: a source image that was itself drawn from this noise would not be independent of it.
     """
     spec, model, total = spec.merged(sigma_max=way.sigma), editor.model(way.is_guided), len(sources.items)
+    if compilation.is_on(spec.compile, device):
+        compilation.compile_network(model)
     numbers = dist.shard(dist.from_main(writer.missing()))
     with console.progress(way.title, len(numbers) * spec.batch, "images") as bar:
         for number in numbers:

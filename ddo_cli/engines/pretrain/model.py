@@ -74,7 +74,7 @@ def run(
                 f"pretrain {config['name']}: {parameters:,} parameters, {steps} steps of {settings.batch} images"
             )
             link = {"command": "pretrain", "recipe": recipe.model_dump(mode="json"), "steps": steps}
-            sampling = recipe.sampling.model_dump(mode="json", exclude_none=True)
+            sampling = recipe.sampling.model_dump(mode="json", exclude_none=True, exclude={"compile"})
             header = {"kind": "model", "config": config, "sampling": sampling, "provenance": [link]}
             snapshots = _Snapshots(settings, steps, out / "checkpoints", header)
             job = training_run.plan_of(run_dir, recipe, "pretraining", steps, settings, device, snapshots.due)
