@@ -16,8 +16,8 @@ from ddo_cli import checkpoint
 from ddo_cli.diffusion.denoiser import DiffusionDraw
 from ddo_cli.engines.ddo import finetune
 from ddo_cli.models import registry
-from ddo_cli.models.edm2 import layers as magnitude
-from ddo_cli.models.edm2.layers import MPConv, mp_cat, mp_silu, mp_sum, normalize
+from ddo_cli.models.edm2 import unet as edm2
+from ddo_cli.models.edm2.layers import MPConv, force_norms, mp_cat, mp_silu, mp_sum, normalize
 from ddo_cli.models.edm2.published import PUBLISHED
 from ddo_cli.models.edm2.unet import Block
 from ddo_cli.rng import RowRng
@@ -371,10 +371,10 @@ def test_shards_are_normalized_where_they_lie(mesh):
     layer = MPConv(3, 4, 3)
     expected = normalize(7 * layer.weight.detach())
     layer.weight = torch.nn.Parameter(distribute_tensor(7 * layer.weight.detach(), mesh, [Shard(0)]))
-    layer.force_norm()
+    force_norms([layer])
     assert torch.equal(layer.weight.to_local(), expected)
     layer.weight = torch.nn.Parameter(torch.zeros(0, 3, 3, 3))  # a process with no row of a small layer
-    layer.force_norm()
+    force_norms([layer])
 
 
 def test_ddo_starts_at_a_ratio_of_zero(tmp_path, monkeypatch):
@@ -392,7 +392,7 @@ def test_ddo_starts_at_a_ratio_of_zero(tmp_path, monkeypatch):
         ckpt, model.state_dict(), {"kind": "model", "config": config, "sampling": sampling, "provenance": []}
     )
     forced = []
-    monkeypatch.setattr(magnitude.MPConv, "force_norm", _counted(magnitude.MPConv.force_norm, forced))
+    monkeypatch.setattr(edm2, "force_norms", lambda layers: (forced.append(len(layers)), force_norms(layers)))
     recipe = tiny_recipe(
         str(ckpt), "diffusion", "finetune.rounds=1", "finetune.log_every=1", "finetune.images_per_round=8",
         "finetune.eval_every=8", "finetune.max_denoising_ratio=1000", "metric.repeats=1",
@@ -403,12 +403,4 @@ def test_ddo_starts_at_a_ratio_of_zero(tmp_path, monkeypatch):
     assert first["r_real"] == first["r_fake"] == 0
     assert second["r_real"] != 0
     layers = sum(isinstance(module, MPConv) and module.weight.requires_grad for module in model.modules())
-    assert len(forced) == layers * (1 + 2)  # the reference once, the model before each of two steps
-
-
-def _counted(fn, calls):
-    def counted(self):
-        calls.append(self)
-        return fn(self)
-
-    return counted
+    assert forced == [layers] * (1 + 2)  # the reference once, the model before each of two steps

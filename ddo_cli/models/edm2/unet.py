@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ddo_cli.codec import Codec, PixelCodec
 from ddo_cli.diffusion.denoiser import DiffusionDraw, DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.likelihood import one_hot
-from ddo_cli.models.edm2.layers import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
+from ddo_cli.models.edm2.layers import MPConv, MPFourier, force_norms, mp_cat, mp_silu, mp_sum, normalize
 from ddo_cli.models.edm2.vae_codec import DEFAULT_VAE, StabilityCodec
 from ddo_cli.models.registry import register
 
@@ -236,9 +236,7 @@ class Edm2Model(DiffusionModel):
 
     def before_step(self) -> None:
         """Forced weight normalisation of every layer that is trained."""
-        for module in self.modules():
-            if isinstance(module, MPConv) and module.weight.requires_grad:
-                module.force_norm()
+        force_norms([part for part in self.modules() if isinstance(part, MPConv) and part.weight.requires_grad])
 
     def units(self) -> Sequence[nn.Module]:
         net: Any = self.net
