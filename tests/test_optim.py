@@ -3,22 +3,28 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CPU, fit_events, make_checkpoint, tiny_recipe
+from conftest import CPU, KINDS, fit_events, make_checkpoint, tiny_recipe
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddo_cli import checkpoint
+from ddo_cli.data.pairs import Pairs, Shuffled
 from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.engines.ddo import finetune
 from ddo_cli.errors import NumericsError, RecipeError, RunError
 from ddo_cli.models import registry
+from ddo_cli.objectives.ddo import DdoSettings
+from ddo_cli.objectives.ddo_step import ddo_objective
 from ddo_cli.recipe.load import load, to_yaml
 from ddo_cli.recipe.schema import Recipe, TrainRecipe
 from ddo_cli.trainable import Loss, Trainable
-from ddo_cli.training import optim
+from ddo_cli.training import loop, optim
 from ddo_cli.training.lr import learning_rate
+from ddo_cli.training.meter import Meter
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Learning rates
@@ -180,6 +186,42 @@ def test_a_failure_is_known_one_step_later_and_no_step_is_taken_since(tmp_path, 
         assert not (path / "state").exists()
         for ours, expected in zip(net.parameters(), good.parameters(), strict=True):
             assert torch.equal(ours, expected)
+
+
+class Reads(TorchDispatchMode):
+    """Counts values, and sizes that depend on values, that Python asks tensors for: on a GPU it would wait for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+        by_numbers = func is torch.ops.aten.index.Tensor and all(i is None or i.dtype != torch.bool for i in args[1])
+        self.count += bool(waits) and not by_numbers
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["float32", "fp16"])
+def test_a_step_of_ddo_reads_whether_the_one_before_has_failed_and_nothing_else(tmp_path, monkeypatch, kind, precision):
+    """From rows to averages, of every kind of model, when a fused optimizer decides. That number is on the CPU."""
+    monkeypatch.setattr(optim, "_can_fuse", lambda parameters: True)
+    model, ref = (registry.load_model(make_checkpoint(tmp_path / "x.safetensors", kind), CPU).model for _ in range(2))
+    ref.requires_grad_(False)
+    objective = ddo_objective(model, ref, DdoSettings(1.0, 0.05))
+    items = np.random.default_rng(0).integers(0, 256, (32, *model.codec.shape), dtype=np.uint8)
+    sides = [Shuffled(items, np.arange(32) % 10, side) for side in ("real", "fake")]
+    settings = TrainRecipe(batch=4, micro_batch=2, log_every=100, save_every=100, grad_clip=1.0, precision=precision)
+    plan = loop.Plan("x", 4, settings, (0,), tmp_path / "state", "", lambda: "none")
+    with Reads() as reads:
+        running, counts = loop.fit(model, objective, Pairs(*sides), plan, Meter(tmp_path / "log", {}, 4, CPU)), []
+        for _ in range(3):
+            reads.count = 0
+            next(running)
+            counts.append(reads.count)
+        running.close()
+    assert counts[1:] == [1, 1]
 
 
 def test_a_fused_optimizer_takes_the_same_steps(tmp_path, monkeypatch):

@@ -117,6 +117,8 @@ def two_steps(
         loop.fit(model, objective, stream, plan, Meter(nowhere, {}, settings.batch, device))
     ) as events:
         for _ in events:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # the loop itself does not wait for a step's end
             ends.append(time.perf_counter())
             if len(ends) > STEPS:
                 break
