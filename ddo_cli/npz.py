@@ -1,12 +1,15 @@
-"""Arrays of an .npz file one at a time: their shapes before their content, and long ones a batch at a time.
+"""Arrays of .npy and .npz files: their shapes before their content, and long ones a batch at a time.
 
-`numpy.load` reserves what a header claims and reads a whole array. Here a claim is compared with the size of the zip
-member first, and nothing that would need pickle is read.
+`numpy.load` evaluates a header with its own parser, reserves what it claims and reads a whole array. Here a header is a
+literal of a few plain values, its claim is compared with the size of the file or zip member before anything is
+reserved, and nothing that would need pickle is read.
 """
 
+import ast
+import lzma
 import math
+import re
 import struct
-import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -16,10 +19,13 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 DAMAGE = (
-    OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, NotImplementedError, RuntimeError, MemoryError,
-    SyntaxError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+    OSError, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError, MemoryError, OverflowError,
+    struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
 )  # fmt: skip
-_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+MAGIC = b"\x93NUMPY"
+MAX_HEADER = 4096  # bytes; numpy writes 128 for arrays of numbers
+_LENGTH_BYTES = {1: 2, 2: 4, 3: 4}  # of the header's length, by major version (NEP 1)
+_PLAIN = re.compile(r"[<>|=]?(?:[iu][1248]|f[248]|c(?:8|16)|b1|\?|[US]\d{1,6})")
 
 
 class Member(NamedTuple):
@@ -69,7 +75,7 @@ def names(path: Path) -> set[str]:
 def members(path: Path, *wanted: str) -> dict[str, Member]:
     """The arrays of an .npz by name: those `wanted`, or all.
 
-    Raises one of DAMAGE if the file is not a whole one, or if one of these arrays holds objects.
+    Raises one of DAMAGE if the file is not a whole one, or if one of these arrays holds objects or records.
     """
     arrays = {}
     with zipfile.ZipFile(path) as archive:
@@ -79,10 +85,7 @@ def members(path: Path, *wanted: str) -> dict[str, Member]:
                 continue
             with archive.open(entry) as stream:
                 (shape, is_fortran, dtype), header_size = read_header(stream), stream.tell()
-            if dtype.hasobject:
-                raise ValueError(f"'{name}' is an array of objects, which could run code")
-            if math.prod(shape) * dtype.itemsize != entry.file_size - header_size:
-                raise ValueError(f"'{name}' claims the shape {shape} and has {entry.file_size - header_size} bytes")
+            _check_size(f"'{name}'", shape, dtype, entry.file_size - header_size)
             offset = None
             if entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & 1:  # bit 0: encrypted
                 with open(path, "rb") as file:
@@ -93,12 +96,43 @@ def members(path: Path, *wanted: str) -> dict[str, Member]:
 
 
 def read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether in Fortran order, and dtype of an .npy; `stream` is left where the numbers begin."""
-    version = np.lib.format.read_magic(stream)
-    if version not in _HEADERS:
-        raise ValueError(f"an array of the format {version}")
-    shape, is_fortran, dtype = _HEADERS[version](stream)
-    return shape, is_fortran, dtype
+    """Shape, whether in Fortran order, and dtype of an .npy; `stream` is left where the numbers begin.
+
+    Raises ValueError for anything but an array of numbers or texts. The claimed size is not checked: the caller knows
+    that of the file.
+    """
+    start = stream.read(8)
+    size_bytes = _LENGTH_BYTES.get(start[6]) if len(start) == 8 and start.startswith(MAGIC) else None
+    if size_bytes is None:
+        raise ValueError("it does not begin as an .npy file of numpy does")
+    length = int.from_bytes(stream.read(size_bytes), "little")
+    text = stream.read(length) if length <= MAX_HEADER else b""
+    if len(text) != length or not length:
+        raise ValueError(f"the header of its array claims {length} bytes")
+    try:
+        header = ast.literal_eval(text.decode("ascii").strip())
+        shape, is_fortran, kind = header["shape"], header["fortran_order"], header["descr"]
+    except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
+        raise ValueError("the header of its array is damaged") from None
+    if type(shape) is not tuple or any(type(side) is not int or side < 0 for side in shape):
+        raise ValueError("the header of its array has no valid shape")
+    if type(kind) is not str or not _PLAIN.fullmatch(kind) or type(is_fortran) is not bool:
+        what = "objects, which could run code" if "O" in str(kind)[:3] else "something else than numbers or texts"
+        raise ValueError(f"an array of {what}")
+    return shape, is_fortran, np.dtype(kind)
+
+
+def read_array(stream: IO[bytes], size: int) -> np.ndarray:
+    """The array of an .npy of `size` bytes. Raises ValueError unless the array fills it exactly."""
+    shape, is_fortran, dtype = read_header(stream)
+    _check_size("the array", shape, dtype, size - stream.tell())
+    numbers = np.frombuffer(stream.read(), dtype)
+    return numbers.reshape(shape, order="F" if is_fortran else "C")
+
+
+def _check_size(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> None:
+    if math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"{name} claims the shape {str(shape)[:80]} and has {size} bytes")
 
 
 def local_header_size(start: bytes) -> int:

@@ -123,10 +123,10 @@ def tiny_recipe(ckpt: str, kind: str = "diffusion", *overrides: str) -> Recipe:
     settings = [
         f"data.source={data}",
         *([] if kind == "autoregressive" else ["data.num=64"]),
-        "sampling={batch: 8}",
+        "sampling={batch: 8, sampler: null, steps: null, sigma_min: null, sigma_max: null}",
         "metric={name: fd_embedded, num_images: 16, repeats: 2}",
-        "finetune={rounds: 2, alpha: 1.0, beta: 0.05, lr: 1.0e-3, batch: 4, images_per_round: 24, num_fake: 16, "
-        "eval_every: 12, ema_half_life: 8.0, log_every: 2, save_every: 2, max_denoising_ratio: 50.0}",
+        "finetune={draw: {}, rounds: 2, alpha: 1.0, beta: 0.05, lr: 1.0e-3, warmup: 0, batch: 4, images_per_round: 24, "
+        "num_fake: 16, eval_every: 12, ema_half_life: 8.0, log_every: 2, save_every: 2, max_denoising_ratio: 50.0}",
     ]
     return load("quickstart", [*settings, *overrides], {"model.ckpt": ckpt})
 

@@ -29,7 +29,7 @@ def recipe(*overrides, name="vqvae", options=None):
     settings = [
         "data={source: embedded:digits32, num: 64}",
         f"model={{name: {name}, options: {json.dumps(options or OPTIONS)}}}",
-        "sampling={batch: 16}",
+        "sampling={batch: 16, sampler: null, steps: null, sigma_min: null, sigma_max: null}",
         "metric={name: fd_embedded, num_images: 32, repeats: 1}",
         "pretrain={images: 96, batch: 8, lr: 3.0e-3, ema_half_life: 16.0, log_every: 2, save_every: 4}",
     ]

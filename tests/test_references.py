@@ -215,7 +215,7 @@ WRONG = {  # mu, sigma -> what the message says
 NPZ_ONLY = {
     "texts": (np.array(["a", "b", "c"]), SIGMA, "mu is <U1"),
     "objects": (np.array([{}, {}, {}], dtype=object), SIGMA, "array of objects"),
-    "records": (np.zeros(3, dtype=[("a", "f8")]), SIGMA, "mu is "),
+    "records": (np.zeros(3, dtype=[("a", "f8")]), SIGMA, "something else than numbers"),
 }
 
 

@@ -191,7 +191,7 @@ def test_settings_are_checked_before_training(ckpt, tmp_path, overrides, message
 def test_classes_are_checked_before_drawing(ckpt, tmp_path):
     missing = npz(tmp_path / "nine.npz", list(range(9)) * 8)
     with pytest.raises(DataError, match="no item of class 9"):
-        train_disc.run(tiny_disc_recipe(ckpt, f"data={{source: {missing}}}"), tmp_path / "run", device=CPU)
+        train_disc.run(tiny_disc_recipe(ckpt, f"data={{source: {missing}, num: null}}"), tmp_path / "run", device=CPU)
     with pytest.raises(DataError, match=r"generated set of 8 .* has no item of class 8, 9"):
         disc_data.check_classes(open_images("embedded:digits32", 96), 8, 10)
     assert not (tmp_path / "run").exists()

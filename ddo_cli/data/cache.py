@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from ddo_cli import console
+from ddo_cli import console, npz
 from ddo_cli.files import cache_directory as directory
 from ddo_cli.files import replacing
 
@@ -98,14 +98,20 @@ def _alone(source: str, path: Path) -> AcquireReturnProxy:
 
 
 def _mapped(path: Path, num: int) -> np.ndarray | None:
-    """An entry, uint8 (num, C, H, W), read-only; None if missing or damaged."""
+    """An entry, uint8 (num, C, H, W), read-only; None if missing or, with a warning, damaged."""
     try:
-        items = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        with open(path, "rb") as file:
+            shape, is_fortran, dtype = npz.read_header(file)
+            offset, size = file.tell(), os.fstat(file.fileno()).st_size
+        if is_fortran or dtype != np.uint8 or len(shape) != 4 or shape[0] != num or offset + math.prod(shape) != size:
+            raise ValueError("another array")
+        # asarray: without the subclass memmap, which indexing would pass on
+        return np.asarray(np.memmap(path, np.uint8, "r", offset, shape))
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    if not isinstance(items, np.memmap) or items.dtype != np.uint8 or items.ndim != 4 or len(items) != num:
+    except (OSError, ValueError):
+        _warn_once(f"{path} is damaged; the images are decoded again")
         return None
-    return np.asarray(items)  # without the subclass memmap, which indexing would pass on
 
 
 def _write(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None]) -> None:

@@ -264,7 +264,7 @@ class ImageFiles(ItemFiles):
         first = {os.path.splitext(self.names[row])[1].lower(): row for row in reversed(rows)}
         try:
             return sum(count for kind, count in by_extension.items() if _is_lossy(self.content(first[kind])))
-        except (*ZIP_ERRORS, ValueError):  # reading the pixels will say what is wrong
+        except ZIP_ERRORS:  # reading the pixels will say what is wrong
             return sum(count for kind, count in by_extension.items() if kind in LOSSY)
 
 

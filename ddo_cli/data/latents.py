@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ddo_cli import npz
 from ddo_cli.checkpoint import write_tensors
 from ddo_cli.data import cache, image_files, samples
 from ddo_cli.data.items import INDEX, Encoded, count_classes, hashed
@@ -157,11 +158,9 @@ class _NpyFiles(ItemFiles):
 
     def item(self, row: int) -> np.ndarray:
         try:
-            array = np.load(io.BytesIO(self.content(row)), allow_pickle=False)
-            if not isinstance(array, np.ndarray):
-                raise ValueError("it is no array")
-            return array
-        except (*ZIP_ERRORS, ValueError, MemoryError) as error:
+            content = self.content(row)
+            return npz.read_array(io.BytesIO(content), len(content))
+        except (*ZIP_ERRORS, MemoryError) as error:
             raise DataError(f"{self.source}: {self.names[row]} cannot be read ({error}); replace it") from None
 
     def mismatch(self, row: int, item: np.ndarray) -> DataError:

@@ -6,6 +6,7 @@ A reader holds names and offsets but no items (except `Memory`), and no open fil
 import functools
 import itertools
 import json
+import lzma
 import os
 import zipfile
 import zlib
@@ -21,7 +22,9 @@ from ddo_cli.data.items import Encoded
 from ddo_cli.errors import DataError
 from ddo_cli.npz import local_header_size, read_header
 
-ZIP_ERRORS = (OSError, RuntimeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+ZIP_ERRORS = (
+    OSError, RuntimeError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+)  # fmt: skip
 TENSOR_ERRORS = (SafetensorError, OSError, ValueError, KeyError, TypeError, EOFError)
 _DTYPES = {"U8": "u1", "I16": "i2", "I32": "i4", "I64": "i8", "F16": "f2", "F32": "f4", "F64": "f8"}
 

@@ -10,15 +10,13 @@ import hashlib
 import json
 import os
 import shutil
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from ddo_cli import console
+from ddo_cli import console, npz
 from ddo_cli.files import cache_directory, replacing
 
 VERSION = 2  # of the entries: raised when a change of code changes the numbers of an unchanged protocol
@@ -26,8 +24,6 @@ VERSION = 2  # of the entries: raised when a change of code changes the numbers 
 MAX_ENTRY = 1 << 30  # of one entry: the features of 131,072 images of 2048 features
 MAX_TOTAL = 20 << 30  # of all entries of a part: moments of 600 sets of 2048 features
 MARGIN = 1 << 30  # of the disk, left free
-_DAMAGE = (OSError, ValueError, EOFError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
-
 Part = Literal["features", "sets"]  # of the directory: features and states; digests of images
 
 
@@ -47,12 +43,11 @@ def load(key: str, part: Part = "features") -> dict[str, np.ndarray] | None:
     if path is None or not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as content:
-            arrays = {name: content[name] for name in content.files}
+        arrays = {name: member.read().copy() for name, member in npz.members(path).items()}
         with contextlib.suppress(OSError):  # a read-only cache
             os.utime(path)  # the entries used longest ago are removed first
         return arrays
-    except _DAMAGE:
+    except npz.DAMAGE:
         damaged(key, part)
         return None
 
