@@ -120,7 +120,7 @@ for kind in ("float16", "float32", "float64", "int8", "int16", "uint16", "int32"
     for key in ("images", "arr_0"):
         source(f"{key} of {kind}", arrays(**{key: PIXELS.astype(kind)}), kind if kind != "U3" else "<U3")
 source("NaN", arrays(images=np.full((4, 8, 8, 3), np.nan)), "images are uint8 0..255")
-source("objects", arrays(images=np.array([{}, {}], dtype=object)), "images")
+source("objects", arrays(images=np.array([{}, {}], dtype=object)), "not a whole .npz")
 for shape in ((8, 8, 3), (8, 8), (8,), (), (2, 8, 8, 8, 3), (4, 8, 8, 2), (4, 8, 8, 4), (4, 5, 8, 8), (0, 8, 8, 3),
               (4, 0, 8, 3), (4, 8, 8, 0)):  # fmt: skip
     source(
