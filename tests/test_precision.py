@@ -1,7 +1,9 @@
 """What is computed in which precision, said where it counts, and what it does to the log-ratio."""
 
+import importlib.util
 import json
 import math
+from pathlib import Path
 
 import families
 import pytest
@@ -210,3 +212,18 @@ def test_precision_of_inference_takes_auto():
         assert convolutions_and_products() == ("ieee", "ieee")
     with inference_precision(None, CUDA):  # switches and autocast need no card
         assert convolutions_and_products() == ("tf32", "tf32")
+
+
+def test_tf32_of_the_benchmark_rounds_operands_forwards_and_backwards():
+    path = Path(__file__).parent.parent / "benchmarks" / "precision.py"
+    spec = importlib.util.spec_from_file_location("precision_benchmark", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    tie, above = 1 + 2**-11, 1 + 3 * 2**-11  # halfway between numbers of 10 bits: to the even one
+    values = torch.tensor([tie, above, -above, 1 + 2**-10, 0.0])
+    assert benchmark.rounded(values).tolist() == [1.0, 1 + 2**-9, -1 - 2**-9, 1 + 2**-10, 0.0]
+    x, w = torch.full((1, 1), tie), torch.full((1, 1), tie, requires_grad=True)
+    with benchmark.in_format("tf32"):
+        product = x @ w
+        product.sum().backward()
+    assert (float(product.detach()), float(w.grad), float((x @ w).detach())) == (1.0, 1.0, float(x * w.detach()))

@@ -91,6 +91,11 @@ class TrainRecipe(Section):
             raise PydanticCustomError("widths", "the widths must differ in their first three digits")
         return widths
 
+    @property
+    def compilable(self) -> bool:
+        """Whether `compile` goes with the other keys; where it does not, asking for it is an error."""
+        return self.sharding != "fsdp"
+
     @model_validator(mode="after")
     def _compiles(self: T) -> T:
         if self.compile and self.sharding == "fsdp":
@@ -195,6 +200,10 @@ class FinetuneRecipe(TrainRecipe):
                 draw = {**self.draw, **given.get("draw", {}), **draw}
             given |= values | ({"draw": draw} if "draw" in values else {})
         return given
+
+    @property
+    def compilable(self) -> bool:
+        return super().compilable and self.reference_precision != "bf16"
 
     @model_validator(mode="after")
     def _reference_compiles(self) -> "FinetuneRecipe":

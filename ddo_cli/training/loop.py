@@ -122,7 +122,7 @@ def fit(
     release(device)
     try:
         allow_tf32(resolved(settings.precision, device) == "tf32")  # of backward passes, too
-        if compilation.is_on(settings.compile, device):
+        if settings.compilable and compilation.is_on(settings.compile, device):
             compilation.compile_network(model)
         if settings.activation_checkpointing:
             recompute_units(model)

@@ -32,7 +32,7 @@ def load(file: str | Path, settings: FinetuneRecipe, device: torch.device) -> re
     loaded = registry.load_model(file, device, settings.draw)
     model = loaded.model
     model.before_step()  # as the model's first step does, so that r starts at exactly 0
-    if compilation.is_on(settings.compile, device):
+    if settings.compilable and compilation.is_on(settings.compile, device):
         compilation.compile_network(model)
     if settings.reference_precision == "bf16":
         keep_bf16(model)
