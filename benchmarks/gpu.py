@@ -31,11 +31,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from ddo_cli.compilation import compile_network
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddo_cli import dist
+from ddo_cli.compilation import compile_network
 from ddo_cli.data.images import open_images
 from ddo_cli.data.pairs import Examples, Pairs, Shuffled
 from ddo_cli.diffusion import vp_sde
@@ -94,7 +94,7 @@ TINY = {
         "depth": 2, "width": 16, "heads": 2,
         "vqvae": {
             "channels": 4, "channel_mult": [1, 1, 2], "num_blocks": 1, "groups": 2, "z_channels": 4, "vocabulary": 16,
-            "patch_nums": [1, 2, 4, 64],
+            "patch_nums": [1, 2, 4, 8],
         },
     },
 }  # fmt: skip
@@ -103,7 +103,7 @@ TINY = {
 def sizes(args: argparse.Namespace) -> dict[str, Size]:
     if not args.tiny:
         return SIZES
-    return {key: size._replace(options=TINY[key], images=4, pairs=2) for key, size in SIZES.items() if "VAR" not in key}
+    return {key: size._replace(shape=(3, 32, 32), options=TINY[key], images=4, pairs=2) for key, size in SIZES.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
