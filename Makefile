@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OUT ?= gpu-figures
 
-.PHONY: quickstart test test-all lint format bench assets docs clean
+.PHONY: quickstart test test-all lint format bench gpu assets docs clean
 
 quickstart: $(VENV)/.installed  ## install, then four rounds of DDO on the embedded default
 	$(BIN)/ddo finetune-ddo --rounds 4 --alpha 4 --beta 0.05
@@ -24,6 +25,10 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev  ## ratios measured side by side
 	$(BIN)/python benchmarks/run.py
+
+gpu:  ## on a GPU: its tests, speeds, and with DATA=cifar10-32x32.zip the experiment; figures in OUT. Needs no install
+	PYTHONPATH=$(CURDIR):$$PYTHONPATH $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py \
+	    --out $(OUT) $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY)) $(GPU_OPTIONS)
 
 docs: $(VENV)/.installed-docs  ## the pages of docs/ in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
