@@ -13,10 +13,10 @@ from conftest import CPU, KINDS, make_checkpoint, torchrun
 from PIL import Image
 
 from ddo_cli import files
-from ddo_cli.data.samples import open_samples, parse_seeds, spell_seeds
+from ddo_cli.data.samples import Writer, open_samples, parse_seeds, spell_seeds
 from ddo_cli.engines.sampling import sample
 from ddo_cli.errors import DataError, RunError, UsageError
-from ddo_cli.generation import generate, labels_of
+from ddo_cli.generation import Batch, generate, labels_of
 from ddo_cli.models import registry
 from ddo_cli.recipe.schema import SamplingRecipe
 
@@ -222,3 +222,27 @@ def test_guidance_of_a_model_that_never_dropped_labels_warns(tmp_path, capsys):
     ckpt = make_checkpoint(tmp_path / "d.safetensors")
     sample.run(ckpt, range(2), tmp_path / "x", sampling={"cfg_scale": 2.0}, device=CPU)
     assert "never trained" in capsys.readouterr().err
+
+
+def test_a_batch_counts_as_stored_once_all_its_images_are(tmp_path, monkeypatch):
+    """They are written by threads; one fails here."""
+    writer = Writer(tmp_path / "set", "png", range(5), 5, {})
+    items = torch.randint(256, (5, 3, 4, 4), dtype=torch.uint8)
+    batch = Batch(0, items, torch.zeros(5, dtype=torch.int64), torch.arange(5), 1)
+    save = Image.Image.save
+
+    def full(image, path, **options):
+        save(image, path, **options)
+        if "000003" in str(path):
+            raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        with pytest.raises(OSError, match=r"000003\.png'$"):
+            writer.write(batch)
+    assert writer.missing() == [0]
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == [f"{seed:06d}.png" for seed in (0, 1, 2, 4)]
+    writer.write(batch)
+    assert writer.missing() == []
+    for seed, item in enumerate(items):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "set" / f"{seed:06d}.png")), item.permute(1, 2, 0))

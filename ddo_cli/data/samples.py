@@ -11,6 +11,7 @@ manifest.json holds the settings; a set of other settings is refused, never mixe
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -33,6 +34,7 @@ from ddo_cli.generation import Batch, num_batches
 Format = Literal["png", "npz", "shards"]
 MANIFEST = "manifest.json"
 RESULTS = ("complete", "nfe", "disc_nfe", "labels")  # keys of a manifest that are no settings
+_WRITERS = 16  # threads: images are encoded on all cores, and file systems sync those that wait together in one go
 MAX_SEED = 2**32 - 1  # generators keep 32 bits
 
 
@@ -65,18 +67,21 @@ class Writer:
         return [number for number in range(self.num_batches) if not self._shard(number).is_file()]
 
     def write(self, batch: Batch) -> None:
-        """Stores a batch. PNG files and shards get their final names once they are complete."""
+        """Stores a batch. PNG files and shards get their final names once they are complete, a batch's part at last."""
         if self.form == "png":
-            for item, seed in zip(batch.items, batch.seeds.tolist(), strict=True):
-                pixels = item[0] if len(item) == 1 else item.permute(1, 2, 0)
-                with replacing(self.out / f"{seed:06d}.png") as temporary:
-                    Image.fromarray(pixels.numpy()).save(temporary, format="png")
+            with ThreadPoolExecutor(_WRITERS) as pool:
+                list(pool.map(self._write_png, batch.items, batch.seeds.tolist()))  # raises the first error
         tensors = {"labels": batch.label, "seeds": batch.seeds, "nfe": torch.tensor([batch.nfe, batch.disc_nfe])}
         if self.form != "png":
             # Samplers use wider types; stored as float32 / int32.
             dtype = {torch.float64: torch.float32, torch.int64: torch.int32}.get(batch.items.dtype, batch.items.dtype)
             tensors["items"] = batch.items.to(dtype)
         write_tensors(self._shard(batch.number), tensors)
+
+    def _write_png(self, item: Tensor, seed: int) -> None:
+        pixels = item[0] if len(item) == 1 else item.permute(1, 2, 0)
+        with replacing(self.out / f"{seed:06d}.png") as temporary:
+            Image.fromarray(pixels.numpy()).save(temporary, format="png")
 
     def finish(self) -> dict[str, Any]:
         """Completes the manifest (and the npz) once every process has written its batches; returns the manifest."""
