@@ -98,6 +98,27 @@ def test_a_network_is_one_graph(name):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+ATTENDING = ("ddpm++", "ncsn++", "adm", "edm2", "adm-classifier", "adm-head", "pixel-transformer", "var-block",
+             "vqvae-encoder", "vqvae-decoder")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ATTENDING)
+def test_attention_is_laid_out_for_the_fused_kernels(name, monkeypatch):
+    """They take queries, keys and values whose channels lie side by side."""
+    strides = []
+
+    def attention(*qkv: Tensor, **options) -> Tensor:
+        strides.extend(part.stride(-1) for part in qkv)
+        return plain(*qkv, **options)
+
+    plain = nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attention)
+    network, arguments = net(name)
+    network(*arguments)
+    assert len(strides) >= 3
+    assert set(strides) == {1}
+
+
 # Outputs that enter a log-ratio or a logit; not blocks.
 HEADS = [name for name in NAMES if name not in ("var-block", "vqvae-encoder", "vqvae-decoder")]
 

@@ -1,6 +1,6 @@
 """VQVAE: images <-> token maps of growing size, each coding what the smaller ones left over (VAR, arXiv 2404.02905)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -89,6 +89,10 @@ class Vqvae(Trainable):
         self.quant_conv = nn.Conv2d(z, z, 3, padding=1)
         self.post_quant_conv = nn.Conv2d(z, z, 3, padding=1)
         start_as_identity(self)
+
+    def graphs(self) -> Sequence[nn.Module]:
+        """Not the quantisation between them, which switches precisions."""
+        return self.encoder, self.decoder
 
     def latent(self, images: Tensor) -> Tensor:
         """f (B, z, p, p), before quantisation."""
