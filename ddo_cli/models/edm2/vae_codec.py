@@ -15,6 +15,7 @@ from torch import Tensor
 from ddo_cli.codec import LatentCodec, hash_of
 from ddo_cli.errors import CheckpointError, UsageError
 from ddo_cli.precision import decoding, inference_precision
+from ddo_cli.transfer import to_device
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 VARIABLE = "DDO_VAE"  # environment variable: a folder of the autoencoder, in place of the hub's
@@ -58,12 +59,12 @@ class StabilityCodec(LatentCodec):
 
     def scaled(self, latent: Tensor) -> Tensor:
         """Shifted and scaled per channel."""
-        return latent * SCALE.to(latent.device) + BIAS.to(latent.device)
+        return latent * to_device(SCALE, latent.device) + to_device(BIAS, latent.device)
 
     def decode(self, x: Tensor) -> Tensor:
         """(B, 4, h, w) -> uint8 (B, 3, 8 h, 8 w), cut to [0, 1] and truncated, as EDM2 does."""
         vae = _load(_place(self.vae), str(x.device))
-        latents = (x.to(torch.float32) - BIAS.to(x.device)) / SCALE.to(x.device)
+        latents = (x.to(torch.float32) - to_device(BIAS, x.device)) / to_device(SCALE, x.device)
         with torch.no_grad(), decoding(x.device):
             pieces = (vae.decode(piece).sample for piece in latents.split(MINI_BATCH))
             return torch.cat([piece.clamp(0, 1).mul(255).to(torch.uint8) for piece in pieces])
