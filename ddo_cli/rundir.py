@@ -21,6 +21,14 @@ from ddo_cli.files import LOCK, read_json, sweep, write_json, write_text
 from ddo_cli.recipe.load import differing_keys, to_yaml
 from ddo_cli.recipe.schema import Recipe
 
+# Recipe keys that name a file, and the hash of its content in a run's identity: the same content may have moved.
+PLACES = {
+    "data.source": "data_sha256", "discriminator.fake": "fake_sha256", "metric.extractor": "extractor_sha256",
+    "metric.weights": "extractor_sha256",
+}  # fmt: skip
+MODEL_PLACE = ("model.ckpt", ("reference_sha256", "model_sha256"))
+HARMLESS = ("log_every", "save_every")  # keys of any section that change no result
+
 
 @dataclass
 class OutDir:
@@ -86,13 +94,17 @@ class RunDir:
     def claim(self, command: str, recipe: Recipe, **identity: Any) -> dict[str, Any]:
         """Takes the directory, whose lock is held; the state, equal on every process. Raises as `check` does.
 
-        identity: what the run depends on in addition to the recipe, such as hashes of its inputs.
+        identity: what the run depends on in addition to the recipe, such as hashes of its inputs. Files that have moved
+        are taken over from the recipe, and so are more rounds, and keys that change no result.
         """
-        self.check(command, recipe, **identity)
         if dist.is_main():
             if not self.recipe_file.is_file():
+                self.check(command, recipe, **identity)
                 # The recipe goes last: a directory with one has a complete identity.
                 write_json(self.state_file, {"command": command, **identity})
+                write_text(self.recipe_file, to_yaml(recipe))
+            elif taken_over := self._compare(command, recipe, identity):
+                console.info(f"{self.path} is continued with {'; '.join(taken_over)}")
                 write_text(self.recipe_file, to_yaml(recipe))
             sweep(self.path, below=True)
         return dist.from_main(self.state())
@@ -120,7 +132,8 @@ class RunDir:
             console.info(f"{self.path} is finished; nothing to do")
         return is_finished
 
-    def _compare(self, command: str, recipe: Recipe, identity: dict[str, Any]) -> None:
+    def _compare(self, command: str, recipe: Recipe, identity: dict[str, Any]) -> list[str]:
+        """What differs and may, "key: there -> now". Raises RunError for any other difference."""
         state = self.state()
         try:
             saved = yaml.safe_load(self.recipe_file.read_text())
@@ -132,11 +145,31 @@ class RunDir:
             saved = Recipe.model_validate(saved).model_dump(mode="json")
         known = {"command": command, **identity}
         lines = differing_keys(known, {key: state.get(key) for key in known})
+        free = self._free(command, recipe, identity, state)
+        differences = [
+            (line, line.partition(": ")[0]) for line in differing_keys(recipe.model_dump(mode="json"), saved)
+        ]
         _refuse(
             f"{self.path} belongs to another run",
             "choose another --out, or give the same options to continue it",
-            lines + differing_keys(recipe.model_dump(mode="json"), saved),
+            lines + [line for line, key in differences if not free(key)],
         )
+        return [line for line, key in differences if free(key)]
+
+    def _free(
+        self, command: str, recipe: Recipe, identity: dict[str, Any], state: dict[str, Any]
+    ) -> Callable[[str], bool]:
+        """Whether a recipe key may differ from the run's. The hashes of `identity` are known to be the run's."""
+        places = {key for key, content in PLACES.items() if content in identity}
+        if any(content in identity for content in MODEL_PLACE[1]):
+            places.add(MODEL_PLACE[0])
+        done = len(state.get("rounds", []))
+        may_grow = command == "finetune-ddo" and recipe.finetune.rounds >= done
+
+        def free(key: str) -> bool:
+            return key in places or key.rpartition(".")[2] in HARMLESS or (key == "finetune.rounds" and may_grow)
+
+        return free
 
 
 def check_free(path: Path, kind: str, allowed: Container[str] = ()) -> None:

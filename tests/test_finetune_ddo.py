@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import CPU, KINDS, kinds, make_checkpoint, tiny_recipe, torchrun
 from launch import launch
 
 from ddo_cli import checkpoint, files, rundir
+from ddo_cli.data.images import open_images
 from ddo_cli.engines.ddo import finetune
 from ddo_cli.errors import CheckpointError, NumericsError, RunError, UsageError
 from ddo_cli.objectives import ddo_step as objective
@@ -336,3 +338,50 @@ def test_damaged_files_of_a_run(finished, tmp_path, name, text):
     (tmp_path / "run" / name).write_text(text)
     with pytest.raises(RunError, match="damaged"):
         finetune.run(tiny_recipe(ckpt, kind), tmp_path / "run", device=CPU)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What may change when a run goes on
+
+
+def test_more_rounds_go_on_where_a_finished_run_ended(finished_of, tmp_path, capsys):
+    """... and end where a run of as many rounds ends."""
+    _, ckpt, reference, _ = finished_of("diffusion")
+    out = tmp_path / "run"
+    finetune.run(tiny_recipe(ckpt, "diffusion", "finetune.rounds=1"), out, device=CPU)
+    again = finetune.run(tiny_recipe(ckpt, "diffusion", "finetune.log_every=3"), out, device=CPU)
+    assert "finetune.rounds: 1 -> 2" in " ".join(capsys.readouterr().err.split())
+    ours, theirs = (checkpoint.load(path / "final.safetensors").tensors for path in (out, reference))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    scores = [[one["score"] for one in json.loads((p / "state.json").read_text())["rounds"]] for p in (out, reference)]
+    assert scores[0] == scores[1]
+    assert len(again["rounds"]) == 2
+    with pytest.raises(RunError, match=r"finetune\.rounds: 2 -> 1"):
+        finetune.run(tiny_recipe(ckpt, "diffusion", "finetune.rounds=1"), out, device=CPU)
+
+
+def test_files_that_moved_are_taken_over(tmp_path, monkeypatch, capsys):
+    """A run is tied to the content of its data and reference, not to where they lie or how that is spelt."""
+    monkeypatch.chdir(tmp_path)
+    ckpt, items = make_checkpoint(tmp_path / "ref.safetensors"), open_images("embedded:digits32", 64)
+    np.savez(tmp_path / "d.npz", images=items.items, labels=items.labels)
+    settings = ("finetune.rounds=1", "data.num=null")
+    first = finetune.run(tiny_recipe(ckpt, "diffusion", "data.source=d.npz", *settings), tmp_path / "run", device=CPU)
+    (tmp_path / "moved").mkdir()
+    for name in ("d.npz", "ref.safetensors"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    moved = tiny_recipe("moved/ref.safetensors", "diffusion", "data.source=./moved/d.npz", *settings)
+    capsys.readouterr()
+    assert finetune.run(moved, tmp_path / "run", device=CPU)["final_score"] == first["final_score"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "is continued with data.source: d.npz -> ./moved/d.npz; model.ckpt:" in said
+    assert finetune.run(moved, tmp_path / "run", device=CPU)["final_score"] == first["final_score"]
+    assert "is continued with" not in capsys.readouterr().err  # the new place is the run's
+    np.savez(tmp_path / "other.npz", images=255 - items.items, labels=items.labels)
+    with pytest.raises(RunError, match="data_sha256"):
+        finetune.run(
+            tiny_recipe("moved/ref.safetensors", "diffusion", "data.source=other.npz", *settings),
+            tmp_path / "run",
+            device=CPU,
+        )

@@ -59,7 +59,7 @@ def run(
         plan = _dry_run(recipe, out, loaded.model, plans[0])
         return plan | dry_runs.of_finetuning(recipe, loaded, plans, real, scoring) if measure else plan
     with training_run.claimed("finetune-ddo", recipe, out, identity) as (run_dir, state):
-        if run_dir.is_finished(state):
+        if len(state.get("rounds", [])) >= recipe.finetune.rounds and run_dir.is_finished(state):
             return _result(recipe, run_dir, state, scoring.key)
         if "reference" not in state:
             console.info(f"scoring the reference {recipe.model.ckpt}")
