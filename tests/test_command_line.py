@@ -296,3 +296,15 @@ def test_a_diverged_pretraining_names_the_key_to_lower(tmp_path):
     settings = [*TINY, "pretrain.lr=1e30", "pretrain.warmup=1000000", "pretrain.batch=8", "pretrain.images=80"]
     with pytest.raises(NumericsError, match=r"checkpoint is none yet; lower pretrain\.lr = 1e\+30 and choose"):
         pretrain.run(load("quickstart", [*settings, "metric.num_images=16"]), tmp_path / "run", device=CPU)
+
+
+def test_home_in_paths(ddo, tmp_path, monkeypatch):
+    """--out=~/x reaches the program as it is, and so do recipe values."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    make_checkpoint(tmp_path / "home" / "m.safetensors")
+    ddo("sample", "--ckpt=~/m.safetensors", "--num-images=2", "--out=~/set", "steps=2")
+    assert (tmp_path / "home" / "set" / "000000.png").is_file()
+    found = ddo("finetune-ddo", "--dry-run", "--no-measure", "--json", "--out=~/run", "model.ckpt=~/m.safetensors")
+    assert json.loads(found.stdout)["out"] == str(tmp_path / "home" / "run")
+    assert not (tmp_path / "~").exists()

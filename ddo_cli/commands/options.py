@@ -6,6 +6,7 @@ NamedTuple. Options that stand for recipe keys take name, type and help from the
 """
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Optional, TypeVar
@@ -93,6 +94,7 @@ def _flat(command: Callable[..., Any]) -> Callable[..., None]:
 
     def run(**values: Any) -> None:
         console.use_json(values.pop("json_"))
+        values = {name: at_home(value) for name, value in values.items()}
         made = {"typed": {name: value for name, value in values.items() if value is not None}}
         for name, parameters in read.items():
             made[name] = readers[name](**{parameter.name: values[parameter.name] for parameter in parameters})
@@ -342,6 +344,12 @@ def parsed(option: str, text: str | None, parse: Callable[[str], Any], remedy: s
         return None if text is None else parse(text)
     except ValueError as error:
         raise UsageError(f"{option} {text} cannot be read ({error}); {remedy}") from None
+
+
+def at_home(value: Any) -> Any:
+    """A path that begins with ~ as the shell expands it; shells leave the one of --out=~/x as it is."""
+    is_text = isinstance(value, (str, os.PathLike)) and str(value).startswith("~")
+    return type(value)(os.path.expanduser(value)) if is_text else value
 
 
 def numbers(text: str) -> list[int]:
