@@ -145,7 +145,7 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
         return module
     ids = [device.index] if device.type == "cuda" else None
     statistics = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
-    # Not static_graph: it counts on every pass being reduced, and micro-batches but the last are not (`no_sync`).
+    # Not static_graph: with micro-batches (`no_sync`) the first step fails an assertion inside torch (2.14).
     return nn.parallel.DistributedDataParallel(
         module, device_ids=ids, broadcast_buffers=statistics, gradient_as_bucket_view=True
     )
