@@ -177,7 +177,11 @@ def guides(which):
     weight = {"weight": 2.0, "weight_2nd": 1.0, "decay": "cosine"}
     return {
         "discriminator": lambda: [GradientGuide(build_judge("discriminator"), **weight)],
-        "boosting": lambda: [GradientGuide(build_judge("discriminator"), 2.0, boost=Boost(churn_period=1))],
+        # Levels that differ by row, in the interval of another guide, too.
+        "boosting": lambda: [
+            AutoGuide(build("diffusion"), 1.7, Interval(0.1, 10.0)),
+            GradientGuide(build_judge("discriminator"), 2.0, boost=Boost(churn_period=1)),
+        ],
         "classifier": lambda: [
             GradientGuide(
                 partial(_class_log_probability, build_judge("classifier", "time-encoder-classifier")), **weight
