@@ -7,9 +7,9 @@ After k steps the same batch, with the same draws, goes through model and refere
   spread    standard deviation of r over the batch's rows, float32
   error     root mean square of (r in the format - r in float32), in nats; both networks in the format
   gradient  |g in the format - g| / |g| of the loss
-bf16 and fp16 are autocast, as in training, and fp16 has its loss scaled. A CPU has no TF32: operands of every matrix
-product and convolution, of backward passes too, are rounded to 10 bits, to the nearest, and summed in float32. Inside
-fused attention only queries, keys and values are rounded.
+bf16 and fp16 are autocast, as in training, and fp16 has its loss scaled; its products are computed in float32 and then
+rounded. A CPU has no TF32: operands of every matrix product and convolution, of backward passes too, are rounded to 10
+bits, to the nearest, and summed in float32. Inside fused attention only queries, keys and values are rounded.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from ddo_cli.data.images import open_images
 from ddo_cli.data.pairs import Pairs, Shuffled
@@ -41,7 +42,7 @@ from ddo_cli.rng import StepRng
 CPU = torch.device("cpu")
 FORMATS = ("tf32", "bf16", "fp16")
 STEPS = (0, 1, 3, 10, 30)  # of DDO
-PRETRAINING = 60  # steps
+PRETRAINING = 40  # steps
 ROWS = 8  # real ones, and as many generated ones
 ALPHA, BETA, LR = 4.0, 0.05, 1e-4  # of the recipe quickstart
 LOSS_SCALE = 2.0**11
@@ -51,32 +52,51 @@ VQVAE = {"channels": 8, "channel_mult": [1, 1, 2], "num_blocks": 1, "groups": 2,
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "patch-unet": ({}, {"sampler": "heun", "steps": 8}),  # the embedded one
     "edm-unet": (
-        {"channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [16]},
+        {"channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [16]},
         {"sampler": "euler", "steps": 4},
     ),
     "edm2-unet": (
-        {"width": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [16], "head_width": 32},
+        {"width": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [16], "head_width": 16},
         {"sampler": "euler", "steps": 4},
     ),
     "adm-unet": (
-        {"width": 32, "channel_mult": [1, 2], "num_blocks": 1, "attention": [16], "num_head_channels": 32},
+        {
+            "width": 16,
+            "channel_mult": [1, 2],
+            "num_blocks": 1,
+            "attention": [16],
+            "num_head_channels": 16,
+            "group_channels": 4,
+        },
         {"sampler": "euler", "steps": 4},
     ),
     "var": ({"depth": 4, "width": 128, "heads": 4, "vqvae": VQVAE}, {}),
 }
 
 
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+
+
 class TensorFloat32(TorchDispatchMode):
     """Rounds the operands of products and convolutions to TF32's 10 bits."""
 
-    PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
-
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket.__name__
-        if name in self.PRODUCTS or "scaled_dot_product" in name:
+        if name in PRODUCTS or "scaled_dot_product" in name:
             # A bias is added in float32.
             args = [rounded(arg) if isinstance(arg, Tensor) and arg.ndim > 1 else arg for arg in args]
         return function(*args, **(kwargs or {}))
+
+
+class WideProducts(TorchDispatchMode):
+    """Products and convolutions of float16 in float32, as tensor cores sum; most CPUs take ages for them."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        halves = [arg for arg in args if isinstance(arg, Tensor) and arg.dtype == torch.float16]
+        if function.overloadpacket.__name__ not in PRODUCTS or not halves:
+            return function(*args, **(kwargs or {}))
+        out = function(*[arg.float() if isinstance(arg, Tensor) else arg for arg in args], **(kwargs or {}))
+        return tree_map(lambda value: value.half() if isinstance(value, Tensor) else value, out)
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -88,10 +108,10 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def in_format(name: str) -> contextlib.AbstractContextManager[Any]:
-    """float32, TF32 as above, or autocast."""
+    """Modes of a format, for a forward or a backward pass; float32: none."""
     if name == "tf32":
         return TensorFloat32()
-    return training_precision(name, CPU)  # type: ignore[arg-type]
+    return WideProducts() if name == "fp16" else contextlib.nullcontext()
 
 
 def model_of(family: str, real: Any) -> LikelihoodModel:
@@ -124,10 +144,9 @@ def step_of(model: LikelihoodModel, ref: LikelihoodModel, batch: DdoBatch, name:
 
     model.zero_grad()
     scale = LOSS_SCALE if name == "fp16" else 1.0
-    mode = in_format(name)
-    with mode:
+    with in_format(name), training_precision("float32" if name == "tf32" else name, CPU):  # type: ignore[arg-type]
         loss = ddo_step(model, wrapped, batch, ref=ref, settings=DdoSettings(ALPHA, BETA)).loss  # type: ignore[arg-type]
-    with mode if name == "tf32" else contextlib.nullcontext():
+    with in_format(name):
         (scale * loss).backward()
     flat = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return kept[0].detach(), torch.cat(flat) / scale
