@@ -134,7 +134,9 @@ def model_of(family: str, real: Any) -> LikelihoodModel:
     return model.eval()
 
 
-def step_of(model: LikelihoodModel, ref: LikelihoodModel, batch: DdoBatch, name: str) -> tuple[Tensor, Tensor]:
+def step_of(
+    model: LikelihoodModel, ref: LikelihoodModel, batch: DdoBatch, name: str, scale: float = LOSS_SCALE
+) -> tuple[Tensor, Tensor]:
     """r of the rows, and the flat gradient of the loss."""
     kept: list[Tensor] = []
 
@@ -143,13 +145,16 @@ def step_of(model: LikelihoodModel, ref: LikelihoodModel, batch: DdoBatch, name:
         return kept[0]
 
     model.zero_grad()
-    scale = LOSS_SCALE if name == "fp16" else 1.0
+    scale = scale if name == "fp16" else 1.0
     with in_format(name), training_precision("float32" if name == "tf32" else name, CPU):  # type: ignore[arg-type]
         loss = ddo_step(model, wrapped, batch, ref=ref, settings=DdoSettings(ALPHA, BETA)).loss  # type: ignore[arg-type]
     with in_format(name):
         (scale * loss).backward()
     flat = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return kept[0].detach(), torch.cat(flat) / scale
+    gradient = torch.cat(flat) / scale
+    if not gradient.isfinite().all() and scale > 1:  # training leaves the step out and halves the scale
+        return step_of(model, ref, batch, name, scale / 2)
+    return kept[0].detach(), gradient
 
 
 def measure(family: str) -> list[dict[str, Any]]:
