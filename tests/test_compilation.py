@@ -53,8 +53,9 @@ def test_a_compiled_step_is_the_step(family):
             assert all(part._compiled_call_impl is not None for part in network.graphs())
         compiled = gradients(model, ref)
         assert list(model.state_dict()) == names
-        for ours, theirs in zip(compiled, plain, strict=True):
-            assert float((ours - theirs).norm()) <= 1e-5 * float(theirs.norm())
+        # r, loss, gradient; r is a difference of two networks, whose rounding is that of D itself.
+        for ours, theirs, bound in zip(compiled, plain, (1e-4, 1e-5, 1e-5), strict=True):
+            assert float((ours - theirs).norm()) <= bound * float(theirs.norm())
         assert counters["stats"]["unique_graphs"] > before
         assert float(plain[0]) != 0.0
         model.load_state_dict(ref.state_dict())
