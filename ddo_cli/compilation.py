@@ -20,9 +20,10 @@ def is_on(choice: bool | None, device: torch.device | str) -> bool:
 def compile_network(model: "Trainable") -> None:
     """Compiles the model's parts, see `Trainable.graphs`, when they are first called. A second call changes nothing.
 
-    Graphs belong to the code, so that models of one class share them, as model and reference do: the same kernels, and
-    r = 0 for equal weights. CUDA graphs (mode reduce-overhead) are not used: a call overwrites what the one before
-    returned, which is the reference's prediction in training, and that of the predictor in sampling.
+    Graphs belong to the code, so that models of one class share them. A graph of training may round otherwise than one
+    of inference: r of equal weights is within rounding of 0, where uncompiled it is 0. CUDA graphs (mode
+    reduce-overhead) are not used: a call overwrites what the one before returned, which is the reference's prediction
+    in training, and that of the predictor in sampling.
     """
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     torch._dynamo.config.accumulated_recompile_limit = 4 * _MOST_GRAPHS
