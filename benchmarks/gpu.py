@@ -103,9 +103,10 @@ TINY = {
 
 
 def sizes(args: argparse.Namespace) -> dict[str, Size]:
+    known = {key: size for key, size in SIZES.items() if not args.networks or key in args.networks}
     if not args.tiny:
-        return SIZES
-    return {key: size._replace(shape=(3, 32, 32), options=TINY[key], images=4, pairs=2) for key, size in SIZES.items()}
+        return known
+    return {key: size._replace(shape=(3, 32, 32), options=TINY[key], images=4, pairs=2) for key, size in known.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -665,7 +666,7 @@ def experiment(book: Book, args: argparse.Namespace) -> None:
     book.run("plan", _plan, args, known)
     book.run("reference", _reference, args, known)
     book.run("reference, scored", _scored, args, known, "reference")
-    book.run("DDO", _rounds, args, known, "DDO", 2, ["finetune.alpha=2.0", "finetune.beta=0.01"])
+    book.run("DDO", _rounds, args, known, "DDO", 2, ["finetune.alpha=2.0", "finetune.beta=[0.01, 0.03]"])
     book.run("DDO, scored", _scored, args, known, "DDO")
     book.run("discriminator of the reference", _discriminator, args, known, "reference")
     for weight in (1.0, 2.0):
@@ -685,6 +686,10 @@ def _data(book: Book, args: argparse.Namespace) -> None:
 
 
 def _extractor(book: Book, args: argparse.Namespace, known: dict[str, Any]) -> None:
+    if args.extractor is not None:
+        known["extractor"] = args.extractor
+        book.note("extractor", {"given": True})
+        return
     file, start = args.work / "extractor.safetensors", time.monotonic()
     images = 256 if args.tiny else int(3000 * args.seconds)
     found = train_extractor.run(str(args.data), file, held_out=None, images=images, seed=0, device=args.device)
@@ -722,7 +727,7 @@ def _plan(book: Book, args: argparse.Namespace, known: dict[str, Any]) -> None:
     step = speed_of(model, likelihood, stream.real, quiet(512, PRETRAINING), device, 2.0).step
     ref = copy.deepcopy(model).requires_grad_(False)
     ddo = speed_of(
-        model, ddo_objective(model, ref, DdoSettings(1.0, 0.01)), stream, quiet(512, "tf32"), device, 2.0
+        model, ddo_objective(model, ref, DdoSettings(1.0, 0.01)), stream, quiet(512, FINETUNING), device, 2.0
     ).step
     config = discriminators.config_of("discriminator", "time-encoder", (3, 32, 32), 10, {})
     network = discriminators.build("discriminator", config).to(device)
@@ -746,7 +751,7 @@ def _plan(book: Book, args: argparse.Namespace, known: dict[str, Any]) -> None:
     book.note("plan", {**known["scale"]._asdict(), **speeds, "seconds left": book.left, "seconds of the rest": others})
 
 
-PRETRAINING = "bf16"
+PRETRAINING, FINETUNING = "bf16", "fp16"  # precisions
 
 
 def _reference(book: Book, args: argparse.Namespace, known: dict[str, Any]) -> None:
@@ -768,7 +773,8 @@ def _rounds(
     settings = [
         f"finetune.rounds={rounds}", f"finetune.images_per_round={scale.pairs}", f"finetune.batch={scale.batch}",
         f"finetune.eval_every={scale.pairs}", f"finetune.warmup={scale.pairs // 4}",
-        f"finetune.ema_half_life={scale.pairs / 8}", f"finetune.num_fake={scale.fake}", "finetune.precision=tf32",
+        f"finetune.ema_half_life={scale.pairs / 8}", f"finetune.num_fake={scale.fake}",
+        f"finetune.precision={FINETUNING}",
         "finetune.max_denoising_ratio=50.0", "finetune.save_every=100000", "finetune.log_every=20",
     ]  # fmt: skip
     found = finetune.run(recipe(args, known, *settings, *given, ckpt=known["reference"]), out, device=args.device)
@@ -778,8 +784,10 @@ def _rounds(
     figures = {
         "pairs a round": scale.pairs, "seconds": time.monotonic() - start, "reference": found["reference_score"],
         "rounds": [
-            {key: one[key] for key in ("score", "promoted", "best_images", "candidate_score")}
-            | {"precision_error": one.get("precision_error")}
+            {
+                key: one.get(key)
+                for key in ("score", "promoted", "best_images", "candidate_score", "alpha", "beta", "precision_error")
+            }
             for one in state["rounds"]
         ],
         "last line of the log": lines[-1],
@@ -849,6 +857,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="directory of the JSON files")
     parser.add_argument("--work", type=Path, help="directory of weights and images. Default: a temporary one.")
     parser.add_argument("--data", type=Path, help="CIFAR-10 for the experiment")
+    parser.add_argument(
+        "--extractor", type=Path, help="its extractor, of `ddo train-extractor`. Default: trained first."
+    )
+    parser.add_argument(
+        "--networks", action="append", choices=tuple(SIZES), help="of sampling and training. Default: all."
+    )
     parser.add_argument("--seconds", type=float, default=300, help="of the experiment")
     parser.add_argument("--total", type=float, default=math.inf, help="seconds of everything; later sections get less")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
