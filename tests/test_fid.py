@@ -165,7 +165,7 @@ def test_the_reference_is_inspected(sets, extractor, tmp_path, capsys):
     black[:, 0, 0, 0] = np.arange(NUM) % 2
     content = {"copies": np.concatenate([images[:-1], images[:1]]), "same": images[:1].repeat(NUM, 0), "dark": black}
     texts = {
-        "copies": "copies: 1 of 600 images are exact",
+        "copies": "1 of 600 images are exact",
         "same": "all 600 images are the same",
         "dark": "no value is above 1",
     }

@@ -267,7 +267,7 @@ def test_a_killed_worker_is_a_message():
         ({"arr_0": np.zeros((3, 4, 4, 2), np.uint8)}, "without an axis of 1 or 3"),
         ({"arr_0": np.zeros((3, 4, 4, 3), np.int64)}, "must be uint8"),
         ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, "N >= 1"),
-        ({"arr_0": np.array([{}, {}])}, "'arr_0' is an array of objects"),
+        ({"arr_0": np.array([{}, {}])}, "an array of objects"),
         ({"mu": np.zeros(3), "sigma": np.eye(3)}, "feature statistics, not images"),
         ({"arr_0": some_items(), "arr_1": np.array([1, 2])}, "one class number for each of the 23"),
     ],

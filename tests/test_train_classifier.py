@@ -59,7 +59,7 @@ def test_a_killed_run_ends_with_the_same_bytes(ckpt, tmp_path, monkeypatch):
 def test_data_that_cannot_be_classified(ckpt, tmp_path):
     images = np.zeros((200, 32, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / "plain.npz", arr_0=images)
-    unlabelled = tiny_disc_recipe(ckpt, *SETTINGS, f"data={{source: {tmp_path / 'plain.npz'}}}")
+    unlabelled = tiny_disc_recipe(ckpt, *SETTINGS, f"data={{source: {tmp_path / 'plain.npz'}, num: null}}")
     with pytest.raises(DataError, match="without label"):
         train_classifier.run(unlabelled, tmp_path / "run", device=CPU)
     few = tiny_disc_recipe(ckpt, *SETTINGS, "data.num=100")

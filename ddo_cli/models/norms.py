@@ -1,4 +1,4 @@
-"""Group normalisation in the type of its input."""
+"""Group normalisation in the type of its input, and the type of output heads."""
 
 import torch
 import torch.nn.functional as F
@@ -16,3 +16,8 @@ class GroupNorm(nn.GroupNorm):
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float32, or in its own type where that is wider: what output heads compute in, whatever autocast says."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -24,6 +24,7 @@ from ddo_cli.models.adm.layers import (
     group_norm,
     square,
 )
+from ddo_cli.models.norms import widened
 from ddo_cli.models.registry import register
 
 
@@ -123,7 +124,7 @@ class AdmUnet(nn.Module):
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
         with torch.autocast(h.device.type, enabled=False):
-            return self.out(h.to(torch.float32))  # (B, out_channels, H, W)
+            return self.out(widened(h))  # (B, out_channels, H, W)
 
     def units(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, (ResBlock, Attention))]

@@ -29,6 +29,7 @@ from ddo_cli.models.adm.layers import (
     square,
 )
 from ddo_cli.models.discriminators.registry import register_classifier
+from ddo_cli.models.norms import widened
 from ddo_cli.trainable import Trainable
 
 Time = Literal["linear", "cosine"]
@@ -70,7 +71,7 @@ class AttentionPool(nn.Module):
         qkv = self.qkv_proj(x).unflatten(1, (3, -1, self.head_channels))  # (B, 3, heads, d, 1 + T)
         gathered = attend(qkv.permute(1, 0, 2, 4, 3), num_queries=1)  # (B, C, 1)
         with torch.autocast(x.device.type, enabled=False):
-            return self.c_proj(gathered.to(torch.float32)).squeeze(2)
+            return self.c_proj(widened(gathered)).squeeze(2)
 
 
 class AdmEncoder(Trainable):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.likelihood import NO_LABEL, Options
 from ddo_cli.models.discriminators.registry import register, register_classifier
-from ddo_cli.models.norms import GroupNorm
+from ddo_cli.models.norms import GroupNorm, widened
 from ddo_cli.models.toy.patch_unet import PatchEncoder
 
 _NORM_GROUPS = 8
@@ -61,7 +61,7 @@ class TimeEncoder(PatchEncoder):
         scale, shift = self.affine(emb)[:, :, None, None].chunk(2, dim=1)  # (B, widths[-1], 1, 1) each
         pooled = F.silu(torch.addcmul(shift, h, 1 + scale)).mean((2, 3))  # (B, widths[-1])
         with torch.autocast(x_vp.device.type, enabled=False):
-            return self.head(pooled.to(torch.float32))
+            return self.head(widened(pooled))
 
     def features(self, x_vp: Tensor, t: Tensor) -> Tensor:
         """(B, widths[-1], h, w): what the pooling head sees, before its normalisation."""

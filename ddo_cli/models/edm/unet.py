@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ddo_cli.codec import PixelCodec
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.likelihood import one_hot
-from ddo_cli.models.norms import GroupNorm
+from ddo_cli.models.norms import GroupNorm, widened
 from ddo_cli.models.registry import register
 
 _NORM_EPS = 1e-6  # of every GroupNorm
@@ -149,7 +149,7 @@ class EdmUnet(nn.Module):
                     x = torch.cat([x, skips.pop()], dim=1)
                 x = part(x, emb)
         with torch.autocast(x.device.type, enabled=False):
-            return self.head(F.silu(self.head_norm(x.to(torch.float32))))  # (B, C, H, W)
+            return self.head(F.silu(self.head_norm(widened(x))))  # (B, C, H, W)
 
     def units(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, Block)]

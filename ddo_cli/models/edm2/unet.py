@@ -19,6 +19,7 @@ from ddo_cli.diffusion.denoiser import DiffusionDraw, DiffusionDrawOptions, Diff
 from ddo_cli.likelihood import one_hot
 from ddo_cli.models.edm2.layers import MPConv, MPFourier, force_norms, mp_cat, mp_silu, mp_sum, normalize
 from ddo_cli.models.edm2.vae_codec import DEFAULT_VAE, StabilityCodec
+from ddo_cli.models.norms import widened
 from ddo_cli.models.registry import register
 
 _RESIDUAL_BALANCE = 0.3  # weight of a residual or attention branch in its sum
@@ -116,7 +117,7 @@ class Edm2Unet(nn.Module):
         for name, part in self.dec.items():
             x = part(mp_cat(x, skips.pop()) if "_block" in name else x, emb)
         with torch.autocast(x.device.type, enabled=False):
-            return self.out_conv(x.to(torch.float32), self.out_gain)  # (B, C, H, W)
+            return self.out_conv(widened(x), self.out_gain)  # (B, C, H, W)
 
     def _embed(self, c_noise: Tensor, label: Tensor) -> Tensor:
         """Embedding of noise level and label, (B, E). Without a label the noise level's share stays as it is."""

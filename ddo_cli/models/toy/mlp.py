@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ddo_cli.codec import Codec
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.likelihood import one_hot
+from ddo_cli.models.norms import widened
 from ddo_cli.models.registry import register
 
 
@@ -49,7 +50,7 @@ class MLP(nn.Module):
         for layer, shift in zip(self.hidden, self.shifts[1:], strict=True):
             h = F.silu(layer(h) + shift(condition))
         with torch.autocast(h.device.type, enabled=False):
-            return self.head(h.to(torch.float32))
+            return self.head(widened(h))
 
 
 # c_noise = log(sigma) / 4 lies in [-1.6, 1.1] for EDM's noise levels: the slowest wave does not repeat in that range.

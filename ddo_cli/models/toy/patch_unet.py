@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ddo_cli.codec import PixelCodec
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.likelihood import one_hot
+from ddo_cli.models.norms import widened
 from ddo_cli.models.registry import register
 from ddo_cli.trainable import Trainable
 
@@ -140,7 +141,7 @@ class PatchUNet(PatchEncoder):
         h = _modulate(F.silu(h), self.affine(emb))  # (B, widths[0], H/p, W/p)
         patches = patches * (1 + self.gain(emb)[:, :, None, None])  # (B, C p p, H/p, W/p)
         with torch.autocast(x.device.type, enabled=False):
-            folded = self.head(torch.cat([h.to(torch.float32), patches.to(torch.float32)], dim=1))
+            folded = self.head(torch.cat([widened(h), widened(patches)], dim=1))
         return F.pixel_shuffle(folded, self.patch)  # (B, C, H, W)
 
     def units(self) -> list[nn.Module]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ddo_cli.codec import LevelCodec
 from ddo_cli.likelihood import NO_LABEL, DrawOptions, Options, Sampled, drop_labels
+from ddo_cli.models.norms import widened
 from ddo_cli.models.registry import register
 from ddo_cli.models.tokens import Cache, TokenModel, inverse_cdf, is_guided, of_tokens, sampled_log_prob
 from ddo_cli.recipe.schema import SamplingRecipe
@@ -110,7 +111,7 @@ class PixelTransformer(TokenModel):
     def _logits(self, h: Tensor) -> Tensor:
         """(..., width) -> (..., levels), float32 even under autocast: log-ratios are small differences."""
         with torch.autocast(h.device.type, enabled=False):
-            return self.head(self.norm(h.to(torch.float32)))
+            return self.head(self.norm(widened(h)))
 
     def _start(self, label: Tensor) -> Tensor:
         """The token before the first pixel, (B, 1, width). A model without classes ignores labels."""

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddo_cli.models.norms import widened
 from ddo_cli.models.tokens import Cache
 
 NORM_EPS = 1e-6
@@ -95,7 +96,7 @@ class Head(nn.Module):
         """(B, l, C), silu of the class embedding (B, C) -> (B, l, vocabulary), float32."""
         scale, shift = self.adaln(condition).unflatten(1, (1, 2, -1)).unbind(2)
         with torch.autocast(h.device.type, enabled=False):
-            return self.linear(modulated(h.to(torch.float32), scale.to(torch.float32), shift.to(torch.float32)))
+            return self.linear(modulated(widened(h), widened(scale), widened(shift)))
 
 
 def modulated(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
