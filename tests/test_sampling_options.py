@@ -23,6 +23,7 @@ from ddo_cli.engines.sampling.guides import Others
 from ddo_cli.errors import RecipeError, UsageError
 from ddo_cli.generation import generate
 from ddo_cli.models import registry
+from ddo_cli.precision import inference_precision
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
 
