@@ -620,3 +620,18 @@ def test_with_and_without_label_are_one_batch_and_the_variance_is_the_conditiona
     assert_close(found, (c_out * (-1 + 3.0 * (label + 1))).double()[:, None].expand(4, 3))
     assert_close(trace.variance, (label + 0.5)[:, None].expand(4, 3))
     assert (sizes, trace.nfe) == ([(8, 8)], 2)
+
+
+def test_a_window_that_ends_at_1_has_no_end():
+    """ADM's step 999 lies at VP time 1.0034 or 1.41; a window that ends before 1 does end there."""
+    noisiest = vp_sde.sigma_of(torch.tensor([1.0034, 1.41], dtype=torch.float64))
+
+    def potential(x_vp, t, label):
+        return x_vp.flatten(1).sum(1)
+
+    for time_max, guided in ((1.0, True), (0.99, False)):
+        steer = GradientGuide(potential, 1.0, time_max=time_max).steer
+        denoise = steer(lambda x, sigma, stage="predictor": x, torch.full((2,), -1), Trace())
+        for sigma in noisiest:
+            x = torch.zeros(2, 3)
+            assert bool((denoise(x, sigma) != x).any()) == guided

@@ -123,7 +123,7 @@ class GradientGuide(NamedTuple):
     """D + w sigma^2 grad_x L(x / sqrt(1 + sigma^2), tau(sigma)): discriminator guidance (arXiv 2211.17091, eq. 8).
 
     weight, weight_2nd: w of a step's predictor and of its corrector (the published runs leave the corrector unguided).
-    time_min, time_max: w is 0 for samples whose VP time lies outside.
+    time_min, time_max: w is 0 for samples whose VP time lies outside; from 1 on there is no upper end.
     decay: of w, see DECAYS; our choice, the paper gives none.
     boost: see `churn.Boost`; for discriminators only, since it reads L as a log-ratio.
     Where w is 0 for the whole batch the potential is not evaluated. L is not clipped: the published code clips the
@@ -167,8 +167,11 @@ class GradientGuide(NamedTuple):
         return guided
 
     def _holds(self, t: Tensor) -> Tensor:
-        """Whether each time lies in the window, of t's shape."""
-        return (t >= self.time_min) & (t <= self.time_max)
+        """Whether each time lies in the window, of t's shape.
+
+        An end at 1 is open: times of a discrete model's noisiest steps lie beyond, 1.0034 for ADM's linear schedule.
+        """
+        return (t >= self.time_min) & (t <= (self.time_max if self.time_max < 1 else math.inf))
 
 
 def potential_at(potential: Potential, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
