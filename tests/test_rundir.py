@@ -210,8 +210,17 @@ def test_figures_of_two_discriminators_are_never_mixed(place, tmp_path):
 # Leftovers
 
 
-OURS = (".shard-000000.safetensors.123.part", "..part-shard-000000.safetensors.1.part")
-NOT_OURS = (".movie.part", ".123.part", ".film.12a.part", "film.123.part", ".film.123.part.bak")
+OURS = (".shard-000000.safetensors.123.part", "..part-shard-000000.safetensors.1.part", ".tmpaB3dE6")
+NOT_OURS = (
+    ".tmp",
+    ".tmp123",
+    ".tmp1234567",
+    ".movie.part",
+    ".123.part",
+    ".film.12a.part",
+    "film.123.part",
+    ".film.123.part.bak",
+)
 
 
 def test_only_what_killed_writers_left_is_swept(tmp_path):
