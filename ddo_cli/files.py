@@ -13,8 +13,8 @@ from typing import Any
 from ddo_cli.errors import RunError
 
 LOCK = ".lock"  # in a directory that one process at a time may write to
-# Exactly the temporary names of `replacing`, and those that safetensors gives while it writes into one of them: users may
-# have other hidden files.
+# Exactly the temporary names of `replacing`, and those of safetensors while it writes into one of them: users may have
+# other hidden files.
 _TEMPORARY = re.compile(r"\..+\.\d+\.part|\.tmp[A-Za-z0-9]{6}")
 
 UMASK = os.umask(0o077)  # can only be read by setting it
