@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 from ddo_cli import checkpoint, compilation
 from ddo_cli.engines.ddo import finetune
 from ddo_cli.errors import RecipeError
+from ddo_cli.models.edm2.layers import mp_sum
 from ddo_cli.precision import inference_precision
 from ddo_cli.recipe.load import load
 from ddo_cli.trainable import Trainable
@@ -53,14 +54,24 @@ def test_a_compiled_step_is_the_step(family):
             assert all(part._compiled_call_impl is not None for part in network.graphs())
         compiled = gradients(model, ref)
         assert list(model.state_dict()) == names
-        # r, loss, gradient; r is a difference of two networks, whose rounding is that of D itself.
-        for ours, theirs, bound in zip(compiled, plain, (1e-4, 1e-5, 1e-5), strict=True):
+        # r, loss, gradient; r is a difference of two networks, whose rounding is that of D itself: ADM's r of 0.05 nats
+        # changes by 4e-5 of itself where oneDNN is switched off.
+        for ours, theirs, bound in zip(compiled, plain, (5e-4, 1e-5, 1e-5), strict=True):
             assert float((ours - theirs).norm()) <= bound * float(theirs.norm())
         assert counters["stats"]["unique_graphs"] > before
         assert float(plain[0]) != 0.0
         model.load_state_dict(ref.state_dict())
         # Not exactly 0: the graph of training keeps what a backward pass needs, and rounds otherwise than inference's.
         assert abs(float(gradients(model, ref)[0])) < 1e-5
+
+
+def test_a_weighted_sum_with_a_product_keeps_its_weights():
+    """Inductor fuses add(a, product, alpha=t) into one call that leaves alpha out."""
+    generator = torch.Generator().manual_seed(0)
+    a, h, weight = (torch.randn(shape, generator=generator) for shape in ((4, 16), (4, 10), (16, 10)))
+    network = torch.compile(lambda a, h: mp_sum(a, torch.nn.functional.linear(h, weight), 0.3))
+    with torch.no_grad():
+        torch.testing.assert_close(network(a, h), mp_sum(a, torch.nn.functional.linear(h, weight), 0.3))
 
 
 @pytest.fixture

@@ -38,7 +38,8 @@ def mp_silu(x: Tensor) -> Tensor:
 def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
     """((1 - t) a + t b) / sqrt((1 - t)^2 + t^2): `b` weighs t (eq. 88)."""
     norm = math.hypot(1 - t, t)
-    return torch.add(a * ((1 - t) / norm), b, alpha=t / norm)
+    # Not add(..., alpha=t): where b is a matrix product, inductor fuses them and drops alpha (torch 2.11 and 2.14).
+    return a * ((1 - t) / norm) + b * (t / norm)
 
 
 def mp_cat(a: Tensor, b: Tensor) -> Tensor:
