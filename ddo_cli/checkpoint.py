@@ -8,19 +8,53 @@ The header's only metadata entry is "ddo", JSON with sorted keys, so that equal 
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ddo_cli.errors import CheckpointError
+from ddo_cli.errors import CheckpointError, printable
 from ddo_cli.files import replacing, sha256
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 EMBEDDED = "embedded:"
+
+
+class _Entries(BaseModel):
+    """Base of what a header holds: further entries are the writers' own."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Config(_Entries):
+    """Rebuilds a module. Which of these a kind of file has is the reader's to check."""
+
+    name: str = ""
+    shape: list[Annotated[int, Field(ge=1, le=1 << 20)]] = Field([], max_length=4)
+    num_classes: int = Field(0, ge=0, le=1 << 24)
+    options: dict[str, Any] = {}
+    draw: dict[str, Any] = {}
+
+
+class _Link(_Entries):
+    """A step of the provenance."""
+
+    command: str
+    recipe: dict[str, Any] = {}
+
+
+class _Header(_Entries):
+    kind: str
+    config: _Config | None = None
+    sampling: dict[str, Any] = {}
+    guidance: dict[str, Any] = {}
+    trained_on: dict[str, Any] = {}
+    provenance: list[_Link] = []
+    step: int = Field(0, ge=0)
 
 
 class Checkpoint(NamedTuple):
@@ -102,8 +136,10 @@ def _open(file: Path, name: str, kind: str | None, tensors: bool) -> Checkpoint:
         ) from None
     try:
         header = json.loads(metadata["ddo"])
-        actual = header["kind"]
-    except (KeyError, TypeError, ValueError):
+        actual = _Header.model_validate(header).kind
+    except ValidationError as error:
+        raise CheckpointError(f"{name} has a damaged header ({_problem(error)}); copy the file again") from None
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise CheckpointError(
             f"{name} is a safetensors file without this program's header, so its model is unknown; "
             "give a file that ddo wrote"
@@ -111,3 +147,31 @@ def _open(file: Path, name: str, kind: str | None, tensors: bool) -> Checkpoint:
     if kind is not None and actual != kind:
         raise CheckpointError(f"{name} holds a checkpoint of kind '{actual}' where a '{kind}' is needed; give one")
     return Checkpoint(loaded, header, sha256(file) if tensors else "", name)
+
+
+def _problem(error: ValidationError) -> str:
+    """The first problem of a header."""
+    problem = error.errors()[0]
+    place = ".".join(map(str, problem["loc"])) or "header"
+    return printable(f"{place}: {problem['msg']}")
+
+
+def check_sizes(options: Any, tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raises CheckpointError for an option larger than the file's weights are many: no network of it could have them.
+
+    Building one first could take all memory, or for ever.
+    """
+    most = max(sum(tensor.numel() for tensor in tensors.values()), 1 << 16)
+    waiting = [options]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+        size = len(value) if isinstance(value, list) else abs(value) if isinstance(value, (int, float)) else 0
+        if not size <= most:  # NaN, too
+            raise CheckpointError(
+                f"{name} has a damaged header: an option of {printable(str(value), 40)} in a file of {most:,} weights "
+                "at most; copy the file again"
+            )

@@ -150,3 +150,39 @@ def test_user_files_that_fail(tmp_path):
     (tmp_path / "bad.py").write_text("1 / 0")
     with pytest.raises(UsageError, match="ZeroDivisionError"):
         registry.load_file(str(tmp_path / "bad.py"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Headers of the wrong shape
+
+WRONG = {
+    "kind": 3, "config": [1], "config.name": 5, "config.shape": [3, -1, 32], "config.shape ": "3x32x32",
+    "config.shape  ": [3, 32, 32, 1, 1], "config.num_classes": 1.5, "config.options": [], "config.draw": "x",
+    "sampling": [], "sampling.steps": -1, "sampling.nothing": 1, "provenance": {}, "provenance ": [3],
+    "provenance  ": [{"recipe": {}}], "provenance   ": [{"command": "x", "recipe": []}], "step": "1",
+    "config.options.widths": [10**12], "config.options.depths": [10**9], "config.options.depths ": [-3],
+    "config.options.emb_width": 0, "config.options.patch": 7, "config.options.sigma_data": float("nan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_header_of_the_wrong_shape_is_one_message(tmp_path, ddo, key):
+    """Whatever it says, nothing is built that its weights could not fill."""
+    file = tmp_path / "m.safetensors"
+    make_checkpoint(file)
+    whole = checkpoint.load(file)
+    header = json.loads(json.dumps(whole.header))
+    *sections, last = key.strip().split(".")
+    place = header
+    for name in sections:
+        place = place.setdefault(name, {})
+    place[last] = WRONG[key]
+    checkpoint.save(file, whole.tensors, header)
+    done = ddo("sample", "--ckpt", file, "--num-images", 1, "--out", "set", code=None)
+    if key.startswith("provenance") or key == "step":
+        assert done.returncode == 2
+        assert ddo("info", file, code=None).returncode == 2
+    assert done.returncode == 2, key
+    message = " ".join(done.stderr.split())
+    assert message.startswith("error:")
+    assert len(message) < 600

@@ -89,11 +89,11 @@ def test_what_is_no_image_is_refused(tmp_path, items):
     [
         ({"kind": "model", "config": {}}, "'model' where a 'extractor'"),
         ({"kind": "extractor"}, "names the network None"),
-        ({"kind": "extractor", "config": {"name": ["digit-net"]}}, "names the network"),
+        ({"kind": "extractor", "config": {"name": ["digit-net"]}}, "damaged header"),
         ({"kind": "extractor", "config": {"name": "resnet", "options": {}}}, "'resnet'; known: digit-net"),
         ({"kind": "extractor", "config": {"name": "digit-net", "options": {"num_clases": 10}}}, "num_clases"),
         ({"kind": "extractor", "config": {"name": "digit-net", "options": {"num_classes": 7}}}, "size mismatch"),
-        ({"kind": "extractor", "config": {"name": "digit-net", "options": [1]}}, "does not fit"),
+        ({"kind": "extractor", "config": {"name": "digit-net", "options": [1]}}, "damaged header"),
     ],
 )
 def test_wrong_extractor_checkpoints(tmp_path, header, match):

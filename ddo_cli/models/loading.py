@@ -7,7 +7,28 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ddo_cli import checkpoint
+from ddo_cli.checkpoint import Checkpoint
+from ddo_cli.errors import CheckpointError, printable
+
 Module = TypeVar("Module", bound=nn.Module)
+
+
+# What constructors raise for options that pass their schema and still describe no network.
+_NO_NETWORK = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, AssertionError, MemoryError)
+
+
+def of_file(build: Callable[[], Module], file: Checkpoint, device: torch.device) -> Module:
+    """A module of this program's own kinds with a file's weights. Raises CheckpointError if the file has none such."""
+    checkpoint.check_sizes(file.header["config"], file.tensors, file.path)
+    try:
+        return with_tensors(build, file.tensors, device)
+    except RuntimeError as error:
+        text = f"{file.path}: tensors do not fit the model its header describes: {error}"
+        raise CheckpointError(text) from None
+    except _NO_NETWORK as error:
+        what = printable(f"{type(error).__name__}: {error}")
+        raise CheckpointError(f"{file.path}: its header describes no network ({what}); copy the file again") from None
 
 
 def with_tensors(build: Callable[[], Module], tensors: dict[str, Tensor], device: torch.device) -> Module:

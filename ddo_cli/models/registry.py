@@ -27,7 +27,7 @@ from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.errors import CheckpointError, RecipeError, UsageError
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models.catalog import Catalog, option_problems
-from ddo_cli.models.loading import with_tensors
+from ddo_cli.models.loading import of_file
 from ddo_cli.models.var import tokenizers
 
 BUILTIN = {
@@ -123,7 +123,7 @@ def load_model(path: str | Path, device: torch.device, draw: dict[str, Any] | No
     config = check_config(file.header.get("config"), str(path))
     try:
         if config["name"] in BUILTIN:
-            model = with_tensors(lambda: build(config, draw), file.tensors, device)
+            model = of_file(lambda: build(config, draw), file, device)
         else:  # a user's code may compute with tensors as it builds, which the meta device does not allow
             model = build(config, draw)
             model.load_state_dict(file.tensors)

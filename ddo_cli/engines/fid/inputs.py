@@ -15,6 +15,7 @@ from ddo_cli.data.samples import MAX_SEED
 from ddo_cli.data.stream import ImageStream, open_stream
 from ddo_cli.engines.fid.cache import Source
 from ddo_cli.engines.fid.one_pass import Passed, Wanted
+from ddo_cli.engines.sampling.sample import spec_of
 from ddo_cli.errors import DataError, UsageError
 from ddo_cli.generation import check_labels, generate, labels_of, num_batches
 from ddo_cli.likelihood import LikelihoodModel
@@ -114,7 +115,7 @@ def _drawn(name: str, num: int, repeat: int, sampling: dict[str, Any], device: t
             f"--repeat {repeat} of --num-images {num} draw seeds up to {repeat * num - 1}, and they end at {MAX_SEED}"
         )
     loaded = registry.load_model(name, device)
-    spec = SamplingRecipe(**loaded.checkpoint.header.get("sampling", {})).merged(**sampling)
+    spec = spec_of(loaded.checkpoint, **sampling)
     loaded.model.check_sampling(spec)
     loaded.model.codec.encoder_id()  # loads a separate autoencoder now, not after the first batch is drawn
     check_labels(spec, loaded.model.num_classes, num)

@@ -8,16 +8,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from ddo_cli import console, dist, rundir
 from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.data.samples import Format, Writer, manifest_of, spell_seeds
-from ddo_cli.errors import UsageError
+from ddo_cli.errors import CheckpointError, UsageError, printable
 from ddo_cli.generation import Batch, check_labels, generate, num_batches
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import registry
 from ddo_cli.precision import settled
-from ddo_cli.recipe.schema import SamplingRecipe
+from ddo_cli.recipe.schema import SamplingRecipe, messages
 from ddo_cli.report import pictures
 
 GRID_ITEMS = 64
@@ -106,8 +107,15 @@ def run(
 
 
 def spec_of(file: Checkpoint, **given: Any) -> SamplingRecipe:
-    """The checkpoint's sampling settings, overridden by the given values that are not None."""
-    return SamplingRecipe(**file.header.get("sampling", {})).merged(**given)
+    """The checkpoint's sampling settings, overridden by the given values that are not None. Raises CheckpointError."""
+    try:
+        stored = SamplingRecipe(**file.header.get("sampling", {}))
+    except ValidationError as error:
+        problems = "; ".join(messages(error, "sampling", {}))
+        raise CheckpointError(
+            f"{file.path} has a damaged header ({printable(problems)}); copy the file again"
+        ) from None
+    return stored.merged(**given)
 
 
 def warn_if_never_unconditional(file: Checkpoint, spec: SamplingRecipe) -> None:

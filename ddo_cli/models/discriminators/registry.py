@@ -18,7 +18,7 @@ from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.errors import CheckpointError, RecipeError
 from ddo_cli.models.catalog import Catalog, option_problems
-from ddo_cli.models.loading import with_tensors
+from ddo_cli.models.loading import of_file
 from ddo_cli.trainable import Trainable
 
 BUILTIN = {
@@ -101,7 +101,7 @@ def load(kind: str, path: str | Path, device: torch.device) -> Loaded:
     config = header["config"]
     try:
         if config["name"] in BUILTIN | CLASSIFIERS:
-            network = with_tensors(lambda: build(kind, config), file.tensors, device)
+            network = of_file(lambda: build(kind, config), file, device)
         else:  # a user's code may compute with tensors as it builds, which the meta device does not allow
             network = build(kind, config)
             network.load_state_dict(file.tensors)
