@@ -13,6 +13,8 @@ from ddo_cli.errors import RecipeError
 from ddo_cli.models import registry
 from ddo_cli.models.adm.keys import EdmKeys, from_openai
 from ddo_cli.models.adm.unet import AdmUnet, AdmUnetOptions
+from ddo_cli.recipe.schema import SamplingRecipe
+from ddo_cli.rng import RowRng
 
 TINY = {"width": 32, "channel_mult": (1, 2), "num_blocks": 1, "attention": (8,), "num_head_channels": 16}
 
@@ -220,3 +222,16 @@ def test_heads():
 def test_impossible_networks_are_named(shape, options, problem):
     with pytest.raises(RecipeError, match=problem):
         registry.build(registry.config_of("adm-unet", shape, 0, {**TINY, **options}, {}))
+
+
+@pytest.mark.parametrize(("sampler", "sigma_max"), [("ddim", None), ("ddpm", None), ("ddim", 0.5)])
+def test_sampling_starts_from_noise_in_ddpms_frame(sampler, sigma_max):
+    """x_T = z: in the frame x / sqrt(alpha_bar) that is z sqrt(1 + sigma^2), not sigma z."""
+    model = build(16, 0, {**TINY, "precond": "ddpm"})
+    seen = []
+    model.denoise = lambda x, sigma, label: seen.append((x, sigma)) or torch.zeros_like(x)
+    model.evaluate = lambda x, sigma, label: (model.denoise(x, sigma, label), torch.zeros_like(x))
+    model.sample(torch.full((2,), -1), RowRng([0, 1]), SamplingRecipe(sampler=sampler, steps=5, sigma_max=sigma_max))
+    x, sigma = seen[0]
+    z = RowRng([0, 1]).randn(model.codec.state_shape).to(x.dtype)
+    torch.testing.assert_close(x, z * (1 + sigma.to(x.dtype) ** 2).sqrt())

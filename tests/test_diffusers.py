@@ -264,8 +264,7 @@ def test_ddim_draws_the_librarys_images(clip, tmp_path):
         found = model.sample(LABELS, RowRng(range(4)), spec)
     assert found.nfe == 10
     scheduler.set_timesteps(10)
-    first = scheduler.alphas_cumprod[scheduler.timesteps[0]]
-    x = RowRng(range(4)).randn((3, 8, 8)) * (1 - first).sqrt()  # where our first state lies in the library's scale
+    x = RowRng(range(4)).randn((3, 8, 8))
     for t in scheduler.timesteps:
         with torch.no_grad():
             # Of the clipped image, as ADM's DDIM; the library's default is to step along the noise of the unclipped.
@@ -285,7 +284,7 @@ def test_ddpm_draws_the_librarys_images(learned, tmp_path, monkeypatch):
         )
     rng = RowRng(range(4))  # the latent, then each step's noise
     scheduler.set_timesteps(timesteps=[999, 888, 777, 666, 555, 444, 333, 222, 111, 0])
-    x = rng.randn((3, 8, 8)) * (1 - scheduler.alphas_cumprod[999]).sqrt()
+    x = rng.randn((3, 8, 8))
     noise = "diffusers.schedulers.scheduling_ddpm.randn_tensor"
     monkeypatch.setattr(noise, lambda shape, **_: rng.randn((3, 8, 8), dtype=torch.float64).float())
     for t in scheduler.timesteps:
@@ -322,3 +321,19 @@ def test_the_levels_are_those_of_the_schedulers(tmp_path):
     expected = [(1 / product - 1) ** 0.5 for product in (0.9, 0.9 * 0.8, 0.9 * 0.8 * 0.5)]
     torch.testing.assert_close(model.precond.sigmas, torch.tensor(expected))
     assert diffusers_files.read(tmp_path / "a").sampling["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "left_out"),
+    [
+        ({}, None),
+        ({"clip_sample": False, "clip_sample_range": 2.0}, None),
+        ({"clip_sample_range": 2.0}, "clip_sample_range = 2.0: not clipped"),
+        ({"thresholding": True}, "thresholding: denoised images are neither thresholded nor clipped"),
+    ],
+)
+def test_clipping_that_no_sampler_here_has_is_said(tmp_path, scheduler, left_out):
+    make_folder(tmp_path / "a", DDIMScheduler(**scheduler))
+    found = diffusers_files.read(tmp_path / "a")
+    assert found.notes.get("left_out") == left_out
+    assert found.sampling["clip_denoised"] == (left_out is None and scheduler.get("clip_sample", True))

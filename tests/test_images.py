@@ -225,6 +225,20 @@ def test_transparency_in_every_form(tmp_path, mode, is_clear):
         assert found[0, :, 1, 1].tolist() == [255] * found.shape[1]
 
 
+@either
+def test_what_of_a_file_is_not_read_is_said_once(tmp_path, write, capsys):
+    frames = [Image.fromarray(item.transpose(1, 2, 0)) for item in some_items(2, size=8)]
+    gif, jpeg, exif = io.BytesIO(), io.BytesIO(), Image.Exif()
+    frames[0].save(gif, "gif", save_all=True, append_images=frames[1:])
+    exif[0x0112] = 6
+    frames[0].save(jpeg, "jpeg", exif=exif)
+    content = {"a.gif": gif.getvalue(), "b.gif": gif.getvalue(), "c.jpg": jpeg.getvalue()}
+    assert open_images(str(write(tmp_path, content))).items.shape == (3, 3, 10, 8)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("of animated files, such as a.gif, the first frame is read") == 1
+    assert said.count("EXIF orientation, as of c.jpg, is not applied") == 1
+
+
 def test_links_are_followed_once(tmp_path):
     items = some_items(2)
     root = write_folder(tmp_path / "real", {"a.png": encoded(items[0]), "b.png": encoded(items[1])})

@@ -22,7 +22,7 @@ from ddo_cli import console, npz
 from ddo_cli.files import cache_directory as directory
 from ddo_cli.files import replacing
 
-VERSION = 1  # of the entries: raised when images are decoded to other numbers
+VERSION = 2  # of the entries: raised when images are decoded to other numbers
 MARGIN = 1 << 30  # bytes of the disk that an entry must leave free; our choice
 
 

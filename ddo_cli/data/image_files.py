@@ -1,11 +1,12 @@
 """Image sets of one file per image: folders, and EDM's and StyleGAN's zips."""
 
+import contextlib
 import io
 import json
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -266,6 +267,24 @@ class ImageFiles(ItemFiles):
             return sum(count for kind, count in by_extension.items() if _is_lossy(self.content(first[kind])))
         except ZIP_ERRORS:  # reading the pixels will say what is wrong
             return sum(count for kind, count in by_extension.items() if kind in LOSSY)
+
+    def peculiarities(self) -> Iterator[str]:
+        """What of these files is not read, as the first file of each extension shows."""
+        first = {os.path.splitext(name)[1].lower(): row for row, name in reversed(list(enumerate(self.names)))}
+        for row in first.values():
+            name, frames, orientation = self.names[row], 1, 1
+            with (
+                contextlib.suppress(Exception),  # reading the pixels will say what is wrong
+                Image.open(io.BytesIO(self.content(row)), formats=FORMATS) as image,
+            ):
+                frames, orientation = getattr(image, "n_frames", 1), image.getexif().get(_ORIENTATION, 1)
+            if frames > 1:
+                yield f"{self.source}: of animated files, such as {name}, the first frame is read"
+            if orientation != 1:
+                yield (f"{self.source}: pixels are read as stored; EXIF orientation, as of {name}, is not applied")
+
+
+_ORIENTATION = 0x0112  # EXIF's tag
 
 
 def _is_lossy(content: bytes) -> bool:

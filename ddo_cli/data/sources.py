@@ -150,4 +150,5 @@ def _of_arrays(source: str, path: Path, files: Sequence[Path], in_memory: bool) 
 def _image_files(source: str, listing: image_files.Listing, content: FolderBytes | ZipBytes) -> Contents:
     files = image_files.ImageFiles(source, listing.names, content)
     classes = count_classes(listing.labels)
-    return Contents(files, listing.labels, classes, notes=listing.notes, warnings=listing.warnings)
+    notes = (*listing.notes, *files.peculiarities())
+    return Contents(files, listing.labels, classes, notes=notes, warnings=listing.warnings)

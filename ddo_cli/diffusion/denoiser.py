@@ -152,7 +152,8 @@ class DiffusionModel(LikelihoodModel):
                 raise UsageError(f"SDEdit needs a plain sampler; remove {sampling_plan.generalised_keys(spec)}")
             x = generalised_sampler.sample(denoise, latent, sigmas[:-1], self.bounds(spec), choice, churn)
         else:
-            x = latent * sigmas[0] if x0 is None else x0.to(latent) + latent * sigmas[0]
+            start = sampling_plan.start_of(spec, self.precond, sigmas[0])
+            x = latent * start if x0 is None else x0.to(latent) + latent * sigmas[0]
             x = samplers.find(spec.sampler).integrate(denoise, x, sigmas, churn)
         if not bool(x.isfinite().all()):
             raise NumericsError(

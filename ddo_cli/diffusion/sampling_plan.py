@@ -54,6 +54,15 @@ def _trained_levels(spec: SamplingRecipe, known: Preconditioner, low: float, hig
     return inside[visited].flip(0)
 
 
+def start_of(spec: SamplingRecipe, known: Preconditioner, sigma: Tensor) -> Tensor:
+    """Deviation of the state that sampling starts from. sigma: the largest level.
+
+    A discrete model starts from x_T = z in the frame of DDPM, which is z sqrt(1 + sigma^2) here; others, as EDM, from
+    sigma z. For sigma 157, that of all steps, they differ by 2e-5; where a respacing starts low, visibly.
+    """
+    return (1 + sigma.square()).sqrt() if spacing_of(spec, known) == "steps" else sigma
+
+
 def dtype_of(spec: SamplingRecipe) -> torch.dtype:
     """The type of state and noise levels."""
     return torch.float32 if spec.dtype == "float32" else torch.float64

@@ -169,15 +169,27 @@ def _sampling(scheduler: Config, side: int) -> dict[str, Any]:
     if not isinstance(known, Discrete):
         return {"sampler": "heun", "steps": 18 if side <= 32 else 40}  # arXiv 2206.00364, table 2
     sampler, steps = ("ddpm", DDPM_STEPS) if name.startswith("DDPM") else ("ddim", DDIM_STEPS)
+    clips = _clips(scheduler) and not _left_out(scheduler)
+    return {"sampler": sampler, "steps": min(steps, len(known.sigmas)), "clip_denoised": clips}
+
+
+def _clips(scheduler: Config) -> bool:
     # Only these two have the key; the library's default is to clip.
-    clips = name.startswith(("DDPM", "DDIM")) and scheduler.get("clip_sample", True)
-    within = scheduler.get("clip_sample_range", 1.0) == 1 and not scheduler.get("thresholding")
-    return {"sampler": sampler, "steps": min(steps, len(known.sigmas)), "clip_denoised": bool(clips and within)}
+    return scheduler["_class_name"].startswith(("DDPM", "DDIM")) and bool(scheduler.get("clip_sample", True))
+
+
+def _left_out(scheduler: Config) -> dict[str, str]:
+    """What the scheduler does to denoised images, and no sampler here: then they are not clipped at all."""
+    if scheduler.get("thresholding"):
+        return {"left_out": "thresholding: denoised images are neither thresholded nor clipped"}
+    limit = scheduler.get("clip_sample_range", 1.0)
+    return {"left_out": f"clip_sample_range = {limit}: not clipped"} if _clips(scheduler) and limit != 1 else {}
 
 
 def _notes(scheduler: Config, tensors: dict[str, Tensor]) -> dict[str, Any]:
     known = diffusers_unet.process(scheduler).preconditioner
     return {
+        **_left_out(scheduler),
         "scheduler": scheduler["_class_name"],
         "predicts": known.prediction if isinstance(known, Discrete) else "EDM's F",
         "noise_levels": len(known.sigmas) if isinstance(known, Discrete) else "all",
