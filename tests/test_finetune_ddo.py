@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import CPU, KINDS, kinds, make_checkpoint, tiny_recipe, torchrun
 from launch import launch
+from PIL import Image
 
 from ddo_cli import checkpoint, files, rundir
 from ddo_cli.data.images import open_images
@@ -385,3 +386,20 @@ def test_files_that_moved_are_taken_over(tmp_path, monkeypatch, capsys):
             tmp_path / "run",
             device=CPU,
         )
+
+
+def test_names_of_classes_are_stored(tmp_path, monkeypatch):
+    """Folders 0 ... 9 with other pictures in other folders are another run, and state.json says what a label means."""
+    monkeypatch.chdir(tmp_path)
+    ckpt, items = make_checkpoint(tmp_path / "ref.safetensors"), open_images("embedded:digits32", 64)
+    for row, (pixels, label) in enumerate(zip(items.items, items.labels, strict=True)):
+        folder = tmp_path / "set" / "abcdefghij"[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / f"{row}.png")
+    recipe = tiny_recipe(ckpt, "diffusion", "data.source=set", "data.num=null", "finetune.rounds=1")
+    finetune.run(recipe, tmp_path / "run", device=CPU)
+    stored = json.loads((tmp_path / "run" / "state.json").read_text())["classes"]
+    assert stored == {str(label): name for label, name in enumerate("abcdefghij")}
+    (tmp_path / "set" / "a").rename(tmp_path / "set" / "0a")
+    with pytest.raises(RunError, match=r"classes\.0: a -> 0a"):
+        finetune.run(recipe, tmp_path / "run", device=CPU)

@@ -8,6 +8,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -38,13 +39,15 @@ FEW_NAMES = 12  # class names, or files, that a note spells out
 class Listing(NamedTuple):
     """The images of a set, sorted by name, with labels int64 (N,), -1 = none.
 
-    notes: what is assumed or left out, for people; warnings: what speaks against comparing the set's scores.
+    notes: what is assumed or left out, for people; warnings: what speaks against comparing the set's scores; classes:
+    names of the folders by class number, where labels come from them.
     """
 
     names: list[str]
     labels: np.ndarray
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    classes: Mapping[str, str] = MappingProxyType({})
 
 
 def folder_entries(source: str, path: Path) -> Listing:
@@ -87,11 +90,10 @@ def _listing(
         if root:
             notes.append(f"{source}: labels are those of {index}")
         return Listing(names, labels, tuple(notes), tuple(warnings))
-    labels = np.full(len(names), NO_LABEL)
-    if folders_are_classes:
-        labels, said, warned = _folder_labels(source, names)
-        notes, warnings = notes + said, warnings + warned
-    return Listing(names, labels, tuple(notes), tuple(warnings))
+    if not folders_are_classes:
+        return Listing(names, np.full(len(names), NO_LABEL), tuple(notes), tuple(warnings))
+    listing = _folder_labels(source, names)
+    return listing._replace(notes=(*notes, *listing.notes), warnings=(*warnings, *listing.warnings))
 
 
 def _images_of(source: str, files: Iterable[str]) -> tuple[list[str], list[str], list[str]]:
@@ -146,29 +148,29 @@ def _index_of(source: str, files: Iterable[str], names: Sequence[str]) -> str | 
     raise DataError(f"{source} {problem}; give the folder or an archive of one set, or remove what does not belong")
 
 
-def _folder_labels(source: str, names: Sequence[str]) -> tuple[np.ndarray, list[str], list[str]]:
-    """Labels int64 (N,) of the top-level folders, and notes and warnings about them. Raises DataError."""
-    none = np.full(len(names), NO_LABEL)
+def _folder_labels(source: str, names: list[str]) -> Listing:
+    """Labels of the top-level folders, or none, and what is to be said of them. Raises DataError."""
+    none = Listing(names, np.full(len(names), NO_LABEL))
     tops = [name.partition("/")[0] for name in names if "/" in name]
     folders = sorted(set(tops))
     if len(folders) < 2:
-        return none, [], []
+        return none
     shown = ", ".join(folders[:FEW_NAMES]) + (", ..." if len(folders) > FEW_NAMES else "")
     if all(folder.isdecimal() and len(folder) == len(folders[0]) >= 5 for folder in folders):
-        return none, [f"{source}: folders {shown} are taken for shards, not classes"], []
+        return none._replace(notes=(f"{source}: folders {shown} are taken for shards, not classes",))
     if {folder.lower() for folder in folders} <= SPLITS:
         text = f"{source}: folders {shown} are taken for splits, not classes; to use one of them, give {source}"
-        return none, [], [f"{text.rstrip('/')}/{folders[0]}"]
+        return none._replace(warnings=(f"{text.rstrip('/')}/{folders[0]}",))
     if len(tops) < len(names):
         stray = next(name for name in names if "/" not in name)
         text = f"{source}: no labels, since {stray} lies beside the folders {shown}"
-        return none, [], [f"{text}; remove it, or move it into its class, to take them for classes"]
+        return none._replace(warnings=(f"{text}; remove it, or move it into its class, to take them for classes",))
     number = _class_numbers(source, folders)
-    classes = sorted(number, key=lambda folder: number[folder])
-    mapping = ", ".join(f"{number[folder]} {folder}" for folder in classes[:FEW_NAMES])
+    classes = {str(number[folder]): folder for folder in sorted(number, key=lambda folder: number[folder])}
+    mapping = ", ".join(f"{label} {folder}" for label, folder in list(classes.items())[:FEW_NAMES])
     more = ", ..." if len(classes) > FEW_NAMES else ""
     note = f"{source}: {len(classes)} classes from folder names: {mapping}{more}"
-    return np.array([number[top] for top in tops], dtype=np.int64), [note], []
+    return Listing(names, np.array([number[top] for top in tops], dtype=np.int64), (note,), (), classes)
 
 
 def _class_numbers(source: str, folders: Sequence[str]) -> dict[str, int]:

@@ -45,7 +45,7 @@ def open_images(source: str, num: int | None = None, cache: bool = True) -> Item
         items = opened.reader.items
     else:
         items = opened.reader.read(opened.positions)
-    return ItemSet(items, opened.labels, source, opened.num_classes, opened.encoded)
+    return ItemSet(items, opened.labels, source, opened.num_classes, opened.encoded, opened.classes)
 
 
 def _decoded(images: Source, keep: bool) -> np.ndarray:

@@ -1,7 +1,8 @@
 """A set of items in memory, and the checks that every source of items shares."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,8 @@ class ItemSet(NamedTuple):
     items: uint8 images (N, C, H, W) or float32 points (N, d), read-only because they may be a mapped file; or latents
     or tokens, then read when indexed (`readers.Lazy`). labels: int64 (N,), -1 = none; name: as given by the user;
     num_classes: one more than the largest label, or the number of class folders or of one-hot columns; 0 = no labels.
-    encoded: where latents or tokens come from; None for images and points.
+    encoded: where latents or tokens come from; None for images and points. classes: names of the folders that gave the
+    labels, by class number.
     """
 
     items: np.ndarray
@@ -41,11 +43,17 @@ class ItemSet(NamedTuple):
     name: str
     num_classes: int
     encoded: Encoded | None = None
+    classes: Mapping[str, str] = MappingProxyType({})
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of an item before encoding, to compare with a model's `shape`."""
         return tuple(self.items.shape[1:]) if self.encoded is None else self.encoded.image_shape
+
+
+def identity(items: ItemSet) -> dict[str, Any]:
+    """What a run stores of its data, and compares when it is continued: the hash, and names of classes where known."""
+    return {"data_sha256": digest(items), **({"classes": dict(items.classes)} if items.classes else {})}
 
 
 def digest(items: ItemSet) -> str:

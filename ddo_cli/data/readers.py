@@ -11,8 +11,9 @@ import os
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -51,7 +52,7 @@ class Contents(NamedTuple):
 
     key: hash of names, sizes and times of the files; None for image files (of which only a part may be used), latents,
     and embedded sets. encoded: where latents come from. notes: what is assumed or left out, for people; warnings: what
-    speaks against comparing the set's scores.
+    speaks against comparing the set's scores; classes: names by class number, where folders have given the labels.
     """
 
     reader: Reader
@@ -61,6 +62,7 @@ class Contents(NamedTuple):
     encoded: Encoded | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    classes: Mapping[str, str] = MappingProxyType({})
 
 
 class Memory:

@@ -2,8 +2,8 @@
 
 import os
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ class Source:
 
     positions: int64 (N,), rows of `reader`; labels: int64 (N,), -1 = none; num_classes, encoded: as in `items.ItemSet`;
     identity: changes with the path and with names, sizes and times of the files, not with labels; None if unknown;
-    notes, warnings: as in `readers.Contents`.
+    notes, warnings, classes: as in `readers.Contents`.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Source:
     encoded: Encoded | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    classes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num(self) -> int:
@@ -56,7 +57,7 @@ def open_source(source: str, num: int | None, in_memory: bool) -> Source:
         raise DataError(f"{source}: num = {num} must be at least 1")
     path = Path(source)
     contents = _contents(source, path, num, in_memory)
-    reader, labels, num_classes, key, encoded, *said = contents
+    reader, labels, num_classes, key, encoded = contents[:5]
     rows = choice(source, reader.num, num)
     identity = None if key is None else hashed(key, num)
     if source.startswith(EMBEDDED):
@@ -67,6 +68,7 @@ def open_source(source: str, num: int | None, in_memory: bool) -> Source:
         identity = cache.key_of(path, files, names)
     if encoded is not None and num is not None and num != reader.num:
         encoded = encoded._replace(digest=hashed(encoded.digest, num))
+    said = contents.notes, contents.warnings, contents.classes
     return Source(source, reader, rows, labels[rows], num_classes, identity, encoded, *said)
 
 
@@ -151,4 +153,4 @@ def _image_files(source: str, listing: image_files.Listing, content: FolderBytes
     files = image_files.ImageFiles(source, listing.names, content)
     classes = count_classes(listing.labels)
     notes = (*listing.notes, *files.peculiarities())
-    return Contents(files, listing.labels, classes, notes=notes, warnings=listing.warnings)
+    return Contents(files, listing.labels, classes, None, None, notes, listing.warnings, listing.classes)

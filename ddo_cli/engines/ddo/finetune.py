@@ -14,7 +14,8 @@ import torch
 
 from ddo_cli import checkpoint, console, dist, rundir
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import check_fits, digest
+from ddo_cli.data.items import check_fits
+from ddo_cli.data.items import identity as identity_of
 from ddo_cli.engines import dry_run as dry_runs
 from ddo_cli.engines import training_run
 from ddo_cli.engines.ddo import reference, sweep
@@ -51,7 +52,7 @@ def run(
     scoring = Scoring(recipe, real, spec, device)
     plans = _plans(recipe, loaded, scoring)
     identity = {
-        "reference_sha256": loaded.checkpoint.sha256, "data_sha256": digest(real), **scoring.identity,
+        "reference_sha256": loaded.checkpoint.sha256, **identity_of(real), **scoring.identity,
         **training_run.precision_of(recipe.finetune, spec, device),
     }  # fmt: skip
     rundir.RunDir(out).check("finetune-ddo", recipe, **identity)

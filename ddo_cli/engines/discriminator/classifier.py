@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ddo_cli import checkpoint, dist, rundir
 from ddo_cli.codec import Codec, Encodable
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import check_fits, digest
+from ddo_cli.data.items import check_fits
+from ddo_cli.data.items import identity as identity_of
 from ddo_cli.data.pairs import Shuffled, split
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.diffusion.denoiser import DiffusionModel
@@ -56,7 +57,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     loop.local_rows(settings.batch, settings.micro_batch)
     steps = training_run.num_steps(settings.images, settings.batch)
     precision = training_run.precision_of(settings, None, device)
-    identity = {"data_sha256": digest(real), "model_sha256": loaded.checkpoint.sha256, **precision}
+    identity = {**identity_of(real), "model_sha256": loaded.checkpoint.sha256, **precision}
     rundir.RunDir(out).check("train-classifier", recipe, **identity)
     if dry_run:
         parameters = sum(p.numel() for p in network.parameters())

@@ -18,6 +18,7 @@ from ddo_cli import checkpoint, console, dist, rundir
 from ddo_cli.codec import Encodable
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet, check_fits, digest
+from ddo_cli.data.items import identity as identity_of
 from ddo_cli.data.pairs import Examples, Pairs, Shuffled, split
 from ddo_cli.data.samples import manifest_of
 from ddo_cli.diffusion import vp_sde
@@ -79,7 +80,7 @@ def run(
         disc_data.check_sizes(len(real.items), settings.num_fake, real.name, settings.held_out)
         disc_data.check_classes(real, settings.num_fake, label_use)
         check_labels(spec, base.num_classes, settings.num_fake)
-    identity = {"model_sha256": loaded.checkpoint.sha256, "data_sha256": digest(real), "config": config}
+    identity = {"model_sha256": loaded.checkpoint.sha256, **identity_of(real), "config": config}
     identity |= {"fake_sha256": digest(given)} if given is not None else {}
     identity |= scoring.identity if scoring is not None else {}
     identity |= training_run.precision_of(settings, spec, device)

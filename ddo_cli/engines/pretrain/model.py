@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ddo_cli import checkpoint, console, dist, rundir, sharding
 from ddo_cli.codec import Encodable
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import check_fits, digest
+from ddo_cli.data.items import check_fits
+from ddo_cli.data.items import identity as identity_of
 from ddo_cli.data.pairs import Shuffled
 from ddo_cli.engines import dry_run as dry_runs
 from ddo_cli.engines import training_run
@@ -54,7 +55,7 @@ def run(
     scoring = Scoring(recipe, real, recipe.sampling, device)
     parameters = sum(p.numel() for p in model.parameters())
     precision = training_run.precision_of(settings, recipe.sampling, device)
-    identity = {"data_sha256": digest(real), **scoring.identity, **precision}
+    identity = {**identity_of(real), **scoring.identity, **precision}
     rundir.RunDir(out).check("pretrain", recipe, **identity)
     stream = Shuffled(real.items, real.labels, "pretrain", recipe.seed, hflip=recipe.data.hflip)
     objective = likelihood_objective(model)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ddo_cli import checkpoint, console, dist, rundir
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import ItemSet, check_images, digest
+from ddo_cli.data.items import ItemSet, check_images
+from ddo_cli.data.items import identity as identity_of
 from ddo_cli.data.pairs import Shuffled
 from ddo_cli.engines import dry_run as dry_runs
 from ddo_cli.engines import training_run
@@ -55,7 +56,7 @@ def run(
     scoring = Scoring(recipe, real, recipe.sampling, device)
     parameters = sum(p.numel() for p in model.parameters())
     precision = training_run.precision_of(settings, None, device)
-    identity = {"data_sha256": digest(real), **scoring.identity, **precision}
+    identity = {**identity_of(real), **scoring.identity, **precision}
     rundir.RunDir(out).check("pretrain", recipe, **identity)
     stream = Shuffled(real.items, real.labels, "pretrain", recipe.seed, hflip=recipe.data.hflip)
     objective = Objective(partial(_batch, recipe, stream), partial(_reconstruction, model))
