@@ -53,6 +53,7 @@ def one_pass(rows: np.ndarray, batch: int) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_two_processes_shuffled_and_one_by_one(tmp_path):
     whole = one_pass(np.arange(NUM), 64)
     np.testing.assert_allclose(whole["cov"].numpy(), np.cov(whole["store"].double().numpy().T), rtol=1e-9, atol=1e-12)

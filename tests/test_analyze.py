@@ -400,6 +400,7 @@ def test_densities_of_points(toy_disc, tmp_path, monkeypatch):
     assert held["model"]["js"] != held["guided"]["js"]
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_does(disc, tmp_path):
     options = [
         "--disc",

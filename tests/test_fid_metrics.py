@@ -94,6 +94,7 @@ def frechet(fake: np.ndarray, real: np.ndarray, ddof: int = 1) -> float:
     return float(mean + np.square(first).sum() + np.square(second).sum() - 2 * overlap)
 
 
+@pytest.mark.slow
 def test_equal_to_the_formula(root, found):
     """Of covariances divided by N - 1, not N."""
     extractor = select_extractor("fid", str(root / "inception.pth"))

@@ -116,6 +116,7 @@ def test_a_lost_file_of_a_finished_run_is_made_again(finished, ckpt, tmp_path, m
     assert (tmp_path / "run" / "final.safetensors").read_bytes() == (out / "final.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one(finished, ckpt, tmp_path):
     out, result = finished
     recipe = tmp_path / "r.yaml"
