@@ -23,10 +23,10 @@ from ddo_cli.recipe.schema import Recipe
 
 # Recipe keys that name a file, and the hash of its content in a run's identity: the same content may have moved.
 PLACES = {
-    "data.source": "data_sha256", "discriminator.fake": "fake_sha256", "metric.extractor": "extractor_sha256",
-    "metric.weights": "extractor_sha256",
+    "data.source": ("data_sha256",), "model.ckpt": ("reference_sha256", "model_sha256"),
+    "discriminator.fake": ("fake_sha256",), "metric.extractor": ("extractor_sha256",),
+    "metric.weights": ("extractor_sha256",),
 }  # fmt: skip
-MODEL_PLACE = ("model.ckpt", ("reference_sha256", "model_sha256"))
 HARMLESS = ("log_every", "save_every")  # keys of any section that change no result
 
 
@@ -160,9 +160,7 @@ class RunDir:
         self, command: str, recipe: Recipe, identity: dict[str, Any], state: dict[str, Any]
     ) -> Callable[[str], bool]:
         """Whether a recipe key may differ from the run's. The hashes of `identity` are known to be the run's."""
-        places = {key for key, content in PLACES.items() if content in identity}
-        if any(content in identity for content in MODEL_PLACE[1]):
-            places.add(MODEL_PLACE[0])
+        places = {key for key, hashes in PLACES.items() if identity.keys() & set(hashes)}
         done = len(state.get("rounds", []))
         may_grow = command == "finetune-ddo" and recipe.finetune.rounds >= done
 

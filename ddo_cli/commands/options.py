@@ -6,7 +6,6 @@ NamedTuple. Options that stand for recipe keys take name, type and help from the
 """
 
 import inspect
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Optional, TypeVar
@@ -19,6 +18,7 @@ from typer.models import OptionInfo
 
 from ddo_cli import console
 from ddo_cli.errors import DdoError, RecipeError, UsageError
+from ddo_cli.files import at_home
 
 if TYPE_CHECKING:
     import torch
@@ -344,12 +344,6 @@ def parsed(option: str, text: str | None, parse: Callable[[str], Any], remedy: s
         return None if text is None else parse(text)
     except ValueError as error:
         raise UsageError(f"{option} {text} cannot be read ({error}); {remedy}") from None
-
-
-def at_home(value: Any) -> Any:
-    """A path that begins with ~ as the shell expands it; shells leave the one of --out=~/x as it is."""
-    is_text = isinstance(value, (str, os.PathLike)) and str(value).startswith("~")
-    return type(value)(os.path.expanduser(value)) if is_text else value
 
 
 def numbers(text: str) -> list[int]:

@@ -264,16 +264,19 @@ class ImageFiles(ItemFiles):
         a PNG .jpg. To be sure one would have to open every file.
         """
         by_extension = Counter(os.path.splitext(self.names[row])[1].lower() for row in rows)
-        first = {os.path.splitext(self.names[row])[1].lower(): row for row in reversed(rows)}
+        first = self._first_of_each(rows)
         try:
             return sum(count for kind, count in by_extension.items() if _is_lossy(self.content(first[kind])))
         except ZIP_ERRORS:  # reading the pixels will say what is wrong
             return sum(count for kind, count in by_extension.items() if kind in LOSSY)
 
+    def _first_of_each(self, rows: Sequence[int]) -> dict[str, int]:
+        """The first of `rows` with each extension."""
+        return {os.path.splitext(self.names[row])[1].lower(): row for row in reversed(rows)}
+
     def peculiarities(self) -> Iterator[str]:
         """What of these files is not read, as the first file of each extension shows."""
-        first = {os.path.splitext(name)[1].lower(): row for row, name in reversed(list(enumerate(self.names)))}
-        for row in first.values():
+        for row in self._first_of_each(range(self.num)).values():
             name, frames, orientation = self.names[row], 1, 1
             with (
                 contextlib.suppress(Exception),  # reading the pixels will say what is wrong

@@ -31,9 +31,7 @@ class Trace:
     disc_nfe: int = 0
     variance: Tensor | None = None  # learned variance v in [-1, 1] of the last evaluation (arXiv 2102.09672, eq. 15)
     log_ratio: Tensor | None = None  # (B,), of the last predictor evaluation; +inf outside the guide's window
-    levels: Tensor | None = (
-        None  # on the CPU: noise levels among which those of the rows are, if boosting made them differ
-    )
+    levels: Tensor | None = None  # on the CPU: the values that rows' levels have, where boosting set them apart
 
 
 def filled(value: Tensor, x: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ reads `discriminator` and stores `guidance` for `guide-sample`; all read `data`,
 counted in images, as in the papers, not in steps.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from ddo_cli.errors import RecipeError
+from ddo_cli.files import at_home
 from ddo_cli.recipe.schema import DEFAULT_RECIPE, Recipe, SamplingRecipe, messages, nearest
 
 
@@ -69,7 +69,7 @@ def load(
             problems.append(f"command line: {key}={value}: {error}")
     places = dict.fromkeys(values, "command line")
     try:
-        recipe = Recipe.model_validate(_at_home(content))
+        recipe = Recipe.model_validate(at_home(content))
     except ValidationError as error:
         raise RecipeError("\n".join(problems + list(messages(error, str(path), places)))) from None
     problems += check(recipe) if check else []
@@ -173,13 +173,6 @@ def _set(content: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(content, dict):
             raise TypeError(f"'{section}' is a value, not a section; write {section}.<key>=value")
     content[last] = value
-
-
-def _at_home(value: Any) -> Any:
-    """With paths that begin with ~ expanded, as a shell does it."""
-    if isinstance(value, dict):
-        return {key: _at_home(inner) for key, inner in value.items()}
-    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def _flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
