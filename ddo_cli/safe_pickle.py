@@ -28,15 +28,15 @@ _MOST_OPERATIONS = 300_000
 _MOST_DIMENSIONS = 8
 _LARGEST_KEY = 2**60  # larger integers hash to small ones: a dict of chosen keys would take quadratic time
 
-_LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before zip files
-_STORAGE_TYPES = {
+LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before zip files
+STORAGE_TYPES = {
     "torch.FloatStorage": torch.float32, "torch.DoubleStorage": torch.float64, "torch.HalfStorage": torch.float16,
     "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
     "torch.ShortStorage": torch.int16, "torch.CharStorage": torch.int8, "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
 }  # fmt: skip
 _EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set, "EMPTY_TUPLE": tuple}  # by pickle operation
-_DAMAGE = (
+DAMAGE = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError, EOFError
 )  # fmt: skip
 
@@ -62,7 +62,7 @@ class _ScalarType:
         return np.dtype((self.order or "<") + self.code)
 
 
-class _Global(NamedTuple):
+class Global(NamedTuple):
     """A name in the file and the function that stands for it."""
 
     name: str
@@ -115,6 +115,8 @@ class Machine:
         self.path, self.known = path, known
         self.budget = size  # bytes left for storages and arrays: a file that repeats one would fill the memory
         self.operations = 0
+        self.dicts_have_attributes = False
+        self.advice = "Do not load it with another program unless you trust its origin"
         self.storages: list[Storage] = []
         self.places: dict[int, tuple[bytes, int]] = {}  # by id: bytes (kept alive, so that ids stay unique) and offset
         self.globals: dict[str, Callable[..., Any]] = {
@@ -122,11 +124,11 @@ class Machine:
             "dnnlib.util.EasyDict": _dict,
             "collections.OrderedDict": _dict,
             "torch._utils._rebuild_tensor_v2": _tensor,
-            "torch._utils._rebuild_parameter": lambda data, requires_grad, hooks: _of(data, Tensor),
+            "torch._utils._rebuild_parameter": lambda data, requires_grad, hooks: of(data, Tensor),
             "torch.storage._load_from_bytes": self._storage,
             "torch.nn.modules.container.ModuleDict": _module_dict,
             "numpy.dtype": _scalar_type,
-            "numpy.ndarray": _refuse_call,  # an argument of _reconstruct
+            "numpy.ndarray": refuse_call,  # an argument of _reconstruct
         }
         for core in ("numpy.core", "numpy._core"):  # numpy 1 and 2
             self.globals[f"{core}.multiarray.scalar"] = _scalar
@@ -137,16 +139,16 @@ class Machine:
         """The object in `stream`. Raises CheckpointError."""
         try:
             return self.run(stream, self.globals)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise CheckpointError(
                 f"{self.path} is not a whole pickle of a known layout ({type(error).__name__}: "
-                f"{printable(str(error))}); download it again, or give {self.known}"
+                f"{printable(str(error), 80)}); download it again, or give {self.known}"
             ) from None
 
     def run(self, stream: BinaryIO, known: dict[str, Callable[..., Any]], persistent: Any = None) -> Any:
         """The object of the pickle at the position of `stream`, which ends up behind the pickle.
 
-        persistent: function of a persistent id. Raises CheckpointError for a refused file, _DAMAGE for a broken one.
+        persistent: function of a persistent id. Raises CheckpointError for a refused file, DAMAGE for a broken one.
         """
         stack: list[Any] = []
         marks: list[int] = []
@@ -182,9 +184,9 @@ class Machine:
                     stack.append(arg)
                 case "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8":
                     stack.append(arg)
-                    self.places[id(arg)] = _of(arg, bytes), stream.tell() - len(_of(arg, bytes))
+                    self.places[id(arg)] = of(arg, bytes), stream.tell() - len(of(arg, bytes))
                 case "BYTEARRAY8":
-                    stack.append(bytes(_of(arg, bytearray)))
+                    stack.append(bytes(of(arg, bytearray)))
                 case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET" | "EMPTY_TUPLE":
                     stack.append(_EMPTY[opcode.name]())
                 case "TUPLE":
@@ -193,27 +195,27 @@ class Machine:
                     stack.append(tuple([stack.pop() for _ in range(int(opcode.name[-1]))][::-1]))
                 case "APPEND" | "APPENDS":
                     items = since_mark() if opcode.name == "APPENDS" else [stack.pop()]
-                    _of(stack[-1], list).extend(items)
+                    of(stack[-1], list).extend(items)
                 case "ADDITEMS":
                     items = since_mark()  # first: it uncovers the set
-                    _of(stack[-1], set).update(map(_key, items))
+                    of(stack[-1], set).update(map(plain_key, items))
                 case "SETITEM" | "SETITEMS":
                     items = since_mark() if opcode.name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
-                    _of(stack[-1], dict).update(zip(map(_key, items[::2]), items[1::2], strict=True))
+                    of(stack[-1], dict).update(zip(map(plain_key, items[::2]), items[1::2], strict=True))
                 case "BINPUT" | "LONG_BINPUT":
-                    memo[_of(arg, int)] = stack[-1]
+                    memo[of(arg, int)] = stack[-1]
                 case "MEMOIZE":
                     memo[len(memo)] = stack[-1]
                 case "BINGET" | "LONG_BINGET":
-                    stack.append(memo[_of(arg, int)])
+                    stack.append(memo[of(arg, int)])
                 case "GLOBAL":
                     stack.append(self._find(".".join(str(arg).split(" ", 1)), known))
                 case "STACK_GLOBAL":
-                    name, module = _of(stack.pop(), str), _of(stack.pop(), str)
+                    name, module = of(stack.pop(), str), of(stack.pop(), str)
                     stack.append(self._find(f"{module}.{name}", known))
                 case "REDUCE" | "NEWOBJ":
-                    arguments = _of(stack.pop(), tuple)
-                    stack.append(_of(stack.pop(), _Global).call(*arguments))
+                    arguments = of(stack.pop(), tuple)
+                    stack.append(of(stack.pop(), Global).call(*arguments))
                 case "BUILD":
                     self._set_state(stack[-2], stack.pop())
                 case "BINPERSID" if persistent is not None:
@@ -225,61 +227,64 @@ class Machine:
                     )
         raise EOFError("the pickle has no end")
 
-    def _find(self, name: str, known: dict[str, Callable[..., Any]]) -> _Global:
+    def _find(self, name: str, known: dict[str, Callable[..., Any]]) -> Global:
         if name not in known:
             raise CheckpointError(
-                f"{self.path}: refused: it names '{printable(name)}', which could run code and has no place in a "
-                "file of numbers; nothing was run. Do not load it with another program unless you trust its origin"
+                f"{self.path}: refused: it names '{printable(name, 80)}', which could run code and has no place in a "
+                f"file of numbers; nothing was run. {self.advice}"
             )
-        return _Global(name, known[name])
+        return Global(name, known[name])
 
     def _set_state(self, target: Any, state: Any) -> None:
         if type(target) is Record and target.state is None:
-            target.state = _of(state, dict)
+            target.state = of(state, dict)
         elif type(target) is _ScalarType and not target.order:
-            target.order = {"<": "<", "|": "|"}[_of(_of(state, tuple)[1], str)]
+            target.order = {"<": "<", "|": "|"}[of(of(state, tuple)[1], str)]
         elif type(target) is Array and target.values is None:
-            _, shape, kind, is_fortran, raw = _of(state, tuple)
-            target.values = self._numbers(raw, kind, shape, "F" if _of(is_fortran, bool) else "C")
+            _, shape, kind, is_fortran, raw = of(state, tuple)
+            target.values = self._numbers(raw, kind, shape, "F" if of(is_fortran, bool) else "C")
+        elif type(target) is dict and self.dicts_have_attributes:
+            of(state, dict)  # which are left out, such as a state dict's `_metadata`
         else:
             raise TypeError(f"a {type(target).__name__} takes no state")
 
-    def _spend(self, size: int, what: str) -> None:
+    def spend(self, size: int, what: str) -> None:
+        """Counts bytes that are reserved. Raises ValueError once they are more than the file has."""
         self.budget -= size
         if self.budget < 0:
             raise ValueError(f"{what} hold more bytes than the file")
 
     def _array_of_buffer(self, raw: Any, kind: Any, shape: Any, order: Any) -> Array:
-        return Array(self._numbers(raw, kind, shape, {"C": "C", "F": "F"}[_of(order, str)]))
+        return Array(self._numbers(raw, kind, shape, {"C": "C", "F": "F"}[of(order, str)]))
 
     def _numbers(self, raw: Any, kind: Any, shape: Any, order: Any) -> np.ndarray:
         """A view of `raw`. Sizes are multiplied as Python integers: numpy's product of a hostile shape overflows."""
-        dtype = _of(kind, _ScalarType).numpy
+        dtype = of(kind, _ScalarType).numpy
         raw = raw.encode("latin-1") if type(raw) is str else raw
-        sizes = [_of(size, int) for size in _of(shape, tuple)]
+        sizes = [of(size, int) for size in of(shape, tuple)]
         if len(sizes) > _MOST_DIMENSIONS or min(sizes, default=0) < 0:
             raise ValueError("an array has an impossible shape")
-        self._spend(len(_of(raw, bytes)), "arrays")
+        self.spend(len(of(raw, bytes)), "arrays")
         if math.prod(sizes) * dtype.itemsize != len(raw):
             raise ValueError(f"an array of the wrong length: it has {len(raw)} bytes")
         return np.frombuffer(raw, dtype).reshape(sizes, order=order)
 
     def _storage(self, blob: Any) -> Storage:
         """The numbers in a storage saved by torch in its old format: five pickles, a count, and raw little-endian."""
-        stream = io.BytesIO(_of(blob, bytes))
+        stream = io.BytesIO(of(blob, bytes))
         begin = self.places[id(blob)][1]
-        self._spend(len(blob), "storages")
-        types = {name: _refuse_call for name in _STORAGE_TYPES}
-        if self.run(stream, {}) != _LEGACY_MAGIC or self.run(stream, {}) != _LEGACY_PROTOCOL:
+        self.spend(len(blob), "storages")
+        types = {name: refuse_call for name in STORAGE_TYPES}
+        if self.run(stream, {}) != LEGACY_MAGIC or self.run(stream, {}) != LEGACY_PROTOCOL:
             raise ValueError("a storage is of an unknown format")
-        if _of(self.run(stream, {}), dict)["little_endian"] is not True:
+        if of(self.run(stream, {}), dict)["little_endian"] is not True:
             raise ValueError("a storage is big-endian")
-        kind, storage_type, key, _, count, view = self.run(stream, types, persistent=lambda place: _of(place, tuple))
+        kind, storage_type, key, _, count, view = self.run(stream, types, persistent=lambda place: of(place, tuple))
         # Strings only: comparing deeply nested tuples can take forever.
-        if _of(kind, str) != "storage" or view is not None or self.run(stream, {}) != [_of(key, str)]:
+        if of(kind, str) != "storage" or view is not None or self.run(stream, {}) != [of(key, str)]:
             raise ValueError("a storage is of an unknown layout")
-        dtype = _STORAGE_TYPES[_of(storage_type, _Global).name]
-        if int.from_bytes(stream.read(8), "little", signed=True) != _of(count, int):
+        dtype = STORAGE_TYPES[of(storage_type, Global).name]
+        if int.from_bytes(stream.read(8), "little", signed=True) != of(count, int):
             raise ValueError("a storage gives two lengths")
         start = stream.tell()
         if len(blob) - start != count * dtype.itemsize:
@@ -291,14 +296,14 @@ class Machine:
         return self.storages[-1]
 
 
-def _of(value: Any, kind: type) -> Any:
+def of(value: Any, kind: type) -> Any:
     """`value`, which must have exactly this type: a subclass could behave differently."""
     if type(value) is not kind:
         raise TypeError(f"a {type(value).__name__} where a {kind.__name__} belongs")
     return value
 
 
-def _key(value: Any) -> Any:
+def plain_key(value: Any) -> Any:
     """`value` as a dict key. Plain values only: hashing a deeply nested tuple overflows the stack."""
     if value is not None and type(value) not in (str, int, float, bool, bytes):
         raise TypeError(f"a {type(value).__name__} as a key")
@@ -310,15 +315,16 @@ def _key(value: Any) -> Any:
 # --- The functions that stand for names
 
 
-def _refuse_call(*arguments: Any) -> Any:
+def refuse_call(*arguments: Any) -> Any:
+    """Stands for a class that is only named."""
     raise TypeError("a class is called")
 
 
 def _persistent(meta: Any) -> Record:
     """An object of EDM's code: class name, attributes, and the source text of its module."""
-    if _of(_of(meta, dict)["type"], str) != "class":
+    if of(of(meta, dict)["type"], str) != "class":
         raise ValueError("an object is not described by a class")
-    return Record(_of(meta["class_name"], str), _of(meta["state"], dict), _of(meta["module_src"], str))
+    return Record(of(meta["class_name"], str), of(meta["state"], dict), of(meta["module_src"], str))
 
 
 def _dict(*arguments: Any) -> dict[Any, Any]:
@@ -333,32 +339,43 @@ def _module_dict(*arguments: Any) -> Record:
     return Record("ModuleDict", None)
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any) -> Tensor:
-    values = _of(storage, Storage).values
-    numbers = [_of(number, int) for number in (offset, *_of(size, tuple), *_of(stride, tuple))]
+def view_of(
+    storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, metadata: Any = None
+) -> Tensor:
+    """A tensor of a storage's numbers."""
+    values = of(storage, Storage).values
+    numbers = [of(number, int) for number in (offset, *of(size, tuple), *of(stride, tuple))]
     if min(numbers) < 0 or len(size) != len(stride) or len(size) > _MOST_DIMENSIONS:
         raise ValueError("a tensor has an impossible size")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if math.prod(size) > len(values) or (math.prod(size) and last >= len(values)):
+    if math.prod(size) and last >= len(values):
         raise ValueError("a tensor reaches beyond its storage")
     return values.as_strided(size, stride, offset)
 
 
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any) -> Tensor:
+    """The same, which repeats no number: those of EDM's files do not."""
+    tensor = view_of(storage, offset, size, stride, requires_grad, hooks)
+    if tensor.numel() > len(storage.values):
+        raise ValueError("a tensor reaches beyond its storage")
+    return tensor
+
+
 def _scalar_type(code: Any, align: Any, copy: Any) -> _ScalarType:
-    if _of(code, str) not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
+    if of(code, str) not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
         raise ValueError(f"a numpy type {code!r:.50}")
     return _ScalarType(code)
 
 
 def _array(subtype: Any, shape: Any, code: Any) -> Array:
     """The empty array whose state follows."""
-    if _of(subtype, _Global).name != "numpy.ndarray":
+    if of(subtype, Global).name != "numpy.ndarray":
         raise TypeError("an array of a class of its own")
     return Array()
 
 
 def _scalar(kind: Any, raw: Any) -> Any:
-    dtype = _of(kind, _ScalarType).numpy
-    if len(_of(raw, bytes)) != dtype.itemsize:
+    dtype = of(kind, _ScalarType).numpy
+    if len(of(raw, bytes)) != dtype.itemsize:
         raise ValueError("a number of the wrong length")
     return np.frombuffer(raw, dtype)[0].item()

@@ -91,7 +91,7 @@ def test_what_is_read_computes_what_was_written(tmp_path):
         ({"state_dict": {"a": torch.zeros(1)}}, "not a bare state dict"),
         ([torch.zeros(1)], "not a bare state dict"),
         ({"a": torch.zeros(1)}, "lacks time_embed.0.weight"),
-        (object(), r"not a whole \.pt file of tensors"),
+        (object(), r"refused: it names '__builtin__\.object'"),
     ],
 )
 def test_other_files(content, message, tmp_path):

@@ -217,7 +217,7 @@ def test_missing_and_hostile_files(tmp_path):
             return os.system, (f"touch {tmp_path / 'ran'}",)
 
     torch.save({"conv_in.weight": Evil()}, weights.with_suffix(".bin"))
-    with pytest.raises(CheckpointError, match=r"model\.bin is not a whole file of tensors"):
+    with pytest.raises(CheckpointError, match=r"model\.bin: refused: it names .*system"):
         diffusers_files.read(tmp_path / "a")
     assert not (tmp_path / "ran").exists()
     (tmp_path / "a/scheduler/scheduler_config.json").unlink()

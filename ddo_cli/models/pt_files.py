@@ -1,57 +1,143 @@
-"""Files of `torch.save` with tensors by name, read without running code that a hostile one may hold."""
+"""Tensors by name in the .pt and .pth files of published networks, and of the programs that train them.
+
+A training checkpoint holds the weights beside others of its own, below names that wrappers have added: the network is
+found by the name of one of its tensors, wherever it lies, and averaged weights are preferred.
+"""
 
 import re
-import warnings
-import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ddo_cli import checkpoint
+from ddo_cli import checkpoint, torch_files
 from ddo_cli.errors import CheckpointError, printable
 
+# Within names of tensors: torch.compile, FSDP and activation checkpointing wrap modules at any depth.
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_DEEPEST = 4  # dicts within dicts; our choice, two more than known trainers have
+_FEW = 6  # names in a message
+_AVERAGED = re.compile(r"(^|[._])ema(?![a-z])|averag")
+_PLAIN = {"", "module", "model", "net", "network", "state_dict", "model_state_dict"}
+# Networks that are often tried, by a tensor's name in them.
+_OTHERS = {
+    "x_embedder.proj.weight": "a DiT or SiT",
+    "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight": "the network of Stable Diffusion",
+    "time_embedding.linear_1.weight": "a network of diffusers; give its folder",
+    "map_layer0.weight": "EDM's tensors without their configuration; give its network-snapshot-*.pkl",
+    "emb_fourier.freqs": "EDM2's tensors without their configuration; give its network-snapshot-*.pkl",
+}
 
-def read(path: str | Path, expected: str, inside: Iterable[tuple[str, ...]] = ()) -> dict[str, Tensor]:
-    """The tensors of a bare state dict, in their order and types.
+
+class Weights(NamedTuple):
+    """The tensors of a network. place: where in the file they lie, "" = they are all that it holds."""
+
+    tensors: dict[str, Tensor]
+    place: str
+    left_out: list[str]
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """What was chosen and what was not read, for people."""
+        chosen = {"weights": self.place} if self.place else {}
+        return chosen | ({"not_read": _listed(self.left_out)} if self.left_out else {})
+
+
+def read(path: str | Path, expected: str, marks: Sequence[str]) -> Weights:
+    """The network of a file of `torch.save`, its tensors in their order and types.
 
     Their numbers may be fewer than their shapes say; see `check_size`.
-    inside: places, as keys from the outermost one, where a training checkpoint may hold the state dict instead.
-    expected: for messages, what could have been given. Raises CheckpointError if the file is anything else.
+    marks: a tensor's name by which each network that is looked for is known; the first one in the file decides.
+    expected: for messages, what could have been given. Raises CheckpointError if there is no such network, or if one of
+    several cannot be chosen.
     """
-    file = checkpoint.resolve(path)
-    _check_zip(file, path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the protocols of pickles that are refused anyway
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes lead the unpickler to errors of any kind
-        if names := re.search(r"(?:GLOBAL|class|function) ([\w.]+\.[\w.]+)", str(error)):
-            raise CheckpointError(
-                f"{path}: refused: it names '{printable(names[1])}', which could run code and has no place in a weight "
-                f"file; nothing was run. It is not a whole .pt file of tensors; {expected}"
-            ) from None
-        raise CheckpointError(
-            f"{path} is not a whole .pt file of tensors ({_reason(error)}); {expected}, so download it again"
-        ) from None
-    for place in inside:
-        content = _at(content, place) or content
-    if not isinstance(content, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
-    ):
-        raise CheckpointError(f"{path} is not a bare state dict, tensors by name; {expected}")
-    odd = [key for key, tensor in content.items() if tensor.layout != torch.strided or tensor.device.type != "cpu"]
-    if odd:
-        raise CheckpointError(f"{path}: '{printable(odd[0])}' is not a plain tensor; {expected}")
-    return _apart(content)
+    content = torch_files.read(checkpoint.resolve(path), str(path), expected)
+    found = next(filter(None, (list(_networks(content, mark)) for mark in marks)), [])
+    if not found and torch_files.is_state_dict(content):
+        _refuse_known(content, path, expected)
+        return Weights(_apart(content), "", [])  # the reader of the family says what is missing
+    if not found:
+        _refuse(content, path, expected)
+    groups = [
+        [network for network in found if _AVERAGED.search(network.place.split(".")[-1])],
+        [network for network in found if _AVERAGED.search(network.place)],
+        found,
+        [network for network in found if set(network.place.split(".")) <= _PLAIN],
+    ]
+    if chosen := next((group[0] for group in groups if len(group) == 1), None):
+        return chosen._replace(tensors=_apart(chosen.tensors))
+    places = _listed([network.place or "its top" for network in found])
+    raise CheckpointError(
+        f"{path} holds several networks ({places}); save the one to convert by itself, by torch.save of its tensors"
+    )
 
 
-def _at(content: object, place: tuple[str, ...]) -> object:
-    """What lies at a place of nested dicts; None if nothing does."""
-    for key in place:
-        content = content.get(key) if isinstance(content, dict) else None
-    return content
+def _networks(content: Any, mark: str) -> Iterator[Weights]:
+    """Every network with a tensor of this name in nested dicts, under whatever prefix its tensors' names have."""
+    for place, entries in _dicts(content, (), set()):
+        names = {_WRAPPERS.sub("", key): value for key, value in entries.items()}
+        prefixes = {name.removesuffix(mark) for name in names if name.endswith(mark)}
+        for prefix in sorted(prefix for prefix in prefixes if prefix.endswith(".") or not prefix):
+            inside = {
+                name[len(prefix) :]: value
+                for name, value in names.items()
+                if name.startswith(prefix) and isinstance(value, Tensor)
+            }
+            others = [name for name in names if not name.startswith(prefix) or name[len(prefix) :] not in inside]
+            beside = [name for name in content if place and name != place[0]]
+            yield Weights(inside, ".".join(filter(None, (*place, prefix.rstrip(".")))), [*beside, *others])
+
+
+def _dicts(content: Any, place: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Dicts with names for keys within dicts, each once, and where they lie."""
+    is_named = isinstance(content, dict) and all(isinstance(key, str) for key in content)
+    if is_named and id(content) not in seen and len(place) < _DEEPEST:
+        seen.add(id(content))
+        yield place, content
+        for key, value in content.items():
+            yield from _dicts(value, (*place, key), seen)
+
+
+# --- Files without a network of ours
+
+
+def _refuse(content: Any, path: str | Path, expected: str) -> None:
+    """Raises the CheckpointError that says what the file is instead."""
+    for _, names in _dicts(content, (), set()):
+        if names.keys() >= {"state", "param_groups"} and not any(key in content for key in ("model", "ema")):
+            beside = weights_beside(Path(path))
+            remedy = f"give {beside}, which lies beside it" if beside else "give the file of the averaged weights (ema)"
+            raise CheckpointError(f"{path} is the state of an optimizer, not of a network; {remedy}")
+        _refuse_known(names, path, expected)
+    what = f"holds {_listed(list(content))}" if isinstance(content, dict) else f"holds a {type(content).__name__}"
+    raise CheckpointError(f"{path} {what}, not a bare state dict of a known network; {expected}")
+
+
+def _refuse_known(names: dict[str, Any], path: str | Path, expected: str) -> None:
+    """Raises CheckpointError for a network of a family that is none of ours."""
+    for mark, what in _OTHERS.items():
+        if any(name.endswith(mark) for name in names):
+            raise CheckpointError(f"{path} holds {what}; {expected}")
+
+
+def weights_beside(path: Path) -> str | None:
+    """The name of the averaged weights, else the weights, that a trainer left beside a file of it: those of the same
+    step where the names tell it.
+    """
+    step = re.search(r"\d{4,}", path.name)
+    names = sorted(file.name for file in path.absolute().parent.iterdir() if file.suffix in (".pt", ".pkl", ".pth"))
+    for start in ("ema", "network-snapshot", "model"):
+        found = [name for name in names if name.startswith(start) and name != path.name]
+        same = [name for name in found if step and step[0] in name]
+        if same or found:
+            return (same or found)[-1]
+    return None
+
+
+def _listed(names: list[Any]) -> str:
+    shown = printable(", ".join(str(name)[:40] for name in names[:_FEW]), 120)
+    return shown + (f" and {len(names) - _FEW} more" if len(names) > _FEW else "")
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -65,26 +151,9 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
-def _reason(error: Exception) -> str:
-    """What torch found wrong, without its advice to read the file in a way that runs it."""
-    reason = str(error).split("WeightsUnpickler error:")[-1].strip()
-    advised, _, rest = reason.partition("\n\n")
-    line = (rest.strip() if advised.startswith("Weights only") else reason).split("\n")[0]
-    return printable(line or type(error).__name__)
-
-
 def check_size(tensors: Iterable[Tensor], path: str | Path) -> None:
-    """Raises CheckpointError if the tensors have more numbers than the file could hold.
-
-    A stored tensor may have strides of 0 and any shape, so that writing it out would fill memory and disk.
-    """
-    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    size = checkpoint.resolve(path).stat().st_size
-    if claimed > size:
-        raise CheckpointError(
-            f"{path}: refused: its tensors claim {claimed:,} bytes and the file has {size:,}; published files store "
-            "every number"
-        )
+    """Raises CheckpointError if the tensors have more numbers than the file could hold."""
+    torch_files.check_size(tensors, checkpoint.resolve(path), str(path))
 
 
 def misfits(
@@ -101,18 +170,3 @@ def misfits(
         if key in tensors and (tensors[key].shape != tensor.shape or not tensors[key].is_floating_point())
     ]
     return sorted(problems)
-
-
-def _check_zip(file: Path, path: str | Path) -> None:
-    """Raises CheckpointError for a zip file with compressed entries, which torch never writes: a small one can unpack
-    to any size.
-    """
-    if not zipfile.is_zipfile(file):
-        return
-    try:
-        with zipfile.ZipFile(file) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is a damaged zip file ({printable(str(error))}); download it again") from None
-    if unpacked > file.stat().st_size:
-        raise CheckpointError(f"{path}: refused: it unpacks to {unpacked:,} bytes, more than the file has")

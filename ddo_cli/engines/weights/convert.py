@@ -171,7 +171,20 @@ def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, A
     if source.suffix == ".pkl":
         snapshot = snapshots.open_snapshot(source)
         return _edm2(source, snapshot) if edm2_files.is_edm2(snapshot) else _edm(source, snapshot)
-    stored = pt_files.read(source, adm_files.EXPECTED, inside=(var_files.NESTED_VAR,))
+    weights = pt_files.read(source, adm_files.EXPECTED, (var_files.MARK, adm_files.MARK, var_files.MARK_OF_VAE))
+    content = _of_tensors(source, weights.tensors, model, trunk, given, vae)
+    return content._replace(notes={**weights.notes, **_averaged_beside(source), **content.notes})
+
+
+def _of_tensors(
+    source: Path,
+    stored: dict[str, Tensor],
+    model: str | None,
+    trunk: str | None,
+    given: dict[str, Any],
+    vae: Path | None,
+) -> Content:
+    """What the tensors of a .pt or .pth make, of any family."""
     pt_files.check_size(stored.values(), source)
     if var_files.is_var(stored) or var_files.is_vae(stored):
         return _var(source, stored, given, vae)
@@ -182,6 +195,12 @@ def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, A
     if given:
         raise UsageError(f"{source} is no ADM diffusion model, and KEY=VALUE is for those")
     return _discriminator_guidance(source, model, trunk)
+
+
+def _averaged_beside(source: Path) -> dict[str, str]:
+    """A note where a trainer has left averaged weights beside the ones that are converted."""
+    beside = pt_files.weights_beside(source) if source.name.startswith("model") else None
+    return {"averaged": f"{beside} lies beside it; samples are drawn of averaged weights"} if beside else {}
 
 
 def _edm(source: Path, snapshot: snapshots.Snapshot) -> Content:

@@ -110,7 +110,13 @@ def _original(like: Path, settings: Sequence[str]) -> Original:
                 f"{like} tells its configuration itself; KEY=VALUE is for the .pt of an ADM diffusion model"
             )
         return _edm(like)
-    stored = pt_files.read(like, adm_files.EXPECTED)
+    weights = pt_files.read(like, adm_files.EXPECTED, (var_files.MARK, adm_files.MARK))
+    if weights.place or weights.left_out:
+        raise UsageError(
+            f"--like {like} holds more than a network's tensors, and such files are not written; leave --like out of a "
+            "model of your own training, and share the safetensors file"
+        )
+    stored = weights.tensors
     pt_files.check_size(stored.values(), like)
     if var_files.is_var(stored) or "patch_nums" in given:
         raise UsageError(f"{like} is of VAR, whose files are not written; the safetensors file is the model to share")
@@ -153,7 +159,7 @@ def _adm(like: Path, stored: dict[str, Tensor], given: dict[str, Any]) -> Origin
         stored,
         partial(adm_keys.to_openai, order=file.described.order, options=adm_files.options_of(file.config)),
         lambda tensors, path: torch.save(OrderedDict(tensors), path),
-        lambda path: pt_files.read(path, adm_files.EXPECTED),
+        lambda path: pt_files.read(path, adm_files.EXPECTED, (adm_files.MARK,)).tensors,
     )
 
 

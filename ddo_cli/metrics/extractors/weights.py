@@ -9,17 +9,15 @@ import hashlib
 import os
 import shlex
 import urllib.request
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ddo_cli import checkpoint, console, dist
+from ddo_cli import checkpoint, console, dist, torch_files
 from ddo_cli.errors import CheckpointError, UsageError
 from ddo_cli.files import replacing, sha256
 
@@ -206,19 +204,7 @@ def read_tensors(file: WeightFile, remedy: str) -> dict[str, Tensor]:
 
     remedy: what to give instead, for messages. Raises CheckpointError if it is something else, or not finite.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch warns of strange files; the error below reports them
-            if file.path.suffix == ".safetensors":
-                content: Any = load_file(file.path)
-            else:
-                content = torch.load(file.path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes lead the unpickler to any kind of error
-        kind = type(error).__name__  # without torch's message, which advises to load without restriction
-        raise CheckpointError(f"{file.label} cannot be read as a file of tensors ({kind}); {remedy}") from None
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise CheckpointError(f"{file.label} holds something else than tensors by name; {remedy}")
-    state = dict(content)  # drops OrderedDict's metadata, so that files from before torch 0.4.1 load
+    state = torch_files.read_tensors(file.path, file.label, remedy)
     require_finite(file.label, state)
     return state
 

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ddo_cli import checkpoint
+from ddo_cli import checkpoint, torch_files
 from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.diffusion.precond import Discrete
 from ddo_cli.errors import CheckpointError, RecipeError, RunError, UsageError
@@ -131,16 +130,7 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes lead the readers to errors of any kind
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(f"{path} is not a whole file of tensors ({reason}); copy it again") from None
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{path} does not hold tensors by name; give the network's own weights")
+    content = torch_files.read_tensors(path, str(path), "copy it again, or give the network's own weights")
     old = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.")
     return {old.sub(lambda m: f"{m[1]}{_OLD_NAMES[m[2]]}.", name): tensor.float() for name, tensor in content.items()}
 

@@ -72,7 +72,7 @@ def read(path: str | Path, *, trunk: str | None = None, num_classes: int = 0) ->
 
 def _tensors(path: str | Path) -> dict[str, Tensor]:
     """The content of a .pt file, in float32."""
-    content = pt_files.read(path, _EXPECTED)
+    content = pt_files.read(path, _EXPECTED, ("input_blocks.0.0.weight",)).tensors
     if any(tensor.dtype != torch.float32 for tensor in content.values()):  # the copies could be larger than memory
         pt_files.check_size(content.values(), path)
     return {key: tensor.float() for key, tensor in content.items()}

@@ -15,8 +15,7 @@ from ddo_cli.models.var import vqvae
 from ddo_cli.models.var.transformer import VarOptions
 
 EXPECTED = "VAR's files are var_d16.pth and the like, with vae_ch160v4096z32.pth as the tokenizer"
-# Where training checkpoints keep the two.
-NESTED_VAR, NESTED_VAE = ("trainer", "var_wo_ddp"), ("trainer", "vae_local")
+MARK, MARK_OF_VAE = "pos_1LC", "quantize.ema_vocab_hit_SV"  # tensors by which the two are known
 SAMPLING = {"batch": 25}  # of the published scripts; without guidance and truncation, as DDO samples
 LABEL_DROPOUT = 0.1
 LISTS = (  # published sides of the token maps
@@ -75,12 +74,12 @@ class VarFile(NamedTuple):
 
 def is_var(tensors: dict[str, Tensor]) -> bool:
     """Whether the tensors are those of a transformer."""
-    return "pos_1LC" in tensors
+    return MARK in tensors
 
 
 def is_vae(tensors: dict[str, Tensor]) -> bool:
     """Whether the tensors are those of a tokenizer."""
-    return "quantize.ema_vocab_hit_SV" in tensors
+    return MARK_OF_VAE in tensors
 
 
 def own_name(name: str, of_vae: bool = False) -> str | None:
@@ -101,7 +100,7 @@ def var(
     vae: the tokenizer's file; None: a training checkpoint's own. patch_nums: sides of the token maps, where they are
     not a published list. Raises CheckpointError for other tensors, UsageError where something must be told.
     """
-    tokenizer = pt_files.read(vae or path, EXPECTED, inside=(NESTED_VAE,))
+    tokenizer = pt_files.read(vae or path, EXPECTED, (MARK_OF_VAE, MARK)).tensors
     if not is_vae(tokenizer) and vae is None:
         raise UsageError(
             f"{path} holds VAR's transformer without its tokenizer; give the tokenizer's file with --vae, "
