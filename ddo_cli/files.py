@@ -87,7 +87,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
         return content
     except FileNotFoundError:
         raise RunError(f"{path} does not exist; is its directory one that ddo wrote?") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
         raise RunError(f"{path} is damaged ({error}); remove its directory and start again") from None
 
 

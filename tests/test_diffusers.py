@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from ddo_cli.engines.weights import convert, export
 from ddo_cli.errors import CheckpointError, UsageError
 from ddo_cli.models import registry
 from ddo_cli.models.diffusers import files as diffusers_files
+from ddo_cli.models.diffusers import unet as diffusers_unet
 from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
 
@@ -188,6 +190,16 @@ def change(path: Path, **values) -> None:
         ("unet/config.json", {"block_out_channels": [8]}, "UNet2DModel refuses its configuration"),
         ("unet/config.json", {"layers_per_block": 2}, "tensors do not fit config.json: .* is missing"),
         ("unet/config.json", {"out_channels": 6}, "out_channels = 6 must be 3"),
+        (
+            "unet/config.json",
+            {"sample_size": 9},
+            "sample_size = 9 must be a multiple of 2, since its images are halved 1",
+        ),
+        ("unet/config.json", {"norm_num_groups": [4]}, r"norm_num_groups = \[4\]: input should be a valid integer"),
+        ("unet/config.json", {"layers_per_block": 10**9}, "layers_per_block = 1000000000: .* less than or equal to 64"),
+        ("scheduler/scheduler_config.json", {"_class_name": ["DDPM"]}, r"_class_name = \['DDPM'\]: .* a valid string"),
+        ("scheduler/scheduler_config.json", {"beta_end": 3.0}, "its betas are not all between 0 and 1"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, "num_train_timesteps = 1000000000: "),
         ("scheduler/scheduler_config.json", {"_class_name": "CMStochasticIterativeScheduler"}, "is a CMStochastic"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "zigzag"}, "DDIMScheduler refuses .*zigzag"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type = 'flow' must be one of"),
@@ -223,6 +235,77 @@ def test_missing_and_hostile_files(tmp_path):
     (tmp_path / "a/scheduler/scheduler_config.json").unlink()
     with pytest.raises(CheckpointError, match="says at which noise levels"):
         diffusers_files.read(tmp_path / "a")
+
+
+def copied(folder: Path, name: str) -> Path:
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    return weights.rename(weights.with_name(name))
+
+
+def test_weights_of_another_precision_and_averaged_ones(tmp_path):
+    """A folder may hold rounded weights only; the library's training script writes `unet_ema` beside `unet`."""
+    make_folder(tmp_path / "a")
+    expected = diffusers_files.read(tmp_path / "a")
+    half = copied(tmp_path / "a", "diffusion_pytorch_model.fp16.safetensors")
+    found = diffusers_files.read(tmp_path / "a")
+    assert found.notes["weights"] == f"{half.name}, rounded to fp16: others are not in the folder"
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
+    half.with_name("diffusion_pytorch_model.bf16.safetensors").write_bytes(half.read_bytes())
+    with pytest.raises(CheckpointError, match=r"model\.bf16\.safetensors, .*fp16\.safetensors; rename the one to"):
+        diffusers_files.read(tmp_path / "a")
+    half.rename(half.with_name("diffusion_pytorch_model.safetensors"))
+    training = tmp_path / "training" / "checkpoint-500"
+    training.mkdir(parents=True)
+    (tmp_path / "a/scheduler").rename(tmp_path / "training/scheduler")
+    for name in ("unet", "unet_ema"):
+        shutil.copytree(tmp_path / "a/unet", training / name)
+    assert diffusers_files.read(training).notes["averaged"].startswith(f"{training / 'unet_ema'} lies beside it")
+    for folder in (training / "unet_ema", training):
+        assert diffusers_files.read(folder).config == expected.config
+        shutil.rmtree(training / "unet", ignore_errors=True)
+    assert diffusers_files.read(training).notes["weights"] == "unet_ema, which are averaged"
+
+
+ODD = [None, "x", -1, 0, 10**9, 10**30, 1.5, float("nan"), [], [1], ["x"], {}, {"a": []}, True, "x" * 4000, "\x1b[31m"]
+
+
+def refusal(unet, scheduler) -> str:
+    try:
+        diffusers_unet.config_of(unet, scheduler)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_values_of_wrong_kinds_are_named(tmp_path):
+    """Every value of both configurations replaced by others: one message, no memory, no time."""
+    make_folder(tmp_path / "a")
+    unet, scheduler = (json.loads((tmp_path / "a" / name).read_text()) for name in CONFIGS)
+    messages = [
+        refusal(*((config | {key: value}, scheduler) if config is unet else (unet, config | {key: value})))
+        for config in (unet, scheduler)
+        for key in config.keys() - {"_diffusers_version"}
+        for value in ODD
+    ]
+    assert sum(map(bool, messages)) > 200
+    assert all(message.isprintable() for message in messages)
+    assert max(map(len, messages)) < 250
+
+
+CONFIGS = ("unet/config.json", "scheduler/scheduler_config.json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"weight_map": null}', '{"weight_map": {"a": "../x"}}', '{"weight_map": [1]}', "[" * 10**5, "{}", "9" * 5000],
+)
+def test_indexes_of_shards(content, tmp_path):
+    make_folder(tmp_path / "a")
+    copied(tmp_path / "a", "x").with_name("diffusion_pytorch_model.safetensors.index.json").write_text(content)
+    (tmp_path / "a/x").write_bytes(b"outside")
+    with pytest.raises(CheckpointError, match=r"no weight_map|names \.\./x, not found beside it|is damaged") as caught:
+        diffusers_files.read(tmp_path / "a")
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
 
 
 def test_without_the_library_the_message_names_the_extra(tmp_path, monkeypatch):

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from ddo_cli import checkpoint, torch_files
 from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.diffusion.precond import Discrete
-from ddo_cli.errors import CheckpointError, RecipeError, RunError, UsageError
+from ddo_cli.errors import CheckpointError, RecipeError, RunError, UsageError, printable
 from ddo_cli.files import read_json, sha256, write_json
 from ddo_cli.models import registry
 from ddo_cli.models.diffusers import from_adm as diffusers_adm
@@ -31,6 +32,7 @@ from ddo_cli.models.diffusers import unet as diffusers_unet
 from ddo_cli.models.diffusers.unet import Config
 
 WEIGHTS = "diffusion_pytorch_model"
+AVERAGED = "unet_ema"  # of the library's training script
 PREFIX = "net.unet."  # of the network's tensors in our model
 DDPM_STEPS, DDIM_STEPS = 250, 50  # of the default sampling: ADM's number (arXiv 2105.05233), and the DDIM pipeline's
 # Attention layers written before version 0.15.
@@ -59,12 +61,15 @@ def read(folder: Path) -> Folder:
     try:
         config = diffusers_unet.config_of(unet, scheduler)
         with torch.device("meta"):
-            expected = registry.build(config).state_dict()
+            model = registry.build(config)
+        diffusers_unet.check_pass(model)
+        expected = model.state_dict()
     except (ValueError, RecipeError) as error:
         raise CheckpointError(f"{folder} cannot be converted: {error}") from None
     tensors = {PREFIX + name: tensor for path in weights for name, tensor in _tensors(path).items()}
     _check_fit(tensors, expected, weights[0].parent)
-    return Folder(config, tensors, _sampling(scheduler, config["shape"][1]), _notes(scheduler, tensors))
+    notes = {**_choices(folder, weights[0]), **_notes(scheduler, tensors)}
+    return Folder(config, tensors, _sampling(scheduler, config["shape"][1]), notes)
 
 
 def digest(folder: Path) -> str:
@@ -81,20 +86,23 @@ def find(folder: Path) -> tuple[Path, Path, list[Path]]:
 
     Raises CheckpointError if one is missing, or if the pipeline has parts beside the two.
     """
-    unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    inside = [folder / name for name in ("unet", AVERAGED) if (folder / name).is_dir()]
+    unet_folder = inside[0] if inside else folder
     unet = unet_folder / "config.json"
     if not unet.is_file():
         raise CheckpointError(
             f"{folder} holds no config.json and no unet/config.json; give a folder of diffusers with a UNet2DModel"
         )
     homes = [folder]
-    if unet_folder == folder and not (folder / "model_index.json").is_file():
-        homes.append(folder.resolve().parent)  # of the pipeline, if this is its unet
+    if not (folder / "model_index.json").is_file():
+        parents = folder.resolve().parents  # of the pipeline, if this is its unet, or a checkpoint of its training
+        homes += parents[:1] if unet_folder != folder else parents[:2]
     for home in homes:
         if (home / "model_index.json").is_file():
             _check_parts(home / "model_index.json")
     name = "scheduler_config.json"
-    schedulers = [path for home in homes for path in (home / "scheduler" / name, home / name) if path.is_file()]
+    places = [home / "scheduler" / name for home in homes] + [home / name for home in homes[:2]]
+    schedulers = [path for path in places if path.is_file()]
     if not schedulers:
         raise CheckpointError(
             f"{folder} has no scheduler/{name}, which says at which noise levels the network was trained; give the "
@@ -107,26 +115,60 @@ def _check_parts(index: Path) -> None:
     parts = {key: value for key, value in _json(index).items() if not key.startswith("_")}
     if others := sorted(key for key, value in parts.items() if key not in ("unet", "scheduler") and value):
         raise CheckpointError(
-            f"{index} names {', '.join(others)} beside unet and scheduler: its network works on latents or other "
-            "conditions, and this program converts networks of images"
+            f"{index} names {printable(', '.join(others), 60)} beside unet and scheduler: its network works on latents "
+            "or other conditions, and this program converts networks of images"
         )
 
 
 def _weights(folder: Path) -> list[Path]:
-    """The file of the tensors, or its shards; safetensors where both are there."""
-    for suffix in (".safetensors", ".bin"):
-        whole, index = folder / f"{WEIGHTS}{suffix}", folder / f"{WEIGHTS}{suffix}.index.json"
-        if whole.is_file():
-            return [whole]
-        if index.is_file():
-            names = sorted(set(map(str, (_json(index).get("weight_map") or {}).values())))
-            shards = [folder / name for name in names if Path(name).name == name]
-            if missing := [name for name in names if folder / name not in shards or not (folder / name).is_file()]:
-                raise CheckpointError(f"{index} names {', '.join(missing)}, not found beside it; copy the folder again")
-            if shards:
+    """The file of the tensors, or its shards; safetensors where both are there, another precision where it is alone."""
+    variants = {
+        match[1]
+        for path in folder.iterdir()
+        if (match := re.fullmatch(rf"{WEIGHTS}\.([a-z0-9_]+)\.(?:safetensors|bin)", path.name))
+        or (match := re.fullmatch(rf"{WEIGHTS}\.(?:safetensors|bin)\.index\.([a-z0-9_]+)\.json", path.name))
+    }
+    for variant in ("", f".{min(variants)}" if len(variants) == 1 else ""):
+        for suffix in (".safetensors", ".bin"):
+            whole = folder / f"{WEIGHTS}{variant}{suffix}"
+            index = folder / f"{WEIGHTS}{suffix}.index{variant}.json"
+            if whole.is_file():
+                return [whole]
+            if index.is_file() and (shards := _shards(index)):
                 return shards
     others = ", ".join(sorted(path.name for path in folder.glob(f"{WEIGHTS}*"))) or "none"
-    raise CheckpointError(f"{folder} lacks {WEIGHTS}.safetensors (or .bin); files with such a name: {others}")
+    raise CheckpointError(
+        f"{folder} lacks {WEIGHTS}.safetensors (or .bin); files with such a name: {printable(others, 120)}; rename "
+        "the one to convert"
+    )
+
+
+class _Index(BaseModel):
+    weight_map: dict[str, str]
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, which lie beside it."""
+    try:
+        names = sorted(set(_Index.model_validate(_json(index)).weight_map.values()))
+    except ValidationError:
+        raise CheckpointError(f"{index} has no weight_map from tensors to files; copy the folder again") from None
+    if missing := [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]:
+        listed = printable(", ".join(missing), 80)
+        raise CheckpointError(f"{index} names {listed}, not found beside it; copy the folder again")
+    return [index.parent / name for name in names]
+
+
+def _choices(folder: Path, weights: Path) -> dict[str, str]:
+    """What was chosen where a folder holds more than one set of weights, or a rounded one, for people."""
+    notes = {}
+    if match := re.match(rf"{WEIGHTS}\.((?:fp|bf|f)\d+)\b", weights.name):
+        notes["weights"] = f"{weights.name}, rounded to {match[1]}: others are not in the folder"
+    if weights.parent.name == AVERAGED:
+        notes["weights"] = f"{AVERAGED}, which are averaged"
+    elif (averaged := weights.parent.parent / AVERAGED).is_dir():
+        notes["averaged"] = f"{averaged} lies beside it; to convert the averaged weights, give that"
+    return notes
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -148,7 +190,7 @@ def _check_fit(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: P
     if problems:
         first = "; ".join(sorted(problem.removeprefix(PREFIX) for problem in problems)[:3])
         raise CheckpointError(
-            f"{where}: tensors do not fit config.json: {len(problems)} problems, the first: {first}; "
+            f"{where}: tensors do not fit config.json: {len(problems)} problems, the first: {printable(first, 120)}; "
             "copy the folder again, or install the version of diffusers that wrote it"
         )
 

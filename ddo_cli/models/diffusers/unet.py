@@ -7,15 +7,16 @@ exported again.
 
 import inspect
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from ddo_cli.codec import PixelCodec
 from ddo_cli.diffusion import precond
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
-from ddo_cli.errors import UsageError
+from ddo_cli.errors import UsageError, printable
 from ddo_cli.models import registry
 from ddo_cli.models.registry import register
 from ddo_cli.recipe.schema import SamplingRecipe
@@ -45,6 +46,64 @@ def library() -> ModuleType:
 
 # --- What the two configurations say
 
+# Far above what any network of the library has; our choice, so that a damaged configuration builds nothing huge.
+_Size = Annotated[int, Field(ge=1, le=1 << 16)]
+_Level = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Values(BaseModel):
+    """Base of what both configurations must hold before the library gets them, which checks the rest."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Unet(_Values):
+    sample_size: _Size | list[_Size] | tuple[_Size, ...] | None = None
+    in_channels: _Size = 3
+    out_channels: _Size = 3
+    block_out_channels: list[_Size] | tuple[_Size, ...] = Field([], max_length=16)
+    down_block_types: list[str] | tuple[str, ...] = Field([], max_length=16)
+    up_block_types: list[str] | tuple[str, ...] = Field([], max_length=16)
+    layers_per_block: int = Field(2, ge=1, le=64)
+    norm_num_groups: _Size | None = 32
+    attention_head_dim: _Size | None = None
+    num_class_embeds: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
+    num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    act_fn: str = ""
+    time_embedding_type: str = ""
+
+
+class _Scheduler(_Values):
+    class_name: str = Field(alias="_class_name")
+    num_train_timesteps: int = Field(1000, ge=1, le=100_000)
+    beta_start: _Level = 1e-4
+    beta_end: _Level = 0.02
+    beta_schedule: str = ""
+    trained_betas: Annotated[list[_Level], Field(max_length=100_000)] | None = None
+    prediction_type: str = ""
+    variance_type: str | None = None
+    timestep_type: str | None = None
+    clip_sample: bool = True
+    clip_sample_range: _Level = 1.0
+    thresholding: bool = False
+    sigma_min: _Level | None = None
+    sigma_max: _Level | None = None
+    sigma_data: _Level = 0.5
+
+
+def _check(schema: type[_Values], config: Config) -> None:
+    """Raises ValueError that names the first value of a wrong kind."""
+    try:
+        schema.model_validate(config)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"] if str(part) in config or isinstance(part, int))
+        raise ValueError(f"{place} = {_shown(problem['input'])}: {problem['msg'].lower()}") from None
+
+
+def _shown(value: Any) -> str:
+    return printable(repr(value), 60)
+
 
 class Process(NamedTuple):
     """The diffusion that a scheduler's configuration describes."""
@@ -62,16 +121,18 @@ def unet_arguments(unet: Config) -> Config:
     Raises ValueError if we cannot use them.
     """
     if (name := unet.get("_class_name", UNET_CLASS)) != UNET_CLASS:
-        raise ValueError(f"the network is a {name}; only a {UNET_CLASS}, unconditional or with class labels, fits")
+        shown = printable(str(name), 60)
+        raise ValueError(f"the network is a {shown}; only a {UNET_CLASS}, unconditional or with class labels, fits")
     signature = inspect.signature(library().UNet2DModel.__init__)
     known = {key: value.default for key, value in signature.parameters.items() if key != "self"}
     given = {key: value for key, value in unet.items() if not key.startswith("_")}
     if unknown := sorted(given.keys() - known.keys()):
         raise ValueError(
-            f"{', '.join(map(repr, unknown))}: the installed diffusers has no such argument of a {UNET_CLASS}; install "
-            "the version that wrote the folder"
+            f"{printable(', '.join(map(repr, unknown)), 80)}: the installed diffusers has no such argument of a "
+            f"{UNET_CLASS}; install the version that wrote the folder"
         )
     full = known | given
+    _check(_Unet, full)
     if isinstance(size := full["sample_size"], (list, tuple)) and len(set(size)) == 1:
         full["sample_size"] = size[0]
     wrong = [
@@ -81,8 +142,13 @@ def unet_arguments(unet: Config) -> Config:
         (full["in_channels"] not in (1, 3), "in_channels", "1 or 3, for images; latents are not supported"),
         (not isinstance(full["sample_size"], int), "sample_size", "the side of square images"),
     ]
-    if problems := [f"{key} = {full[key]!r} must be {must}" for bad, key, must in wrong if bad]:
+    if problems := [f"{key} = {_shown(full[key])} must be {must}" for bad, key, must in wrong if bad]:
         raise ValueError("; ".join(problems))
+    if full["sample_size"] % (step := 2 ** (len(full["block_out_channels"]) - 1)):
+        raise ValueError(
+            f"sample_size = {full['sample_size']} must be a multiple of {step}, since its images are halved "
+            f"{len(full['block_out_channels']) - 1} times; correct it to the side of the images that it was trained on"
+        )
     return full
 
 
@@ -92,22 +158,26 @@ def process(scheduler: Config) -> Process:
     Raises ValueError for a scheduler that is no noise schedule of discrete steps, nor EDM's.
     """
     diffusers = library()
-    name = scheduler.get("_class_name")
+    _check(_Scheduler, scheduler)
+    name = scheduler["_class_name"]
     discrete = {each.name for each in diffusers.schedulers.scheduling_utils.KarrasDiffusionSchedulers}
     if name not in (discrete | set(EDM_SCHEDULERS)):
-        raise ValueError(f"the scheduler is a {name}; known: {', '.join(sorted(discrete | set(EDM_SCHEDULERS)))}")
+        raise ValueError(
+            f"the scheduler is a {printable(name, 60)}; give the one that the network was trained with, such as "
+            "DDPMScheduler, DDIMScheduler or EDMEulerScheduler"
+        )
     make = getattr(diffusers, name)
     arguments = inspect.signature(make.__init__).parameters  # folders keep keys of a scheduler they had before
     try:
         with torch.device("cpu"):  # the network may be under construction without memory
             made = make(**{key: value for key, value in scheduler.items() if key in arguments})
     except Exception as error:  # whatever the library makes of the values
-        raise ValueError(f"{name} refuses its configuration: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{name} refuses its configuration: {_reason(error)}") from None
     config = scheduler | dict(made.config)
     prediction = config.get("prediction_type", "epsilon")
     if name in EDM_SCHEDULERS:
         if prediction != "epsilon":
-            raise ValueError(f"prediction_type = {prediction!r} of {name} must be 'epsilon', which is EDM's F")
+            raise ValueError(f"prediction_type = {_shown(prediction)} of {name} must be 'epsilon', which is EDM's F")
         edm = precond.Edm(config["sigma_data"])
         return Process(edm, config["sigma_min"], config["sigma_max"], config["sigma_data"], False)
     wrong = [
@@ -116,11 +186,30 @@ def process(scheduler: Config) -> Process:
         (config.get("variance_type") == "learned", "variance_type", "fixed, or learned_range as ADM's"),
         (config.get("timestep_type") == "continuous", "timestep_type", "discrete, the step's number"),
     ]
-    if problems := [f"{key} = {config[key]!r} must be {must}" for bad, key, must in wrong if bad]:
+    if problems := [f"{key} = {_shown(config[key])} must be {must}" for bad, key, must in wrong if bad]:
         raise ValueError("; ".join(problems))
+    if not bool(((made.betas > 0) & (made.betas < 1)).all()):
+        raise ValueError("its betas are not all between 0 and 1; correct beta_start, beta_end or trained_betas")
     levels = precond.Discrete(precond.sigmas_of_betas(made.betas), PREDICTIONS[prediction])
     learned = config.get("variance_type") == "learned_range"
     return Process(levels, levels.sigma_min, levels.sigma_max, 0.5, learned)
+
+
+def _reason(error: Exception) -> str:
+    return printable(str(error).strip().split("\n")[0] or type(error).__name__, 120)
+
+
+def check_pass(model: nn.Module) -> None:
+    """Raises ValueError if the network cannot be evaluated on its own images: the library tells it only there.
+
+    model: a DiffusersModel, built on the meta device.
+    """
+    assert isinstance(model, DiffusersModel), "another kind of model"
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            model.net(torch.zeros(1, *model.codec.shape), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    except Exception as error:  # whatever the library's layers make of it
+        raise ValueError(f"{UNET_CLASS} cannot be evaluated on images of its sample_size: {_reason(error)}") from None
 
 
 def config_of(unet: Config, scheduler: Config) -> Config:
@@ -145,7 +234,7 @@ class DiffusersUnet(nn.Module):
         try:
             self.unet = network(**full)
         except Exception as error:  # whatever the library makes of the values
-            raise ValueError(f"{UNET_CLASS} refuses its configuration: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"{UNET_CLASS} refuses its configuration: {_reason(error)}") from None
         self.told_labels = bool(full["num_class_embeds"])
         if self.told_labels:
             table = self.unet.class_embedding
