@@ -45,14 +45,6 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def at_home(value: Any) -> Any:
-    """A path that begins with ~ as a shell expands it, which leaves the one of --out=~/x as it is; in dicts, too."""
-    if isinstance(value, dict):
-        return {key: at_home(inner) for key, inner in value.items()}
-    is_home = isinstance(value, (str, os.PathLike)) and str(value).startswith("~")
-    return type(value)(os.path.expanduser(value)) if is_home else value
-
-
 def sweep(directory: Path, *, below: bool = False) -> None:
     """Removes temporary files of killed writers. Only for a directory of ours whose lock is held.
 

@@ -6,6 +6,7 @@ NamedTuple. Options that stand for recipe keys take name, type and help from the
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Optional, TypeVar
@@ -18,7 +19,7 @@ from typer.models import OptionInfo
 
 from ddo_cli import console
 from ddo_cli.errors import DdoError, RecipeError, UsageError
-from ddo_cli.files import at_home
+from ddo_cli.places import local
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +95,7 @@ def _flat(command: Callable[..., Any]) -> Callable[..., None]:
 
     def run(**values: Any) -> None:
         console.use_json(values.pop("json_"))
-        values = {name: at_home(value) for name, value in values.items()}
+        values = {name: local(value) for name, value in values.items()}
         made = {"typed": {name: value for name, value in values.items() if value is not None}}
         for name, parameters in read.items():
             made[name] = readers[name](**{parameter.name: values[parameter.name] for parameter in parameters})
@@ -271,10 +272,17 @@ def device_of(device: Device = None) -> "torch.device":
 
     from ddo_cli import dist
 
+    if device is not None and re.fullmatch(r"(cuda:|gpu:?)?\d{1,3}", device):
+        number = re.sub(r"\D", "", device)
+        raise UsageError(
+            f"--device {device}: choose the GPU by CUDA_VISIBLE_DEVICES={number} before the command (before torchrun, a "
+            "list such as 0,1), and give --device cuda"
+        )
     if device not in (None, "cpu", "cuda"):
         raise UsageError(f"--device {device} is not known; use cuda or cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device here; leave the option out or use cpu")
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device here"
+        raise UsageError(f"--device cuda: {why}; leave the option out or use cpu")
     return dist.init(device)
 
 

@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from ddo_cli.errors import RecipeError
-from ddo_cli.files import at_home
+from ddo_cli.places import local
 from ddo_cli.recipe.schema import DEFAULT_RECIPE, Recipe, SamplingRecipe, messages, nearest
 
 
@@ -69,7 +69,7 @@ def load(
             problems.append(f"command line: {key}={value}: {error}")
     places = dict.fromkeys(values, "command line")
     try:
-        recipe = Recipe.model_validate(at_home(content))
+        recipe = Recipe.model_validate(local(content))
     except ValidationError as error:
         raise RecipeError("\n".join(problems + list(messages(error, str(path), places)))) from None
     problems += check(recipe) if check else []

@@ -29,6 +29,7 @@ _EDM2 = {"sampler": "heun", "steps": 32, "dtype": "float32"}  # arXiv 2312.02696
 _ADM = {"sampler": "ddpm", "steps": 250, "clip_denoised": True}  # arXiv 2105.05233
 _SCHEDULES = {"linear": "ddpm", "cosine": "iddpm"}
 _FLOAT16 = "its authors run it in float16; here it runs in float32, unless a precision is asked for"
+_HUB = re.compile(r"[\w-]+/[\w.-]*[^./]")  # the name of a repository, such as google/ddpm-cifar10-32
 FORMATS, FORMAT_NAMES = (".pkl", ".pt", ".pth"), ".pkl, .pt or .pth"
 
 
@@ -65,7 +66,10 @@ def run(
     Raises CheckpointError if the file cannot be used, UsageError where an option does not fit it.
     """
     if not source.exists():
-        raise UsageError(f"{source} does not exist; give a {FORMAT_NAMES} file, or a folder of diffusers")
+        hub = (
+            f" (of Hugging Face: hf download {source} --local-dir {source.name})" if _HUB.fullmatch(str(source)) else ""
+        )
+        raise UsageError(f"{source} does not exist; give a {FORMAT_NAMES} file, or a folder of diffusers{hub}")
     if out.exists() and not dry_run:
         raise UsageError(f"--out {out} exists; choose another name, or remove it")
     if vae is not None and not vae.is_file():
