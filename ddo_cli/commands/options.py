@@ -275,7 +275,7 @@ def device_of(device: Device = None) -> "torch.device":
     if device is not None and re.fullmatch(r"(cuda:|gpu:?)?\d{1,3}", device):
         number = re.sub(r"\D", "", device)
         raise UsageError(
-            f"--device {device}: choose the GPU by CUDA_VISIBLE_DEVICES={number} before the command (before torchrun, a "
+            f"--device {device}: choose the GPU by CUDA_VISIBLE_DEVICES={number} before the command (of torchrun, a "
             "list such as 0,1), and give --device cuda"
         )
     if device not in (None, "cpu", "cuda"):
