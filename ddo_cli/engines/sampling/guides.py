@@ -141,7 +141,7 @@ def check_acts(base: DiffusionModel, guide: GradientGuide, spec: SamplingRecipe)
     """Raises UsageError if the guide has weight but none of the sampler's noise levels lies in its window."""
     base.guided_by([guide]).check_sampling(spec)
     t = vp_sde.time_of(base.sigmas(spec)[:-1])
-    if max(guide.weight, guide.weight_2nd) > 0 and not bool(((t >= guide.time_min) & (t <= guide.time_max)).any()):
+    if max(guide.weight, guide.weight_2nd) > 0 and not bool(guide.holds(t).any()):
         raise UsageError(
             f"the window from time_min = {guide.time_min} to time_max = {guide.time_max} holds none of the sampler's "
             f"times, {float(t.min()):.3g} to {float(t.max()):.3g}; widen it, or set --dg-weight 0"
