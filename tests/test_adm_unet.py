@@ -214,8 +214,10 @@ def test_heads():
         ((3, 16, 16), {"width": 34, "num_heads": 2}, "34 channels .* do not divide into 32 groups"),
         ((3, 16, 16), {"width": 2, "num_heads": 2, "group_channels": 4}, "2 channels .* do not divide into 0 groups"),
         ((3, 16, 16), {"width": 33}, "multiple of 2"),
-        ((3, 16, 16), {"num_head_channels": 48}, "multiples of num_head_channels"),
-        ((3, 16, 16), {"num_heads": 3}, "multiples of num_heads"),
+        ((3, 16, 16), {"num_head_channels": 20}, r"channels \[64, 64\] .* with num_head_channels = 20"),
+        ((3, 16, 16), {"num_heads": 3}, "do not divide into heads with num_heads = 3"),
+        ((3, 16, 16), {"num_steps": 500}, "num_steps = 500 is of precond ddpm or cosine, not edm"),
+        ((3, 16, 16), {"num_steps": 12, "precond": "ddpm"}, "must be two or more, finite, positive and increasing"),
         ((3, 16, 16), {"chanel_mult": [1]}, "did you mean 'channel_mult'"),
     ],
 )

@@ -95,7 +95,7 @@ def openai_file(model, path, order="legacy", dtype=torch.float32):
     return path
 
 
-ADM_SETTINGS = ("schedule=linear", "size=8")
+ADM_SETTINGS = ("schedule=linear", "size=8", "head_channels=64")
 
 
 @pytest.mark.parametrize("order", ["legacy", "new"])
@@ -119,13 +119,26 @@ def test_an_adm_diffusion_model(tmp_path, order):
 
 def test_what_an_adm_file_does_not_tell(tmp_path):
     path, out = openai_file(random_adm(), tmp_path / "a.pt"), tmp_path / "a.safetensors"
-    with pytest.raises(CheckpointError, match=r"side of its images.*qkv channels.*schedule"):
+    with pytest.raises(CheckpointError, match=r"size=.*qkv=.*schedule=.*heads="):
         convert.run(path, out)
-    found = convert.run(path, out, settings=["qkv=new", "schedule=cosine", "size=8"], dry_run=True)
-    assert (found["precond"], found["qkv"]) == ("iddpm", "new")
-    for wrong in ("qkv=newer", "schedule=", "size=x", "siez=8", "nonsense"):
-        with pytest.raises(UsageError, match="write qkv=legacy"):
+    settings = ["qkv=new", "schedule=cosine", "size=8", "heads=2"]
+    found = convert.run(path, out, settings=settings, dry_run=True)
+    assert (found["precond"], found["qkv"]) == ("cosine", "new")
+    assert found["assumed"] == "steps=1000, predict_xstart=false, num_heads_upsample=-1"
+    for wrong, message in (
+        ("qkv=newer", r"write qkv=legacy\|new"),
+        ("schedule=", r"write schedule=linear\|cosine"),
+        ("size=x", "write size=<number>"),
+        ("steps=0", "write steps=<number>"),
+        ("heads=99999999", "write heads=<number>"),
+        ("updown=no", r"write updown=true\|false"),
+        ("siez=8", "did you mean 'size'"),
+        ("nonsense", "known: qkv"),
+    ):
+        with pytest.raises(UsageError, match=message):
             convert.run(path, out, settings=[wrong])
+    with pytest.raises(UsageError, match="size is told twice"):
+        convert.run(path, out, settings=[*settings, "size=16"])
 
 
 def test_tensors_that_share_memory_are_told_apart(tmp_path):

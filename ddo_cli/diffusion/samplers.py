@@ -68,9 +68,9 @@ def ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, churn: Churn | None 
         trace.climb = None
         slope = (x - denoise(x, sigma)) / sigma
         x_next = x + (down - sigma) * slope
-        v = trace.variance
-        learned = is_ddpm and v is not None and (up > 0 or trace.climb is not None)
-        deviation = _learned_deviation(v.to(x), sigma, sigma_next, before) if learned else up
+        v, deviation = trace.variance, up
+        if is_ddpm and v is not None and (up > 0 or trace.climb is not None):
+            deviation = _learned_deviation(v.to(x), sigma, sigma_next, before)
         if trace.climb is not None:
             shift = ((1 + sigma**2) / (1 + sigma_next**2)).sqrt() / sigma**2
             x_next = x_next + deviation**2 * shift * trace.climb
