@@ -27,6 +27,7 @@ from conftest import make_checkpoint
 from PIL import Image
 
 from ddo_cli import cli
+from ddo_cli.models.adm.published import Told
 from ddo_cli.recipe.load import recipe_names
 from ddo_cli.recipe.schema import SamplingRecipe, all_keys
 
