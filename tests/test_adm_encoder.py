@@ -347,7 +347,11 @@ def test_a_row_does_not_depend_on_its_batch(tmp_path):
     ("shape", "options", "message"),
     [
         ((3, 8, 4), {}, "square"),
-        ((3, 6, 6), {"channel_mult": [1, 2, 4]}, r"side 6 must be a multiple of 2\*\*\(levels"),
+        (
+            (3, 6, 6),
+            {"channel_mult": [1, 2, 4]},
+            "side 6 must be a multiple of 4, which follows from its options channel_mult: `ddo data SRC",
+        ),
         ((3, 8, 8), {"width": 24}, "must be multiples of 32"),
         ((3, 8, 8), {"channel_mult": [0.25], "attention": []}, "multiples of num_head_channels"),
         ((3, 8, 8), {"dept": 1}, "did you mean 'depth'"),

@@ -71,7 +71,7 @@ def test_center_adm_halves_by_means(tmp_path):
 def test_pad_neither_crops_nor_enlarges(tmp_path):
     """As EDM's tool makes MNIST 32 x 32."""
     digit = RGB[:28, :28, 0]
-    found = prepared(tmp_path, Image.fromarray(digit), size=(32, 32), crop="pad", background=(0, 0, 0))
+    found = prepared(tmp_path, Image.fromarray(digit), size=(32, 32), crop="pad")
     assert np.array_equal(found, np.pad(digit, 2)[None])
     wide = prepared(tmp_path, Image.fromarray(RGB), size=(24, 24), crop="pad", background=(9, 8, 7))
     assert np.array_equal(wide[:, 0, 0], [9, 8, 7])

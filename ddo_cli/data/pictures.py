@@ -20,6 +20,7 @@ _ALPHA = {"LA": "L", "RGBA": "RGB", "PA": "RGB"}
 _ORIENTATION = 0x0112  # EXIF's tag
 Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
+BLACK: Colour = (0, 0, 0)
 Crop = Literal["center", "center-adm", "pad", "none"]
 
 
@@ -99,7 +100,7 @@ class Preparation(NamedTuple):
     crop: "center": the largest centred part of the wanted proportions, then Lanczos, as EDM's tool does;
     "center-adm": halved by boxes while twice too large, bicubic, centred part, as ADM and EDM2 do for ImageNet; "pad":
     shrunk by Lanczos if it is too large, and centred on the background; "none": stretched by Lanczos.
-    background: as for `flattened`; the padding is black without one.
+    background: as for `flattened`; padding: around padded images, black as EDM's tool pads.
     """
 
     width: int
@@ -107,6 +108,7 @@ class Preparation(NamedTuple):
     crop: Crop = "center"
     mode: Literal["L", "RGB"] = "RGB"
     background: Colour | None = None
+    padding: Colour = BLACK
 
     @property
     def protocol(self) -> dict[str, str]:
@@ -165,8 +167,7 @@ class Preparation(NamedTuple):
             return _center_adm(image, self.width)
         if self.crop == "pad":
             inner = _resized(image, self._shrunk(*image.size))
-            colour = self.background or (0, 0, 0)
-            padded = Image.new("RGB", wanted, colour).convert(self.mode)
+            padded = Image.new("RGB", wanted, self.padding).convert(self.mode)
             padded.paste(inner, ((self.width - inner.width) // 2, (self.height - inner.height) // 2))
             return padded
         width, height = self.part(*image.size)
@@ -178,14 +179,14 @@ class Preparation(NamedTuple):
 EFFECTS = {
     "turned": "turned as their EXIF data says",
     "first_frame": "of several frames, of which the first is taken",
-    "alpha": "with an alpha channel or a transparent colour: what is transparent lies on the background",
+    "alpha": "with an alpha channel or a transparent colour: transparent pixels lie on {background}",
     "from_16_bits": "of 16 bits, rounded to 8",
     "from_cmyk": "in CMYK, converted without a colour profile",
     "grey_to_rgb": "grey, repeated for R, G and B",
     "rgb_to_grey": "in colour, made grey",
     "cropped": "cropped to their centre",
     "stretched": "stretched to other proportions",
-    "padded": "padded",
+    "padded": "padded with {padding}",
     "enlarged": "enlarged",
     "reduced": "reduced",
 }

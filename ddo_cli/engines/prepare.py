@@ -21,7 +21,7 @@ from PIL import Image
 from ddo_cli import console
 from ddo_cli.data.image_files import FEW_NAMES
 from ddo_cli.data.items import INDEX, count_classes
-from ddo_cli.data.pictures import EFFECTS, WHITE, Colour, Crop, Header, Preparation, Unfit
+from ddo_cli.data.pictures import BLACK, EFFECTS, WHITE, Colour, Crop, Header, Preparation, Unfit
 from ddo_cli.data.prepared import Prepared, header_of, name_of
 from ddo_cli.data.sources import Source, open_source
 from ddo_cli.data.stream import available_cores, check_images
@@ -40,15 +40,15 @@ def run(
     size: tuple[int, int] | None = None,
     crop: Crop = "center",
     mode: Literal["L", "RGB"] | None = None,
-    background: Colour = WHITE,
+    background: Colour | None = None,
     upscale: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Writes the images of `source` to the zip `out`, and returns how many there are and what was done to them.
 
     size: width and height; None: those of all images, which must be equal. mode: None: grey where all are grey, else
-    RGB. background: below transparent pixels and around padded images. upscale: whether small images are enlarged;
-    else they are an error: blurred images teach blur, and nothing tells them from others afterwards.
+    RGB. background: below transparent pixels and around padded images; None: white and black. upscale: whether small
+    images are enlarged; else they are an error: blurred images teach blur, and nothing tells them from others later.
     Files that cannot be read are left out, with a warning. Raises DataError, UsageError or RunError.
     """
     _check(out, size, crop)
@@ -82,11 +82,16 @@ def run(
     labels = images.labels[made.rows]
     return {
         "out": str(out), "num_images": len(made.rows), "shape": list(shape), **preparation.protocol,
+        "background": _hex(preparation.background or WHITE), "padding": _hex(preparation.padding),
         "num_classes": count_classes(labels) if _are_labelled(labels) else 0, "classes": dict(images.classes),
         "effects": _effects(survey, made.rows, preparation), "left_out": len(made.problems),
         "problems": [_named(images, {row: made.problems[row]}) for row in sorted(made.problems)[:FEW_NAMES]],
         **size_of, **({"dry_run": True} if dry_run else {"images_per_second": speed}),
     }  # fmt: skip
+
+
+def _hex(colour: Colour) -> str:
+    return "#" + bytes(colour).hex()
 
 
 def _check(out: Path, size: tuple[int, int] | None, crop: Crop) -> None:
@@ -147,7 +152,7 @@ def _preparation(
     size: tuple[int, int] | None,
     crop: Crop,
     mode: Literal["L", "RGB"] | None,
-    background: Colour,
+    background: Colour | None,
 ) -> Preparation:
     sizes = sorted({(header.width, header.height) for header in survey.headers})
     if size is None and len(sizes) > 1:
@@ -158,9 +163,11 @@ def _preparation(
         )
     if mode is None:
         are_grey = all(header.is_grey for header in survey.headers)
-        is_coloured = len(set(background)) > 1 and any(header.has_alpha for header in survey.headers)
+        is_coloured = len(set(background or WHITE)) > 1 and (
+            crop == "pad" or any(header.has_alpha for header in survey.headers)
+        )
         mode = "L" if are_grey and not is_coloured else "RGB"
-    return Preparation(*(size or sizes[0]), crop, mode, background)
+    return Preparation(*(size or sizes[0]), crop, mode, background or WHITE, background or BLACK)
 
 
 def _check_sizes(images: Source, survey: _Survey, preparation: Preparation) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddo_cli.models.norms import GroupNorm
+from ddo_cli.models.sides import check_side
 
 Resampling = Literal["", "up", "down"]
 
@@ -191,15 +192,9 @@ def check_sizes(
 ) -> None:
     """Raises ValueError unless the levels divide the side and the heads the channels. heads: None: by head_channels."""
     shrunk = 2 ** (len(widths) - 1)
-    if not widths or size % shrunk:
-        raise ValueError(f"side {size} must be a multiple of 2**(levels of channel_mult - 1) = {shrunk}")
+    if not widths:
+        raise ValueError("channel_mult must have an entry for each level")
+    check_side(size, shrunk, "channel_mult")
     if odd := [width for width in attended(widths, attending) if width % (heads or max(width // head_channels, 1))]:
         key, value = ("num_head_channels", head_channels) if heads is None else ("num_heads", heads)
         raise ValueError(f"channels {odd} of attending levels do not divide into heads with {key} = {value}")
-
-
-def square(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(channels, side) of a state. Raises ValueError unless it is a square image or latent."""
-    if len(shape) != 3 or shape[1] != shape[2]:
-        raise ValueError("it needs square images or latents")
-    return shape[0], shape[1]

@@ -25,10 +25,10 @@ from ddo_cli.models.adm.layers import (
     encoder_blocks,
     group_norm,
     head_width,
-    square,
 )
 from ddo_cli.models.norms import widened
 from ddo_cli.models.registry import register
+from ddo_cli.models.sides import square
 
 
 class AdmUnetOptions(DiffusionOptions):

@@ -27,10 +27,10 @@ from ddo_cli.models.adm.layers import (
     embedded,
     encoder_blocks,
     group_norm,
-    square,
 )
 from ddo_cli.models.discriminators.registry import register_classifier
 from ddo_cli.models.norms import widened
+from ddo_cli.models.sides import square
 from ddo_cli.trainable import Trainable
 
 Time = Literal["linear", "cosine"]
