@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, KINDS, make_checkpoint, torchrun
+from conftest import CPU, kinds, make_checkpoint, torchrun
 from PIL import Image
 
 from ddo_cli import files
@@ -21,7 +21,7 @@ from ddo_cli.models import registry
 from ddo_cli.recipe.schema import SamplingRecipe
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=kinds("diffusion", "var"))
 def ckpt(request, tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("ckpt") / "m.safetensors", request.param)
 
