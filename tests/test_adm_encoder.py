@@ -19,6 +19,8 @@ from ddo_cli.engines.sampling import guides
 from ddo_cli.errors import CheckpointError, RecipeError
 from ddo_cli.models import registry
 from ddo_cli.models.adm.layers import cosines_and_sines
+from ddo_cli.models.adm.published import Told
+from ddo_cli.models.discriminators import files as dg_files
 from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.models.discriminators.adm_encoder import PUBLISHED, AdmClassifier
 from ddo_cli.models.discriminators.adm_head import AdmHead
@@ -211,6 +213,39 @@ def test_the_64x64_extractor():
     logits = extractor(x, index / 999)
     assert_close(logits.std(correction=0).item(), 0.5684604, **GOLDEN)
     assert_close(logits[0, :4], torch.tensor([-0.739720, 0.330506, 0.692930, 0.306049]), **GOLDEN)
+
+
+# head_channels, updown, scale_shift -> keys, parameters, digest; deviation, first four logits
+OTHER_CLASSIFIERS = {
+    (32, True, True): ((77, 381_834, "f9a05ffebace43c7"), 0.2740165, [0.452551, 0.395170, 0.309072, 0.354184]),
+    (16, False, False): ((69, 335_306, "3c89a9347fff379a"), 0.2319736, [0.447183, 0.319238, 0.249685, 0.306191]),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_CLASSIFIERS)
+def test_classifiers_of_other_heads_and_blocks(kind, tmp_path):
+    """Through a file as the official code writes it."""
+    head_channels, updown, scale_shift = kind
+    options = {"width": 32, "depth": 1, "channel_mult": (1, 2), "attention": (8,), "num_head_channels": head_channels}
+    kinds = {"updown": updown, "scale_shift": scale_shift}
+    made = filled(lambda: AdmClassifier(in_channels=3, size=16, num_outputs=10, **options, **kinds))
+    table, deviation, first = OTHER_CLASSIFIERS[kind]
+    assert table_of(made) == table
+    torch.save(made.state_dict(), tmp_path / "c.pt")
+    found = dg_files.read(tmp_path / "c.pt", told=Told(head_channels=head_channels, schedule="cosine", steps=500))
+    assert {key: found.config["options"][key] for key in kinds} == kinds
+    assert (found.config["options"]["time"], found.config["options"]["steps"]) == ("cosine", 500)
+    network = discriminators.build("classifier", found.config).requires_grad_(False)
+    network.load_state_dict(found.tensors)
+    logits = network.out(network.features_at(torch.tensor([100.0, 600.0]), given(2, 3, 16, 16)))
+    assert_close(logits.std(correction=0).item(), deviation, **GOLDEN)
+    assert_close(logits[0, :4], torch.tensor(first), **GOLDEN)
+    assert_close(
+        network.features_at(torch.tensor([499.0]), given(1, 3, 16, 16)),
+        network.features(given(1, 3, 16, 16), vp_sde.time_of(torch.tensor([1e9], dtype=torch.float64))),
+        rtol=1e-4,
+        atol=1e-4,
+    )  # cosine time 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -141,6 +141,21 @@ def test_what_an_adm_file_does_not_tell(tmp_path):
         convert.run(path, out, settings=[*settings, "size=16"])
 
 
+@pytest.mark.parametrize("kinds", [{"updown": False}, {"scale_shift": False, "num_heads": 2}])
+def test_adm_of_other_blocks_steps_and_heads(tmp_path, kinds):
+    model = random_adm(precond="cosine", num_steps=400, rescaled_steps=True, **kinds)
+    path = openai_file(model, tmp_path / "a.pt")
+    settings = ["qkv=legacy", "schedule=cosine", "size=8", "steps=400", "rescale=true"]
+    settings.append("heads=2" if "num_heads" in kinds else "head_channels=64")
+    found = convert.run(path, tmp_path / "a.safetensors", settings=settings, verify=True)
+    assert found["assumed"] == "predict_xstart=false, num_heads_upsample=-1"
+    again, _ = registry.load_model(tmp_path / "a.safetensors", CPU)
+    x, sigma, label = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 3.0]), torch.tensor([1, -1])
+    assert torch.equal(again.denoise(x, sigma, label), model.eval().denoise(x, sigma, label))
+    assert len(again.precond.sigmas) == 400
+    assert again.precond.coefficients(again.precond.sigmas[-1]).c_noise.item() == 399 * 2.5
+
+
 def test_tensors_that_share_memory_are_told_apart(tmp_path):
     path = openai_file(random_adm(), tmp_path / "a.pt")
     content = torch.load(path, weights_only=True)
