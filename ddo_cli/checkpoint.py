@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -94,6 +95,18 @@ def save(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None
     write_tensors(path, tensors, {"ddo": json.dumps(header, sort_keys=True)})
 
 
+def difference(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> str | None:
+    """What of the file at `path` is not as `save` would write it: header, names or a tensor; None if nothing."""
+    if read_header(path) != json.loads(json.dumps(header)):
+        return "header"
+    names = set()
+    for name, tensor in _tensors_of(path):
+        names.add(name)
+        if name in tensors and not torch.equal(tensors[name].detach().cpu(), tensor):
+            return f"tensor {name}"
+    return None if names == tensors.keys() else "names of tensors"
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file atomically. Raises OSError, for example if the disk is full."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -120,7 +133,11 @@ def load(path: str | Path, kind: str | None = None) -> Checkpoint:
 def tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of a weight file, read one by one. Raises CheckpointError as `load` does."""
     read_header(path)
-    with safe_open(resolve(path), framework="pt") as content:
+    yield from _tensors_of(resolve(path))
+
+
+def _tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
+    with safe_open(file, framework="pt") as content:
         for name in content.keys():  # noqa: SIM118
             yield name, content.get_tensor(name)
 

@@ -1,10 +1,13 @@
-"""Atomic files: written under a temporary name, then renamed. Readers see the old or the new content, never a part."""
+"""Atomic files: written in a temporary directory, then moved. Readers see the old or the new content, never a part."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import platform
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +16,11 @@ from typing import Any
 from ddo_cli.errors import RunError
 
 LOCK = ".lock"  # in a directory that one process at a time may write to
-# Exactly the temporary names of `replacing`, and those of safetensors while it writes into one of them: users may have
-# other hidden files.
-_TEMPORARY = re.compile(r"\..+\.\d+\.part|\.tmp[A-Za-z0-9]{6}")
+# Beside a file: the directory in which it is written, whatever names a library uses in it, .NAME.MACHINE-PROCESS.part,
+# and the file before it gets its name, .NAME.MACHINE-PROCESS.whole.
+_MACHINE = re.sub(r"\W", "_", platform.node().partition(".")[0])[-20:]
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<machine>\w*)-(?P<process>\d+)\.(part|whole)", re.DOTALL)
+_ABANDONED = 86_400.0  # seconds after which a directory of another machine's process, which cannot be asked, is one
 
 UMASK = os.umask(0o077)  # can only be read by setting it
 os.umask(UMASK)
@@ -23,40 +28,85 @@ os.umask(UMASK)
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to `path` when the block ends and removed if it fails.
+    """A temporary place of the same name, for a file or a directory, moved to `path` when the block ends and removed if
+    it fails. First removes what a killed process has left of writing `path`.
 
     An OSError of the block, such as a full disk, names `path`, unless it is about another file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps two writers apart. `sweep` removes the leftovers of a killed process.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    for place in _abandoned(path.parent).get(path.name, ()):
+        _remove(place)
+    # Machine and process keep two writers apart.
+    stem = f".{path.name}.{_MACHINE}-{os.getpid()}."
+    directory, whole = path.with_name(f"{stem}part"), path.with_name(f"{stem}whole")
+    temporary = directory / path.name
     try:
+        directory.mkdir(exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~UMASK)  # some writers make files that only their owner can read
-        os.replace(temporary, path)
+        if temporary.is_file():
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~UMASK)  # some writers make files that only their owner can read
+        os.replace(temporary, whole)
+        _remove(directory)
+        os.replace(whole, path)  # the last step, after which a kill leaves nothing
     except OSError as error:
         # errno carries no file name: report the target, not the temporary.
-        if error.filename is None or str(error.filename) == str(temporary):
+        if error.filename is None or str(error.filename).startswith(str(path.with_name(stem))):
             error.filename = str(path)
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(directory)
+        _remove(whole)
 
 
-def sweep(directory: Path, *, below: bool = False) -> None:
-    """Removes temporary files of killed writers. Only for a directory of ours whose lock is held.
+def _remove(place: Path) -> None:
+    """Removes a file or directory of ours, where there is one."""
+    if place.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            place.unlink(missing_ok=True)
 
-    below: also in subdirectories, except those with their own lock, where another process may be writing.
+
+@functools.cache
+def _abandoned(directory: Path) -> dict[str, list[Path]]:
+    """What killed processes left, by the name that they were for. Looked for once in a process."""
+    found: dict[str, list[Path]] = {}
+    with contextlib.suppress(OSError):  # a directory that may be written to but not listed
+        for place in directory.iterdir():
+            match = _TEMPORARY.fullmatch(place.name)
+            if match and _is_abandoned(place, match["machine"], int(match["process"])):
+                found.setdefault(match["name"], []).append(place)
+    return found
+
+
+def _is_abandoned(place: Path, machine: str, process: int) -> bool:
+    if machine != _MACHINE or os.name != "posix":
+        return time.time() - place.stat().st_mtime > _ABANDONED
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # another user's
+        pass
+    return False
+
+
+def sweep(directory: Path, *, below: bool = False, name: str | None = None) -> None:
+    """Removes what killed writers left. Only for a directory of ours whose lock is held.
+
+    below: also in subdirectories, except those with their own lock, where another process may be writing. name: of the
+    only file whose lock is held.
     """
     for path in directory.iterdir():
         if path.is_symlink():
             continue
-        if below and path.is_dir() and not (path / LOCK).exists():
+        if match := _TEMPORARY.fullmatch(path.name):
+            if name in (None, match["name"]):
+                _remove(path)
+        elif below and path.is_dir() and not (path / LOCK).exists():
             sweep(path, below=True)
-        elif _TEMPORARY.fullmatch(path.name) and path.is_file():
-            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

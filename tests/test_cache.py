@@ -284,7 +284,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path, kept):
     open_images(str(path))
     (entry,) = entries(kept)
     entry.unlink()
-    left, other = kept / f".{entry.name}.1.part", kept / ".other.npy.1.part"
+    left, other = kept / f".{entry.name}.elsewhere-1.part", kept / ".other.npy.elsewhere-1.part"
     for part in (left, other):
         part.write_bytes(b"half")
     open_images(str(path))

@@ -213,6 +213,11 @@ def test_snapshots_of_a_run(snapshots):
 def test_a_width_made_afterwards_is_that_of_training(snapshots, tmp_path):
     _, out = snapshots
     found = ema.run(two_widths(out, 16, 32, 48, 64), tmp_path / "made.safetensors", std=0.13)
+    (tmp_path / "made.png").unlink()  # as where a process was killed before it
+    assert ema.run(two_widths(out, 16, 32, 48, 64), tmp_path / "made.safetensors", std=0.13) == found
+    assert (tmp_path / "made.png").is_file()
+    with pytest.raises(UsageError, match="exists and holds something else"):
+        ema.run(two_widths(out, 16, 32, 48, 64), tmp_path / "made.safetensors", std=0.12)
     assert found["images"] == 512
     assert found["residual"] == pytest.approx(0.0623, abs=1e-4)
     assert (tmp_path / "made.png").is_file()

@@ -119,7 +119,14 @@ def test_shared_numbers_cannot_become_different(official, tmp_path, way):  # noq
     first, second = (read_edm(like).names.from_edm(key, None)[0] for key in keys)
     tensors[second] = tensors[first].clone()
     checkpoint.save(tmp_path / "t.safetensors", tensors, checkpoint.read_header(ckpt))
-    assert export.run(ckpt, out, like=like)["verified"]
+    found = export.run(ckpt, out, like=like)
+    assert found["verified"]
+    content = out.read_bytes()
+    assert export.run(ckpt, out, like=like) == found  # finds it
+    other, _ = tuned(like, tmp_path / "other.safetensors")
+    with pytest.raises((UsageError, CheckpointError)):
+        export.run(other, out, like=like)
+    assert out.read_bytes() == content
 
 
 def test_what_is_written_wrongly_is_noticed(official, tmp_path, monkeypatch):  # noqa: F811

@@ -24,6 +24,8 @@ from ddo_cli.errors import CheckpointError, NumericsError, RunError, UsageError
 from ddo_cli.objectives import ddo_step as objective
 from ddo_cli.objectives.ddo import ddo_loss
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 class KilledError(BaseException):
     """Stands in for SIGKILL: nothing catches it."""
@@ -58,7 +60,7 @@ def finished_of(tmp_path_factory):
     return finished
 
 
-@pytest.fixture(scope="module", params=kinds("diffusion", "autoregressive"))
+@pytest.fixture(scope="module", params=KINDS)
 def finished(request, finished_of):
     return finished_of(request.param)
 
@@ -343,12 +345,23 @@ def test_damaged_files_of_a_run(finished, tmp_path, name, text):
 # What may change when a run goes on
 
 
-def test_more_rounds_go_on_where_a_finished_run_ended(finished_of, tmp_path, capsys):
+def test_more_rounds_go_on_where_a_finished_run_ended(finished_of, tmp_path, capsys, monkeypatch):
     """... and end where a run of as many rounds ends."""
     _, ckpt, reference, _ = finished_of("diffusion")
     out = tmp_path / "run"
     finetune.run(tiny_recipe(ckpt, "diffusion", "finetune.rounds=1"), out, device=CPU)
-    again = finetune.run(tiny_recipe(ckpt, "diffusion", "finetune.log_every=3"), out, device=CPU)
+    more, copy = tiny_recipe(ckpt, "diffusion", "finetune.log_every=3"), finetune.copy_weights
+
+    def killed(source, target):
+        if target.name == "final.safetensors":
+            raise KilledError
+        copy(source, target)
+
+    with monkeypatch.context() as patch:  # after the last round, while the last file is that of fewer rounds
+        patch.setattr(finetune, "copy_weights", killed)
+        with pytest.raises(KilledError):
+            finetune.run(more, out, device=CPU)
+    again = finetune.run(more, out, device=CPU)
     assert "finetune.rounds: 1 -> 2" in " ".join(capsys.readouterr().err.split())
     ours, theirs = (checkpoint.load(path / "final.safetensors").tensors for path in (out, reference))
     assert ours.keys() == theirs.keys()

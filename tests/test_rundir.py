@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -210,49 +212,82 @@ def test_figures_of_two_discriminators_are_never_mixed(place, tmp_path):
 # Leftovers
 
 
-OURS = (".shard-000000.safetensors.123.part", "..part-shard-000000.safetensors.1.part", ".tmpaB3dE6")
+OURS = (
+    ".shard-000000.safetensors.m-123.whole",
+    "..part-shard-000000.safetensors.my_host-1.part/x",
+    ".x.-7.part/.tmpaB3dE6",
+)
 NOT_OURS = (
     ".tmp",
-    ".tmp123",
-    ".tmp1234567",
+    ".tmpaB3dE6",
     ".movie.part",
-    ".123.part",
-    ".film.12a.part",
-    "film.123.part",
-    ".film.123.part.bak",
+    ".film.123.part",
+    ".host-123.part",
+    ".film.my host-1.part",
+    ".film.host-12a.part",
+    "film.host-123.part",
+    ".film.host-123.part.bak",
 )
 
 
 def test_only_what_killed_writers_left_is_swept(tmp_path):
-    foreign(tmp_path, *OURS, *NOT_OURS, "sub/.x.json.1.part", "busy/.lock", "busy/.x.json.1.part")
+    foreign(tmp_path, *OURS, *NOT_OURS, "sub/.x.json.m-1.part", "busy/.lock", "busy/.x.json.m-1.part")
     (tmp_path / "link").symlink_to(tmp_path / "busy")
-    (tmp_path / ".dir.1.part").mkdir()
     files.sweep(tmp_path)
-    left = {".dir.1.part", *NOT_OURS}
+    left = {*NOT_OURS}
     assert {e.name for e in tmp_path.iterdir()} == left | {"sub", "busy", "link"}
-    assert (tmp_path / "sub" / ".x.json.1.part").is_file()
+    assert (tmp_path / "sub" / ".x.json.m-1.part").is_file()
     files.sweep(tmp_path, below=True)
     assert {e.name for e in tmp_path.iterdir()} == left | {"sub", "busy", "link"}
-    assert not (tmp_path / "sub" / ".x.json.1.part").exists()
-    assert (tmp_path / "busy" / ".x.json.1.part").is_file()  # a set that another process may be writing
+    assert not (tmp_path / "sub" / ".x.json.m-1.part").exists()
+    assert (tmp_path / "busy" / ".x.json.m-1.part").is_file()  # a set that another process may be writing
 
 
 def test_a_temporary_file_has_the_name_that_is_swept(tmp_path):
     with files.replacing(tmp_path / ".part-x.json") as temporary:
         temporary.write_text("")
+    assert [e.name for e in tmp_path.iterdir()] == [".part-x.json"]
+    temporary.parent.mkdir()
     temporary.write_text("")  # as if the process had been killed
+    temporary.parent.with_suffix(".whole").write_text("")
     files.sweep(tmp_path)
     assert [e.name for e in tmp_path.iterdir()] == [".part-x.json"]
 
 
+def test_the_next_writer_of_a_file_removes_what_killed_ones_left_beside_it(tmp_path):
+    """In a user's directory, where there is no lock: only of the same file, and of processes known to have ended."""
+    with files.replacing(tmp_path / "x") as temporary:
+        ours = temporary.parent.name
+        temporary.write_text("")
+    files._abandoned.cache_clear()
+    machine, ended = ours.split(".")[2].split("-")[0], subprocess.Popen(["true"])
+    ended.wait()
+    stays = (
+        ".x.elsewhere-1.part/x",
+        f".x.{machine}-{os.getppid()}.part/x",
+        f".y.{machine}-{ended.pid}.part/y",
+        ".tmpaB3dE6",
+    )
+    goes = (f".x.{machine}-{ended.pid}.part/.tmpaB3dE6", f".x.{machine}-{ended.pid}.whole", ".x.elsewhere-2.whole")
+    foreign(tmp_path, *stays, *goes)
+    os.utime(tmp_path / goes[2], (0, 0))
+    with files.replacing(tmp_path / "x") as temporary:
+        temporary.write_text("new")
+    assert {str(e.relative_to(tmp_path)) for e in tmp_path.rglob("*") if e.is_file()} == {*stays, "x"}
+    with pytest.raises(TypeError), files.replacing(tmp_path / "x") as temporary:
+        temporary.write_text(b"no text")
+    assert (tmp_path / "x").read_text() == "new"
+    assert not list(tmp_path.glob(f".x.{machine}-{os.getpid()}.*"))
+
+
 def test_sets_and_runs_are_swept_once_they_are_claimed(place, tmp_path):
     _drawn(place, tmp_path / "set")
-    foreign(tmp_path / "set", *OURS, "sub/.x.json.1.part")
+    foreign(tmp_path / "set", *OURS, "sub/.x.json.m-1.part")
     _drawn(place, tmp_path / "set")
     assert not any((tmp_path / "set" / name).exists() for name in OURS)
-    assert (tmp_path / "set" / "sub" / ".x.json.1.part").is_file()
-    foreign(tmp_path / "run", *OURS, "round-01/.x.json.1.part")
-    (tmp_path / "run" / "round-01" / ".x.json.1.part").rename(tmp_path / "run" / ".y.json.1.part")
+    assert (tmp_path / "set" / "sub" / ".x.json.m-1.part").is_file()
+    foreign(tmp_path / "run", *OURS, "round-01/.x.json.m-1.part")
+    (tmp_path / "run" / "round-01" / ".x.json.m-1.part").rename(tmp_path / "run" / ".y.json.m-1.part")
     (tmp_path / "run" / "round-01").rmdir()
     RunDir(tmp_path / "run").claim("pretrain", load("quickstart", []))
     assert {e.name for e in (tmp_path / "run").iterdir()} == {"recipe.yaml", "state.json"}
@@ -286,7 +321,7 @@ def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch):
     assert [e.name for e in tmp_path.iterdir()] == ["x"]
 
 
-def test_a_user_s_picture_beside_a_new_set_is_not_overwritten(real_pictures, place, tmp_path):
+def test_a_user_s_picture_beside_a_new_set_is_not_overwritten(place, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "set-grid.png")
     refused(lambda **more: _drawn(place, tmp_path / "set", **more), tmp_path, "set-grid.png would be replaced")
     (tmp_path / "set-grid.png").write_text("no picture")

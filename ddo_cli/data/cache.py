@@ -6,7 +6,6 @@ directory may be emptied whenever nothing runs.
 
 import errno
 import functools
-import glob
 import hashlib
 import math
 import os
@@ -20,7 +19,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from ddo_cli import console, npz
 from ddo_cli.files import cache_directory as directory
-from ddo_cli.files import replacing
+from ddo_cli.files import replacing, sweep
 
 VERSION = 2  # of the entries: raised when images are decoded to other numbers
 MARGIN = 1 << 30  # bytes of the disk that an entry must leave free; our choice
@@ -118,8 +117,7 @@ def _write(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None
     size, free = math.prod(shape), shutil.disk_usage(path.parent).free
     if free < size + MARGIN:
         raise OSError(errno.ENOSPC, f"{size / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free, of which 1 stays free")
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):  # of a killed process: we hold the lock
-        leftover.unlink(missing_ok=True)
+    sweep(path.parent, name=path.name)
     with replacing(path) as temporary:
         items = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
         if hasattr(os, "posix_fallocate"):

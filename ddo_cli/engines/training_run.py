@@ -23,6 +23,8 @@ def claimed(
     """The run's directory, locked, and its state. Raises RunError as `RunDir.claim`."""
     with rundir.locked(out) as run_dir:
         state = run_dir.claim(command, recipe, **identity)
+        if state.get("finished") and dist.is_main():
+            drop_state(state_file(run_dir))  # a process may have been killed right before it did
         console.info("precision: " + ", ".join(f"{use} {value}" for use, value in identity["precision"].items()))
         yield run_dir, state
 

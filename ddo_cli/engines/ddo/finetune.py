@@ -62,6 +62,8 @@ def run(
     with training_run.claimed("finetune-ddo", recipe, out, identity) as (run_dir, state):
         if len(state.get("rounds", [])) >= recipe.finetune.rounds and run_dir.is_finished(state):
             return _result(recipe, run_dir, state, scoring.key)
+        if state.get("finished"):  # more rounds: those files that a run ends with are to be written again
+            state = run_dir.advance(finished=False)
         if "reference" not in state:
             console.info(f"scoring the reference {recipe.model.ckpt}")
             scoring.picture(loaded.model, out / "reference.png")

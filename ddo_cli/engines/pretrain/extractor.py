@@ -17,6 +17,7 @@ from ddo_cli.data.items import check_images
 from ddo_cli.data.pairs import Examples, Shuffled
 from ddo_cli.engines import training_run
 from ddo_cli.errors import DataError, UsageError
+from ddo_cli.files import sweep
 from ddo_cli.metrics.extractors.digit_net import DigitNet
 from ddo_cli.recipe.schema import TrainRecipe
 from ddo_cli.rng import permutation, seed_from
@@ -42,13 +43,16 @@ def run(
     """
     if out.is_dir():
         raise UsageError(f"--out {out} is a directory; give the weight file to write")
-    train = _examples(data)
+    work, train = out.with_name(f".{out.name}.training"), _examples(data)
     link = {"command": "train-extractor", "data": data, "held_out": held_out, "images": images, "seed": seed}
     link["data_sha256"] = hashlib.sha256(train.items.numpy().data).hexdigest()
     if out.is_file():
         header = checkpoint.read_header(out)
         if header.get("provenance") != [link]:
             raise UsageError(f"--out {out} holds something else; choose another name, or remove it")
+        if dist.from_main(work.exists()) and not dry_run:  # a process was killed right before it removed this
+            with rundir.locked(work):
+                _remove(work)
         console.info(f"{out} is finished; nothing to do")
         return {"out": str(out), "heldout_accuracy": header["accuracy"], "num_images": header["num_images"]}
     if held_out is None:
@@ -64,22 +68,30 @@ def run(
     steps = training_run.num_steps(images, SETTINGS.batch)
     if dry_run:
         return {"out": str(out), "dry_run": True, "num_images": len(train.items), "steps": steps}
-    with rundir.locked(out.with_name(f".{out.name}.training")) as work:
+    with rundir.locked(work) as run_dir:
+        if dist.is_main():
+            sweep(work)
         stream = Shuffled(train.items.numpy(), train.label.numpy(), "extractor", seed)
-        state, owner = training_run.state_file(work), json.dumps(link, sort_keys=True)
+        state, owner = training_run.state_file(run_dir), json.dumps(link, sort_keys=True)
         plan = Plan("extractor", steps, SETTINGS, (seed,), state, owner, lambda: training_run.newest(state))
         objective = Objective(lambda items, label, rng: Examples(items, label), _cross_entropy)
-        ema = loop.train(network, objective, stream, plan, Meter(work.log_file, {}, SETTINGS.batch, device))
+        ema = loop.train(network, objective, stream, plan, Meter(run_dir.log_file, {}, SETTINGS.batch, device))
         network.load_state_dict(ema)
         accuracy = _accuracy(network.eval(), test, device)
         if dist.is_main():
             config = {"name": "digit-net", "options": {"num_classes": network.classifier.out_features}}
             figures = {"accuracy": accuracy, "num_images": len(train.items)}
             checkpoint.save(out, ema, {"kind": "extractor", "config": config, "provenance": [link], **figures})
+        _remove(work)
     console.info(f"{out}: accuracy {accuracy:.4f} on {len(test.items)} held-out images")
-    if dist.is_main():
-        shutil.rmtree(work.path)
     return {"out": str(out), "heldout_accuracy": accuracy, "num_images": len(train.items)}
+
+
+def _remove(work: Path) -> None:
+    """Removes the directory of a finished training, whose lock is held."""
+    if dist.is_main():
+        shutil.rmtree(work)
+    dist.barrier()
 
 
 def _cross_entropy(wrapped: nn.Module, batch: Examples) -> Loss:

@@ -1,6 +1,7 @@
 """`ddo ema`: averaged weights of any width, reconstructed after training from snapshots (EDM2, arXiv 2312.02696)."""
 
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,8 +47,6 @@ def run(
         raise UsageError(f"--std {std:g} is no relative standard deviation; give one above 0 and below {MAX_STD}")
     if out.suffix != ".safetensors":
         raise UsageError(f"--out {out} will be a weight file; name it {out.stem}.safetensors")
-    if out.exists() and not dry_run:
-        raise UsageError(f"--out {out} exists; choose another name, or remove it")
     picture = out.with_suffix(".png")
     if not out.exists():
         pictures.check_replaceable(picture)
@@ -82,9 +81,24 @@ def run(
     }
     if dry_run:
         return {**result, "dry_run": True}
-    checkpoint.save(out, combined(used, fit.weights), _header(used, fit, target))
+    header = _header(used, fit, target)
+    if not out.exists():
+        checkpoint.save(out, combined(used, fit.weights), header)
+    elif not _is_same(out, header):
+        raise UsageError(f"--out {out} exists and holds something else; choose another name, or remove it")
+    elif picture.exists():
+        console.info(f"{out} is finished; nothing to do")
+        return {**result, "picture": str(picture)}
     _picture(picture, used, fit, target)
     return {**result, "picture": str(picture)}
+
+
+def _is_same(out: Path, header: dict[str, Any]) -> bool:
+    """Whether a file is this average: its header names the snapshots by their hashes."""
+    try:
+        return checkpoint.read_header(out) == json.loads(json.dumps(header))
+    except CheckpointError:
+        return False
 
 
 # --- Snapshots

@@ -23,7 +23,6 @@ from ddo_cli.files import replacing, sha256
 from ddo_cli.models import pt_files, registry, snapshots
 from ddo_cli.models.adm import files as adm_files
 from ddo_cli.models.adm import keys as adm_keys
-from ddo_cli.models.adm import published as adm_published
 from ddo_cli.models.diffusers import files as diffusers_files
 from ddo_cli.models.edm.files import read_edm
 from ddo_cli.models.edm2 import files as edm2_files
@@ -60,8 +59,6 @@ def run(
         raise UsageError(f"--like {like} does not exist; give the published file that the model was converted from")
     if like.suffix not in FORMATS:
         raise UsageError(f"--like {like} is no file of published weights; give the {FORMAT_NAMES} that was converted")
-    if out.exists() and not dry_run:
-        raise UsageError(f"--out {out} exists; choose another name, or remove it")
     if out.suffix != like.suffix:
         raise UsageError(f"--out {out} must end in {like.suffix}, as --like {like.name} does: programs go by the name")
     file = checkpoint.load(ckpt, kind="model")
@@ -83,12 +80,25 @@ def run(
         return {**result, "verified": False, "dry_run": True}
     # The unchanged tensors are copied, since `write` changes the storage that `stored` shares.
     expected = {key: fitted[key] if key in fitted else tensor.clone() for key, tensor in original.stored.items()}
+    if out.exists():
+        if not _holds(original, out, expected):
+            raise UsageError(f"--out {out} exists and holds something else; choose another name, or remove it")
+        console.info(f"{out} is finished; nothing to do")
+        return {**result, "verified": True}
     with replacing(out) as temporary:
         original.write(expected, temporary)
-        written = original.read(temporary)
-        if list(written) != list(expected) or not all(_same(written[key], tensor) for key, tensor in expected.items()):
+        if not _holds(original, temporary, expected):
             raise CheckpointError(f"{out}: what was written reads back different; it was removed, so try again")
     return {**result, "verified": True}
+
+
+def _holds(original: Original, path: Path, expected: dict[str, Tensor]) -> bool:
+    """Whether a file like the original has these tensors, in their order and types."""
+    try:
+        held = original.read(path)
+    except (CheckpointError, OSError):
+        return False
+    return list(held) == list(expected) and all(_same(held[key], tensor) for key, tensor in expected.items())
 
 
 def _folder(ckpt: str, out: Path, settings: Sequence[str], dry_run: bool) -> dict[str, Any]:
@@ -121,7 +131,7 @@ def _original(like: Path, settings: Sequence[str]) -> Original:
     pt_files.check_size(stored.values(), like)
     if var_files.is_var(stored) or "patch_nums" in given:
         raise UsageError(f"{like} is of VAR, whose files are not written; the safetensors file is the model to share")
-    return _adm(like, stored, adm_published.Told(**given))
+    return _adm(like, stored, given)
 
 
 def _edm(like: Path) -> Original:
@@ -151,17 +161,22 @@ def _edm(like: Path) -> Original:
     return Original("edm", file.config, file.stored, file.names.to_edm, write, lambda path: read_edm(path).stored)
 
 
-def _adm(like: Path, stored: dict[str, Tensor], told: adm_published.Told) -> Original:
+def _adm(like: Path, stored: dict[str, Tensor], given: dict[str, Any]) -> Original:
     """An ADM diffusion model, a bare state dict."""
-    file = adm_files.unet(stored, like, told)
+    file = adm_files.unet(stored, like, **given)
     return Original(
         "adm",
         file.config,
         stored,
         partial(adm_keys.to_openai, order=file.described.order, options=adm_files.options_of(file.config)),
-        lambda tensors, path: torch.save(OrderedDict(tensors), path),
+        _write_pt,
         lambda path: pt_files.read(path, adm_files.EXPECTED, (adm_files.MARK,)).tensors,
     )
+
+
+def _write_pt(tensors: dict[str, Tensor], path: Path) -> None:
+    with open(path, "wb") as file:  # torch itself would name no error of the system
+        torch.save(OrderedDict(tensors), file)
 
 
 # --- Checks

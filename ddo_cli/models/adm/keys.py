@@ -13,8 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ddo_cli.models.adm.layers import head_width
-from ddo_cli.models.adm.unet import AdmUnetOptions, level_widths
+from ddo_cli.models.adm.unet import AdmUnetOptions, head_width, level_widths
 
 Order = Literal["legacy", "new", "interleaved"]
 

@@ -8,12 +8,9 @@
 Older folders have all files side by side.
 """
 
-import contextlib
 import hashlib
-import os
+import json
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +18,11 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from ddo_cli import checkpoint, torch_files
+from ddo_cli import checkpoint, console, torch_files
 from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.diffusion.precond import Discrete
-from ddo_cli.errors import CheckpointError, RecipeError, RunError, UsageError, printable
-from ddo_cli.files import read_json, sha256, write_json
+from ddo_cli.errors import CheckpointError, DdoError, RecipeError, RunError, UsageError, printable
+from ddo_cli.files import read_json, replacing, sha256, write_json
 from ddo_cli.models import registry
 from ddo_cli.models.diffusers import from_adm as diffusers_adm
 from ddo_cli.models.diffusers import unet as diffusers_unet
@@ -251,9 +248,10 @@ def write_folder(file: Checkpoint, out: Path, dry_run: bool = False) -> dict[str
     Reads the folder again before it gets its name and compares every tensor.
     Raises UsageError if `out` exists, CheckpointError if the library has no such architecture.
     """
-    if out.exists():
-        raise UsageError(f"--out {out} exists; choose another name, or remove it")
     unet, scheduler, tensors = _theirs(file)
+    is_there = out.exists()
+    if is_there and not _holds(out, unet, scheduler, tensors):
+        raise UsageError(f"--out {out} exists and holds something else; choose another name, or remove it")
     network, process, pipeline = diffusers_unet.UNET_CLASS, scheduler["_class_name"], None
     if process not in diffusers_unet.EDM_SCHEDULERS:  # whose input no pipeline of unet and scheduler scales
         pipeline = "DDIMPipeline" if process == "DDIMScheduler" else "DDPMPipeline"
@@ -268,17 +266,30 @@ def write_folder(file: Checkpoint, out: Path, dry_run: bool = False) -> dict[str
     }
     if dry_run:
         return {**result, "verified": False, "dry_run": True}
-    with _replacing_folder(out) as folder:
+    if is_there:
+        console.info(f"{out} is finished; nothing to do")
+        return {**result, "verified": True}
+    with replacing(out) as folder:
         write_json(folder / "unet" / "config.json", unet)
         checkpoint.write_tensors(folder / "unet" / f"{WEIGHTS}.safetensors", tensors, {"format": "pt"})
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         if pipeline:
             parts = {"unet": ["diffusers", network], "scheduler": ["diffusers", process]}
             write_json(folder / "model_index.json", {"_class_name": pipeline, **parts})
-        written = read(folder).tensors
-        if not all(torch.equal(written[PREFIX + name], tensor.cpu().float()) for name, tensor in tensors.items()):
+        if not _holds(folder, unet, scheduler, tensors):
             raise CheckpointError(f"{out}: what was written reads back different; it was removed, so try again")
     return {**result, "verified": True}
+
+
+def _holds(folder: Path, unet: Config, scheduler: Config, tensors: dict[str, Tensor]) -> bool:
+    """Whether a folder has these configurations and tensors."""
+    try:
+        held = read(folder).tensors
+        configs = [read_json(folder / name) for name in ("unet/config.json", "scheduler/scheduler_config.json")]
+    except DdoError:
+        return False
+    same = held.keys() == {PREFIX + name for name in tensors} and configs == json.loads(json.dumps([unet, scheduler]))
+    return same and all(torch.equal(held[PREFIX + name], tensor.cpu().float()) for name, tensor in tensors.items())
 
 
 def _theirs(file: Checkpoint) -> tuple[Config, Config, dict[str, Tensor]]:
@@ -299,17 +310,3 @@ def _theirs(file: Checkpoint) -> tuple[Config, Config, dict[str, Tensor]]:
             f"{diffusers_unet.NAME} and adm-unet"
         )
     return {"_class_name": diffusers_unet.UNET_CLASS, **unet}, scheduler, tensors
-
-
-@contextlib.contextmanager
-def _replacing_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out`; renamed to it when the block ends, removed when the block fails."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        os.rename(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
