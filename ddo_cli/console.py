@@ -15,7 +15,7 @@ from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
-from ddo_cli.errors import RunError
+from ddo_cli.errors import RunError, visible
 
 _out = Console(highlight=False, emoji=False)
 if not _out.is_terminal:
@@ -24,6 +24,7 @@ _err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 _json_only = False
 _is_answered = False  # whether the one JSON object has been printed
 _active: Progress | None = None
+LONGEST = 300  # characters of a message
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where stderr is not a terminal
 
 
@@ -40,21 +41,32 @@ def _is_main() -> bool:
 def info(message: str) -> None:
     """A line of progress on stderr."""
     if _is_main():
-        _err.print(_visible(message), markup=False)
+        _err.print(Text(_short(message)))
 
 
 def warn(message: str) -> None:
     """A warning on stderr."""
     if _is_main():
-        _err.print(f"[yellow]warning:[/yellow] {_escape(message)}")
+        _err.print(Text.assemble(("warning:", "yellow"), " ", _short(message)))
 
 
 def error(kind: str, message: str) -> None:
-    """An error on stderr; with --json also on stdout, unless the result is already there."""
+    """An error on stderr; with --json also on stdout, unless the result is already there.
+
+    Problems of a recipe have a line each; elsewhere a line's end is part of a name.
+    """
+    lines = message.split("\n") if kind == "recipe" else [message]
+    message = "\n".join(map(_short, lines))
     if _json_only and _is_main() and not _is_answered:
         with contextlib.suppress(RunError):  # stdout is full or closed: stderr remains
             _print_json({"error": {"kind": kind, "message": message}})
-    _err.print(f"[red]error:[/red] {_escape(message)}")
+    _err.print(Text.assemble(("error:", "red"), " ", message))
+
+
+def _short(line: str) -> str:
+    """A line of LONGEST characters at most: the beginning says what is wrong, and the end what to do."""
+    shown = visible(line)
+    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 130]} ... {shown[-125:]}"
 
 
 def result(content: Mapping[str, Any], summary: str | None = None, table: Table | None = None) -> None:
@@ -71,7 +83,7 @@ def result(content: Mapping[str, Any], summary: str | None = None, table: Table 
         if table is not None:
             _out.print(table)
         if summary is not None:
-            _out.print(_visible(summary), markup=False, soft_wrap=True)
+            _out.print(Text(visible(summary, "\n\t")), soft_wrap=True)
 
 
 def show(table: Table) -> None:
@@ -119,21 +131,12 @@ def release_stdout() -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table of texts; the first column is left-aligned, the others right-aligned."""
-    built = Table(title=title, title_justify="left", title_style="bold")
+    built = Table(title=Text(visible(title), style="bold"), title_justify="left")
     for number, column in enumerate(columns):
-        built.add_column(column, justify="left" if number == 0 else "right")
+        built.add_column(Text(visible(column)), justify="left" if number == 0 else "right")
     for row in rows:
-        built.add_row(*map(_escape, row))
+        built.add_row(*(Text(visible(cell, "\n")) for cell in row))
     return built
-
-
-def _escape(text: str) -> str:
-    return _visible(text).replace("[", r"\[")
-
-
-def _visible(text: str) -> str:
-    """`text` with control characters escaped: a name from a foreign file must not control the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 # --- Progress
@@ -162,7 +165,7 @@ class _Live:
     def advance(self, count: int = 1, fields: str | None = None) -> None:
         self.progress.update(self.task, advance=count)
         if fields is not None:
-            self.progress.update(self.task, fields=fields)
+            self.progress.update(self.task, fields=visible(fields))
 
 
 class _Plain:
@@ -188,6 +191,7 @@ class _Plain:
 def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
     """A progress bar with speed and time left; plain lines if stderr is no terminal; nothing on other ranks."""
     global _active
+    title = visible(title)
     if not _is_main():
         yield _Silent()
     elif not _err.is_terminal:
@@ -197,7 +201,8 @@ def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
         yield _Live(_active, task)
         _active.remove_task(task)
     else:
-        title_column, fields_column = TextColumn("{task.description}"), TextColumn("{task.fields[fields]}")
+        title_column = TextColumn("{task.description}", markup=False)
+        fields_column = TextColumn("{task.fields[fields]}", markup=False)
         columns = title_column, BarColumn(24), MofNCompleteColumn(), _Speed(), TimeRemainingColumn(), fields_column
         with Progress(*columns, console=_err, transient=True) as live:
             _active = live

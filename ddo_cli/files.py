@@ -112,7 +112,7 @@ def sweep(directory: Path, *, below: bool = False, name: str | None = None) -> N
 def write_text(path: Path, text: str) -> None:
     """Replaces a text file."""
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:

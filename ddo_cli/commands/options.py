@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 from typer.models import OptionInfo
 
 from ddo_cli import console
-from ddo_cli.errors import DdoError, RecipeError, UsageError
+from ddo_cli.errors import DdoError, RecipeError, UsageError, visible
 from ddo_cli.places import local
 
 if TYPE_CHECKING:
@@ -121,12 +121,12 @@ def lines_of(figures: Mapping[str, Any], indent: str = "") -> str:
     lines = []
     for key, value in figures.items():
         if isinstance(value, Mapping) and value:
-            lines += [f"{indent}{key}", lines_of(value, indent + "  ")]
+            lines += [f"{indent}{visible(str(key))}", lines_of(value, indent + "  ")]
         elif isinstance(value, list) and value and isinstance(value[0], Mapping):
             lines += [f"{indent}{key}", *(lines_of(entry, indent + "  ") for entry in value)]
         else:
-            text = f"{value:.6g}" if isinstance(value, float) else str(value)
-            lines.append(f"{indent}{key:<{max(18 - len(indent), 1)}} {text}")
+            text = f"{value:.6g}" if isinstance(value, float) else visible(str(value))  # one line, whatever it holds
+            lines.append(f"{indent}{visible(str(key)):<{max(18 - len(indent), 1)}} {text}")
     return "\n".join(lines)
 
 

@@ -89,7 +89,7 @@ def read_network(
             "download it again"
         ) from None
     if problems := pt_files.misfits(expected, tensors, lambda key, tensor: printable(names.to_edm(key, tensor)[0])):
-        listed = "; ".join(problems[:5])
+        listed = printable("; ".join(problems[:5]), 160)
         raise CheckpointError(f"{path}: {len(problems)} tensors do not fit the network it describes: {listed}")
     fitting = {key: tensors[key].to(torch.float32).clone(memory_format=torch.contiguous_format) for key in expected}
     return Network(config, fitting, stored, snapshot.storages, names, classes, half)

@@ -1,11 +1,12 @@
 """A self-contained HTML page of a run: one file with its pictures, no script and nothing to download."""
 
 import base64
+import html
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+from ddo_cli.errors import visible
 from ddo_cli.files import write_text
 
 STYLE = """
@@ -43,18 +44,23 @@ def write_report(
     further: Sequence[Table] = (),
 ) -> None:
     """Writes the page: summary, table, further tables, pictures (missing files are left out), the resolved recipe."""
-    body = [f"<h1>{escape(title)}</h1>", f"<p>{escape(summary)}</p>", _table(columns, rows)]
+    body = [f"<h1>{_text(title)}</h1>", f"<p>{_text(summary)}</p>", _table(columns, rows)]
     for table in further:
-        body += [f"<h2>{escape(table.title)}</h2>", _table(table.columns, table.rows)]
+        body += [f"<h2>{_text(table.title)}</h2>", _table(table.columns, table.rows)]
     for picture in pictures:
         if picture.path.is_file():
             data = base64.b64encode(picture.path.read_bytes()).decode()
-            caption = escape(picture.caption)
+            caption = _text(picture.caption)
             image = f'<img src="data:image/png;base64,{data}" alt="{caption}">'
             body.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
-    body += ["<h2>Recipe</h2>", f"<pre>{escape(recipe)}</pre>"]
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    body += ["<h2>Recipe</h2>", f"<pre>{_text(recipe)}</pre>"]
+    head = f'<meta charset="utf-8"><title>{_text(title)}</title><style>{STYLE}</style>'
     write_text(path, f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n')
+
+
+def _text(text: str) -> str:
+    """A text of the page: names and values of users are no elements and no marks of direction."""
+    return html.escape(visible(text, "\n"))
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -62,4 +68,4 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _row(tag: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    return "<tr>" + "".join(f"<{tag}>{_text(cell)}</{tag}>" for cell in cells) + "</tr>"

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ddo_cli.errors import CheckpointError
+from ddo_cli.errors import CheckpointError, printable
 from ddo_cli.models.adm.keys import Order
 from ddo_cli.models.adm.unet import AdmUnet, AdmUnetOptions
 
@@ -196,6 +196,7 @@ def _check(network: Described, layout: _Layout, shapes: Shapes, where: str) -> N
     expected = {key: tuple(tensor.shape) for key, tensor in net.state_dict().items()}
     odd = sorted(key for key in expected.keys() | shapes.keys() if expected.get(key) != shapes.get(key))
     if odd:
+        listed = printable(", ".join(odd[:5]), 160)
         raise CheckpointError(
-            f"{where}: {len(odd)} tensors do not fit the ADM U-Net that the others describe: {', '.join(odd[:5])}"
+            f"{where}: {len(odd)} tensors do not fit the ADM U-Net that the others describe: {listed}"
         )

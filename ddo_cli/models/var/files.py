@@ -243,7 +243,7 @@ def _checked(expected: nn.Module, tensors: dict[str, Tensor], path: str | Path) 
     """The tensors in float32. Raises CheckpointError unless they are those of the network."""
     wanted = expected.state_dict()
     if problems := pt_files.misfits(wanted, tensors):
-        listed = printable("; ".join(problems[:5]), 400)
+        listed = printable("; ".join(problems[:5]), 160)
         raise CheckpointError(f"{path}: {len(problems)} tensors do not fit the network of its shapes: {listed}")
     return {key: tensors[key].to(torch.float32).contiguous() for key in wanted}
 

@@ -1,0 +1,93 @@
+"""What names of files, keys and classes, and values of recipes, may do to the terminal and to the report: nothing."""
+
+import io
+import re
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from ddo_cli import console
+from ddo_cli.commands.options import lines_of
+from ddo_cli.data import images
+from ddo_cli.errors import CheckpointError, DataError, printable
+from ddo_cli.report import html
+
+NASTY = {
+    "escape": "\x1b[31mred\x1b]0;title\x07",
+    "markup": "[red]x[/] [bold",
+    "backslash before markup": "\\[red]x\\\\[/red]",
+    "closing nothing": "[/]",
+    "link": "[link=file:///etc/passwd]x[/link]",
+    "line": "x\nerror: disk: all is lost\r\x0b\x85\u2028",
+    "right to left": "\u202egnp.exe\u2066",
+    "half a character": "x\udcff",
+    "nul": "a\0b",
+    "long": "x" * 4000,
+    "html": "</pre><script>alert(1)</script>&amp;\"'",
+    "emoji code": ":boom:",
+}
+
+
+@pytest.fixture(params=[False, True], ids=["pipe", "terminal"])
+def shown(request, monkeypatch):
+    """What reaches stderr, as a pipe and as a terminal gets it."""
+    text = io.StringIO()
+    made = Console(file=text, force_terminal=request.param, color_system=None, emoji=False, soft_wrap=True)
+    monkeypatch.setattr(console, "_err", made)
+    monkeypatch.setattr(console, "_out", made)
+    return text
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_names_are_shown_and_do_nothing(name, shown):
+    value = NASTY[name]
+    console.error("data", f"{value} cannot be read; remove it")
+    console.warn(value)
+    console.info(value)
+    console.show(console.table(value, [value], [[value]]))
+    with console.progress(value, 2, "images") as bar:
+        bar.advance(fields=value)
+    console.result({}, lines_of({value: value, "nested": {"a": [{value: [value]}]}}))
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())  # Rich's own, which it writes to a terminal
+    assert all(c.isprintable() or c in "\n\r" for c in text)
+    lines = text.split("\n")
+    assert not any(line.startswith("error: disk") for line in lines)
+    assert lines[0].startswith("error: ")
+    assert lines[0].endswith("cannot be read; remove it")
+    assert len(lines[0]) <= console.LONGEST + len("error: ")
+    if len(value) < 200:
+        assert printable(value) in lines[0]
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_a_report_has_texts_and_no_elements(name, tmp_path):
+    value = NASTY[name]
+    picture = tmp_path / "a.png"
+    Image.new("L", (2, 2)).save(picture)
+    further = [html.Table(value, [value], [[value]])]
+    html.write_report(
+        tmp_path / "r.html", value, value, [value], [[value]], [html.Picture(picture, value)], value, further
+    )
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert set(re.findall(r"<(/?[a-z]+\d?)", page)) == {
+        "html", "head", "meta", "title", "/title", "style", "/style", "/head", "body", "h1", "/h1", "p", "/p", "table",
+        "tr", "th", "/th", "/tr", "td", "/td", "/table", "h2", "/h2", "figure", "img", "figcaption", "/figcaption",
+        "/figure", "pre", "/pre", "/body", "/html",
+    }  # fmt: skip
+    assert page.isascii()
+    assert all(c.isprintable() or c == "\n" for c in page)
+
+
+def test_objects_are_left_out_of_messages(tmp_path):
+    text = "cannot identify image file <_io.BytesIO object at 0x7f0c1a2b>; see PosixPath('/data/x.png')"
+    assert str(CheckpointError(text)) == "cannot identify image file; see /data/x.png"
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"a\.png cannot be read as an image \(cannot identify image file\); replace"):
+        images.open_images(str(tmp_path))
+
+
+def test_problems_of_a_recipe_keep_their_lines(shown):
+    console.error("recipe", f"x.yaml: a = 1\nx.yaml: {'b' * 4000}\nx.yaml: c\x1b; leave it out")
+    lines = shown.getvalue().split("\n")
+    assert [len(line) for line in lines] == [len("error: x.yaml: a = 1"), console.LONGEST, 27, 0]
