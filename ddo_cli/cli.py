@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ddo_cli import __version__, console
-from ddo_cli.commands import evaluate, sample, train, weights
+from ddo_cli.commands import data, evaluate, sample, train, weights
 from ddo_cli.commands.options import Command
 from ddo_cli.errors import DdoError
 
@@ -46,6 +46,7 @@ COMMANDS = {  # in the order of the help text
     "stats": evaluate.stats,
     "edit": sample.edit,
     "analyze": evaluate.analyze,
+    "data": data.data,
     "pretrain": train.pretrain,
     "encode": weights.encode,
     "train-classifier": train.train_classifier,

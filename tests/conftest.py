@@ -1,5 +1,6 @@
 """Small models and recipes that train in a second."""
 
+import functools
 import gc
 import os
 
@@ -10,12 +11,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from launch import launch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from ddo_cli import checkpoint, cli, console
+from ddo_cli.data import embedded
+from ddo_cli.data.digits import render_digits
 from ddo_cli.engines import scoring
 from ddo_cli.models import registry
 from ddo_cli.recipe.load import load
@@ -96,12 +101,40 @@ def device() -> torch.device:
     return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Figures are one black pixel and grids have one image: they take most of a tiny run. Wider fixtures draw them."""
-    monkeypatch.setattr(scoring, "GRID_SEEDS", range(1))
+@pytest.fixture(autouse=True, scope="session")
+def _digits_rendered_once():
+    """A set of the embedded digits, which takes 0.2 s, is rendered once."""
+    render = functools.cache(
+        lambda num, seed, levels: render_digits(np.frombuffer(levels, np.uint8).reshape(-1, 8, 8), num, seed)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            embedded,
+            "render_digits",
+            lambda levels, num, seed: tuple(part.copy() for part in render(num, seed, levels.tobytes())),
+        )
+        yield
+
+
+_REAL = scoring.GRID_SEEDS, Figure.savefig
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_pictures():
+    """Figures are one black pixel and grids have one image: they take most of a tiny run."""
     pixel = Image.new("RGB", (1, 1))
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: pixel.save(path, "png"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "GRID_SEEDS", range(1))
+        patch.setattr(Figure, "savefig", lambda _, path, **__: pixel.save(path, "png"))
+        yield
+
+
+@pytest.fixture
+def real_pictures(monkeypatch):
+    """They are drawn after all."""
+    grid, savefig = _REAL
+    monkeypatch.setattr(scoring, "GRID_SEEDS", grid)
+    monkeypatch.setattr(Figure, "savefig", savefig)
 
 
 def make_checkpoint(path: Path, kind: str = "diffusion", seed: int = 0, **header) -> str:

@@ -14,12 +14,19 @@ from conftest import CPU
 from torch.testing import assert_close
 
 from ddo_cli import checkpoint
-from ddo_cli.diffusion import guidance
+from ddo_cli.diffusion import guidance, vp_sde
+from ddo_cli.engines.sampling import guides
 from ddo_cli.errors import CheckpointError, RecipeError
+from ddo_cli.models import registry
+from ddo_cli.models.adm.layers import cosines_and_sines
+from ddo_cli.models.adm.published import Told
+from ddo_cli.models.discriminators import files as dg_files
 from ddo_cli.models.discriminators import registry as discriminators
-from ddo_cli.models.discriminators.adm_encoder import PUBLISHED, AdmClassifier, time_embedding
+from ddo_cli.models.discriminators.adm_encoder import PUBLISHED, AdmClassifier
 from ddo_cli.models.discriminators.adm_head import AdmHead
 from ddo_cli.models.discriminators.on_trunk import TrunkDiscriminator
+from ddo_cli.recipe.schema import SamplingRecipe
+from ddo_cli.rng import RowRng
 
 T = torch.tensor([0.1, 0.6], dtype=torch.float64)
 GOLDEN = {"atol": 2e-5, "rtol": 2e-5}  # sums of up to 4608 float32 products, in another order
@@ -125,7 +132,7 @@ def test_the_options_defaults_are_the_published_ones():
 
 
 def test_time_embedding():
-    found = time_embedding(torch.tensor([0.0, 7 / 999], dtype=torch.float64), 4)
+    found = cosines_and_sines(torch.tensor([0.0, 7.0], dtype=torch.float64), 4)
     angles = [7, 7 / 100]  # frequencies 1 and 10000 ** -0.5
     expected = [[1, 1, 0, 0], [*np.cos(angles), *np.sin(angles)]]
     assert_close(found, torch.tensor(expected, dtype=torch.float64))
@@ -208,6 +215,39 @@ def test_the_64x64_extractor():
     assert_close(logits[0, :4], torch.tensor([-0.739720, 0.330506, 0.692930, 0.306049]), **GOLDEN)
 
 
+# head_channels, updown, scale_shift -> keys, parameters, digest; deviation, first four logits
+OTHER_CLASSIFIERS = {
+    (32, True, True): ((77, 381_834, "f9a05ffebace43c7"), 0.2740165, [0.452551, 0.395170, 0.309072, 0.354184]),
+    (16, False, False): ((69, 335_306, "3c89a9347fff379a"), 0.2319736, [0.447183, 0.319238, 0.249685, 0.306191]),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_CLASSIFIERS)
+def test_classifiers_of_other_heads_and_blocks(kind, tmp_path):
+    """Through a file as the official code writes it."""
+    head_channels, updown, scale_shift = kind
+    options = {"width": 32, "depth": 1, "channel_mult": (1, 2), "attention": (8,), "num_head_channels": head_channels}
+    kinds = {"updown": updown, "scale_shift": scale_shift}
+    made = filled(lambda: AdmClassifier(in_channels=3, size=16, num_outputs=10, **options, **kinds))
+    table, deviation, first = OTHER_CLASSIFIERS[kind]
+    assert table_of(made) == table
+    torch.save(made.state_dict(), tmp_path / "c.pt")
+    found = dg_files.read(tmp_path / "c.pt", told=Told(head_channels=head_channels, schedule="cosine", steps=500))
+    assert {key: found.config["options"][key] for key in kinds} == kinds
+    assert (found.config["options"]["time"], found.config["options"]["steps"]) == ("cosine", 500)
+    network = discriminators.build("classifier", found.config).requires_grad_(False)
+    network.load_state_dict(found.tensors)
+    logits = network.out(network.features_at(torch.tensor([100.0, 600.0]), given(2, 3, 16, 16)))
+    assert_close(logits.std(correction=0).item(), deviation, **GOLDEN)
+    assert_close(logits[0, :4], torch.tensor(first), **GOLDEN)
+    assert_close(
+        network.features_at(torch.tensor([499.0]), given(1, 3, 16, 16)),
+        network.features(given(1, 3, 16, 16), vp_sde.time_of(torch.tensor([1e9], dtype=torch.float64))),
+        rtol=1e-4,
+        atol=1e-4,
+    )  # cosine time 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # In the program: tiny networks
 
@@ -286,6 +326,50 @@ def test_cosine_time_reaches_the_classifier_and_the_head(tmp_path):
     assert not torch.allclose(cosine(x, t, label), linear(x, t, label), rtol=1e-3)
 
 
+STEP = [999, 666, 333, 0]  # original indices of four steps of 1000
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "told"),
+    [
+        ("ddpm", {"steps": 1000}, STEP),
+        ("cosine", {"steps": 1000, "time": "cosine"}, STEP),
+        ("ddpm", {"steps": 4000}, [3999, 2671, 1335, 3]),  # the nearest of its own steps
+        ("ddpm", {}, None),  # trained at all times
+        ("edm", {"steps": 1000}, None),  # a model of no steps
+    ],
+)
+def test_a_classifier_is_told_the_step_of_a_model_of_steps(tmp_path, monkeypatch, model, options, told):
+    path = tiny_classifier(tmp_path / "c.safetensors", **options)
+    unet = {"width": 32, "channel_mult": [1], "num_blocks": 1, "attention": [], "num_head_channels": 32}
+    base = registry.build(registry.config_of("adm-unet", (3, 8, 8), 5, {**unet, "precond": model}, {})).eval()
+    seen, features_at = [], AdmClassifier.features_at
+
+    def spy(self, step, x_vp, label=None):
+        seen.append(float(step[0]))
+        return features_at(self, step, x_vp, label)
+
+    monkeypatch.setattr(AdmClassifier, "features_at", spy)
+    guided = base.guided_by(guides.other_guides(guides.Others(classifier=path), base, CPU)[0])
+    spec = SamplingRecipe(sampler="ddpm", steps=4, spacing="vp" if model == "edm" else None)
+    with torch.no_grad():
+        guided.sample(torch.tensor([0, 3]), RowRng([0, 1]), spec)
+    if told is None:
+        told = (999 * vp_sde.time_of(base.sigmas(spec)[:-1])).tolist()
+    assert seen == pytest.approx(told, abs=1e-9)
+
+
+def test_a_trunk_keeps_the_time_of_dgs_code(tmp_path):
+    """Continuous, 999 t: also where the classifier was trained at steps."""
+    at_steps, at_times = (tiny_classifier(tmp_path / f"{s}.safetensors", steps=s) for s in (1000, None))
+    x, t = states()
+    label = torch.full((3,), -1)
+    found, expected = (
+        tiny_discriminator(path, 0)[1].requires_grad_(False)(x, t, label) for path in (at_steps, at_times)
+    )
+    assert torch.equal(found, expected)
+
+
 def test_a_row_does_not_depend_on_its_batch(tmp_path):
     network = tiny_discriminator(tiny_classifier(tmp_path / "c.safetensors"), 5)[1].requires_grad_(False)
     x, t = states()
@@ -298,7 +382,11 @@ def test_a_row_does_not_depend_on_its_batch(tmp_path):
     ("shape", "options", "message"),
     [
         ((3, 8, 4), {}, "square"),
-        ((3, 6, 6), {"channel_mult": [1, 2, 4]}, r"side 6 must be a multiple of 2\*\*\(levels"),
+        (
+            (3, 6, 6),
+            {"channel_mult": [1, 2, 4]},
+            "side 6 must be a multiple of 4, which follows from its options channel_mult: `ddo data SRC",
+        ),
         ((3, 8, 8), {"width": 24}, "must be multiples of 32"),
         ((3, 8, 8), {"channel_mult": [0.25], "attention": []}, "multiples of num_head_channels"),
         ((3, 8, 8), {"dept": 1}, "did you mean 'depth'"),

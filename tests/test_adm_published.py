@@ -9,7 +9,7 @@ from test_adm_encoder import table_of
 from test_adm_unet import tiny, unet
 
 from ddo_cli.errors import CheckpointError
-from ddo_cli.models.adm.published import PUBLISHED, described
+from ddo_cli.models.adm.published import PUBLISHED, UNASKED, Told, described
 from ddo_cli.models.adm.unet import AdmUnet, AdmUnetOptions
 
 # file -> keys, parameters, digest of the official state dict
@@ -25,7 +25,7 @@ TABLE = {
 }
 # What these files do not tell, from the published flags: order of the qkv channels, schedule, heads (None: 64 channels)
 FLAGS = {
-    "64x64_diffusion.pt": ("new", "iddpm", None),
+    "64x64_diffusion.pt": ("new", "cosine", None),
     "128x128_diffusion.pt": ("legacy", "ddpm", 4),
     "256x256_diffusion.pt": ("legacy", "ddpm", None),
     "256x256_diffusion_uncond.pt": ("legacy", "ddpm", None),
@@ -67,30 +67,69 @@ def shapes_of(net):
     return {key: tuple(tensor.shape) for key, tensor in net.state_dict().items()}
 
 
+ALL = Told(size=16, qkv="new", schedule="cosine", heads=4)
+
+
 def test_what_shapes_do_not_tell_must_be_told():
     with torch.device("meta"):
         shapes = shapes_of(tiny(num_classes=0, num_blocks=2))
-    with pytest.raises(
-        CheckpointError, match=r"f\.pt .*side of its images, the order .*legacy or new.*, its noise sch"
-    ):
+    with pytest.raises(CheckpointError, match="no published ADM U-Net has these shapes") as error:
         described(shapes, "f.pt")
-    with pytest.raises(CheckpointError, match="do not tell its noise schedule"):
-        described(shapes, "f.pt", size=16, order="new")
-    found = described(shapes, "f.pt", size=16, order="new", precond="iddpm", num_heads=4)
+    for key in ("size=", "qkv=legacy|new", "schedule=linear|cosine", "heads=<number> or head_channels=<width>"):
+        assert key in str(error.value)
+    assert len(str(error.value)) < 290
+    with pytest.raises(CheckpointError, match=r"does not tell schedule=linear\|cosine; add"):
+        described(shapes, "f.pt", ALL._replace(schedule=None))
+    with pytest.raises(CheckpointError, match=r"does not tell heads=<number> or head_channels=<width>; add"):
+        described(shapes, "f.pt", ALL._replace(heads=None))
+    found = described(shapes, "f.pt", ALL)
     assert found[:6] == (None, 3, 3, 16, 0, "new")
+    assert found.assumed == {"steps": 1000, **UNASKED}
     options = AdmUnetOptions.model_validate(found.options)
     assert (options.width, options.channel_mult, options.num_blocks, options.attention) == (32, (1, 2), 2, (8,))
-    assert (options.num_heads, options.precond, options.learned_variance) == (4, "iddpm", True)
-    with pytest.raises(CheckpointError, match="halves its images 1 times"):
-        described(shapes, "f.pt", size=15, order="new", precond="iddpm")
-    with pytest.raises(CheckpointError, match="multiples of num_heads"):
-        described(shapes, "f.pt", size=16, order="new", precond="iddpm", num_heads=3)
+    assert (options.num_heads, options.precond, options.learned_variance) == (4, "cosine", True)
+    by_width = described(shapes, "f.pt", ALL._replace(heads=None, head_channels=16))
+    assert AdmUnetOptions.model_validate(by_width.options).num_head_channels == 16
+    for told, message in (
+        ({"size": 15}, "halves its images 1 times"),
+        ({"heads": 3}, "do not divide into heads with num_heads = 3"),
+        ({"heads": None, "head_channels": 48}, "no multiples of head_channels=48"),
+        ({"head_channels": 16}, "heads=4 and head_channels=16: tell one"),
+        ({"steps": 4000}, r"does not tell rescale=true\|false"),
+        ({"steps": 12, "rescale": False}, None),
+        ({"updown": False}, "updown=false contradicts its tensors, which have updown=true"),
+        ({"scale_shift": False}, "scale_shift=false contradicts its tensors"),
+        ({"updown": True, "scale_shift": True}, None),
+    ):
+        if message is None:
+            described(shapes, "f.pt", ALL._replace(**told))
+        else:
+            with pytest.raises(CheckpointError, match=message):
+                described(shapes, "f.pt", ALL._replace(**told))
+
+
+@pytest.mark.parametrize("attention", [(), (8,), (16, 8)])
+@pytest.mark.parametrize(("updown", "scale_shift"), [(False, True), (True, False), (False, False)])
+def test_other_kinds_of_blocks_are_read_off(attention, updown, scale_shift):
+    kinds = {"updown": updown, "scale_shift": scale_shift}
+    with torch.device("meta"):
+        shapes = shapes_of(tiny(attention=attention, channel_mult=(1, 2, 2), num_blocks=2, **kinds))
+    found = AdmUnetOptions.model_validate(described(shapes, "f.pt", ALL).options)
+    assert (found.updown, found.scale_shift, found.attention, found.num_blocks) == (updown, scale_shift, attention, 2)
+    for key, value in kinds.items():
+        with pytest.raises(CheckpointError, match=f"{key}={str(not value).lower()} contradicts its tensors"):
+            described(shapes, "f.pt", ALL._replace(**{key: not value}))
 
 
 def test_what_is_told_goes_before_what_is_published():
     shapes = shapes_of(published("64x64_diffusion.pt"))
-    found = described(shapes, "f.pt", order="legacy", precond="ddpm")
+    found = described(shapes, "f.pt", Told(qkv="legacy", schedule="linear"))
     assert (found.order, found.options["precond"], found.size) == ("legacy", "ddpm", 64)
+    assert found.assumed == {"size": 64, "head_channels": 64, "steps": 1000, **UNASKED}
+    found = described(shapes, "f.pt", Told(heads=4, steps=4000, rescale=True))
+    assert found.assumed == {"size": 64, "qkv": "new", "schedule": "cosine", **UNASKED}
+    options = AdmUnetOptions.model_validate(found.options)
+    assert (options.num_heads, options.num_steps, options.rescaled_steps) == (4, 4000, True)
 
 
 @pytest.mark.parametrize(
@@ -116,4 +155,4 @@ def test_files_that_are_no_unet_are_refused(change, message):
         shapes = {**shapes_of(tiny()), **change}
     shapes = {key: shape for key, shape in shapes.items() if shape is not None}
     with pytest.raises(CheckpointError, match=rf"f\.pt.*{message}"):
-        described(shapes, "f.pt", size=16, order="legacy", precond="ddpm", num_heads=2)
+        described(shapes, "f.pt", ALL)

@@ -68,6 +68,39 @@ def test_outputs_equal_openai_s_in_both_orders_of_channels():
     assert_golden(net(x, t, label), *NEW)
 
 
+# updown, scale_shift, heads -> keys, parameters, digest; as above
+OTHER_BLOCKS = {
+    (False, True, 4): (
+        (129, 758_310, "f4fc106b4246f365"),
+        (-0.0095692, 0.5728679),
+        (0.029543, -0.157616, -0.042459, -0.059131),
+        (-0.397782, -0.350452, -0.591048, -0.157810),
+    ),
+    (True, False, 2): (
+        (145, 763_590, "f4aca1b0736e6529"),
+        (-0.0100549, 0.5772560),
+        (-0.119023, 0.191423, 0.194219, -0.088569),
+        (-0.854146, -0.342456, -0.576208, 0.140110),
+    ),
+    (False, False, 4): (
+        (129, 704_646, "7babcf614df9577a"),
+        (-0.0115600, 0.5745989),
+        (0.139231, -0.186202, -0.145529, -0.146988),
+        (-0.268935, -0.370763, -0.634722, -0.093693),
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", OTHER_BLOCKS)
+def test_outputs_equal_openai_s_with_other_blocks(kind):
+    updown, scale_shift, heads = kind
+    net = filled(lambda: tiny(updown=updown, scale_shift=scale_shift, num_heads=heads)).eval()
+    table, *values = OTHER_BLOCKS[kind]
+    assert table_of(net) == table
+    assert_golden(net(given(2, 3, 16, 16), torch.tensor([3.0, 700.0]), torch.tensor([1, 8])), *values)
+
+
 def assert_golden(out, moments, first, last):
     assert_close(torch.stack([out.mean(), out.std(correction=0)]), torch.tensor(moments), **GOLDEN)
     assert_close(out[0, 0, 0, :4], torch.tensor(first), **GOLDEN)
@@ -77,6 +110,11 @@ def assert_golden(out, moments, first, last):
 EDM_SMALL = {"width": 64, "channel_mult": (1, 2), "num_blocks": 1, "attention": (8,), "group_channels": 4}
 EDM_D = (-0.01325404, 0.575021, 0.74664, 0.26222, 0.214141, -0.831941, 0.337025, 0.013743)
 EDM_F = (-0.03651521, 0.5713008, 0.0826611, 0.0788722, 0.559906, 0.136385, 1.06938, 0.191146)
+
+
+EDM_ODD = {"width": 32, "channel_mult": (1, 3), "num_blocks": 1, "attention": (8,), "group_channels": 4}
+ODD_D = (0.02727461, 0.5524469, 0.639278, 0.0807198, 0.118347, -0.786199, 0.120023, 0.021538)
+ODD_F = (-0.01727815, 0.5918161, -0.278143, -0.471279, 0.0162508, 0.142092, -0.217984, 0.473609)
 
 
 def filled_edm(options):
@@ -109,6 +147,18 @@ def test_outputs_equal_edm_s():
     other_groups = filled_edm({**EDM_SMALL, "group_channels": 1})
     with pytest.raises(AssertionError):
         check(other_groups.denoise(x, sigma, label), EDM_D)
+
+
+@torch.no_grad()
+def test_outputs_equal_edm_s_where_64_does_not_divide_the_channels():
+    """96 channels attend, in one head."""
+    model = filled_edm(EDM_ODD)
+    sigma, label = torch.tensor([0.5, 20.0]), torch.tensor([3, 7])
+    x = stream(2, 2, 3, 16, 16) * (1 + sigma)[:, None, None, None]
+    check(model.denoise(x, sigma, label), ODD_D)
+    check(model.net(x, torch.tensor([0.1, -0.2]), label), ODD_F)
+    with pytest.raises(AssertionError):
+        check(filled_edm({**EDM_ODD, "num_heads": 3}).denoise(x, sigma, label), ODD_D)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,8 +264,10 @@ def test_heads():
         ((3, 16, 16), {"width": 34, "num_heads": 2}, "34 channels .* do not divide into 32 groups"),
         ((3, 16, 16), {"width": 2, "num_heads": 2, "group_channels": 4}, "2 channels .* do not divide into 0 groups"),
         ((3, 16, 16), {"width": 33}, "multiple of 2"),
-        ((3, 16, 16), {"num_head_channels": 48}, "multiples of num_head_channels"),
-        ((3, 16, 16), {"num_heads": 3}, "multiples of num_heads"),
+        ((3, 16, 16), {"num_head_channels": 20}, r"channels \[64, 64\] .* with num_head_channels = 20"),
+        ((3, 16, 16), {"num_heads": 3}, "do not divide into heads with num_heads = 3"),
+        ((3, 16, 16), {"num_steps": 500}, "num_steps = 500 is of precond ddpm or cosine, not edm"),
+        ((3, 16, 16), {"num_steps": 12, "precond": "ddpm"}, "must be two or more, finite, positive and increasing"),
         ((3, 16, 16), {"chanel_mult": [1]}, "did you mean 'channel_mult'"),
     ],
 )

@@ -251,7 +251,9 @@ def test_the_round_trip_goes_all_the_way_up():
 
 
 @pytest.mark.parametrize(("side", "mean", "std"), [("model", [0.0, 0.0], STD_MODEL), ("guided", SHIFT, STD_DATA)])
-@pytest.mark.parametrize("sampler", ["heun", "euler", "ddim", "dpmpp-2m"])
+@pytest.mark.parametrize(
+    "sampler", ["euler", "dpmpp-2m", *(pytest.param(name, marks=pytest.mark.slow) for name in ("heun", "ddim"))]
+)
 def test_the_mean_regeneration_of_a_normal_is_known(side, mean, std, sampler):
     """The flow of N(m, s^2) from sigma to 0 is x -> m + (x - m) s / sqrt(s^2 + sigma^2)."""
     s = subject(spec=SPEC.merged(steps=400, sampler=sampler, batch=2), num=4)

@@ -17,7 +17,6 @@ from ddo_cli.recipe.load import load
 from ddo_cli.trainable import Trainable
 
 CPU = torch.device("cpu")
-QUICK = "mlp"
 
 
 def moved(ref):
@@ -39,9 +38,8 @@ def gradients(model, ref):
     return loss.log["r_real"], loss.loss.detach(), torch.cat(flat)
 
 
-@pytest.mark.parametrize(
-    "family", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in families.FAMILIES if name != QUICK)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_a_compiled_step_is_the_step(family):
     """Within float32's rounding, with TF32 switched off as `dist.init` does."""
     with inference_precision("float32", CPU):
@@ -65,6 +63,7 @@ def test_a_compiled_step_is_the_step(family):
         assert abs(float(gradients(model, ref)[0])) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_weighted_sum_with_a_product_keeps_its_weights():
     """Inductor fuses add(a, product, alpha=t) into one call that leaves alpha out."""
     generator = torch.Generator().manual_seed(0)

@@ -95,7 +95,7 @@ def openai_file(model, path, order="legacy", dtype=torch.float32):
     return path
 
 
-ADM_SETTINGS = ("schedule=linear", "size=8")
+ADM_SETTINGS = ("schedule=linear", "size=8", "head_channels=64")
 
 
 @pytest.mark.parametrize("order", ["legacy", "new"])
@@ -119,13 +119,41 @@ def test_an_adm_diffusion_model(tmp_path, order):
 
 def test_what_an_adm_file_does_not_tell(tmp_path):
     path, out = openai_file(random_adm(), tmp_path / "a.pt"), tmp_path / "a.safetensors"
-    with pytest.raises(CheckpointError, match=r"side of its images.*qkv channels.*schedule"):
+    with pytest.raises(CheckpointError, match=r"size=.*qkv=.*schedule=.*heads="):
         convert.run(path, out)
-    found = convert.run(path, out, settings=["qkv=new", "schedule=cosine", "size=8"], dry_run=True)
-    assert (found["precond"], found["qkv"]) == ("iddpm", "new")
-    for wrong in ("qkv=newer", "schedule=", "size=x", "siez=8", "nonsense"):
-        with pytest.raises(UsageError, match="write qkv=legacy"):
+    settings = ["qkv=new", "schedule=cosine", "size=8", "heads=2"]
+    found = convert.run(path, out, settings=settings, dry_run=True)
+    assert (found["precond"], found["qkv"]) == ("cosine", "new")
+    assert found["assumed"] == "steps=1000, predict_xstart=false, num_heads_upsample=-1"
+    for wrong, message in (
+        ("qkv=newer", r"write qkv=legacy\|new"),
+        ("schedule=", r"write schedule=linear\|cosine"),
+        ("size=x", "write size=<number>"),
+        ("steps=0", "write steps=<number>"),
+        ("heads=99999999", "write heads=<number>"),
+        ("updown=no", r"write updown=true\|false"),
+        ("siez=8", "did you mean 'size'"),
+        ("nonsense", "known: qkv"),
+    ):
+        with pytest.raises(UsageError, match=message):
             convert.run(path, out, settings=[wrong])
+    with pytest.raises(UsageError, match="size is told twice"):
+        convert.run(path, out, settings=[*settings, "size=16"])
+
+
+@pytest.mark.parametrize("kinds", [{"updown": False}, {"scale_shift": False, "num_heads": 2}])
+def test_adm_of_other_blocks_steps_and_heads(tmp_path, kinds):
+    model = random_adm(precond="cosine", num_steps=400, rescaled_steps=True, **kinds)
+    path = openai_file(model, tmp_path / "a.pt")
+    settings = ["qkv=legacy", "schedule=cosine", "size=8", "steps=400", "rescale=true"]
+    settings.append("heads=2" if "num_heads" in kinds else "head_channels=64")
+    found = convert.run(path, tmp_path / "a.safetensors", settings=settings, verify=True)
+    assert found["assumed"] == "predict_xstart=false, num_heads_upsample=-1"
+    again, _ = registry.load_model(tmp_path / "a.safetensors", CPU)
+    x, sigma, label = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 3.0]), torch.tensor([1, -1])
+    assert torch.equal(again.denoise(x, sigma, label), model.eval().denoise(x, sigma, label))
+    assert len(again.precond.sigmas) == 400
+    assert again.precond.coefficients(again.precond.sigmas[-1]).c_noise.item() == 399 * 2.5
 
 
 def test_tensors_that_share_memory_are_told_apart(tmp_path):

@@ -7,6 +7,7 @@ from test_adm_encoder import TINY, classifier, head, states, tiny_classifier, ti
 
 from ddo_cli import checkpoint
 from ddo_cli.errors import CheckpointError
+from ddo_cli.models.adm.published import Told
 from ddo_cli.models.discriminators import files as dg_files
 from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.models.discriminators.adm_encoder import PUBLISHED
@@ -121,3 +122,29 @@ def test_a_state_dict_of_other_shapes(tmp_path):
     torch.save(tensors, path)
     with pytest.raises(CheckpointError, match="fit no configuration"):
         dg_files.read(path)
+
+
+def test_what_a_classifier_s_file_does_not_tell(tmp_path):
+    path = hollow(lambda: classifier(3, 64, depth=1, width=64), tmp_path / "c.pt")
+    assert dg_files.read(path).assumed == {"head_channels": 64, "schedule": "cosine", "steps": 1000}
+    found = dg_files.read(path, told=Told(head_channels=32, schedule="linear", steps=4000, size=64, updown=True))
+    assert found.assumed == {"rescale_timesteps": False}
+    options = found.config["options"]
+    assert (options["num_head_channels"], options["time"], options["steps"]) == (32, "linear", 4000)
+    for told, message in (
+        (Told(head_channels=24), "are no multiples of head_channels=24; tell"),
+        (Told(size=32), "size=32 contradicts its tensors, which have size=64"),
+        (Told(scale_shift=False), "scale_shift=false contradicts its tensors, which have scale_shift=true"),
+        (Told(heads=4), "is a classifier, of which .*head_channels.* can be told; leave heads out"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            dg_files.read(path, told=told)
+    plain = hollow(lambda: head(512, 0), tmp_path / "d.pt")
+    with pytest.raises(
+        CheckpointError, match="is a discriminator, of which head_channels can be told; leave steps out"
+    ):
+        dg_files.read(plain, told=Told(steps=1000))
+    narrow = hollow(lambda: classifier(3, 64, depth=1, width=96, num_head_channels=32), tmp_path / "n.pt")
+    with pytest.raises(CheckpointError, match="are no multiples of head_channels=64; tell the head_channels"):
+        dg_files.read(narrow)
+    assert dg_files.read(narrow, told=Told(head_channels=32)).config["options"]["width"] == 96

@@ -41,6 +41,8 @@ def adm(precond_name: str, num_classes: int = 10, **changes) -> Checkpoint:
         ("ddpm", {"num_classes": 0}),
         ("edm", {"augment_dim": 4}),
         ("ddpm", {"num_heads": 2, "channel_mult": [1, 2, 2], "attention": []}),
+        ("cosine", {"updown": False, "scale_shift": False, "num_steps": 4000}),
+        ("ddpm", {"updown": False, "num_steps": 500, "attention": [8]}),
     ],
 )
 def test_adm_exported_is_the_same_function(name, changes, tmp_path):
@@ -125,6 +127,7 @@ def test_the_published_networks_have_their_names(side, options):
         ("ddpm", {"num_heads": 4, "channel_mult": [1, 2, 4]}, r"heads of \[16, 32\] channels"),
         ("ddpm", {"channel_mult": [2, 2, 2]}, r"channel_mult\[0\] = 2.0 must be 1"),
         ("ddpm", {"group_channels": 4}, "fewer than 32 groups"),
+        ("ddpm", {"num_steps": 500, "rescaled_steps": True}, "no scheduler of diffusers tells steps as of 1000"),
     ],
 )
 def test_networks_that_the_library_does_not_have(name, changes, message, tmp_path):

@@ -27,6 +27,7 @@ from conftest import make_checkpoint
 from PIL import Image
 
 from ddo_cli import cli
+from ddo_cli.models.adm.published import Told
 from ddo_cli.recipe.load import recipe_names
 from ddo_cli.recipe.schema import SamplingRecipe, all_keys
 
@@ -59,7 +60,7 @@ SHORT = {
 SHORT_IF_GIVEN = {"--seeds": "0-47", "--num-images": "64", "--steps-list": "2,3"}
 FOREIGN_OPTIONS = {  # of other programs
     "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--feature-extractor",
-    "--feature-layer-prc",
+    "--feature-layer-prc", "--transform",
 }  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def shortened(words: list[str]) -> list[str]:
 
 @pytest.fixture(scope="session")
 def brought(tmp_path_factory) -> Path:
-    """What the reader brings: a labelled set of images and a model."""
+    """What the reader brings: a labelled set of images, pictures in class folders, and a model."""
     place = tmp_path_factory.mktemp("brought")
     labels, rng = [], np.random.default_rng(0)
     with zipfile.ZipFile(place / "images.zip", "w") as archive:
@@ -110,6 +111,11 @@ def brought(tmp_path_factory) -> Path:
             archive.writestr(f"{number:03d}.png", file.getvalue())
             labels.append([f"{number:03d}.png", number % 10])
         archive.writestr("dataset.json", json.dumps({"labels": labels}))
+    for number in range(70):
+        folder = place / "pictures" / f"class {number % 10}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(256, size=(40 + number, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.bmp")
     make_checkpoint(place / "model.safetensors")
     return place
 
@@ -289,4 +295,5 @@ def test_options_and_keys_of_the_lines_exist(name, hooks):
             for option in parameter.opts + parameter.secondary_opts
         }
         assert {word for word in words[2:] if word.startswith("--")} <= options, words
-        assert {word.partition("=")[0] for word in words[2:] if "=" in word} <= known, words
+        keys = set(Told._fields) if words[1] == "convert" else known
+        assert {word.partition("=")[0] for word in words[2:] if "=" in word} <= keys, words

@@ -150,7 +150,7 @@ def test_the_noise_is_not_that_of_sampling(place, tmp_path):
     assert (apart > 2).all()  # the same noise would leave x0 = 0.004 beside a deviation of 80 between them: 0.0 to 0.1
 
 
-def test_two_processes_write_the_same_sets(place, tmp_path):
+def test_two_processes_write_the_same_sets(real_pictures, place, tmp_path):
     guided(place, tmp_path / "one", [0.5, 2.0], sampling={"batch": 4})
     options = ["--disc", str(place / "d.safetensors"), "--batch", "4", "--level", "0.5,2", "--out", "two"]
     done = torchrun("-m", "ddo_cli", "edit", str(place / "source.npz"), *options, "--device", "cpu", "--json")
@@ -327,7 +327,9 @@ def whole(place):
 
 
 # 48 files take their names: edit.json, 4 manifests, 4 sets of 7 images, 2 parts and a manifest, 2 pictures, edit.json.
-@pytest.mark.parametrize("number", [1, 4, 9, 14, 26, 46, 48])
+@pytest.mark.parametrize(
+    "number", [4, 26, 48, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 9, 14, 46))]
+)
 def test_an_interrupted_edit_continues(place, whole, tmp_path, monkeypatch, number):
     count, rename = 0, os.replace
 

@@ -82,6 +82,7 @@ def test_outputs_equal_the_official_ones():
     torch.testing.assert_close(model.log_variance(sigma), torch.tensor([1.2148308, -0.0398074]), atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_output_of_a_published_size_equals_the_official_one():
     model = filled(registry.build(registry.config_of(*PUBLISHED["edm2-img512-xs"].config)).eval())

@@ -95,8 +95,8 @@ def check(out, expected):
     ("name", "denoised", "raw", "augmented"),
     [
         ("cifar10-uncond-ddpmpp", UNCOND_D, UNCOND_F, AUGMENTED_D),
-        ("cifar10-cond-ddpmpp", COND_D, None, None),
-        ("cifar10-cond-ncsnpp", NCSNPP_D, NCSNPP_F, None),
+        pytest.param("cifar10-cond-ddpmpp", COND_D, None, None, marks=pytest.mark.slow),
+        pytest.param("cifar10-cond-ncsnpp", NCSNPP_D, NCSNPP_F, None, marks=pytest.mark.slow),
     ],
 )
 @torch.inference_mode()

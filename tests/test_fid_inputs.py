@@ -280,7 +280,7 @@ def test_uncertainty(root):
     assert many["fd_embedded_infinity"] < many["fd_embedded"]  # few images raise a Frechet distance
 
 
-def test_nearest_finds_copies(root, images, tmp_path):
+def test_nearest_finds_copies(real_pictures, root, images, tmp_path):
     copies = {4: 90, 11: 3}  # rows of the scored set: rows of the reference
     mixed = images["set"].copy()
     for row, of in copies.items():

@@ -24,8 +24,6 @@ from ddo_cli.errors import CheckpointError, NumericsError, RunError, UsageError
 from ddo_cli.objectives import ddo_step as objective
 from ddo_cli.objectives.ddo import ddo_loss
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 class KilledError(BaseException):
     """Stands in for SIGKILL: nothing catches it."""
@@ -60,7 +58,7 @@ def finished_of(tmp_path_factory):
     return finished
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=kinds("diffusion", "autoregressive"))
 def finished(request, finished_of):
     return finished_of(request.param)
 

@@ -236,6 +236,24 @@ def test_every_preconditioner_around_every_network(official, tmp_path, kind, inn
     assert all(torch.equal(found.tensors[key], own[key]) for key in own)
 
 
+def test_levels_too_narrow_for_a_head_do_not_attend(official, tmp_path):
+    """EDM's heads have 64 channels or more: 96 are one head, and 32 none, though their side is named."""
+    torch.manual_seed(0)
+    config = {**OWN_ADM, "channel_mult": [1, 3], "precond": "edm"}
+    model = registry.build(registry.config_of("adm-unet", (3, 8, 8), 2, config, {}))
+    names = EdmKeys(8, model.options)
+    tensors = dict(names.to_edm(key, tensor) for key, tensor in model.state_dict().items())
+    base = {**ADM, "channel_mult": [1, 3], "attn_resolutions": [8, 4]}
+    ema = network(official, tensors, 2, "EDMPrecond", "DhariwalUNet", base=base)
+    found = read_edm(write(tmp_path / "a.pkl", {"ema": ema}))
+    assert found.config["options"]["attention"] == [4]
+    own = model.state_dict()
+    assert all(torch.equal(found.tensors[key], own[key]) for key in own)
+    narrow = network(official, tensors, 2, "EDMPrecond", "DhariwalUNet", base={**base, "channel_mult": [1, 1]})
+    with pytest.raises(CheckpointError, match="coarsest level has 32 channels, fewer than the 64 of a head"):
+        read_edm(write(tmp_path / "b.pkl", {"ema": narrow}))
+
+
 def test_noise_levels_that_are_not_the_cosine_schedules(official, tmp_path):
     content, _ = pickled_network(official, "iDDPMPrecond", "SongUNet")
     read_edm(write(tmp_path / "a.pkl", content))

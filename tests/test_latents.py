@@ -224,6 +224,7 @@ def test_finetuning_on_latents_equals_finetuning_on_their_images(tmp_path):
     assert any(not torch.equal(found[name], expected[name]) for name in found)  # images were rounded to 8 bits
 
 
+@pytest.mark.slow
 def test_an_encoder_that_draws_gives_the_same_from_images_and_latents(tmp_path):
     ckpt = make_toy(tmp_path / "m.safetensors", std=0.5)
     source = encoded(ckpt, tmp_path / "set")
@@ -258,7 +259,7 @@ def test_resume_on_latents(tmp_path, monkeypatch):
     same(whole / "final.safetensors", tmp_path / "killed" / "final.safetensors")
 
 
-@pytest.mark.parametrize("fake_as", ["images", "latents"])
+@pytest.mark.parametrize("fake_as", ["images", pytest.param("latents", marks=pytest.mark.slow)])
 def test_var_on_tokens(tmp_path, fake_as):
     ckpt = make_checkpoint(tmp_path / "m.safetensors", "var")
     source = encoded(ckpt, tmp_path / "set")

@@ -6,9 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_adm_encoder import fill
+from torch import nn
 from torch.testing import assert_close
 
+from ddo_cli.codec import Codec
 from ddo_cli.diffusion import samplers
+from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
+from ddo_cli.diffusion.guidance import GradientGuide
 from ddo_cli.diffusion.precond import linear_sigmas
 from ddo_cli.diffusion.schedules import respaced_steps
 from ddo_cli.diffusion.trace import Trace
@@ -27,20 +31,27 @@ def tensor(tag, channels):
 
 
 def one_step(i, name, direction):
-    """x_(i-1) of ADM's state after step i of the 250, in its own units. direction: added to the score."""
-    levels = linear_sigmas()[STEPS]
-    sigma = levels[i]
-    sigmas = torch.stack([sigma, levels[i - 1] if i else torch.zeros((), dtype=torch.float64)])
+    """x_(i-1) of ADM's state after step i of the 250, in its own units. direction: the gradient of a guide in x_i.
+
+    Step 0 comes after step 1, whose variance it takes part of; whatever that leads to, it starts from ADM's state.
+    """
+    levels = torch.cat([torch.zeros(1, dtype=torch.float64), linear_sigmas()[STEPS]])
+    sigmas = levels[[2, 1, 0] if i == 0 else [i + 1, i]]
     out = tensor("out", 8)
     trace = Trace(variance=out[:, 4:])
     churn = SimpleNamespace(trace=trace, eps=lambda x: tensor("noise", 4))
 
-    def denoise(x, sigma, stage="predictor"):
-        denoised = x - sigma * out[:, :4]
-        return denoised if direction is None else denoised + sigma**2 * direction / (1 + sigma**2).sqrt()
+    def state(sigma):
+        return tensor("x", 4) * (1 + sigma**2).sqrt()
 
-    x = tensor("x", 4) * (1 + sigma**2).sqrt()
-    return samplers.SAMPLERS[name].integrate(denoise, x, sigmas, churn) / (1 + sigmas[1] ** 2).sqrt()
+    def denoise(x, sigma, stage="predictor"):
+        return state(sigma) - sigma * out[:, :4]
+
+    if direction is not None:
+        guide = GradientGuide(lambda x_vp, t, label: (x_vp * direction).flatten(1).sum(1), time_min=0.0)
+        denoise = guide.steer(denoise, torch.full((2,), -1), trace)
+    found = samplers.SAMPLERS[name].integrate(denoise, state(sigmas[0]), sigmas, churn)
+    return found / (1 + sigmas[-1] ** 2).sqrt()
 
 
 @pytest.mark.parametrize(
@@ -60,6 +71,21 @@ def test_steps_of_ddpm_equal_the_published_ones(i, expected):
 @pytest.mark.parametrize(
     ("i", "expected"),
     [
+        (0, [-0.5071516, 0.2325761, -0.5022460, 0.3866426]),
+        (10, [-0.5275561, 0.2862911, -0.4872612, 0.4308046]),
+        (125, [-0.5728310, 0.4789602, -0.4403110, 0.5340444]),
+        (249, [-0.6017228, 0.5523218, -0.4205528, 0.5649605]),
+    ],
+)
+def test_guided_steps_of_ddpm_equal_the_published_ones(i, expected):
+    """The mean moves by Sigma grad L, by the learned variance; in the last step, too, which adds no noise."""
+    found = one_step(i, "ddpm", tensor("grad", 4))[0].flatten()[:4]
+    assert_close(found, torch.tensor(expected).double(), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("i", "expected"),
+    [
         (0, [-0.5071474, 0.2325836, -0.5022417, 0.3866337]),
         (10, [-0.5095169, 0.2338119, -0.5020253, 0.3863756]),
         (125, [-0.5234171, 0.2519582, -0.5033796, 0.3773219]),
@@ -71,9 +97,82 @@ def test_guided_steps_of_ddim_equal_the_published_ones(i, expected):
     assert_close(found, torch.tensor(expected).double(), atol=2e-6, rtol=0)
 
 
+class Curved(nn.Module):
+    """eps and, with a learned variance, v of a state of four numbers in DDPM's frame; any smooth function does."""
+
+    def forward(self, x, c_noise, label):
+        eps = (1.3 * x + c_noise[:, None] / 500).tanh()
+        return torch.cat([eps, (2 * x + label[:, None]).sin()], dim=1)
+
+
+def potential(x_vp, t, label):
+    return (x_vp - 0.5).cos().sum(1) * (2 + label)
+
+
+def gradient(x, label):
+    return -(x - 0.5).sin() * (2 + label[:, None])
+
+
+def in_ddpms_frame(name, learned, steps, z, noise, label, weight):
+    """The samples of guided-diffusion: `p_mean_variance` and `condition_mean`, or `condition_score` and DDIM's step.
+
+    Written from arXiv 2006.11239, 2102.09672 and 2105.05233 in their own frame, with a variance that is fixed_small
+    where it is not learned.
+    """
+    visited = respaced_steps(1000, str(steps))
+    abar = 1 / (1 + linear_sigmas()[visited] ** 2)
+    prev = torch.cat([torch.ones(1).double(), abar[:-1]])
+    beta = 1 - abar / prev
+    tilde = beta * (1 - prev) / (1 - abar)
+    log_tilde = torch.cat([tilde[1:2], tilde[1:]]).log()
+    x = z.double()
+    for i in reversed(range(steps)):
+        out = Curved()(x.float(), torch.full((len(x),), visited[i]), label).double()
+        eps, v = out.chunk(2, dim=1)
+        x0 = ((x - (1 - abar[i]).sqrt() * eps) / abar[i].sqrt()).clamp(-1, 1)
+        shift = weight * gradient(x, label)
+        if name == "ddpm":
+            mean = prev[i].sqrt() * beta[i] / (1 - abar[i]) * x0
+            mean = mean + (1 - prev[i]) * (1 - beta[i]).sqrt() / (1 - abar[i]) * x
+            share = (v + 1) / 2
+            variance = (share * beta[i].log() + (1 - share) * log_tilde[i]).exp() if learned else tilde[i]
+            x = mean + variance * shift
+            if i:
+                x = x + variance.sqrt() * noise[i]
+        else:
+            eps = (x - abar[i].sqrt() * x0) / (1 - abar[i]).sqrt() - (1 - abar[i]).sqrt() * shift
+            x0 = (x - (1 - abar[i]).sqrt() * eps) / abar[i].sqrt()
+            x = prev[i].sqrt() * x0 + (1 - prev[i]).sqrt() * eps
+    return x
+
+
+@pytest.mark.parametrize("steps", [10, 250])
+@pytest.mark.parametrize(("name", "learned"), [("ddpm", True), ("ddpm", False), ("ddim", True)])
+def test_guided_sampling_equals_ddpms_own_frame(name, learned, steps):
+    class Net(Curved):
+        def forward(self, x, c_noise, label):
+            out = super().forward(x, c_noise, label)
+            return out if learned else out[:, :4]
+
+    model = DiffusionModel(
+        Net(), Codec((4,)), 3, DiffusionOptions(precond="ddpm", learned_variance=learned), DiffusionDrawOptions()
+    )
+    label, spec = torch.tensor([0, 1, 2]), SamplingRecipe(sampler=name, steps=steps, clip_denoised=True)
+    rng = RowRng(range(3))
+    z = rng.randn((4,))
+    rng.randint(3)
+    noise = {i: rng.randn((4,), dtype=torch.float64) for i in range(steps - 1, 0, -1)} if name == "ddpm" else {}
+    guide = GradientGuide(potential, 0.7, time_min=0.0)
+    found = model.guided_by([guide]).sample(label, RowRng(range(3)), spec).x
+    expected = in_ddpms_frame(name, learned, steps, z, noise, label, 0.7)
+    assert_close(found, expected, rtol=0, atol=2e-6)  # network and potential are float32
+    plain = model.sample(label, RowRng(range(3)), spec).x
+    assert (plain - expected).abs().max() > 0.01  # the guide acts
+
+
 def test_the_variance_matters():
     levels = linear_sigmas()[STEPS][[125, 124]]
-    low, high = (samplers._learned_deviation(torch.tensor(v).double(), *levels) for v in (-1.0, 1.0))
+    low, high = (samplers._learned_deviation(torch.tensor(v).double(), *levels, None) for v in (-1.0, 1.0))
     up = levels[1] * (1 - (levels[1] / levels[0]) ** 2).sqrt()
     assert_close(low, up)  # the smaller variance is DDIM's with eta 1
     assert high > low * 1.001

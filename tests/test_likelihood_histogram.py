@@ -63,7 +63,7 @@ def test_refusals():
         FeatureGaussian(torch.zeros(3), torch.full((3, 3), torch.nan))
 
 
-def test_picture(tmp_path):
+def test_picture(real_pictures, tmp_path):
     rng = np.random.default_rng(0)
     sets = {"data": rng.normal(size=500), "model": np.append(rng.normal(1, 2, 400), [np.inf, 1e9])}
     pictures.histograms(sets, tmp_path / "a.png", "nats per image")

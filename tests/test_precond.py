@@ -6,7 +6,7 @@ from test_edm_unet import check, filled, stream
 from torch.testing import assert_close
 
 from ddo_cli.diffusion import precond, vp_sde
-from ddo_cli.diffusion.precond import PRECONDITIONERS, Discrete, Vp, cosine_sigmas, linear_sigmas
+from ddo_cli.diffusion.precond import PRECONDITIONERS, Discrete, Vp, cosine_sigmas, edm_cosine_sigmas, linear_sigmas
 from ddo_cli.models import registry
 from ddo_cli.rng import RowRng
 
@@ -30,8 +30,8 @@ def test_denoisers_equal_the_official_ones(name, learned, expected):
     assert (variance is None) != bool(learned)
 
 
-def test_levels_of_the_cosine_schedule():
-    u = cosine_sigmas()
+def test_levels_of_the_cosine_schedule_in_edm_s_rounding():
+    u = edm_cosine_sigmas()
     assert len(u) == 1000
     # As the published networks store them, float32.
     found = u[[999, 998, 997, 1, 0]]
@@ -50,8 +50,25 @@ def test_levels_of_the_linear_schedule():
     assert_close(linear_sigmas(500)[-1], linear_sigmas()[-1], rtol=0.05, atol=0)
 
 
+def test_levels_of_the_cosine_schedule():
+    alpha_bar = 1 / (1 + cosine_sigmas() ** 2)
+    expected = [0.9999587158, 0.9999125759, 0.8470121613, 0.4938435904, 0.1442721024, 2.428766907e-9]
+    assert_close(alpha_bar[[0, 1, 249, 499, 749, 999]], torch.tensor(expected).double(), atol=0, rtol=1e-7)
+    assert_close(edm_cosine_sigmas().double(), cosine_sigmas(), atol=0, rtol=1e-3)  # EDM's rounding of the lowest
+    for num_steps in (50, 4000):
+        levels = cosine_sigmas(num_steps)
+        assert (len(levels), bool((levels.diff() > 0).all())) == (num_steps, True)
+
+
+def test_steps_may_be_told_as_of_1000():
+    sigmas = cosine_sigmas(4000)
+    for rescaled, told in ((False, [0.0, 2001.0, 3999.0]), (True, [0.0, 500.25, 999.75])):
+        known = Discrete(sigmas, rescaled=rescaled)
+        assert known.coefficients(sigmas[[0, 2001, 3999]]).c_noise.tolist() == told
+
+
 def test_nearest_step():
-    iddpm = Discrete(cosine_sigmas())
+    iddpm = Discrete(edm_cosine_sigmas())
     sigma = torch.tensor([[0.3, 7.0]], dtype=torch.float64)
     assert iddpm.coefficients(sigma).c_noise.tolist() == [[178.0, 908.0]]
     found = iddpm.round_sigma(sigma)
@@ -86,7 +103,7 @@ def test_the_true_target_gives_the_clean_image(prediction):
     assert_close(c.c_in * x, alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps)
 
 
-@pytest.mark.parametrize("levels", [[1.0], [2.0, 1.0], [0.0, 1.0], [[1.0, 2.0]]])
+@pytest.mark.parametrize("levels", [[1.0], [2.0, 1.0], [0.0, 1.0], [[1.0, 2.0]], [1.0, float("inf")]])
 def test_levels_must_increase(levels):
     with pytest.raises(ValueError, match="increasing"):
         Discrete(torch.tensor(levels))

@@ -321,7 +321,7 @@ def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch):
     assert [e.name for e in tmp_path.iterdir()] == ["x"]
 
 
-def test_a_user_s_picture_beside_a_new_set_is_not_overwritten(place, tmp_path):
+def test_a_user_s_picture_beside_a_new_set_is_not_overwritten(real_pictures, place, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "set-grid.png")
     refused(lambda **more: _drawn(place, tmp_path / "set", **more), tmp_path, "set-grid.png would be replaced")
     (tmp_path / "set-grid.png").write_text("no picture")

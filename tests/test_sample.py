@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, KINDS, make_checkpoint, torchrun
+from conftest import CPU, kinds, make_checkpoint, torchrun
 from PIL import Image
 
 from ddo_cli import files
@@ -21,7 +21,7 @@ from ddo_cli.models import registry
 from ddo_cli.recipe.schema import SamplingRecipe
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=kinds("diffusion", "var"))
 def ckpt(request, tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("ckpt") / "m.safetensors", request.param)
 
@@ -241,7 +241,7 @@ def test_a_batch_counts_as_stored_once_all_its_images_are(tmp_path, monkeypatch)
         with pytest.raises(OSError, match=r"000003\.png'$"):
             writer.write(batch)
     assert writer.missing() == [0]
-    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == [f"{seed:06d}.png" for seed in (0, 1, 2, 4)]
+    assert not (tmp_path / "set" / "000003.png").exists()
     writer.write(batch)
     assert writer.missing() == []
     for seed, item in enumerate(items):

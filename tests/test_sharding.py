@@ -32,7 +32,7 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     return checkpoint.load(run / "round-01" / "checkpoints" / f"step-{step:06d}.safetensors", kind="model").tensors
 
 
-@pytest.fixture(scope="module", params=kinds("diffusion"))
+@pytest.fixture(scope="module", params=kinds())
 def runs(request, tmp_path_factory):
     """The same run by one process, and sharded by two: (kind, reference, one, two, options)."""
     path = tmp_path_factory.mktemp(request.param)

@@ -473,7 +473,7 @@ print(peak() - before, total)
 """
 
 
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("save", [pytest.param(np.savez, marks=pytest.mark.slow), np.savez_compressed])
 def test_memory_does_not_grow_with_the_set(tmp_path, save):
     """30,000 images of 32 x 32 (92 MB) pass through less than 30 MB."""
     items = np.zeros((30_000, 32, 32, 3), np.uint8)

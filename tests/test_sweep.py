@@ -25,8 +25,6 @@ GRID = ("finetune.alpha=[1, 2]", "finetune.beta=[0.05, 0.1, 0.2]")
 # Six nodes: rungs at steps 2 and 3 of 6, candidates at 3 and 6.
 SMALL = ("metric={name: fd_embedded, num_images: 24, repeats: 1}", "finetune.lr=0.01")
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 class KilledError(BaseException):
     """Stands in for SIGKILL: nothing catches it."""

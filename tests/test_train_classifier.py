@@ -21,12 +21,17 @@ def ckpt(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("ckpt") / "m.safetensors")
 
 
-def test_it_learns_and_a_finished_run_says_so(ckpt, tmp_path, capsys):
-    recipe = tiny_disc_recipe(ckpt, *SETTINGS)
-    found = train_classifier.run(recipe, tmp_path / "run", device=CPU)
+@pytest.mark.slow
+def test_it_learns(ckpt, tmp_path):
+    found = train_classifier.run(tiny_disc_recipe(ckpt, *SETTINGS), tmp_path / "run", device=CPU)
     accuracies = [level["accuracy"] for level in found["levels"]]
     assert accuracies[0] > 0.3  # one in ten is chance
     assert accuracies[-1] < accuracies[0]  # noise hides the digit
+
+
+def test_a_finished_run_says_so(ckpt, tmp_path, capsys):
+    recipe = tiny_disc_recipe(ckpt, *SETTINGS, "classifier.images=320")
+    found = train_classifier.run(recipe, tmp_path / "run", device=CPU)
     assert train_classifier.run(recipe, tmp_path / "run", device=CPU) == found
     assert "nothing to do" in capsys.readouterr().err
     loaded = discriminators.load("classifier", found["final"], CPU)

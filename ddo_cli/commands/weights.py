@@ -16,8 +16,9 @@ FileSettings = Annotated[
     list[str] | None,
     Argument(
         metavar="[KEY=VALUE]...",
-        help="Settings that the file does not hold. ADM .pt: qkv=legacy|new, schedule=linear|cosine, size=, "
-        "num_heads=. VAR .pth: patch_nums=1,2,3,...",
+        help="What the file does not tell. ADM .pt: size=, qkv=legacy|new, heads= or head_channels=, "
+        "schedule=linear|cosine, steps=, rescale=true|false; updown= and scale_shift= are checked. "
+        "VAR .pth: patch_nums=1,2,3,...",
         show_default=False,
     ),
 ]

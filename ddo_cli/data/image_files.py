@@ -1,7 +1,6 @@
 """Image sets of one file per image: folders, and EDM's and StyleGAN's zips."""
 
 import contextlib
-import io
 import json
 import os
 import zipfile
@@ -12,26 +11,19 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from ddo_cli.data.items import INDEX, describe
+from ddo_cli.data.items import INDEX, describe, prepared_by
+from ddo_cli.data.pictures import EXTENSIONS, Header, Unfit, flattened, open_picture
 from ddo_cli.data.readers import ZIP_ERRORS, ItemFiles
 from ddo_cli.errors import DataError
 from ddo_cli.likelihood import NO_LABEL
 
-# What Pillow decodes by itself. EPS and PostScript are left out, since Pillow starts Ghostscript for them.
-FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
-EXTENSIONS = (
-    ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm",
-)  # fmt: skip
 LOSSY = (".jpg", ".jpeg", ".jfif", ".webp")
 # Pictures that are left out of a set: their number counts against comparing its scores.
 OTHER_PICTURES = (
     ".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".tga", ".psd", ".exr", ".hdr", ".dds", ".ico", ".pcx", ".svg",
     ".eps", ".ps", ".pdf", ".wmf", ".emf", ".raw", ".dng", ".cr2", ".nef",
 )  # fmt: skip
-# Pillow modes without loss in 8 bits of grey or RGB. Those with alpha are taken where it is opaque.
-MODES = {"1": "L", "L": "L", "RGB": "RGB", "P": "RGB", "YCbCr": "RGB", "CMYK": "RGB", "RGBA": "RGBA", "LA": "LA"}
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
 FEW_NAMES = 12  # class names, or files, that a note spells out
 
@@ -66,12 +58,12 @@ def folder_entries(source: str, path: Path) -> Listing:
     return _listing(source, names, lambda index: folder_index(path / index), folders_are_classes=True)
 
 
-def zip_entries(source: str, archive: zipfile.ZipFile) -> Listing:
+def zip_entries(source: str, archive: zipfile.ZipFile, folders_are_classes: bool = False) -> Listing:
     """The images of a zip. Labels are those of dataset.json; directories in a zip are no classes, as in EDM.
 
-    Raises DataError, or one of ZIP_ERRORS.
+    folders_are_classes: they are, as in EDM's tool that makes such zips. Raises DataError, or one of ZIP_ERRORS.
     """
-    return _listing(source, archive.namelist(), lambda index: archive.read(index), folders_are_classes=False)
+    return _listing(source, archive.namelist(), lambda index: archive.read(index), folders_are_classes)
 
 
 def broken_zip(source: str, error: Exception) -> DataError:
@@ -85,14 +77,20 @@ def _listing(
     names, notes, warnings = _images_of(source, files)
     index = _index_of(source, files, names)
     if index is not None:
-        root = index.removesuffix(INDEX)
-        labels = indexed_labels(source, [name.removeprefix(root) for name in names], read(index), index)
+        root, text = index.removesuffix(INDEX), read(index)
+        labels = indexed_labels(source, [name.removeprefix(root) for name in names], text, index)
         if root:
             notes.append(f"{source}: labels are those of {index}")
-        return Listing(names, labels, tuple(notes), tuple(warnings))
-    if not folders_are_classes:
-        return Listing(names, np.full(len(names), NO_LABEL), tuple(notes), tuple(warnings))
+        return Listing(names, labels, tuple(notes), tuple(warnings), _class_names(text))
     listing = _folder_labels(source, names)
+    if not folders_are_classes:
+        if listing.classes:
+            folders = ", ".join([*listing.classes.values()][:3])
+            notes.append(
+                f"{source}: no labels, since folders in a zip are no classes ({folders}, ...); {prepared_by(source)} "
+                "makes them labels"
+            )
+        return Listing(names, np.full(len(names), NO_LABEL), tuple(notes), tuple(warnings))
     return listing._replace(notes=(*notes, *listing.notes), warnings=(*warnings, *listing.warnings))
 
 
@@ -223,6 +221,13 @@ def indexed_labels(source: str, names: Sequence[str], text: bytes | None, index:
     return labels
 
 
+def _class_names(text: bytes | None) -> Mapping[str, str]:
+    """The names by class number that `ddo data` stores in dataset.json, after its labels are read; else none."""
+    names = json.loads(text or b"{}").get("classes")
+    is_ours = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+    return names if is_ours else {}
+
+
 # --- Decoding
 
 
@@ -233,28 +238,26 @@ class ImageFiles(ItemFiles):
         """The image of a row, with 1 or 3 channels. Raises DataError."""
         where = f"{self.source}: {self.names[row]}"
         try:
-            with Image.open(io.BytesIO(self.content(row)), formats=FORMATS) as image:
-                image.load()
-                mode = MODES.get(image.mode)
-                if mode and "transparency" in image.info:  # a transparent colour or palette entry
-                    mode = "LA" if mode == "L" else "RGBA"
-                pixels = np.asarray(image.convert(mode)) if mode else None  # (H, W) or (H, W, C)
-                mode_in_file = image.mode
+            with self.content.open(row) as file, open_picture(file) as picture:
+                picture.load()
+                pixels = np.asarray(flattened(picture))
+        except Unfit as error:
+            raise DataError(f"{where} has {error}; {prepared_by(self.source)} makes it RGB") from None
         except Exception as error:  # Pillow's decoders raise errors of any kind
             raise DataError(f"{where} cannot be read as an image ({error}); replace or remove it") from None
-        has_alpha = mode in ("LA", "RGBA")
-        if has_alpha and pixels is not None and (pixels[..., -1] == 255).all():
-            pixels, has_alpha = pixels[..., 0] if mode == "LA" else pixels[..., :3], False
-        if pixels is None or has_alpha:
-            problem = "transparent pixels" if has_alpha else f"the mode {mode_in_file}"
-            raise DataError(f"{where} has {problem}; convert it to RGB or 8-bit grey")
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
+    def header(self, row: int) -> Header:
+        """What the head of a row's file tells, without decoding it. Raises errors of any kind."""
+        with self.content.open(row) as file, open_picture(file) as picture:
+            return Header.of(picture)
+
     def mismatch(self, row: int, item: np.ndarray) -> DataError:
+        side = min(*item.shape[1:], *self.shape[1:])
         return DataError(
             f"{self.source}: {self.names[row]} is {describe(item.shape)} where the first image, "
-            f"{self.names[self.first]}, is {describe(self.shape)}; all images must have one size and mode: convert or "
-            "remove it"
+            f"{self.names[self.first]}, is {describe(self.shape)}; all images must have one size "
+            f"and mode: {prepared_by(self.source, (3, side, side))} makes them so"
         )
 
     def num_lossy(self, rows: Sequence[int]) -> int:
@@ -274,22 +277,21 @@ class ImageFiles(ItemFiles):
         """The first of `rows` with each extension."""
         return {os.path.splitext(self.names[row])[1].lower(): row for row in reversed(rows)}
 
-    def peculiarities(self) -> Iterator[str]:
-        """What of these files is not read, as the first file of each extension shows."""
+    def peculiarities(self, are_turned: bool = False) -> Iterator[str]:
+        """What of these files is not read, as the first file of each extension shows.
+
+        are_turned: whether pictures will be turned as EXIF says.
+        """
         for row in self._first_of_each(range(self.num)).values():
-            name, frames, orientation = self.names[row], 1, 1
-            with (
-                contextlib.suppress(Exception),  # reading the pixels will say what is wrong
-                Image.open(io.BytesIO(self.content(row)), formats=FORMATS) as image,
-            ):
-                frames, orientation = getattr(image, "n_frames", 1), image.getexif().get(_ORIENTATION, 1)
-            if frames > 1:
-                yield f"{self.source}: of animated files, such as {name}, the first frame is read"
-            if orientation != 1:
-                yield (f"{self.source}: pixels are read as stored; EXIF orientation, as of {name}, is not applied")
-
-
-_ORIENTATION = 0x0112  # EXIF's tag
+            with contextlib.suppress(Exception):  # reading the pixels will say what is wrong
+                header = self.header(row)
+                if header.is_animated:
+                    yield f"{self.source}: of animated files, such as {self.names[row]}, the first frame is read"
+                if header.is_turned and not are_turned:
+                    yield (
+                        f"{self.source}: pixels are read as stored; EXIF orientation, as of {self.names[row]}, is not "
+                        f"applied; {prepared_by(self.source)} applies it"
+                    )
 
 
 def _is_lossy(content: bytes) -> bool:

@@ -1,6 +1,7 @@
 """A set of items in memory, and the checks that every source of items shares."""
 
 import hashlib
+import shlex
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -87,10 +88,12 @@ def check_fits(
     shape, codec = items.items.shape[1:], model.codec
     if shape != codec.shape and shape not in codec.latent_shapes:
         shapes = " or ".join("x".join(map(str, shape)) for shape in codec.latent_shapes)
-        remedy = "encode the images with this model (ddo encode)" if items.encoded and shapes else "convert the images"
+        remedy = wrong_shape(items.name, shape, codec.shape) if holds_images(items) else "choose a model of their kind"
+        if items.encoded and shapes:
+            remedy = "encode the images with this model (ddo encode), or choose a model of their size"
         raise DataError(
             f"{items.name} holds {describe_items(items)} where the model needs {describe(codec.shape)}"
-            f"{f', encoded as {shapes}' if shapes else ''}; {remedy}, or choose a model of their size"
+            f"{f', encoded as {shapes}' if shapes else ''}; {remedy}"
         )
     if items.encoded is not None:
         _check_encoder(items.name, items.encoded, codec)
@@ -180,6 +183,25 @@ def hashed(*content: Any) -> str:
 def count_classes(labels: np.ndarray) -> int:
     """One more than the largest label; 0 without labels."""
     return int(labels.max(initial=NO_LABEL)) + 1
+
+
+def prepared_by(source: str, shape: Sequence[int] | None = None, enlarges: bool = False) -> str:
+    """The command line that makes images of a shape (C, H, W) of a source, for messages.
+
+    shape: None: RGB, as large as they are. enlarges: whether they are smaller.
+    """
+    place = shlex.quote(source) if len(source) <= 60 else "SRC"
+    size = "" if shape is None else f" --size {shape[2]}" + (f"x{shape[1]}" if shape[1] != shape[2] else "")
+    mode = "--grey" if shape is not None and shape[0] == 1 else "--rgb"
+    return f"`ddo data {place} --out set.zip{size} {mode}{' --upscale' if enlarges else ''}`"
+
+
+def wrong_shape(source: str, shape: Sequence[int], wanted: Sequence[int]) -> str:
+    """What to do about images of a shape (C, H, W) where a model wants another, for messages."""
+    if len(wanted) != 3 or wanted[0] not in (1, 3):
+        return "choose a model of their size"
+    enlarges = shape[1] < wanted[1] or shape[2] < wanted[2]
+    return f"{prepared_by(source, wanted, enlarges)} makes such images, or choose a model of their size"
 
 
 def describe(shape: Sequence[int]) -> str:

@@ -4,6 +4,7 @@ A reader holds names and offsets but no items (except `Memory`), and no open fil
 """
 
 import functools
+import io
 import itertools
 import json
 import lzma
@@ -197,6 +198,10 @@ class FolderBytes:
     def __call__(self, row: int) -> bytes:
         return (self.path / self.names[row]).read_bytes()
 
+    def open(self, row: int) -> IO[bytes]:
+        """The file of a row, of which only a part may be read."""
+        return open(self.path / self.names[row], "rb")
+
 
 class ZipBytes:
     """The bytes of members of a zip, by row.
@@ -231,6 +236,10 @@ class ZipBytes:
         if zlib.crc32(content) != crc:
             raise zipfile.BadZipFile("bad CRC-32: its bytes have changed")
         return content
+
+    def open(self, row: int) -> IO[bytes]:
+        """The member of a row as a file, in memory."""
+        return io.BytesIO(self(row))
 
     def _at(self, offset: int, size: int) -> bytes:
         if self._file is None:

@@ -12,6 +12,7 @@ import ddo_cli
 from ddo_cli.checkpoint import EMBEDDED
 from ddo_cli.data import arrays, cache, cifar, image_files, latents, samples
 from ddo_cli.data.embedded import embedded_names, open_embedded
+from ddo_cli.data.image_files import ImageFiles
 from ddo_cli.data.items import Encoded, choice, count_classes, hashed
 from ddo_cli.data.readers import ZIP_ERRORS, Contents, FolderBytes, ItemFiles, Memory, Reader, ZipBytes
 from ddo_cli.errors import DataError
@@ -47,16 +48,18 @@ class Source:
         return self.reader.shape
 
 
-def open_source(source: str, num: int | None, in_memory: bool) -> Source:
+def open_source(source: str, num: int | None, in_memory: bool, is_prepared: bool = False) -> Source:
     """The items of a source as `images.open_images` lists them, or `num` of them. Raises DataError.
 
     in_memory: whether the array of an .npz is read now; else its rows are read on demand, from a temporary file if it
     is compressed. Image files and latents are always read on demand; embedded sets, CIFAR-10 and points are held.
+    is_prepared: whether the images will be `prepared`: folders in a zip are then classes, as for EDM's tool, and what
+    of the files is not read is for the caller to say.
     """
     if num is not None and num < 1:
         raise DataError(f"{source}: num = {num} must be at least 1")
     path = Path(source)
-    contents = _contents(source, path, num, in_memory)
+    contents = _contents(source, path, num, in_memory, is_prepared)
     reader, labels, num_classes, key, encoded = contents[:5]
     rows = choice(source, reader.num, num)
     identity = None if key is None else hashed(key, num)
@@ -68,11 +71,14 @@ def open_source(source: str, num: int | None, in_memory: bool) -> Source:
         identity = cache.key_of(path, files, names)
     if encoded is not None and num is not None and num != reader.num:
         encoded = encoded._replace(digest=hashed(encoded.digest, num))
-    said = contents.notes, contents.warnings, contents.classes
+    notes = contents.notes
+    if isinstance(reader, ImageFiles) and not is_prepared:
+        notes = (*notes, *reader.peculiarities())
+    said = notes, contents.warnings, contents.classes
     return Source(source, reader, rows, labels[rows], num_classes, identity, encoded, *said)
 
 
-def _contents(source: str, path: Path, num: int | None, in_memory: bool) -> Contents:
+def _contents(source: str, path: Path, num: int | None, in_memory: bool, zip_classes: bool) -> Contents:
     """All items, but for embedded sets, of which `num` are made."""
     if source.startswith(EMBEDDED):
         items, labels = open_embedded(source, num)
@@ -88,7 +94,7 @@ def _contents(source: str, path: Path, num: int | None, in_memory: bool) -> Cont
     if path.suffix.lower() == ".zip":
         try:
             with zipfile.ZipFile(path) as archive:
-                listing = image_files.zip_entries(source, archive)
+                listing = image_files.zip_entries(source, archive, zip_classes)
                 return _image_files(source, listing, ZipBytes(path, archive, listing.names))
         except ZIP_ERRORS as error:
             raise image_files.broken_zip(source, error) from None
@@ -150,7 +156,6 @@ def _of_arrays(source: str, path: Path, files: Sequence[Path], in_memory: bool) 
 
 
 def _image_files(source: str, listing: image_files.Listing, content: FolderBytes | ZipBytes) -> Contents:
-    files = image_files.ImageFiles(source, listing.names, content)
+    files = ImageFiles(source, listing.names, content)
     classes = count_classes(listing.labels)
-    notes = (*listing.notes, *files.peculiarities())
-    return Contents(files, listing.labels, classes, None, None, notes, listing.warnings, listing.classes)
+    return Contents(files, listing.labels, classes, None, None, listing.notes, listing.warnings, listing.classes)

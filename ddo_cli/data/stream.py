@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from ddo_cli.data import cache, latents
 from ddo_cli.data.image_files import ImageFiles
 from ddo_cli.data.images import MANY
 from ddo_cli.data.inspection import Inspection
-from ddo_cli.data.items import describe_content
+from ddo_cli.data.items import describe_content, hashed
+from ddo_cli.data.pictures import Preparation
+from ddo_cli.data.prepared import Prepared
 from ddo_cli.data.readers import Reader, npy
 from ddo_cli.data.sources import Source, open_source
 from ddo_cli.errors import DataError
@@ -92,15 +94,19 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_stream(source: str, num: int | None = None) -> ImageStream:
+def open_stream(source: str, num: int | None = None, preparation: Preparation | None = None) -> ImageStream:
     """The images of a source of `open_images`, in the same order, with the same labels and choice of `num`.
+
+    preparation: of images of any size and mode, as they are read.
 
     At most one image is decoded; see `open_source` for what is held. A cache entry of `open_images` is used, never
     written. Raises DataError for what open_images refuses, and for points, latents and tokens.
     """
     if latents.is_latents(Path(source)):
         raise DataError(f"{source} holds latents or tokens, not images; give the images that they were encoded from")
-    images = ImageStream(**vars(open_source(source, num, in_memory=False)))
+    images = ImageStream(**vars(open_source(source, num, in_memory=False, is_prepared=preparation is not None)))
+    if preparation is not None:
+        return _prepared(images, preparation)
     for note in images.notes:
         console.info(note)
     if isinstance(images.reader, ImageFiles):
@@ -108,10 +114,28 @@ def open_stream(source: str, num: int | None = None) -> ImageStream:
         kept = cache.existing(source, images.identity, images.num) if images.identity and images.num >= MANY else None
         if kept is not None:
             images.reader, images.positions = npy(source, kept), np.arange(images.num)
-    if images.reader.dtype != np.uint8 or len(images.shape) != 3:
-        content = describe_content(images.reader.dtype, images.shape)
-        raise DataError(f"{source} holds {content}, not images; give a set of images")
+    check_images(source, images.reader)
     return images
+
+
+def check_images(source: str, reader: Reader) -> None:
+    """Raises DataError unless the items are images."""
+    if not isinstance(reader, ImageFiles) and (reader.dtype != np.uint8 or len(reader.shape) != 3):
+        raise DataError(
+            f"{source} holds {describe_content(reader.dtype, reader.shape)}, not images; give a set of images"
+        )
+
+
+def _prepared(images: ImageStream, preparation: Preparation) -> ImageStream:
+    check_images(images.name, images.reader)
+    notes = images.notes
+    if isinstance(images.reader, ImageFiles):
+        images.num_lossy = images.reader.num_lossy(images.positions.tolist())
+        notes = (*notes, *images.reader.peculiarities(are_turned=True))
+    for note in notes:
+        console.info(note)
+    identity = None if images.identity is None else hashed(images.identity, preparation)
+    return replace(images, reader=Prepared(images.name, images.reader, preparation), identity=identity)
 
 
 # --- Worker processes

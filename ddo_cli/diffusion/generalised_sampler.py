@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddo_cli.diffusion.churn import Churn
-from ddo_cli.diffusion.precond import cosine_sigmas
+from ddo_cli.diffusion.precond import edm_cosine_sigmas
 from ddo_cli.diffusion.schedules import karras_sigmas
 from ddo_cli.diffusion.trace import Denoiser, rows_of
 from ddo_cli.diffusion.vp_sde import VpSchedule
@@ -53,7 +53,7 @@ def levels(choice: Choice, n: int, low: float, high: float) -> Tensor:
     if choice.discretization == "ve":
         return high * (low / high) ** ramp  # evenly spaced in log sigma
     if choice.discretization == "iddpm":
-        u = cosine_sigmas(dtype=torch.float64).flip(0)
+        u = edm_cosine_sigmas(dtype=torch.float64).flip(0)
         u = u[(u >= low) & (u <= high)]
         return u[((len(u) - 1) * ramp).round().to(torch.int64)]
     return karras_sigmas(n, low, high, choice.rho)[:-1]

@@ -122,6 +122,8 @@ class AutoGuide(NamedTuple):
 class GradientGuide(NamedTuple):
     """D + w sigma^2 grad_x L(x / sqrt(1 + sigma^2), tau(sigma)): discriminator guidance (arXiv 2211.17091, eq. 8).
 
+    DDPM's sampler takes the second term apart from D: its mean moves by Sigma w grad L, see `samplers.ancestral`.
+
     weight, weight_2nd: w of a step's predictor and of its corrector (the published runs leave the corrector unguided).
     time_min, time_max: w is 0 for samples whose VP time lies outside; from 1 on there is no upper end.
     decay: of w, see DECAYS; our choice, the paper gives none.
@@ -147,10 +149,10 @@ class GradientGuide(NamedTuple):
             step += is_predictor
             denoised = denoise(x, sigma, stage)
             t = vp_sde.time_of(sigma)  # one for all, or (B,)
-            inside = self._holds(t)
+            inside = self.holds(t)
             weight = self.weight if is_predictor else self.weight_2nd
             possible = trace.levels if is_predictor and sigma.ndim else None  # known to the CPU, unlike sigma itself
-            if weight == 0 or _is_false(inside if possible is None else self._holds(vp_sde.time_of(possible))):
+            if weight == 0 or _is_false(inside if possible is None else self.holds(vp_sde.time_of(possible))):
                 if is_predictor and self.boost is not None:
                     trace.log_ratio = None
                 return denoised
@@ -162,11 +164,16 @@ class GradientGuide(NamedTuple):
                 if step % self.boost.weight_period == 0:
                     w = filled(w, x)
                     w = torch.where(trace.log_ratio < 0, self.boost.factor * w, w)
-            return _chosen(inside, denoised + rows_of(w, x).to(x.dtype) * direction, denoised)
+            added = rows_of(w, x).to(x.dtype) * direction
+            if trace.keeps_climb:
+                added = _chosen(inside, added, torch.zeros_like(added))
+                trace.climb = added if trace.climb is None else trace.climb + added
+                return denoised
+            return _chosen(inside, denoised + added, denoised)
 
         return guided
 
-    def _holds(self, t: Tensor) -> Tensor:
+    def holds(self, t: Tensor) -> Tensor:
         """Whether each time lies in the window, of t's shape.
 
         An end at 1 is open: times of a discrete model's noisiest steps lie beyond, 1.0034 for ADM's linear schedule.

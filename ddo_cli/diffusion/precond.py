@@ -16,7 +16,7 @@ from torch import Tensor
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.transfer import to_device
 
-PrecondName = Literal["edm", "vp", "ve", "iddpm", "ddpm"]
+PrecondName = Literal["edm", "vp", "ve", "iddpm", "ddpm", "cosine"]
 
 
 class Coefficients(NamedTuple):
@@ -100,13 +100,17 @@ class Discrete(Preconditioner):
     """DDPM's kind: F was trained at the noise levels of M steps; c_noise is the step's number (arXiv 2006.11239).
 
     sigmas: (M,) increasing, sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t). prediction: what F estimates: the noise,
-    v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (arXiv 2202.00512), or the clean image.
+    v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (arXiv 2202.00512), or the clean image. rescaled: the network is
+    told the step's number times 1000 / M.
     """
 
-    def __init__(self, sigmas: Tensor, prediction: Prediction = "eps"):
-        if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas.diff() > 0).all() and sigmas[0] > 0):
-            raise ValueError("the noise levels of discrete steps must be two or more, positive and increasing")
-        self.sigmas, self.prediction = sigmas.to(torch.float32), prediction
+    def __init__(self, sigmas: Tensor, prediction: Prediction = "eps", rescaled: bool = False):
+        sigmas = sigmas.to(torch.float32)
+        rises = sigmas.ndim == 1 and len(sigmas) > 1 and bool((sigmas.diff() > 0).all() and sigmas[0] > 0)
+        if not rises or not bool(sigmas.isfinite().all()):
+            raise ValueError("the noise levels of discrete steps must be two or more, finite, positive and increasing")
+        self.sigmas, self.prediction = sigmas, prediction
+        self.step_scale = NUM_STEPS / len(sigmas) if rescaled else 1.0
         self.sigma_min, self.sigma_max = self.sigmas[0].item(), self.sigmas[-1].item()
         self._table = functools.cache(functools.partial(to_device, self.sigmas))  # by device
 
@@ -119,7 +123,7 @@ class Discrete(Preconditioner):
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         c_in = 1 / (sigma**2 + 1).sqrt()
-        c_noise = self.step_of(sigma).to(torch.float32)
+        c_noise = self.step_of(sigma).to(torch.float32) * self.step_scale
         if self.prediction == "v":
             return Coefficients(c_in**2, -sigma * c_in, c_in, c_noise)
         if self.prediction == "x0":
@@ -143,10 +147,18 @@ def sigmas_of_betas(betas: Tensor) -> Tensor:
     return ((1 - alpha_bar) / alpha_bar).sqrt()
 
 
-def cosine_sigmas(num_steps: int = NUM_STEPS, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Levels of the cosine schedule (arXiv 2102.09672, eq. 17), (M,) increasing.
+def cosine_sigmas(num_steps: int = NUM_STEPS) -> Tensor:
+    """Levels of the cosine schedule (arXiv 2102.09672, eq. 17), (M,) float64 increasing."""
+    steps = torch.arange(num_steps + 1, dtype=torch.float64)
+    alpha_bar = (0.5 * math.pi * (steps / num_steps + IDDPM_C2) / (1 + IDDPM_C2)).cos() ** 2
+    return sigmas_of_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=1 - IDDPM_C1))
 
-    By EDM's recursion (arXiv 2206.00364, table 1); in float32, as the published networks store their levels:
+
+def edm_cosine_sigmas(num_steps: int = NUM_STEPS, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Levels of the cosine schedule in EDM's rounding, (M,) increasing.
+
+    By its recursion (arXiv 2206.00364, table 1); in float32, as the published networks store their levels. The lowest
+    is 5e-4 of itself below that of `cosine_sigmas`, since alpha_bar is float32 there whatever the type:
     u_M = 0, u_(j-1)^2 = (u_j^2 + 1) / max(alpha_bar_(j-1) / alpha_bar_j, C_1) - 1.
     """
     steps = torch.arange(num_steps + 1)
@@ -161,6 +173,9 @@ PRECONDITIONERS: dict[PrecondName, Callable[[float], Preconditioner]] = {
     "edm": Edm,
     "vp": lambda sigma_data: Vp(),
     "ve": lambda sigma_data: Ve(),
-    "iddpm": lambda sigma_data: Discrete(cosine_sigmas()),
+    "iddpm": lambda sigma_data: Discrete(edm_cosine_sigmas()),
     "ddpm": lambda sigma_data: Discrete(linear_sigmas()),
+    "cosine": lambda sigma_data: Discrete(cosine_sigmas()),
 }
+# Levels of the schedules that exist for any number of steps.
+SCHEDULES: dict[PrecondName, Callable[[int], Tensor]] = {"ddpm": linear_sigmas, "cosine": cosine_sigmas}

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from ddo_cli.diffusion.trace import Denoiser, rows_of
+from ddo_cli.diffusion.trace import Denoiser, Trace, rows_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,28 +52,47 @@ def ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, churn: Churn | None 
     sigma_down^2 + sigma_up^2 = sigma_next^2 with sigma_up = eta sigma_next sqrt(1 - sigma_next^2 / sigma^2). This is
     the smaller of DDPM's variances; a network with learned variance says where between it and the larger one the noise
     of eta = 1 lies (arXiv 2102.09672, eq. 15).
+
+    Guides by a gradient change D, as in DDIM (arXiv 2105.05233, algorithm 2), but in DDPM the mean: mu + Sigma grad L,
+    Sigma the variance of the step's noise (ibid., algorithm 1, of classifiers; DG's code for DiT does the same with its
+    discriminator, and nothing is published of DG on ADM). Here sqrt(1 + sigma^2) grad_x L is the gradient in x_t, and
+    Sigma = deviation^2 / (1 + sigma_next^2), so the mean moves by
+    deviation^2 sqrt((1 + sigma^2) / (1 + sigma_next^2)) grad_x L.
     """
+    trace, is_ddpm = (churn.trace if churn else Trace()), eta == 1
+    trace.keeps_climb = is_ddpm
+    before = sigmas.new_tensor(math.inf)  # level of the step before
     for sigma, sigma_next in pairwise(sigmas):
         up = eta * sigma_next * (1 - (sigma_next / sigma) ** 2).sqrt()
         down = (sigma_next**2 - up**2).clamp(min=0).sqrt()
+        trace.climb = None
         slope = (x - denoise(x, sigma)) / sigma
-        x = x + (down - sigma) * slope
+        x_next = x + (down - sigma) * slope
+        v, deviation = trace.variance, up
+        if is_ddpm and v is not None and (up > 0 or trace.climb is not None):
+            deviation = _learned_deviation(v.to(x), sigma, sigma_next, before)
+        if trace.climb is not None:
+            shift = ((1 + sigma**2) / (1 + sigma_next**2)).sqrt() / sigma**2
+            x_next = x_next + deviation**2 * shift * trace.climb
         if up > 0:
             assert churn is not None, "eta > 0 needs a source of noise"
-            v = churn.trace.variance
-            deviation = up if v is None or eta != 1 else _learned_deviation(v.to(x), sigma, sigma_next)
-            x = x + deviation * churn.eps(x)
+            x_next = x_next + deviation * churn.eps(x)
+        x, before = x_next, sigma
     return x
 
 
-def _learned_deviation(v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+def _learned_deviation(v: Tensor, sigma: Tensor, sigma_next: Tensor, before: Tensor) -> Tensor:
     """Deviation of DDPM's noise whose log variance lies at v in [-1, 1] between its bounds, of v's shape.
 
     In the variance-exploding frame beta~ reads sigma_next^2 (sigma^2 - sigma_next^2) / sigma^2, and beta
-    (1 + sigma_next^2) (sigma^2 - sigma_next^2) / (1 + sigma^2).
+    (1 + sigma_next^2) (sigma^2 - sigma_next^2) / (1 + sigma^2). The last step's beta~ would be 0; it has that of the
+    step before (from level `before` to sigma, in DDPM's frame), as published.
     """
     difference = sigma**2 - sigma_next**2
-    smaller = (sigma_next**2 * difference / sigma**2).log()
+    if sigma_next > 0:
+        smaller = (sigma_next**2 * difference / sigma**2).log()
+    else:
+        smaller = (sigma**2 * (1 - (sigma / before) ** 2) / (1 + sigma**2)).log()
     larger = ((1 + sigma_next**2) * difference / (1 + sigma**2)).log()
     share = (v + 1) / 2
     return ((share * larger + (1 - share) * smaller) / 2).exp()

@@ -32,6 +32,8 @@ class Trace:
     variance: Tensor | None = None  # learned variance v in [-1, 1] of the last evaluation (arXiv 2102.09672, eq. 15)
     log_ratio: Tensor | None = None  # (B,), of the last predictor evaluation; +inf outside the guide's window
     levels: Tensor | None = None  # on the CPU: the values that rows' levels have, where boosting set them apart
+    keeps_climb: bool = False  # set by a sampler that adds the gradients of guides by itself, see `samplers.ancestral`
+    climb: Tensor | None = None  # then, the sum of their w sigma^2 grad_x L since the sampler cleared it
 
 
 def filled(value: Tensor, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ddo_cli import console, dist, rundir
 from ddo_cli.data import latents
 from ddo_cli.data.inspection import LIMBS, Inspection
-from ddo_cli.data.items import describe
+from ddo_cli.data.items import describe, wrong_shape
 from ddo_cli.data.stream import ImageStream, open_stream
 from ddo_cli.errors import DataError, RunError, UsageError
 from ddo_cli.files import read_json
@@ -49,8 +49,8 @@ def run(
     stream = open_stream(data, num)
     if stream.shape != model.codec.shape:
         raise DataError(
-            f"{data} holds {describe(stream.shape)} where the model needs {describe(model.codec.shape)}; convert the "
-            "images, or choose a model of their size"
+            f"{data} holds {describe(stream.shape)} where the model needs {describe(model.codec.shape)}; "
+            + wrong_shape(data, stream.shape, model.codec.shape)
         )
     encoder = _Encoder(model, dtype, device)
     shape, kind, speed = encoder.probe(stream, batch)

@@ -106,7 +106,8 @@ def test_a_training_step_waits_for_nothing(gpu, kind):
         with inference_precision(precision, CUDA):
             return ddo_step(model, model, batch, ref=ref, settings=DdoSettings(1.0, 0.1))
 
-    for precision in PRECISIONS:
+    # A step takes a second to fake: every precision on one family, the one with most casts on the others.
+    for precision in PRECISIONS if kind == "adm" else ("fp16",):
         found, (loss, log) = waits(gpu, lambda p=precision: step(p))
         assert found == WAITS["training step"], precision
         assert (loss.dtype, loss.device) == (torch.float32, CUDA), precision

@@ -1,6 +1,7 @@
 """Guides of a sampling run, from files and recipes; shared by the engines that sample with guidance."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from ddo_cli.diffusion import vp_sde
 from ddo_cli.diffusion.churn import Boost
 from ddo_cli.diffusion.denoiser import DiffusionModel, as_diffusion
 from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, Guide, Interval, Network
+from ddo_cli.diffusion.precond import Discrete
 from ddo_cli.errors import CheckpointError, RunError, UsageError
 from ddo_cli.files import read_json
 from ddo_cli.likelihood import NO_LABEL
@@ -141,7 +143,7 @@ def check_acts(base: DiffusionModel, guide: GradientGuide, spec: SamplingRecipe)
     """Raises UsageError if the guide has weight but none of the sampler's noise levels lies in its window."""
     base.guided_by([guide]).check_sampling(spec)
     t = vp_sde.time_of(base.sigmas(spec)[:-1])
-    if max(guide.weight, guide.weight_2nd) > 0 and not bool(((t >= guide.time_min) & (t <= guide.time_max)).any()):
+    if max(guide.weight, guide.weight_2nd) > 0 and not bool(guide.holds(t).any()):
         raise UsageError(
             f"the window from time_min = {guide.time_min} to time_max = {guide.time_max} holds none of the sampler's "
             f"times, {float(t.min()):.3g} to {float(t.max()):.3g}; widen it, or set --dg-weight 0"
@@ -179,7 +181,8 @@ def other_guides(others: Others, base: DiffusionModel, device: torch.device) -> 
                 f"{tuple(config['shape'])}, the model has {base.num_classes} of {base.codec.state_shape}; "
                 "give one for this model"
             )
-        weight, potential = others.classifier_weight, partial(_class_log_probability, loaded.network)
+        at_steps = getattr(loaded.network, "at_steps", lambda: None)() if isinstance(base.precond, Discrete) else None
+        weight, potential = others.classifier_weight, partial(_class_log_probability, at_steps or loaded.network)
         guides.append(GradientGuide(potential, weight, weight, time_min=0.0, time_max=1.0))
         record["classifier"] = {"sha256": loaded.checkpoint.sha256, "weight": weight}
     return guides, record
@@ -235,7 +238,9 @@ def _check_others(others: Others) -> None:
         raise UsageError(f"--classifier-weight {others.classifier_weight:g} needs --classifier FILE")
 
 
-def _class_log_probability(classifier: nn.Module, x_vp: Tensor, t: Tensor, label: Tensor) -> Tensor:
+def _class_log_probability(
+    classifier: Callable[[Tensor, Tensor], Tensor], x_vp: Tensor, t: Tensor, label: Tensor
+) -> Tensor:
     """log p(label | x_vp, t)."""
     return classifier(x_vp, t).log_softmax(1).gather(1, label[:, None]).squeeze(1)
 

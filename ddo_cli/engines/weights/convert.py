@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ddo_cli import checkpoint, console
-from ddo_cli.errors import CheckpointError, UsageError
+from ddo_cli.errors import CheckpointError, UsageError, printable
 from ddo_cli.files import sha256
 from ddo_cli.models import pt_files, registry, snapshots
 from ddo_cli.models.adm import files as adm_files
+from ddo_cli.models.adm import published as adm_published
 from ddo_cli.models.diffusers import files as diffusers_files
 from ddo_cli.models.discriminators import files as dg_files
 from ddo_cli.models.discriminators import registry as discriminators
@@ -27,7 +28,6 @@ SMALL = 32  # side up to which EDM samples in 18 steps; 40 above (arXiv 2206.003
 _IMAGENET = {"sampler": "heun", "steps": 256, "s_churn": 40.0, "s_min": 0.05, "s_max": 50.0, "s_noise": 1.003}
 _EDM2 = {"sampler": "heun", "steps": 32, "dtype": "float32"}  # arXiv 2312.02696, as its program draws
 _ADM = {"sampler": "ddpm", "steps": 250, "clip_denoised": True}  # arXiv 2105.05233
-_SCHEDULES = {"linear": "ddpm", "cosine": "iddpm"}
 _FLOAT16 = "its authors run it in float16; here it runs in float32, unless a precision is asked for"
 _HUB = re.compile(r"[\w-]+/[\w.-]*[^./]")  # the name of a repository, such as google/ddpm-cifar10-32
 FORMATS, FORMAT_NAMES = (".pkl", ".pt", ".pth"), ".pkl, .pt or .pth"
@@ -61,7 +61,7 @@ def run(
     source: a .pkl of EDM or EDM2 (the averaged weights); a .pt or .pth of an ADM diffusion model, an ADM classifier
     or a published discriminator; a .pth of VAR or its tokenizer; or a folder of diffusers with a UNet2DModel and its
     scheduler. model, trunk: the model that a discriminator guides, and the converted classifier under it.
-    settings: KEY=VALUE texts, see `parse_settings`, for what an ADM diffusion model's or VAR's file does not contain.
+    settings: KEY=VALUE texts, see `parse_settings`, for what a file of ADM's, DG's or VAR does not contain.
     vae: the tokenizer of a VAR. verify: read the written file again and compare every tensor.
     Raises CheckpointError if the file cannot be used, UsageError where an option does not fit it.
     """
@@ -136,31 +136,39 @@ def _is_of(out: Path, link: dict[str, Any]) -> bool:
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """The KEY=VALUE texts as arguments of `adm_files.unet`, or of the functions of `var_files`.
+    """The KEY=VALUE texts: values of `adm_published.Told`, or patch_nums, the sides of a VAR's token maps.
 
-    qkv: legacy or new; schedule: linear or cosine; size: side of the images; num_heads: in place of 64 channels each.
-    patch_nums: sides of a VAR's token maps.
-    Raises UsageError for anything else.
+    Raises UsageError for anything else, and for a key that comes twice.
     """
-    arguments: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for text in settings:
         key, _, value = text.partition("=")
-        if key == "qkv" and value in ("legacy", "new"):
-            arguments["order"] = value
-        elif key == "schedule" and value in _SCHEDULES:
-            arguments["precond"] = _SCHEDULES[value]
-        elif key in ("size", "num_heads") and value.isdecimal() and 0 < int(value) < 2**16:
-            arguments[key] = int(value)
+        if key in values:
+            raise UsageError(f"{key} is told twice; leave one out")
+        if key in _WORDS and value in _WORDS[key]:
+            values[key] = _WORDS[key][value]
+        elif key in _NUMBERS and value.isascii() and value.isdecimal() and len(value) < 7 and int(value):
+            values[key] = int(value)
         elif key == "patch_nums" and (sides := _sides(value)):
-            arguments[key] = sides
+            values[key] = sides
         else:
-            keys = ("qkv", "schedule", "size", "num_heads", "patch_nums")
-            raise UsageError(
-                f"'{text}' cannot be used{nearest(key, set(keys) - {key})}; write qkv=legacy or qkv=new, "
-                "schedule=linear or schedule=cosine, size=<side in pixels>, num_heads=<number>, of a VAR the "
-                "growing sides of its token maps, patch_nums=1,2,3,..."
-            )
-    return arguments
+            known = {**{key: "|".join(words) for key, words in _WORDS.items()}, **dict.fromkeys(_NUMBERS, "<number>")}
+            known["patch_nums"] = "1,2,3,... (growing sides)"
+            if key in known:
+                raise UsageError(f"'{printable(text)}' cannot be used; write {key}={known[key]}")
+            raise UsageError(f"'{printable(text)}' cannot be used{nearest(key, known)}; known: {', '.join(known)}")
+    return values
+
+
+_TRUTHS = {"true": True, "false": False}
+_WORDS: dict[str, dict[str, Any]] = {
+    "qkv": {"legacy": "legacy", "new": "new"},
+    "schedule": {"linear": "linear", "cosine": "cosine"},
+    "rescale": _TRUTHS,
+    "updown": _TRUTHS,
+    "scale_shift": _TRUTHS,
+}
+_NUMBERS = ("size", "steps", "heads", "head_channels")
 
 
 def _sides(text: str) -> tuple[int, ...]:
@@ -174,7 +182,7 @@ def _sides(text: str) -> tuple[int, ...]:
 def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, Any], vae: Path | None) -> Content:
     """The file's content, of any family."""
     if given and source.suffix not in (".pt", ".pth"):
-        raise UsageError(f"{source} tells its configuration itself; KEY=VALUE is for an ADM .pt or a VAR .pth")
+        raise UsageError(f"{source} tells its configuration itself; KEY=VALUE is for ADM's .pt and VAR's .pth")
     if source.is_dir():
         folder = diffusers_files.read(source)
         return Content("diffusers", folder.config, folder.tensors, folder.sampling, folder.notes)
@@ -204,11 +212,10 @@ def _of_tensors(
         return _var(source, stored, given, vae)
     if "patch_nums" in given:
         raise UsageError(f"{source} is no file of VAR, and patch_nums is for those; leave it out")
+    told = adm_published.Told(**given)
     if adm_files.is_unet(stored):
-        return _adm(source, stored, given)
-    if given:
-        raise UsageError(f"{source} is no ADM diffusion model, and KEY=VALUE is for those")
-    return _discriminator_guidance(source, model, trunk)
+        return _adm(source, stored, told)
+    return _discriminator_guidance(source, model, trunk, told)
 
 
 def _averaged_beside(source: Path) -> dict[str, str]:
@@ -241,15 +248,22 @@ def _edm2(source: Path, snapshot: snapshots.Snapshot) -> Content:
     return Content("edm2", file.config, file.tensors, _EDM2, notes, extra={"ema": ema} if ema else {})
 
 
-def _adm(source: Path, stored: dict[str, Tensor], given: dict[str, Any]) -> Content:
+def _adm(source: Path, stored: dict[str, Tensor], told: adm_published.Told) -> Content:
     """An ADM diffusion model, with the published way of sampling."""
-    file = adm_files.unet(stored, source, **given)
+    file = adm_files.unet(stored, source, told)
     notes = {
         "published_as": file.described.name or "no published one: as you told",
         "qkv": file.described.order,
+        **_assumed(file.described.assumed),
         "stored_tensors": len(stored),
     }
-    return Content("adm", file.config, file.tensors, _ADM, notes)
+    steps = min(_ADM["steps"], file.config["options"]["num_steps"])
+    return Content("adm", file.config, file.tensors, {**_ADM, "steps": steps}, notes)
+
+
+def _assumed(assumed: dict[str, Any]) -> dict[str, str]:
+    """What neither the file nor the user tells, for the user to check."""
+    return {"assumed": ", ".join(f"{key}={str(value).lower()}" for key, value in assumed.items())} if assumed else {}
 
 
 def _var(source: Path, stored: dict[str, Tensor], given: dict[str, Any], vae: Path | None) -> Content:
@@ -263,14 +277,15 @@ def _var(source: Path, stored: dict[str, Tensor], given: dict[str, Any], vae: Pa
     return Content("var", file.config, file.tensors, var_files.SAMPLING, file.notes)
 
 
-def _discriminator_guidance(source: Path, model: str | None, trunk: str | None) -> Content:
+def _discriminator_guidance(source: Path, model: str | None, trunk: str | None, told: adm_published.Told) -> Content:
     """An ADM classifier, or a discriminator with the settings that `guide-sample` reads."""
     header = {} if model is None else checkpoint.read_header(model, kind="model")
     num_classes = header["config"]["num_classes"] if header else 0
-    file = dg_files.read(source, trunk=trunk, num_classes=num_classes)
+    file = dg_files.read(source, trunk=trunk, num_classes=num_classes, told=told)
     extra: dict[str, Any] = {"process": discriminators.PROCESS}
+    notes = _assumed(file.assumed)
     if file.kind == "classifier":
-        return Content("adm", file.config, file.tensors, kind=file.kind, extra=extra)
+        return Content("adm", file.config, file.tensors, notes=notes, kind=file.kind, extra=extra)
     if model is None:
         raise UsageError(f"{source} is a discriminator; say with --model which converted model it guides")
     trained_on = {"model": model, "model_sha256": sha256(checkpoint.resolve(model)), "sampling": None}
@@ -278,7 +293,7 @@ def _discriminator_guidance(source: Path, model: str | None, trunk: str | None) 
     conditional = bool(file.config["num_classes"])
     guidance = GuidanceRecipe(dg_weight=1.0 if conditional else 2.0, boost=conditional)
     extra |= {"trained_on": trained_on, "guidance": guidance.model_dump(mode="json")}
-    return Content("dg", file.config, file.tensors, kind=file.kind, extra=extra)
+    return Content("dg", file.config, file.tensors, notes=notes, kind=file.kind, extra=extra)
 
 
 def _num_parameters(kind: str, config: dict[str, Any]) -> int:

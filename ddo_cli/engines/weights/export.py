@@ -23,6 +23,7 @@ from ddo_cli.files import replacing, sha256
 from ddo_cli.models import pt_files, registry, snapshots
 from ddo_cli.models.adm import files as adm_files
 from ddo_cli.models.adm import keys as adm_keys
+from ddo_cli.models.adm import published as adm_published
 from ddo_cli.models.diffusers import files as diffusers_files
 from ddo_cli.models.edm.files import read_edm
 from ddo_cli.models.edm2 import files as edm2_files
@@ -131,7 +132,7 @@ def _original(like: Path, settings: Sequence[str]) -> Original:
     pt_files.check_size(stored.values(), like)
     if var_files.is_var(stored) or "patch_nums" in given:
         raise UsageError(f"{like} is of VAR, whose files are not written; the safetensors file is the model to share")
-    return _adm(like, stored, given)
+    return _adm(like, stored, adm_published.Told(**given))
 
 
 def _edm(like: Path) -> Original:
@@ -161,9 +162,9 @@ def _edm(like: Path) -> Original:
     return Original("edm", file.config, file.stored, file.names.to_edm, write, lambda path: read_edm(path).stored)
 
 
-def _adm(like: Path, stored: dict[str, Tensor], given: dict[str, Any]) -> Original:
+def _adm(like: Path, stored: dict[str, Tensor], told: adm_published.Told) -> Original:
     """An ADM diffusion model, a bare state dict."""
-    file = adm_files.unet(stored, like, **given)
+    file = adm_files.unet(stored, like, told)
     return Original(
         "adm",
         file.config,

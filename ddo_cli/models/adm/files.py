@@ -36,13 +36,13 @@ def is_unet(tensors: dict[str, Tensor]) -> bool:
     return any(key.startswith("output_blocks.") for key in tensors)
 
 
-def unet(stored: dict[str, Tensor], path: str | Path, **told: Any) -> AdmFile:
+def unet(stored: dict[str, Tensor], path: str | Path, told: adm_published.Told = adm_published.Told()) -> AdmFile:  # noqa: B008 (immutable)
     """The model of a file's tensors, which must be of honest size (`pt_files.check_size`).
 
-    told: as `adm_published.described` takes it, where shapes do not tell.
-    Raises CheckpointError for other tensors, for the upsampler, and where something must be told.
+    told: where shapes do not tell. Raises CheckpointError for other tensors, for the upsampler, and where something
+    must be told.
     """
-    described = adm_published.described({key: tuple(tensor.shape) for key, tensor in stored.items()}, str(path), **told)
+    described = adm_published.described({key: tuple(tensor.shape) for key, tensor in stored.items()}, str(path), told)
     if described.in_channels != described.channels:
         raise CheckpointError(
             f"{path} is an upsampler: beside a noisy image of {described.size}x{described.size} it reads one to "

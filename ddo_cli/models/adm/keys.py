@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ddo_cli.models.adm.unet import AdmUnetOptions, head_width, level_widths
+from ddo_cli.models.adm.layers import head_width
+from ddo_cli.models.adm.unet import AdmUnetOptions, level_widths
 
 Order = Literal["legacy", "new", "interleaved"]
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddo_cli.models.norms import GroupNorm
+from ddo_cli.models.sides import check_side
 
 Resampling = Literal["", "up", "down"]
 
@@ -39,6 +40,7 @@ def group_norm(channels: int, group_channels: int = 1) -> GroupNorm:
 class ResBlock(nn.Module):
     """skip(x) + conv(SiLU(norm(conv(SiLU(norm(x)))) (1 + scale) + shift)), scale and shift from the embedding.
 
+    scale_shift: False: the embedding is added before the second norm instead (DDPM's block).
     resampling: both branches are halved by a 2x2 mean, or doubled by repetition, the residual one before its first
     convolution. dropout: share of activations dropped before the last convolution, in train mode only.
     """
@@ -52,12 +54,13 @@ class ResBlock(nn.Module):
         resampling: Resampling = "",
         dropout: float = 0.0,
         group_channels: int = 1,
+        scale_shift: bool = True,
     ) -> None:
         super().__init__()
-        self.resampling = resampling
+        self.resampling, self.scale_shift = resampling, scale_shift
         first = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.in_layers = nn.Sequential(group_norm(c_in, group_channels), nn.SiLU(), first)
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_width, 2 * c_out))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_width, (2 if scale_shift else 1) * c_out))
         last = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.out_layers = nn.Sequential(group_norm(c_out, group_channels), nn.SiLU(), nn.Dropout(dropout), last)
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
@@ -72,9 +75,37 @@ class ResBlock(nn.Module):
         elif self.resampling == "up":
             x, h = F.interpolate(x, scale_factor=2.0), F.interpolate(h, scale_factor=2.0)  # nearest
         h = self.in_layers[2](h)  # (B, c_out, H, W)
-        scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)  # (B, c_out, 1, 1) each
-        h = torch.addcmul(shift, self.out_layers[0](h), 1 + scale)
+        told = self.emb_layers(emb)[:, :, None, None]  # (B, c_out or 2 c_out, 1, 1)
+        if self.scale_shift:
+            scale, shift = told.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.out_layers[0](h), 1 + scale)
+        else:
+            h = self.out_layers[0](h + told)
         return self.skip_connection(x) + self.out_layers[1:](h)
+
+
+class Downsample(nn.Module):
+    """A convolution of stride 2, where halvings are no residual blocks."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """(B, C, H / 2, W / 2)."""
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Repetition and a convolution, where doublings are no residual blocks."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """(B, C, 2 H, 2 W)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0))
 
 
 class Attention(nn.Module):
@@ -126,10 +157,11 @@ def encoder_blocks(
     attending: Sequence[bool],
     res: Callable[..., ResBlock],
     attention: Callable[[int], Attention],
+    updown: bool = True,
 ) -> tuple[nn.ModuleList, Block]:
     """(input_blocks, middle_block) of levels with these channels: `depth` blocks each, halvings in between.
 
-    res(c_in, c_out, resampling=...), attention(channels): make the layers.
+    res(c_in, c_out, resampling=...), attention(channels): make the layers. updown: halvings are residual blocks.
     """
     channels = widths[0]
     blocks = nn.ModuleList([Block([nn.Conv2d(in_channels, channels, 3, padding=1)])])
@@ -141,8 +173,18 @@ def encoder_blocks(
             blocks.append(Block(layers))
             channels = width
         if level < len(widths) - 1:
-            blocks.append(Block([res(channels, channels, resampling="down")]))
+            blocks.append(Block([res(channels, channels, resampling="down") if updown else Downsample(channels)]))
     return blocks, Block([res(channels, channels), attention(channels), res(channels, channels)])
+
+
+def head_width(channels: int, head_channels: int, heads: int | None = None) -> int:
+    """Channels of each head of an attention layer. heads: None: as many as have `head_channels` channels or more."""
+    return channels // (heads or max(channels // head_channels, 1))
+
+
+def attended(widths: Sequence[int], attending: Sequence[bool]) -> list[int]:
+    """Channels of all attention layers: those of attending levels, and the middle's."""
+    return [*(width for width, attends in zip(widths, attending, strict=True) if attends), widths[-1]]
 
 
 def check_sizes(
@@ -150,16 +192,9 @@ def check_sizes(
 ) -> None:
     """Raises ValueError unless the levels divide the side and the heads the channels. heads: None: by head_channels."""
     shrunk = 2 ** (len(widths) - 1)
-    if not widths or size % shrunk:
-        raise ValueError(f"side {size} must be a multiple of 2**(levels of channel_mult - 1) = {shrunk}")
-    attended = [*(width for width, attends in zip(widths, attending, strict=True) if attends), widths[-1]]
-    key, divisor = ("num_head_channels", head_channels) if heads is None else ("num_heads", heads)
-    if any(width % divisor for width in attended):
-        raise ValueError(f"channels {attended} of attending levels must be multiples of {key}")
-
-
-def square(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(channels, side) of a state. Raises ValueError unless it is a square image or latent."""
-    if len(shape) != 3 or shape[1] != shape[2]:
-        raise ValueError("it needs square images or latents")
-    return shape[0], shape[1]
+    if not widths:
+        raise ValueError("channel_mult must have an entry for each level")
+    check_side(size, shrunk, "channel_mult")
+    if odd := [width for width in attended(widths, attending) if width % (heads or max(width // head_channels, 1))]:
+        key, value = ("num_head_channels", head_channels) if heads is None else ("num_heads", heads)
+        raise ValueError(f"channels {odd} of attending levels do not divide into heads with {key} = {value}")

@@ -13,19 +13,22 @@ from torch import Tensor, nn
 
 from ddo_cli.codec import PixelCodec
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
+from ddo_cli.diffusion.precond import NUM_STEPS, SCHEDULES, Discrete
 from ddo_cli.models.adm.layers import (
     Attention,
     Block,
     ResBlock,
+    Upsample,
     check_sizes,
     cosines_and_sines,
     embedded,
     encoder_blocks,
     group_norm,
-    square,
+    head_width,
 )
 from ddo_cli.models.norms import widened
 from ddo_cli.models.registry import register
+from ddo_cli.models.sides import square
 
 
 class AdmUnetOptions(DiffusionOptions):
@@ -34,11 +37,16 @@ class AdmUnetOptions(DiffusionOptions):
     width: channels of the noise level's features; channel_mult: each level's channels, in widths, finest first
     num_blocks: residual blocks of a level on the way down; one more on the way up
     attention: sides at which every block attends; the middle of the network always does
-    num_head_channels: channels of each head; num_heads, if given, replaces it by so many heads everywhere
+    num_head_channels: channels of each head, or a few more where they do not divide a level's: as many heads as have so
+        many (EDM's rule; OpenAI's code takes multiples only). num_heads, if given: so many heads everywhere instead
     dropout: share of activations dropped in each block, in train mode only
     augment_dim: width of the augmentation labels that the network was trained with (0: none)
     group_channels: norms have 32 groups, or fewer where a group would have less than this (1 for OpenAI, 4 for EDM,
         which is no difference from 128 channels on)
+    updown: halvings and doublings are residual blocks, and not convolutions
+    scale_shift: the embedding scales and shifts after a norm, and is not added before it
+    num_steps: of the schedule that precond ddpm or cosine names
+    rescaled_steps: the network is told a step's number times 1000 / num_steps
     """
 
     width: int = Field(192, ge=2, multiple_of=2)
@@ -50,6 +58,10 @@ class AdmUnetOptions(DiffusionOptions):
     dropout: float = Field(0.0, ge=0, lt=1)  # 0.1 in the 64x64 trainings; 0 here: model and reference share their draw
     augment_dim: int = Field(0, ge=0)
     group_channels: PositiveInt = 1
+    updown: bool = True
+    scale_shift: bool = True
+    num_steps: int = Field(NUM_STEPS, ge=2, le=100_000)
+    rescaled_steps: bool = False
 
 
 class AdmUnet(nn.Module):
@@ -70,7 +82,13 @@ class AdmUnet(nn.Module):
         widths = level_widths(width, options.channel_mult)
         attending = [size >> level in options.attention for level in range(len(widths))]
         check_sizes(size, widths, attending, options.num_head_channels, options.num_heads)
-        res = partial(ResBlock, emb_width=emb_width, dropout=options.dropout, group_channels=groups)
+        res = partial(
+            ResBlock,
+            emb_width=emb_width,
+            dropout=options.dropout,
+            group_channels=groups,
+            scale_shift=options.scale_shift,
+        )
 
         def attend(channels: int) -> Attention:
             return Attention(channels, head_width(channels, options.num_head_channels, options.num_heads), groups)
@@ -78,7 +96,9 @@ class AdmUnet(nn.Module):
         self.augment_emb = nn.Linear(self.augment_dim, width, bias=False) if self.augment_dim else None
         self.time_embed = nn.Sequential(nn.Linear(width, emb_width), nn.SiLU(), nn.Linear(emb_width, emb_width))
         self.label_emb = nn.Embedding(num_classes, emb_width) if num_classes else None
-        self.input_blocks, self.middle_block = encoder_blocks(in_channels, widths, num_blocks, attending, res, attend)
+        self.input_blocks, self.middle_block = encoder_blocks(
+            in_channels, widths, num_blocks, attending, res, attend, options.updown
+        )
 
         # Channels that input_blocks leave: the first convolution, each level's blocks, its halving.
         last = len(widths) - 1
@@ -92,7 +112,8 @@ class AdmUnet(nn.Module):
                 if attending[level]:
                     layers.append(attend(channels))
                 if level and i == num_blocks:
-                    layers.append(res(channels, channels, resampling="up"))
+                    up = res(channels, channels, resampling="up") if options.updown else Upsample(channels)
+                    layers.append(up)
                 self.output_blocks.append(Block(layers))
         head = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.out = nn.Sequential(group_norm(channels, groups), nn.SiLU(), head)
@@ -135,16 +156,21 @@ def level_widths(width: int, channel_mult: Sequence[float]) -> list[int]:
     return [round(multiple * width) for multiple in channel_mult]
 
 
-def head_width(channels: int, num_head_channels: int, num_heads: int | None) -> int:
-    """Channels of each head of an attention layer with so many channels."""
-    return num_head_channels if num_heads is None else channels // num_heads
-
-
 @register("adm-unet", AdmUnetOptions, DiffusionDrawOptions)
 def build(
     shape: tuple[int, ...], num_classes: int, options: AdmUnetOptions, draw_options: DiffusionDrawOptions
 ) -> DiffusionModel:
-    """A denoiser of square uint8 images. Raises ValueError for another shape."""
+    """A denoiser of square uint8 images. Raises ValueError for another shape, or steps that `precond` does not have."""
     channels, side = square(shape)
     net = AdmUnet(channels, channels * (2 if options.learned_variance else 1), side, num_classes, options)
-    return DiffusionModel(net, PixelCodec(shape), num_classes, options, draw_options)
+    return DiffusionModel(net, PixelCodec(shape), num_classes, options, draw_options, _of_steps(options))
+
+
+def _of_steps(options: AdmUnetOptions) -> Discrete | None:
+    """The preconditioner of another number of steps than 1000; None: the one that `precond` names."""
+    if options.num_steps == NUM_STEPS:
+        return None
+    if options.precond not in SCHEDULES:
+        raise ValueError(f"num_steps = {options.num_steps} is of precond ddpm or cosine, not {options.precond}")
+    with torch.device("cpu"):  # levels hold numbers even where the network is on meta
+        return Discrete(SCHEDULES[options.precond](options.num_steps), rescaled=options.rescaled_steps)

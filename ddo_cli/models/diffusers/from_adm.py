@@ -1,17 +1,23 @@
 """ADM's U-Net as a UNet2DModel of the library diffusers: the same function under other names.
 
-A level of ADM is the library's block with residual halvings and doublings: ResnetDownsampleBlock2D, or with attention
-AttnDownBlock2D. What it cannot express is refused in `configs`.
+A level of ADM is the library's block with residual halvings and doublings, ResnetDownsampleBlock2D, or with attention
+AttnDownBlock2D; with halvings by a convolution, DownBlock2D. What it cannot express is refused in `configs`.
 """
 
 from typing import Any
 
 from torch import Tensor
 
-from ddo_cli.models.adm.unet import head_width, level_widths
+from ddo_cli.diffusion.precond import NUM_STEPS
+from ddo_cli.models.adm.layers import head_width
+from ddo_cli.models.adm.unet import level_widths
 
 GROUPS = 32
-_SCHEDULES = {"iddpm": "squaredcos_cap_v2", "ddpm": "linear"}  # the library's names of the betas
+_SCHEDULES = {
+    "iddpm": "squaredcos_cap_v2",
+    "cosine": "squaredcos_cap_v2",
+    "ddpm": "linear",
+}  # the library's names of the betas
 _LAYERS = {  # of a residual block, then of attention
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -21,6 +27,7 @@ _LAYERS = {  # of a residual block, then of attention
     "skip_connection": "conv_shortcut",
     "norm": "group_norm",
     "proj_out": "to_out.0",
+    "op": "conv",
 }
 _ENDS = {
     "time_embed.0": "time_embedding.linear_1",
@@ -53,14 +60,17 @@ def configs(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     if len(heads) > 1:
         raise ValueError(
-            f"num_heads = {options['num_heads']} gives heads of {sorted(heads)} channels, and a UNet2DModel has one "
-            "number for all levels"
+            f"num_heads = {options['num_heads']} and num_head_channels = {options['num_head_channels']} give heads of "
+            f"{sorted(heads)} channels, and a UNet2DModel has one number for all levels"
         )
     if min(widths) // options["group_channels"] < GROUPS:
         raise ValueError(
             f"norms of {min(widths)} channels with group_channels = {options['group_channels']} have fewer than "
             f"{GROUPS} groups, and a UNet2DModel has one number for all of them"
         )
+    down, up, resampling = ("DownBlock2D", "UpBlock2D", "conv")
+    if options["updown"]:
+        down, up, resampling = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D", "resnet")
     unet = {
         "sample_size": side,
         "in_channels": channels,
@@ -69,11 +79,11 @@ def configs(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         "block_out_channels": widths,
         "layers_per_block": options["num_blocks"],
         "attention_head_dim": heads.pop(),
-        "down_block_types": ["AttnDownBlock2D" if each else "ResnetDownsampleBlock2D" for each in attending],
-        "up_block_types": ["AttnUpBlock2D" if each else "ResnetUpsampleBlock2D" for each in reversed(attending)],
-        "downsample_type": "resnet",
-        "upsample_type": "resnet",
-        "resnet_time_scale_shift": "scale_shift",
+        "down_block_types": ["AttnDownBlock2D" if each else down for each in attending],
+        "up_block_types": ["AttnUpBlock2D" if each else up for each in reversed(attending)],
+        "downsample_type": resampling,
+        "upsample_type": resampling,
+        "resnet_time_scale_shift": "scale_shift" if options["scale_shift"] else "default",
         "norm_num_groups": GROUPS,
         "attn_norm_num_groups": GROUPS,  # else the middle's attention has no norm
         "norm_eps": 1e-5,
@@ -87,20 +97,23 @@ def configs(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _scheduler(options: dict[str, Any]) -> dict[str, Any]:
     precond, learned = options["precond"], options["learned_variance"]
+    if options["rescaled_steps"]:
+        raise ValueError("rescaled_steps = True: no scheduler of diffusers tells steps as of 1000")
     if precond in _SCHEDULES:
+        scale = NUM_STEPS / options["num_steps"]
         return {
             "_class_name": "DDPMScheduler",
-            "num_train_timesteps": 1000,
+            "num_train_timesteps": options["num_steps"],
             "beta_schedule": _SCHEDULES[precond],
-            "beta_start": 1e-4,
-            "beta_end": 0.02,
+            "beta_start": scale * 1e-4,
+            "beta_end": scale * 0.02,
             "prediction_type": "epsilon",
             "variance_type": "learned_range" if learned else "fixed_small",
             "clip_sample": True,
         }
     if precond != "edm" or learned:
         what = f"precond = {precond}" + (" with learned_variance" if learned else "")
-        raise ValueError(f"no scheduler of diffusers matches {what}; known are edm, iddpm and ddpm")
+        raise ValueError(f"no scheduler of diffusers matches {what}; known are edm, iddpm, cosine and ddpm")
     return {  # with EDM's c_skip, c_out, c_in and c_noise; what it calls epsilon is F
         "_class_name": "EDMEulerScheduler",
         **{key: options[key] for key in ("sigma_min", "sigma_max", "sigma_data")},

@@ -2,11 +2,11 @@
 
 Discriminator Guidance (arXiv 2211.17091, section 4.3) takes the features of such a classifier, frozen, and trains a
 shallow network of the same family on them. Names of parameters are those of the published files, which load as they
-are. All of them have scale-shift norms, residual up/down blocks, 64 channels per head and an attention-pooling head.
+are; those have scale-shift norms, residual halvings, 64 channels per head and an attention-pooling head.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -14,26 +14,27 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from ddo_cli.diffusion import vp_sde
+from ddo_cli.diffusion import precond, vp_sde
 from ddo_cli.likelihood import Options
 from ddo_cli.models.adm.layers import (
     GROUPS,
     Attention,
     ResBlock,
     attend,
+    attended,
     check_sizes,
     cosines_and_sines,
     embedded,
     encoder_blocks,
     group_norm,
-    square,
 )
 from ddo_cli.models.discriminators.registry import register_classifier
 from ddo_cli.models.norms import widened
+from ddo_cli.models.sides import square
 from ddo_cli.trainable import Trainable
 
 Time = Literal["linear", "cosine"]
-_TIME_SCALE = 999  # the networks were trained on step indices 0..999
+_SCHEDULES: dict[Time, Callable[[int], Tensor]] = {"linear": precond.linear_sigmas, "cosine": precond.cosine_sigmas}
 
 # Options of the published classifiers by (channels, side) of the state; all tell 1000 classes. OpenAI trained those of
 # 64x64 and above, of which only the 64x64 one knows the cosine schedule; DG's authors those of 32x32 images and of
@@ -46,11 +47,6 @@ PUBLISHED: dict[tuple[int, int], dict[str, Any]] = {
     (3, 256): {"depth": 2, "channel_mult": (1, 1, 2, 2, 4, 4)},
     (3, 512): {"depth": 2, "channel_mult": (0.5, 1, 1, 2, 2, 4, 4)},
 }
-
-
-def time_embedding(t: Tensor, width: int) -> Tensor:
-    """Features of the step index that a time t in [0, 1] means, 999 t; (B, width) float64."""
-    return cosines_and_sines(_TIME_SCALE * t.to(torch.float64), width)
 
 
 class AttentionPool(nn.Module):
@@ -80,8 +76,10 @@ class AdmEncoder(Trainable):
     depth: residual blocks of each level. channel_mult: each level's channels, in widths, finest first.
     attention: sides at which blocks attend, for states of side `size`.
     num_labels: rows of the label embedding; 0 = labels are ignored.
-    time: "cosine" if the published weights know the cosine schedule's time; t itself is always the linear one's.
-    Raises ValueError if the sizes do not divide.
+    time: "cosine" if the weights know the cosine schedule's time; t itself is always the linear one's. steps: the
+    number M of steps of the schedule that they were trained at, so that t means the step's index (M - 1) t; None: they
+    were trained at any time, which then counts to 999.
+    updown, scale_shift: as of `adm-unet`. Raises ValueError if the sizes do not divide.
     """
 
     def __init__(
@@ -97,15 +95,23 @@ class AdmEncoder(Trainable):
         num_head_channels: int = 64,
         num_labels: int = 0,
         time: Time = "linear",
+        steps: int | None = None,
+        updown: bool = True,
+        scale_shift: bool = True,
     ) -> None:
         super().__init__()
-        self.width, self.time, emb_width = width, time, 4 * width
+        self.width, self.time, self.steps, emb_width = width, time, steps, 4 * width
         widths = [round(multiple * width) for multiple in channel_mult]  # channels of each level
         factors = {size // side for side in attention}  # as ADM reads them: by how much the state has been shrunk
         attending = [2**level in factors for level in range(len(widths))]
         if any(width % GROUPS for width in widths):
             raise ValueError(f"the levels' channels {widths} (width times channel_mult) must be multiples of {GROUPS}")
         check_sizes(size, widths, attending, num_head_channels)
+        if any(channels % num_head_channels for channels in attended(widths, attending)):
+            raise ValueError(
+                f"channels {attended(widths, attending)} of attending levels must be multiples of num_head_channels = "
+                f"{num_head_channels}"
+            )
         self.time_embed = nn.Sequential(nn.Linear(width, emb_width), nn.SiLU(), nn.Linear(emb_width, emb_width))
         self.label_emb = nn.Embedding(num_labels, emb_width) if num_labels else None
         self.input_blocks, self.middle_block = encoder_blocks(
@@ -113,8 +119,9 @@ class AdmEncoder(Trainable):
             widths,
             depth,
             attending,
-            partial(ResBlock, emb_width=emb_width),
+            partial(ResBlock, emb_width=emb_width, scale_shift=scale_shift),
             partial(Attention, head_channels=num_head_channels),
+            updown,
         )
         side = size // 2 ** (len(widths) - 1)
         pool = AttentionPool(widths[-1], side, num_head_channels, num_outputs)
@@ -125,7 +132,11 @@ class AdmEncoder(Trainable):
         label: int64 (B,), -1 = none.
         """
         t = vp_sde.cosine_time_of(t) if self.time == "cosine" else t
-        emb = self.time_embed(time_embedding(t, self.width).to(x_vp.dtype))  # (B, E)
+        return self.features_at(((self.steps or precond.NUM_STEPS) - 1) * t.to(torch.float64), x_vp, label)
+
+    def features_at(self, step: Tensor, x_vp: Tensor, label: Tensor | None = None) -> Tensor:
+        """`features`, told the index of a step, (B,), instead of a time."""
+        emb = self.time_embed(cosines_and_sines(step, self.width).to(x_vp.dtype))  # (B, E)
         if self.label_emb is not None and label is not None:
             emb = emb + embedded(self.label_emb, label)
         h = x_vp
@@ -145,6 +156,21 @@ class AdmClassifier(AdmEncoder):
         """(B, classes)."""
         return self.outputs(x_vp, t)
 
+    def at_steps(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """`forward`, told the nearest of the steps that it was trained at; None if those were no steps.
+
+        For guiding a model of discrete steps, as OpenAI's code does: its steps lie up to 3.4 of them beside 999 t.
+        """
+        if self.steps is None:
+            return None
+        with torch.device("cpu"):
+            known = precond.Discrete(_SCHEDULES[self.time](self.steps))
+
+        def forward(x_vp: Tensor, t: Tensor) -> Tensor:
+            return self.out(self.features_at(known.step_of(vp_sde.sigma_of(t)), x_vp))
+
+        return forward
+
 
 class AdmEncoderOptions(Options):
     """Options of `adm-classifier`. PUBLISHED has those of the published files."""
@@ -155,6 +181,9 @@ class AdmEncoderOptions(Options):
     attention: tuple[PositiveInt, ...] = (32, 16, 8)  # sides at which blocks attend
     num_head_channels: PositiveInt = 64
     time: Time = "linear"  # cosine: for weights trained on the cosine schedule, as OpenAI's for 64x64
+    steps: int | None = Field(None, ge=2, le=100_000)  # number of those that it was trained at; None: all times
+    updown: bool = True  # halvings are residual blocks, and not convolutions
+    scale_shift: bool = True  # the embedding scales and shifts after a norm, and is not added before it
 
 
 @register_classifier("adm-classifier", AdmEncoderOptions)

@@ -24,6 +24,8 @@ class AdmDiscriminatorOptions(TrunkFile):
     channel_mult: tuple[PositiveFloat, ...] = Field((1,), min_length=1)  # channels of each level, in widths
     attention: tuple[PositiveInt, ...] = (32, 16, 8)  # sides at which blocks attend
     num_head_channels: PositiveInt = 64
+    updown: bool = True  # halvings are residual blocks, and not convolutions
+    scale_shift: bool = True  # the embedding scales and shifts after a norm, and is not added before it
     label_rows: PositiveInt = 1000  # of the label embedding; the published files have 1000 even for CIFAR-10
 
 

@@ -14,43 +14,63 @@ import torch
 from torch import Tensor
 
 from ddo_cli import checkpoint
+from ddo_cli.diffusion.precond import NUM_STEPS
 from ddo_cli.errors import CheckpointError
 from ddo_cli.models import pt_files
+from ddo_cli.models.adm.published import Told, check_told, has_scale_shift
 from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.models.discriminators.adm_encoder import PUBLISHED, AdmEncoder
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_HEAD_CHANNELS = 64  # of all published files; shapes do not tell it
+_HEAD_CHANNELS = 64  # of all files that the official code makes; shapes do not tell it
 _NEEDED = ("time_embed.0.weight", "input_blocks.0.0.weight", "out.2.positional_embedding", "out.2.c_proj.weight")
 _EXPECTED = "this program reads the published ADM classifiers and DG discriminators"
 
 
 class Published(NamedTuple):
-    """kind: "classifier" or "discriminator", config: as `discriminators.build` takes it, and the tensors it loads."""
+    """kind: "classifier" or "discriminator", config: as `discriminators.build` takes it, and the tensors it loads.
+
+    assumed: what neither the file nor the caller tells, by keys of `Told`.
+    """
 
     kind: str
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    assumed: dict[str, Any]
 
 
-def read(path: str | Path, *, trunk: str | None = None, num_classes: int = 0) -> Published:
+def read(
+    path: str | Path,
+    *,
+    trunk: str | None = None,
+    num_classes: int = 0,
+    told: Told = Told(),  # noqa: B008 (immutable)
+) -> Published:
     """The network of a published file.
 
     trunk: for a discriminator, this program's file of the classifier whose features it reads (`read` that one first).
     num_classes: for a conditional discriminator, the classes of the model it guides; the file's 1000 rows do not tell.
-    Raises CheckpointError if the file holds anything else, or does not fit the trunk.
+    told: head_channels, and of a classifier schedule and steps; the rest is read off the shapes.
+    Raises CheckpointError if the file holds anything else, contradicts what is told, or does not fit the trunk.
     """
     tensors = _tensors(path)
-    layout = _layout({key: tuple(tensor.shape) for key, tensor in tensors.items()}, path)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    layout = _layout(shapes, told.head_channels or _HEAD_CHANNELS, path)
     labels = layout.pop("num_labels")
     channels, side, outputs = (layout.pop(key) for key in ("in_channels", "size", "num_outputs"))
+    _check_told(told, layout, side, is_classifier=outputs != 1, path=path)
+    assumed: dict[str, Any] = {} if told.head_channels else {"head_channels": _HEAD_CHANNELS}
     if outputs != 1:
         if labels:
             raise CheckpointError(f"{path} is a classifier that is told labels; {_EXPECTED}")
-        layout["time"] = PUBLISHED.get((channels, side), {}).get("time", "linear")
+        usual = {"schedule": PUBLISHED.get((channels, side), {}).get("time", "linear"), "steps": NUM_STEPS}
+        assumed |= {key: value for key, value in usual.items() if getattr(told, key) is None}
+        if told.steps not in (None, NUM_STEPS):
+            assumed["rescale_timesteps"] = False
+        layout |= {"time": told.schedule or usual["schedule"], "steps": told.steps or usual["steps"]}
         config = discriminators.config_of("classifier", "adm-classifier", (channels, side, side), outputs, layout)
-        return Published("classifier", config, tensors)
+        return Published("classifier", config, tensors, assumed)
     if trunk is None:
         raise CheckpointError(
             f"{path} is a discriminator of features with {channels} channels; name with --trunk the classifier "
@@ -67,7 +87,19 @@ def read(path: str | Path, *, trunk: str | None = None, num_classes: int = 0) ->
     config = discriminators.config_of(
         "discriminator", "adm-discriminator", shape, num_classes if labels else 0, options
     )
-    return Published("discriminator", config, {f"head.{key}": tensor for key, tensor in tensors.items()})
+    return Published("discriminator", config, {f"head.{key}": tensor for key, tensor in tensors.items()}, assumed)
+
+
+def _check_told(told: Told, layout: dict[str, Any], side: int, *, is_classifier: bool, path: str | Path) -> None:
+    """Raises CheckpointError for what is not of such a network, or contradicts its shapes."""
+    asked = {"head_channels"} | ({"schedule", "steps", "size", "updown", "scale_shift"} if is_classifier else set())
+    if odd := [key for key, value in told._asdict().items() if value is not None and key not in asked]:
+        kind = "classifier" if is_classifier else "discriminator"
+        raise CheckpointError(
+            f"{path} is a {kind}, of which {', '.join(sorted(asked))} can be told; leave {', '.join(odd)} out"
+        )
+    updown = layout["updown"] if len(layout["channel_mult"]) > 1 else None
+    check_told(told, {"size": side, "updown": updown, "scale_shift": layout["scale_shift"]}, str(path))
 
 
 def _tensors(path: str | Path) -> dict[str, Tensor]:
@@ -78,8 +110,8 @@ def _tensors(path: str | Path) -> dict[str, Tensor]:
     return {key: tensor.float() for key, tensor in content.items()}
 
 
-def _layout(shapes: Shapes, path: str | Path) -> dict[str, Any]:
-    """Arguments of AdmEncoder, without its time."""
+def _layout(shapes: Shapes, head_channels: int, path: str | Path) -> dict[str, Any]:
+    """Arguments of AdmEncoder, without its time and steps."""
     missing = [key for key in _NEEDED if key not in shapes]
     if missing:
         raise CheckpointError(
@@ -89,15 +121,21 @@ def _layout(shapes: Shapes, path: str | Path) -> dict[str, Any]:
     # Each level: `depth` blocks, and the one before them.
     divisors = [levels for levels in range(1, blocks) if blocks % levels == 0]
     candidates = [_candidate(shapes, levels, blocks // levels - 1) for levels in divisors]
-    fitting = [layout for layout in candidates if layout is not None and _fits(layout, shapes)]
+    fitting = [each for each in candidates if each is not None and _fits({**each, "num_head_channels": 1}, shapes)]
     if len(fitting) != 1:
         what = "fit no configuration of an ADM encoder" if not fitting else "fit more than one configuration"
         raise CheckpointError(f"{path}: its tensors {what}; {_EXPECTED}")
-    return fitting[0]
+    layout = {**fitting[0], "num_head_channels": head_channels}
+    if not _fits(layout, shapes):
+        raise CheckpointError(
+            f"{path}: channels of its attention are no multiples of head_channels={head_channels}; tell the "
+            "head_channels that it was trained with"
+        )
+    return layout
 
 
 def _candidate(shapes: Shapes, levels: int, depth: int) -> dict[str, Any] | None:
-    """What the shapes say if there are so many levels; None if they contradict it at once."""
+    """What the shapes say, but the heads, if there are so many levels; None if they contradict it at once."""
     try:
         width = shapes["time_embed.0.weight"][1]
         side = math.isqrt(shapes["out.2.positional_embedding"][1] - 1)  # of the features
@@ -114,7 +152,8 @@ def _candidate(shapes: Shapes, levels: int, depth: int) -> dict[str, Any] | None
                 for level, first in enumerate(firsts)
                 if f"{first}.1.qkv.weight" in shapes
             ],
-            "num_head_channels": _HEAD_CHANNELS,
+            "updown": not any(re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", key) for key in shapes),
+            "scale_shift": has_scale_shift(shapes),
             "num_labels": shapes["label_emb.weight"][0] if "label_emb.weight" in shapes else 0,
         }
     except (KeyError, IndexError, ZeroDivisionError):

@@ -12,6 +12,7 @@ from ddo_cli.diffusion import vp_sde
 from ddo_cli.likelihood import NO_LABEL, Options
 from ddo_cli.models.discriminators.registry import register, register_classifier
 from ddo_cli.models.norms import GroupNorm, widened
+from ddo_cli.models.sides import check_side, square
 from ddo_cli.models.toy.patch_unet import PatchEncoder
 
 _NORM_GROUPS = 8
@@ -44,9 +45,7 @@ class TimeEncoder(PatchEncoder):
         super().__init__(in_channels, num_classes, patch, widths, depths, emb_width)
         if widths[-1] % _NORM_GROUPS:
             raise ValueError(f"the last of widths {list(widths)} must be a multiple of {_NORM_GROUPS}")
-        multiple = patch * 2 ** (len(widths) - 1)
-        if size % multiple:
-            raise ValueError(f"side {size} must be a multiple of patch * 2**(levels - 1) = {multiple}")
+        check_side(size, patch * 2 ** (len(widths) - 1), "patch", "widths")
         self.shrink = nn.ModuleList(nn.Conv2d(4 * fine, coarse, 1) for fine, coarse in pairwise(widths))
         self.norm = GroupNorm(_NORM_GROUPS, widths[-1])
         self.affine = nn.Linear(emb_width, 2 * widths[-1])
@@ -100,8 +99,9 @@ class TimeEncoderOptions(Options):
 
 def settings(shape: tuple[int, ...], options: TimeEncoderOptions) -> dict[str, object]:
     """Constructor arguments for states of this shape. Raises ValueError unless they are square images."""
-    if len(shape) != 3 or shape[1] != shape[2]:
+    if len(shape) != 3:
         raise ValueError("it needs square images or latents; points need discriminator.name = time-mlp")
+    square(shape)
     levels = len(options.widths or (0, 0))
     patch = options.patch
     if patch is None:

@@ -11,7 +11,7 @@ from ddo_cli.diffusion import precond, vp_sde
 from ddo_cli.errors import CheckpointError, printable
 from ddo_cli.models import registry, snapshots
 from ddo_cli.models.adm.keys import EdmKeys
-from ddo_cli.models.adm.unet import AdmUnetOptions
+from ddo_cli.models.adm.unet import AdmUnetOptions, level_widths
 from ddo_cli.models.edm import keys as edm_keys
 from ddo_cli.models.snapshots import Names, Network, Snapshot
 
@@ -57,6 +57,7 @@ _PRECONDS: dict[str, tuple[precond.PrecondName, dict[str, float]]] = {
     "VEPrecond": ("ve", {"sigma_min": precond.Ve.sigma_min, "sigma_max": precond.Ve.sigma_max}),
     "iDDPMPrecond": ("iddpm", {"C_1": precond.IDDPM_C1, "C_2": precond.IDDPM_C2, "M": precond.NUM_STEPS}),
 }
+_HEAD_CHANNELS = 64  # of DhariwalUNet, which has no argument for it
 _READ = snapshots.READ | {
     "model_type", "label_dropout", "sigma_min", "sigma_max", "beta_d", "beta_min", "M", "epsilon_t", "C_1", "C_2",
 }  # fmt: skip
@@ -93,11 +94,24 @@ def _config(state: dict[str, Any], classes: tuple[str, str], path: str | Path) -
     options |= {"precond": kind, "learned_variance": kind == "iddpm"}  # asks the network for twice the channels
     if kind == "edm":
         options["sigma_data"] = snapshots.number(state["sigma_data"], "sigma_data")
+    channels, side, num_classes = snapshots.shape_of(state)
     if name == "adm-unet":
         options["group_channels"] = 4  # EDM's norms
-    channels, side, num_classes = snapshots.shape_of(state)
+        options["attention"] = _attention(options, side, path)
     draw = {"label_dropout": given.get("label_dropout", 0)}  # a dropped label is a row of zeros there as here
     return registry.config_of(name, (channels, side, side), num_classes, options, draw)
+
+
+def _attention(options: dict[str, Any], side: int, path: str | Path) -> list[int]:
+    """The sides at which EDM's network attends: a level with fewer channels than a head's 64 has no head there."""
+    widths = level_widths(options["width"], options["channel_mult"])
+    if widths[-1] < _HEAD_CHANNELS:
+        raise CheckpointError(
+            f"{path}: its coarsest level has {widths[-1]} channels, fewer than the {_HEAD_CHANNELS} of a head, so that "
+            "it attends nowhere; this program builds ADM's U-Net with attention in the middle only"
+        )
+    narrow = {side >> level for level, width in enumerate(widths) if width < _HEAD_CHANNELS}
+    return [each for each in options["attention"] if each not in narrow]
 
 
 # --- Tensors
@@ -130,7 +144,7 @@ def _names(config: dict[str, Any], stored: dict[str, Tensor]) -> Names:
     if 10 * blocks > len(stored):  # two norms, two convolutions and a linear layer, each with a bias
         raise ValueError(f"{len(stored)} tensors are too few")
     if "u" in stored:
-        levels = torch.cat([precond.cosine_sigmas().flip(0), torch.zeros(1)])
+        levels = torch.cat([precond.edm_cosine_sigmas().flip(0), torch.zeros(1)])
         # rtol: the rounding of a long recursion.
         if stored["u"].shape != levels.shape or not torch.allclose(stored["u"].to(levels), levels, rtol=1e-3):
             raise ValueError("its noise levels 'u' are not those of the cosine schedule")

@@ -18,6 +18,7 @@ from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, Dif
 from ddo_cli.likelihood import one_hot
 from ddo_cli.models.norms import GroupNorm, widened
 from ddo_cli.models.registry import register
+from ddo_cli.models.sides import check_side, square
 
 _NORM_EPS = 1e-6  # of every GroupNorm
 _FOURIER_SCALE = 16.0  # standard deviation of NCSN++'s frequencies
@@ -66,9 +67,7 @@ class EdmUnet(nn.Module):
     ) -> None:
         super().__init__()
         channels, channel_mult, resample_filter = options.channels, options.channel_mult, options.resample_filter
-        multiple = 2 ** (len(channel_mult) - 1)
-        if size % multiple:
-            raise ValueError(f"size = {size} must be a multiple of 2**(levels - 1) = {multiple}")
+        check_side(size, 2 ** (len(channel_mult) - 1), "channel_mult")
         if len(resample_filter) % 2 or not resample_filter:
             raise ValueError(f"resample_filter {list(resample_filter)} must have an even number of taps, at least 2")
         if channels % 4:
@@ -299,8 +298,6 @@ def build(
     shape: tuple[int, ...], num_classes: int, options: EdmUnetOptions, draw_options: DiffusionDrawOptions
 ) -> DiffusionModel:
     """A denoiser of square uint8 images. Raises ValueError for another shape."""
-    if len(shape) != 3 or shape[1] != shape[2]:
-        raise ValueError(f"edm-unet needs square images, not items of shape {shape}")
-    channels, side, _ = shape
+    channels, side = square(shape)
     net = EdmUnet(channels, channels * (2 if options.learned_variance else 1), side, num_classes, options)
     return DiffusionModel(net, PixelCodec(shape), num_classes, options, draw_options)

@@ -21,6 +21,7 @@ from ddo_cli.models.edm2.layers import MPConv, MPFourier, force_norms, mp_cat, m
 from ddo_cli.models.edm2.vae_codec import DEFAULT_VAE, StabilityCodec
 from ddo_cli.models.norms import widened
 from ddo_cli.models.registry import register
+from ddo_cli.models.sides import check_side, square
 
 _RESIDUAL_BALANCE = 0.3  # weight of a residual or attention branch in its sum
 _LABEL_BALANCE = 0.5
@@ -61,9 +62,7 @@ class Edm2Unet(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, size: int, num_classes: int, options: Edm2Options) -> None:
         super().__init__()
-        multiple = 2 ** (len(options.channel_mult) - 1)
-        if size % multiple:
-            raise ValueError(f"size = {size} must be a multiple of 2**(levels - 1) = {multiple}")
+        check_side(size, 2 ** (len(options.channel_mult) - 1), "channel_mult")
         self.num_classes = num_classes
         widths = [options.width * mult for mult in options.channel_mult]
         emb_width = max(widths)
@@ -247,8 +246,7 @@ class Edm2Model(DiffusionModel):
 @register("edm2-unet", Edm2Options, Edm2DrawOptions)
 def build(shape: tuple[int, ...], num_classes: int, options: Edm2Options, draw_options: Edm2DrawOptions) -> Edm2Model:
     """A denoiser of square uint8 images. Raises ValueError for another shape."""
-    if len(shape) != 3 or shape[1] != shape[2]:
-        raise ValueError(f"edm2-unet needs square images, not items of shape {shape}")
+    square(shape)
     codec = PixelCodec(shape) if options.codec == "rgb" else StabilityCodec(shape, options.vae)
     channels, size, _ = codec.state_shape
     net = Edm2Unet(channels, channels * (2 if options.learned_variance else 1), size, num_classes, options)

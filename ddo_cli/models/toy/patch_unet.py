@@ -14,6 +14,7 @@ from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, Dif
 from ddo_cli.likelihood import one_hot
 from ddo_cli.models.norms import widened
 from ddo_cli.models.registry import register
+from ddo_cli.models.sides import check_side, square
 from ddo_cli.trainable import Trainable
 
 _NUM_FREQUENCIES = 16  # of the noise level's Fourier features; our choice
@@ -112,9 +113,7 @@ class PatchUNet(PatchEncoder):
         emb_width: int,
     ) -> None:
         super().__init__(in_channels, num_classes, patch, widths, depths, emb_width)
-        multiple = patch * 2 ** (len(widths) - 1)
-        if size % multiple:
-            raise ValueError(f"size = {size} must be a multiple of patch * 2**(levels - 1) = {multiple}")
+        check_side(size, patch * 2 ** (len(widths) - 1), "patch", "widths")
         folded = in_channels * patch**2
         levels = list(zip(widths, depths, strict=True))
         self.decoder = nn.ModuleList(Stage(width, depth, emb_width) for width, depth in levels[:-1])
@@ -194,8 +193,7 @@ def build(
     shape: tuple[int, ...], num_classes: int, options: PatchUNetOptions, draw_options: DiffusionDrawOptions
 ) -> DiffusionModel:
     """A denoiser of square uint8 images. Raises ValueError for another shape."""
-    if len(shape) != 3 or shape[1] != shape[2]:
-        raise ValueError(f"patch-unet needs square images, not items of shape {shape}")
-    net = PatchUNet(in_channels=shape[0], size=shape[1], num_classes=num_classes, **options.of_network())
+    channels, side = square(shape)
+    net = PatchUNet(in_channels=channels, size=side, num_classes=num_classes, **options.of_network())
     net = net.to(memory_format=torch.channels_last)  # 1.5 times faster convolutions on a CPU
     return DiffusionModel(net, PixelCodec(shape), num_classes, options, draw_options)

@@ -43,7 +43,7 @@ class PixelTransformer(TokenModel):
         """Raises ValueError if the items are not grey images or `heads` does not divide `width`."""
         super().__init__()
         if len(shape) != 3 or shape[0] != 1:
-            raise ValueError("pixel-transformer models grey images of shape (1, H, W)")
+            raise ValueError("it models grey images: `ddo data SRC --out set.zip --grey` makes them grey")
         if options.width % options.heads:
             raise ValueError(f"model.options.heads = {options.heads} must divide width = {options.width}")
         self.codec, self.num_classes = LevelCodec(shape, options.levels), num_classes

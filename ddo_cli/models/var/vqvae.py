@@ -78,7 +78,10 @@ class Vqvae(Trainable):
         widths = [options.channels * mult for mult in options.channel_mult]
         side = options.image_side
         if len(shape) != 3 or shape[1:] != (side, side):
-            raise ValueError(f"patch_nums {options.patch_nums} and {len(widths)} levels make images of {side}x{side}")
+            raise ValueError(
+                f"its options patch_nums and channel_mult make images of {side}x{side}: `ddo data SRC --out set.zip "
+                f"--size {side}` makes such images; or change these options"
+            )
         if any(width % options.groups for width in widths):
             raise ValueError(f"groups = {options.groups} must divide the widths {widths}")
         self.shape, self.options = shape, options
