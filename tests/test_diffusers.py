@@ -355,16 +355,15 @@ def test_ddim_draws_the_librarys_images(clip, tmp_path):
     assert relative(found.x.float(), x) < 1e-4  # the library's state is float32; measured: 1e-5
 
 
-@pytest.mark.parametrize("learned", [False, True])
-def test_ddpm_draws_the_librarys_images(learned, tmp_path, monkeypatch):
-    variance = "learned_range" if learned else "fixed_small"
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_ddpm_draws_the_librarys_images(variance, tmp_path, monkeypatch):
     scheduler = DDPMScheduler(variance_type=variance, beta_schedule="squaredcos_cap_v2")
-    unet = make_folder(tmp_path / "a", scheduler, out_channels=6 if learned else 3)
-    model = built(diffusers_files.read(tmp_path / "a"))
+    unet = make_folder(tmp_path / "a", scheduler, out_channels=6 if variance == "learned_range" else 3)
+    folder = diffusers_files.read(tmp_path / "a")
+    model, spec = built(folder), SamplingRecipe(**folder.sampling).merged(steps=10)
+    model.check_sampling(spec)
     with torch.no_grad():
-        found = model.sample(
-            torch.full((4,), -1), RowRng(range(4)), SamplingRecipe(sampler="ddpm", steps=10, clip_denoised=True)
-        )
+        found = model.sample(torch.full((4,), -1), RowRng(range(4)), spec)
     rng = RowRng(range(4))  # the latent, then each step's noise
     scheduler.set_timesteps(timesteps=[999, 888, 777, 666, 555, 444, 333, 222, 111, 0])
     x = rng.randn((3, 8, 8))

@@ -622,6 +622,13 @@ def test_with_and_without_label_are_one_batch_and_the_variance_is_the_conditiona
     assert (sizes, trace.nfe) == ([(8, 8)], 2)
 
 
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+def test_decays_are_1_beyond_time_1(decay):
+    sigma = vp_sde.sigma_of(torch.tensor(1.41, dtype=torch.float64))
+    found = [steered(GradientGuide(curved, decay=each))(normal(4), sigma) for each in (decay, "constant")]
+    assert torch.equal(*found)
+
+
 def test_a_window_that_ends_at_1_has_no_end():
     """ADM's step 999 lies at VP time 1.0034 or 1.41; a window that ends before 1 does end there."""
     noisiest = vp_sde.sigma_of(torch.tensor([1.0034, 1.41], dtype=torch.float64))

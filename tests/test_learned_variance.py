@@ -116,8 +116,8 @@ def gradient(x, label):
 def in_ddpms_frame(name, learned, steps, z, noise, label, weight):
     """The samples of guided-diffusion: `p_mean_variance` and `condition_mean`, or `condition_score` and DDIM's step.
 
-    Written from arXiv 2006.11239, 2102.09672 and 2105.05233 in their own frame, with a variance that is fixed_small
-    where it is not learned.
+    Written from arXiv 2006.11239, 2102.09672 and 2105.05233 in their own frame. learned: or "small" or "large", the
+    fixed variances of that code.
     """
     visited = respaced_steps(1000, str(steps))
     abar = 1 / (1 + linear_sigmas()[visited] ** 2)
@@ -135,7 +135,10 @@ def in_ddpms_frame(name, learned, steps, z, noise, label, weight):
             mean = prev[i].sqrt() * beta[i] / (1 - abar[i]) * x0
             mean = mean + (1 - prev[i]) * (1 - beta[i]).sqrt() / (1 - abar[i]) * x
             share = (v + 1) / 2
-            variance = (share * beta[i].log() + (1 - share) * log_tilde[i]).exp() if learned else tilde[i]
+            larger = beta[i] if i else tilde[1]
+            variance = {"small": tilde[i], "large": larger}.get(learned)
+            if variance is None:
+                variance = (share * beta[i].log() + (1 - share) * log_tilde[i]).exp()
             x = mean + variance * shift
             if i:
                 x = x + variance.sqrt() * noise[i]
@@ -147,17 +150,18 @@ def in_ddpms_frame(name, learned, steps, z, noise, label, weight):
 
 
 @pytest.mark.parametrize("steps", [10, 250])
-@pytest.mark.parametrize(("name", "learned"), [("ddpm", True), ("ddpm", False), ("ddim", True)])
+@pytest.mark.parametrize(("name", "learned"), [("ddpm", True), ("ddpm", "small"), ("ddpm", "large"), ("ddim", True)])
 def test_guided_sampling_equals_ddpms_own_frame(name, learned, steps):
     class Net(Curved):
         def forward(self, x, c_noise, label):
             out = super().forward(x, c_noise, label)
-            return out if learned else out[:, :4]
+            return out if learned is True else out[:, :4]
 
-    model = DiffusionModel(
-        Net(), Codec((4,)), 3, DiffusionOptions(precond="ddpm", learned_variance=learned), DiffusionDrawOptions()
-    )
+    options = DiffusionOptions(precond="ddpm", learned_variance=learned is True)
+    model = DiffusionModel(Net(), Codec((4,)), 3, options, DiffusionDrawOptions())
     label, spec = torch.tensor([0, 1, 2]), SamplingRecipe(sampler=name, steps=steps, clip_denoised=True)
+    spec = spec.merged(ddpm_variance=None if learned is True else learned)
+    model.check_sampling(spec)
     rng = RowRng(range(3))
     z = rng.randn((4,))
     rng.randint(3)
@@ -168,6 +172,20 @@ def test_guided_sampling_equals_ddpms_own_frame(name, learned, steps):
     assert_close(found, expected, rtol=0, atol=2e-6)  # network and potential are float32
     plain = model.sample(label, RowRng(range(3)), spec).x
     assert (plain - expected).abs().max() > 0.01  # the guide acts
+
+
+@pytest.mark.parametrize(
+    ("learned", "sampler", "message"),
+    [(True, "ddpm", "has learned its own"), (False, "ddim", "ddim adds no")],
+)
+def test_a_variance_that_has_no_effect_is_refused(learned, sampler, message):
+    options = DiffusionOptions(precond="ddpm", learned_variance=learned)
+    model = DiffusionModel(Curved(), Codec((4,)), 3, options, DiffusionDrawOptions())
+    with pytest.raises(UsageError, match=message):
+        model.check_sampling(SamplingRecipe(sampler=sampler, ddpm_variance="large"))
+    stored = SamplingRecipe(sampler="ddpm", ddpm_variance="large")  # of a file
+    assert stored.merged(sampler="heun").ddpm_variance is None
+    assert stored.merged(steps=5).ddpm_variance == "large"
 
 
 def test_the_variance_matters():

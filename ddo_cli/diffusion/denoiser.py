@@ -52,9 +52,9 @@ class DiffusionOptions(Options):
 
 
 SAMPLING_FIELDS = (
-    "sampler", "steps", "spacing", "respacing", "sigma_min", "sigma_max", "rho", "dtype", "clip_denoised", "s_churn",
-    "s_min", "s_max", "s_noise", "discretization", "schedule", "scaling", "step_ratio", "cfg_scale", "cfg_sigma_min",
-    "cfg_sigma_max",
+    "sampler", "steps", "spacing", "respacing", "sigma_min", "sigma_max", "rho", "dtype", "clip_denoised",
+    "ddpm_variance", "s_churn", "s_min", "s_max", "s_noise", "discretization", "schedule", "scaling", "step_ratio",
+    "cfg_scale", "cfg_sigma_min", "cfg_sigma_max",
 )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ class DiffusionModel(LikelihoodModel):
         if self.num_classes:
             rng.randint(self.num_classes)
         sigmas = self.sigmas(spec)  # on the CPU, whatever the device of the samples: see `Denoiser`
-        trace = Trace()
+        trace = Trace(larger_variance=spec.ddpm_variance == "large")
         churn = Churn(
             s_churn=spec.s_churn or 0.0,
             s_min=spec.s_min or 0.0,
@@ -222,6 +222,13 @@ class DiffusionModel(LikelihoodModel):
         """Raises UsageError for a sampler, noise levels or guides that do not go together or with the network."""
         check_fields(self, spec, SAMPLING_FIELDS)
         sampling_plan.check(spec, self.bounds(spec), self.precond)
+        if spec.ddpm_variance is not None and (self.options.learned_variance or spec.sampler != "ddpm"):
+            has = (
+                "the model has learned its own"
+                if self.options.learned_variance
+                else f"{spec.sampler} adds no such noise"
+            )
+            raise UsageError(f"sampling.ddpm_variance = {spec.ddpm_variance} is of ddpm's noise: {has}; leave it out")
         if (spec.cfg_sigma_min, spec.cfg_sigma_max) != (None, None):
             if spec.cfg_scale in (None, 1.0):
                 raise UsageError("sampling.cfg_sigma_min and cfg_sigma_max are of a cfg_scale other than 1; set it too")

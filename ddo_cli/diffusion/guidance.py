@@ -158,7 +158,7 @@ class GradientGuide(NamedTuple):
                 return denoised
             trace.disc_nfe += 1
             value, direction = climb(self.potential, x, sigma, label)
-            w = weight * DECAYS[self.decay](t)  # float64
+            w = weight * DECAYS[self.decay](t.clamp(max=1))  # float64; t of ADM's noisiest steps is beyond 1
             if is_predictor and self.boost is not None:
                 trace.log_ratio = _chosen(inside, value, torch.full_like(value, math.inf))
                 if step % self.boost.weight_period == 0:

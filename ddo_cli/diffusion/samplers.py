@@ -51,7 +51,7 @@ def ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, churn: Churn | None 
     In the variance-exploding frame x_t / sqrt(alpha_bar_t) the mean of either is an Euler step to sigma_down, and
     sigma_down^2 + sigma_up^2 = sigma_next^2 with sigma_up = eta sigma_next sqrt(1 - sigma_next^2 / sigma^2). This is
     the smaller of DDPM's variances; a network with learned variance says where between it and the larger one the noise
-    of eta = 1 lies (arXiv 2102.09672, eq. 15).
+    of eta = 1 lies (arXiv 2102.09672, eq. 15), and `trace.larger_variance` asks for the larger one.
 
     Guides by a gradient change D, as in DDIM (arXiv 2105.05233, algorithm 2), but in DDPM the mean: mu + Sigma grad L,
     Sigma the variance of the step's noise (ibid., algorithm 1, of classifiers; DG's code for DiT does the same with its
@@ -69,8 +69,10 @@ def ancestral(denoise: Denoiser, x: Tensor, sigmas: Tensor, churn: Churn | None 
         slope = (x - denoise(x, sigma)) / sigma
         x_next = x + (down - sigma) * slope
         v, deviation = trace.variance, up
+        if trace.larger_variance:
+            v = sigmas.new_tensor(1.0 if up > 0 else -1.0)  # the last step's is that of the step before, as published
         if is_ddpm and v is not None and (up > 0 or trace.climb is not None):
-            deviation = _learned_deviation(v.to(x), sigma, sigma_next, before)
+            deviation = _learned_deviation(v.to(x) if v.ndim else v, sigma, sigma_next, before)
         if trace.climb is not None:
             shift = ((1 + sigma**2) / (1 + sigma_next**2)).sqrt() / sigma**2
             x_next = x_next + deviation**2 * shift * trace.climb

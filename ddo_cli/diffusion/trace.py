@@ -30,6 +30,7 @@ class Trace:
     nfe: int = 0
     disc_nfe: int = 0
     variance: Tensor | None = None  # learned variance v in [-1, 1] of the last evaluation (arXiv 2102.09672, eq. 15)
+    larger_variance: bool = False  # without one, DDPM's noise has its larger variance, beta, and not beta~
     log_ratio: Tensor | None = None  # (B,), of the last predictor evaluation; +inf outside the guide's window
     levels: Tensor | None = None  # on the CPU: the values that rows' levels have, where boosting set them apart
     keeps_climb: bool = False  # set by a sampler that adds the gradients of guides by itself, see `samplers.ancestral`

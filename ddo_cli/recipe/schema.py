@@ -126,6 +126,10 @@ class SamplingRecipe(Section):
         None, "Generalised sampler: place of Heun's second evaluation within a step. Default: 1.", gt=0, le=1
     )
     clip_denoised: bool | None = key(None, "Clip the denoised image to [-1, 1] in each step (ADM).")
+    ddpm_variance: Literal["small", "large"] | None = key(
+        None,
+        "Variance of ddpm's noise, where the model has not learned it: beta~ (small), or beta (large). Default: small.",
+    )
     cfg_scale: float | None = key(None, "Scale of classifier-free guidance, 1 = off.", ge=0)
     cfg_sigma_min: float | None = key(None, "Guidance only above this noise level (arXiv 2404.07724).", ge=0)
     cfg_sigma_max: float | None = key(None, "Guidance only up to this noise level.", gt=0)
@@ -158,6 +162,7 @@ class SamplingRecipe(Section):
             (CHURN, sampler and not sampler.churns),
             (GENERALISED, sampler and not sampler.generalised),
             (("spacing", "respacing"), sampler and sampler.spacing == "snapped"),
+            (("ddpm_variance",), sampler and sampler.name != "ddpm"),
             (("cfg_sigma_min", "cfg_sigma_max"), given.get("cfg_scale") == 1),
         )
         dropped = {key: None for keys, applies in drops if applies for key in keys}

@@ -257,8 +257,11 @@ def _adm(source: Path, stored: dict[str, Tensor], told: adm_published.Told) -> C
         **_assumed(file.described.assumed),
         "stored_tensors": len(stored),
     }
-    steps = min(_ADM["steps"], file.config["options"]["num_steps"])
-    return Content("adm", file.config, file.tensors, {**_ADM, "steps": steps}, notes)
+    options = file.config["options"]
+    sampling = {**_ADM, "steps": min(_ADM["steps"], options["num_steps"])}
+    if not options["learned_variance"]:
+        sampling["ddpm_variance"] = "large"  # of that code, which knows no other
+    return Content("adm", file.config, file.tensors, sampling, notes)
 
 
 def _assumed(assumed: dict[str, Any]) -> dict[str, str]:

@@ -199,7 +199,9 @@ def _sampling(scheduler: Config, side: int) -> dict[str, Any]:
         return {"sampler": "heun", "steps": 18 if side <= 32 else 40}  # arXiv 2206.00364, table 2
     sampler, steps = ("ddpm", DDPM_STEPS) if name.startswith("DDPM") else ("ddim", DDIM_STEPS)
     clips = _clips(scheduler) and not _left_out(scheduler)
-    return {"sampler": sampler, "steps": min(steps, len(known.sigmas)), "clip_denoised": clips}
+    larger = sampler == "ddpm" and str(scheduler.get("variance_type")).startswith("fixed_large")
+    variance = {"ddpm_variance": "large"} if larger else {}
+    return {"sampler": sampler, "steps": min(steps, len(known.sigmas)), "clip_denoised": clips, **variance}
 
 
 def _clips(scheduler: Config) -> bool:
