@@ -83,7 +83,7 @@ def test_objects_are_left_out_of_messages(tmp_path):
     text = "cannot identify image file <_io.BytesIO object at 0x7f0c1a2b>; see PosixPath('/data/x.png')"
     assert str(CheckpointError(text)) == "cannot identify image file; see /data/x.png"
     (tmp_path / "a.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"a\.png cannot be read as an image \(cannot identify image file\); replace"):
+    with pytest.raises(DataError, match=r"a\.png cannot be read as an image \(it is none of PNG, [^<]*\); replace"):
         images.open_images(str(tmp_path))
 
 
