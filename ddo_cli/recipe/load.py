@@ -13,9 +13,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ddo_cli.errors import RecipeError
+from ddo_cli.errors import RecipeError, printable
 from ddo_cli.places import local
+from ddo_cli.recipe import syntax
 from ddo_cli.recipe.schema import DEFAULT_RECIPE, Recipe, SamplingRecipe, messages, nearest
+
+_DEEPEST_KEY = 8  # dots in it; our choice, far above every key
 
 
 def recipe_names() -> dict[str, Path]:
@@ -52,11 +55,11 @@ def load(
     """
     path = find_recipe(name)
     try:
-        content = _parse_yaml(path.read_text(encoding="utf-8"))
-    except _GivenTwiceError as error:
-        raise RecipeError(f"{path}, {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from None
+        with open(path, "rb") as file:
+            content = syntax.parse(file.read(syntax.LARGEST + 1))
+    except syntax.SyntaxFaultError as error:
+        where = f"{path}, " if str(error).startswith("line ") else f"{path} is not YAML: "
+        raise RecipeError(f"{where}{error}; correct it, or give a recipe of `ddo recipes`") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold keys such as 'name:' and 'finetune:', not {type(content).__name__}")
     content = {key: value for key, value in content.items() if value is not None}  # a section without keys
@@ -66,7 +69,7 @@ def load(
         try:
             _set(content, key, value)
         except TypeError as error:
-            problems.append(f"command line: {key}={value}: {error}")
+            problems.append(f"command line: {printable(f'{key}={value}', 80)}: {error}")
     places = dict.fromkeys(values, "command line")
     try:
         recipe = Recipe.model_validate(local(content))
@@ -93,33 +96,6 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-4 as a number; YAML 1.1 requires 1.0e-4."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        """A dictionary. Raises _GivenTwiceError for a repeated key, of which YAML would silently keep the last."""
-        seen = set[Any]()
-        for key_node, _ in node.value:
-            if key_node.tag != "tag:yaml.org,2002:merge":
-                if key_node.value in seen:
-                    line = key_node.start_mark.line + 1
-                    raise _GivenTwiceError(f"line {line}: the key '{key_node.value}' is given twice; leave one out")
-                seen |= {key_node.value} if isinstance(key_node.value, str) else set()
-        return super().construct_mapping(node, deep)
-
-
-class _GivenTwiceError(yaml.YAMLError):
-    pass
-
-
-_FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
-
-
-def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # a SafeLoader
-
-
 def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Values by key of "key=value" strings, and messages about the others.
 
@@ -131,10 +107,13 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            problems.append(f"'{override}' is not of the form section.key=value, e.g. finetune.lr=1e-4")
+            shown = printable(override, 80)
+            problems.append(f"'{shown}' is not of the form section.key=value, e.g. finetune.lr=1e-4")
             continue
         try:
-            key, value = key.strip(), _parse_yaml(text)
+            key, value = key.strip(), syntax.parse(text)
+            if key.count(".") > _DEEPEST_KEY or not all(key.split(".")):
+                raise syntax.SyntaxFaultError("a key is a section and a name, such as finetune.lr")
             if key in Recipe.model_fields and isinstance(value, dict):
                 of_name: set[str] = {"options", "draw"} if "name" in value else set()
                 known = getattr(Recipe.model_fields[key].annotation, "model_fields", {})
@@ -142,8 +121,8 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str
                 values |= {f"{key}.{name}": inner for name, inner in value.items()}
             else:
                 values[key] = value
-        except yaml.YAMLError as error:
-            problems.append(f"command line: '{override}' is not YAML: {' '.join(str(error).split())}")
+        except syntax.SyntaxFaultError as error:
+            problems.append(f"command line: '{printable(override, 80)}' is not YAML: {error}")
     return values, problems
 
 
@@ -166,7 +145,7 @@ def _set(content: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for name in sections:
         # A round of finetune.from_round is an integer in a file, but text here.
-        section: Any = int(name) if name.isdecimal() and int(name) in content else name
+        section: Any = int(name) if re.fullmatch(r"[0-9]{1,9}", name) and int(name) in content else name
         if content.get(section) is None:
             content[section] = {}
         content = content[section]

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from ddo_cli.diffusion.samplers import SAMPLERS
-from ddo_cli.errors import RecipeError
+from ddo_cli.errors import RecipeError, printable
 from ddo_cli.recipe.training import (
     ClassifierRecipe,
     DiscriminatorRecipe,
@@ -293,11 +293,11 @@ def messages(error: ValidationError, path: str, places: dict[str, str]) -> Itera
     """One line per problem: place, key, value and remedy. places: where a key was given, if not in `path`."""
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
-        place = places.get(key, path)
+        place, shown = places.get(key, path), printable(key, 80)
         if problem["type"] == "extra_forbidden":
-            yield f"{place}: unknown key '{key}'{nearest_key(key)}"
+            yield f"{place}: unknown key '{shown}'{nearest_key(key)}"
         elif not key:
             yield f"{place}: {problem['msg'].removeprefix('Value error, ')}"
         else:
             remedy = problem["msg"][:1].lower() + problem["msg"][1:].removeprefix("Value error, ")
-            yield f"{place}: {key} = {problem['input']!r}: {remedy}"
+            yield f"{place}: {shown} = {printable(repr(problem['input']), 80)}: {remedy}"
