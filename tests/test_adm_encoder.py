@@ -232,12 +232,13 @@ def test_classifiers_of_other_heads_and_blocks(kind, tmp_path):
     table, deviation, first = OTHER_CLASSIFIERS[kind]
     assert table_of(made) == table
     torch.save(made.state_dict(), tmp_path / "c.pt")
-    found = dg_files.read(tmp_path / "c.pt", told=Told(head_channels=head_channels, schedule="cosine", steps=500))
+    told = Told(head_channels=head_channels, schedule="cosine", steps=500, rescale=True)
+    found = dg_files.read(tmp_path / "c.pt", told=told)
     assert {key: found.config["options"][key] for key in kinds} == kinds
     assert (found.config["options"]["time"], found.config["options"]["steps"]) == ("cosine", 500)
     network = discriminators.build("classifier", found.config).requires_grad_(False)
     network.load_state_dict(found.tensors)
-    logits = network.out(network.features_at(torch.tensor([100.0, 600.0]), given(2, 3, 16, 16)))
+    logits = network.out(network.features_at(torch.tensor([50.0, 300.0]), given(2, 3, 16, 16)))  # told as 100 and 600
     assert_close(logits.std(correction=0).item(), deviation, **GOLDEN)
     assert_close(logits[0, :4], torch.tensor(first), **GOLDEN)
     assert_close(
@@ -335,6 +336,7 @@ STEP = [999, 666, 333, 0]  # original indices of four steps of 1000
         ("ddpm", {"steps": 1000}, STEP),
         ("cosine", {"steps": 1000, "time": "cosine"}, STEP),
         ("ddpm", {"steps": 4000}, [3999, 2671, 1335, 3]),  # the nearest of its own steps
+        ("ddpm", {"steps": 500, "rescaled_steps": True}, [497, 332, 166, 0]),  # `features_at` rescales
         ("ddpm", {}, None),  # trained at all times
         ("edm", {"steps": 1000}, None),  # a model of no steps
     ],

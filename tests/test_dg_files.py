@@ -127,11 +127,14 @@ def test_a_state_dict_of_other_shapes(tmp_path):
 def test_what_a_classifier_s_file_does_not_tell(tmp_path):
     path = hollow(lambda: classifier(3, 64, depth=1, width=64), tmp_path / "c.pt")
     assert dg_files.read(path).assumed == {"head_channels": 64, "schedule": "cosine", "steps": 1000}
-    found = dg_files.read(path, told=Told(head_channels=32, schedule="linear", steps=4000, size=64, updown=True))
-    assert found.assumed == {"rescale_timesteps": False}
+    told = Told(head_channels=32, schedule="linear", steps=4000, rescale=True, size=64, updown=True)
+    found = dg_files.read(path, told=told)
+    assert found.assumed == {}
     options = found.config["options"]
-    assert (options["num_head_channels"], options["time"], options["steps"]) == (32, "linear", 4000)
+    assert (options["num_head_channels"], options["time"]) == (32, "linear")
+    assert (options["steps"], options["rescaled_steps"]) == (4000, True)
     for told, message in (
+        (Told(steps=4000), r"does not tell rescale=true\|false"),
         (Told(head_channels=24), "are no multiples of head_channels=24; tell"),
         (Told(size=32), "size=32 contradicts its tensors, which have size=64"),
         (Told(scale_shift=False), "scale_shift=false contradicts its tensors, which have scale_shift=true"),

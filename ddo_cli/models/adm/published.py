@@ -113,7 +113,7 @@ def described(shapes: Shapes, where: str, told: Told = Told()) -> Described:  # 
     facts = assumed | given
     if facts["steps"] == NUM_STEPS:
         facts["rescale"] = False  # no difference
-    if untold := [text for key, text in _QUESTIONS.items() if not facts.keys() & set(key.split("|"))]:
+    if untold := [text for key, text in QUESTIONS.items() if not facts.keys() & set(key.split("|"))]:
         raise CheckpointError(
             f"{where}: {'no published ADM U-Net has these shapes, and' if name is None else 'the file'} does not tell "
             f"{', '.join(untold)}; add them behind it (a wrong one goes unnoticed and gives noise)"
@@ -144,7 +144,7 @@ def described(shapes: Shapes, where: str, told: Told = Told()) -> Described:  # 
     return network
 
 
-_QUESTIONS = {  # key of `Told`, or one of two: what to tell
+QUESTIONS = {  # key of `Told`, or one of two: what to tell
     "size": "size=<side>",
     "qkv": "qkv=legacy|new",
     "schedule": "schedule=linear|cosine",

@@ -78,7 +78,7 @@ class AdmEncoder(Trainable):
     num_labels: rows of the label embedding; 0 = labels are ignored.
     time: "cosine" if the weights know the cosine schedule's time; t itself is always the linear one's. steps: the
     number M of steps of the schedule that they were trained at, so that t means the step's index (M - 1) t; None: they
-    were trained at any time, which then counts to 999.
+    were trained at any time, which then counts to 999. rescaled_steps: they were told the index times 1000 / M.
     updown, scale_shift: as of `adm-unet`. Raises ValueError if the sizes do not divide.
     """
 
@@ -96,11 +96,13 @@ class AdmEncoder(Trainable):
         num_labels: int = 0,
         time: Time = "linear",
         steps: int | None = None,
+        rescaled_steps: bool = False,
         updown: bool = True,
         scale_shift: bool = True,
     ) -> None:
         super().__init__()
         self.width, self.time, self.steps, emb_width = width, time, steps, 4 * width
+        self.step_scale = precond.NUM_STEPS / steps if steps and rescaled_steps else 1.0
         widths = [round(multiple * width) for multiple in channel_mult]  # channels of each level
         factors = {size // side for side in attention}  # as ADM reads them: by how much the state has been shrunk
         attending = [2**level in factors for level in range(len(widths))]
@@ -136,7 +138,7 @@ class AdmEncoder(Trainable):
 
     def features_at(self, step: Tensor, x_vp: Tensor, label: Tensor | None = None) -> Tensor:
         """`features`, told the index of a step, (B,), instead of a time."""
-        emb = self.time_embed(cosines_and_sines(step, self.width).to(x_vp.dtype))  # (B, E)
+        emb = self.time_embed(cosines_and_sines(self.step_scale * step, self.width).to(x_vp.dtype))  # (B, E)
         if self.label_emb is not None and label is not None:
             emb = emb + embedded(self.label_emb, label)
         h = x_vp
@@ -182,6 +184,7 @@ class AdmEncoderOptions(Options):
     num_head_channels: PositiveInt = 64
     time: Time = "linear"  # cosine: for weights trained on the cosine schedule, as OpenAI's for 64x64
     steps: int | None = Field(None, ge=2, le=100_000)  # number of those that it was trained at; None: all times
+    rescaled_steps: bool = False  # they were told as of 1000
     updown: bool = True  # halvings are residual blocks, and not convolutions
     scale_shift: bool = True  # the embedding scales and shifts after a norm, and is not added before it
 

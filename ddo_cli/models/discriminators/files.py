@@ -17,7 +17,7 @@ from ddo_cli import checkpoint
 from ddo_cli.diffusion.precond import NUM_STEPS
 from ddo_cli.errors import CheckpointError
 from ddo_cli.models import pt_files
-from ddo_cli.models.adm.published import Told, check_told, has_scale_shift
+from ddo_cli.models.adm.published import QUESTIONS, Told, check_told, has_scale_shift
 from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.models.discriminators.adm_encoder import PUBLISHED, AdmEncoder
 
@@ -66,8 +66,9 @@ def read(
             raise CheckpointError(f"{path} is a classifier that is told labels; {_EXPECTED}")
         usual = {"schedule": PUBLISHED.get((channels, side), {}).get("time", "linear"), "steps": NUM_STEPS}
         assumed |= {key: value for key, value in usual.items() if getattr(told, key) is None}
-        if told.steps not in (None, NUM_STEPS):
-            assumed["rescale_timesteps"] = False
+        if told.steps not in (None, NUM_STEPS) and told.rescale is None:
+            raise CheckpointError(f"{path} does not tell {QUESTIONS['rescale']}; add it behind the file")
+        layout["rescaled_steps"] = bool(told.rescale)
         layout |= {"time": told.schedule or usual["schedule"], "steps": told.steps or usual["steps"]}
         config = discriminators.config_of("classifier", "adm-classifier", (channels, side, side), outputs, layout)
         return Published("classifier", config, tensors, assumed)
@@ -92,7 +93,9 @@ def read(
 
 def _check_told(told: Told, layout: dict[str, Any], side: int, *, is_classifier: bool, path: str | Path) -> None:
     """Raises CheckpointError for what is not of such a network, or contradicts its shapes."""
-    asked = {"head_channels"} | ({"schedule", "steps", "size", "updown", "scale_shift"} if is_classifier else set())
+    asked = {"head_channels"} | (
+        {"schedule", "steps", "rescale", "size", "updown", "scale_shift"} if is_classifier else set()
+    )
     if odd := [key for key, value in told._asdict().items() if value is not None and key not in asked]:
         kind = "classifier" if is_classifier else "discriminator"
         raise CheckpointError(
