@@ -42,6 +42,9 @@ class Listing(NamedTuple):
     classes: Mapping[str, str] = MappingProxyType({})
 
 
+MAX_INDEX = 512 << 20  # bytes of a dataset.json; our choice
+
+
 def folder_entries(source: str, path: Path) -> Listing:
     """The images of a folder and all below it.
 
@@ -63,7 +66,14 @@ def zip_entries(source: str, archive: zipfile.ZipFile, folders_are_classes: bool
 
     folders_are_classes: they are, as in EDM's tool that makes such zips. Raises DataError, or one of ZIP_ERRORS.
     """
-    return _listing(source, archive.namelist(), lambda index: archive.read(index), folders_are_classes)
+    return _listing(source, archive.namelist(), lambda index: _index_in(archive, index), folders_are_classes)
+
+
+def _index_in(archive: zipfile.ZipFile, index: str) -> bytes:
+    """A dataset.json, whose size the directory tells before it is unpacked. Raises BadZipFile."""
+    if (size := archive.getinfo(index).file_size) > MAX_INDEX:
+        raise zipfile.BadZipFile(f"{index} in it unpacks to {size >> 20:,} MB, that of ImageNet to 60")
+    return archive.read(index)
 
 
 def broken_zip(source: str, error: Exception) -> DataError:
@@ -102,7 +112,9 @@ def _images_of(source: str, files: Iterable[str]) -> tuple[list[str], list[str],
     names, others = list[str](), Counter[str]()
     for name in files:
         parts = name.split("/")
-        if name.endswith("/") or any(part.startswith(".") or part == "__MACOSX" for part in parts):
+        # "." and ".." are no hidden folders: some programs write ./a.png, and names in a zip are never paths here.
+        hidden = any(part.startswith(".") and part not in (".", "..") for part in parts)
+        if name.endswith("/") or hidden or "__MACOSX" in parts:
             continue
         if name.lower().endswith(EXTENSIONS):
             names.append(name)

@@ -25,9 +25,11 @@ from ddo_cli.errors import DataError
 from ddo_cli.npz import local_header_size, read_header
 
 ZIP_ERRORS = (
-    OSError, RuntimeError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+    OSError, RuntimeError, EOFError, ValueError, OverflowError, NotImplementedError, zipfile.BadZipFile, zlib.error,
+    lzma.LZMAError,
 )  # fmt: skip
 TENSOR_ERRORS = (SafetensorError, OSError, ValueError, KeyError, TypeError, EOFError)
+MAX_MEMBER = 256 << 20  # bytes of an image in a zip; our choice: more pixels than Pillow reads
 _DTYPES = {"U8": "u1", "I16": "i2", "I32": "i4", "I64": "i8", "F16": "f2", "F32": "f4", "F64": "f8"}
 
 
@@ -206,7 +208,7 @@ class FolderBytes:
 class ZipBytes:
     """The bytes of members of a zip, by row.
 
-    Only four numbers per member are kept, since the `ZipInfo`s of ImageNet take a GB: members that are stored or
+    Only five numbers per member are kept, since the `ZipInfo`s of ImageNet take a GB: members that are stored or
     deflated are read at their offset, others through zipfile. Positional reads let threads and forked processes share
     the open file.
     """
@@ -220,19 +222,24 @@ class ZipBytes:
             -1 if info.flag_bits & 1 or info.compress_type not in plain else info.compress_type for info in infos
         ]
         self.methods = np.array(methods, dtype=np.int8)
-        self.places = np.array([(info.header_offset, info.compress_size, info.CRC) for info in infos], dtype=np.int64)
+        self.places = np.array(
+            [(info.header_offset, info.compress_size, info.CRC, info.file_size) for info in infos], dtype=np.int64
+        ).reshape(-1, 4)
         self._file: IO[bytes] | None = None
         self._archive: tuple[int, zipfile.ZipFile] | None = None
 
     def __call__(self, row: int) -> bytes:
+        offset, size, crc, unpacked = self.places[row].tolist()
+        if max(size, unpacked) > MAX_MEMBER:
+            raise zipfile.BadZipFile(f"it claims {max(size, unpacked) >> 20:,} MB, which no image has")
         if self.methods[row] < 0:
             if self._archive is None or self._archive[0] != os.getpid():  # its position must not be shared by a fork
                 self._archive = os.getpid(), zipfile.ZipFile(self.path)
             return self._archive[1].read(self.names[row])
-        offset, size, crc = self.places[row].tolist()
         content = self._at(offset + local_header_size(self._at(offset, 30)), size)
         if self.methods[row] == zipfile.ZIP_DEFLATED:
-            content = zlib.decompress(content, -zlib.MAX_WBITS)
+            # Not more than the directory says: a small member could unpack to any size.
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, unpacked + 1)
         if zlib.crc32(content) != crc:
             raise zipfile.BadZipFile("bad CRC-32: its bytes have changed")
         return content
