@@ -123,6 +123,16 @@ def check_labels(spec: SamplingRecipe, num_classes: int, num_seeds: int, classes
         )
 
 
+def check_channels(shape: Sequence[int]) -> None:
+    """Raises UsageError for images (C, H, W) that are neither grey nor RGB."""
+    if len(shape) == 3 and shape[0] not in (1, 3):
+        raise UsageError(
+            f"this model draws items of {shape[0]} channels, neither grey nor RGB: latents, it seems, of an "
+            "autoencoder that its file lacks; give a model with its autoencoder, or register one (--model-file) whose "
+            "codec decodes"
+        )
+
+
 # --- Items to states
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddo_cli.commands.options import size_of
 from ddo_cli.data.images import open_images
-from ddo_cli.data.pictures import Header, Preparation, parse_size
+from ddo_cli.data.pictures import Header, Preparation
 from ddo_cli.engines import prepare
 from ddo_cli.errors import DataError, UsageError
 
@@ -277,7 +278,7 @@ def test_bad_options(mixed, ddo, typed, said):
 
 
 def test_parts_of_a_preparation():
-    assert parse_size("--size", "064X48") == (64, 48)
+    assert size_of("--size", "064X48") == (64, 48)
     assert Header.of(Image.open(io.BytesIO(_bytes(Image.new("I;16", (2, 3)))))).is_deep
     assert not Preparation(32, 32, "pad").enlarges(28, 28)
     assert Preparation(32, 32, "none").enlarges(64, 31)
@@ -287,3 +288,67 @@ def _bytes(image: Image.Image) -> bytes:
     content = io.BytesIO()
     image.save(content, "png")
     return content.getvalue()
+
+
+# --- --resize of `ddo fid` and `ddo stats`
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    rng, root = np.random.default_rng(1), tmp_path / "photos"
+    for number in range(12):
+        height, width = rng.integers(16, 40, 2)
+        picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        save(root / f"{number:02d}.png", picture.convert("L") if number % 3 == 0 else picture, exif=exif)
+    return root
+
+
+def test_resized_images_score_as_those_of_ddo_data(photos, tmp_path, ddo):
+    prepare.run(str(photos), tmp_path / "set.zip", size=(16, 16))
+    to_photos = ("--ref", photos, "--resize")
+    resized = json.loads(ddo("fid", photos, *to_photos, 16, "--num-images", 9, "--csv", "log.csv", "--json").stdout)
+    same = json.loads(ddo("fid", "set.zip", "--ref", "set.zip", "--num-images", 9, "--json").stdout)
+    assert resized["fd_embedded"] == same["fd_embedded"]
+    assert resized["content_digest"] == same["content_digest"]
+    assert resized["resize"] == {"size": "16x16", "crop": "center", "filter": "lanczos"}
+    assert "resize" not in same
+    assert "16x16, center, lanczos" in (tmp_path / "log.csv").read_text()
+    other = json.loads(ddo("fid", photos, *to_photos, 14, "--num-images", 9, "--json").stdout)
+    assert other["fd_embedded"] != same["fd_embedded"]  # nor from the cache of another size
+    shown = ddo("fid", photos, *to_photos, 16)
+    assert "photos: 12 images, resized (16x16, center, lanczos)" in " ".join(shown.stdout.split())
+    assert "EXIF" not in shown.stderr
+
+
+def test_references_that_are_resized_otherwise(photos, tmp_path, ddo):
+    prepare.run(str(photos), tmp_path / "set.zip", size=(16, 16))
+    for name, *words in (["a", photos, "--resize", 16], ["b", photos, "--resize", 12], ["c", "set.zip"]):
+        ddo("stats", *words, "--metric", "fd_embedded", "--out", f"{name}.safetensors")
+
+    def warned(source: object, *options: object) -> list[str]:
+        figures = json.loads(ddo("fid", source, *options, "--dry-run", "--json").stdout)
+        return [warning for warning in figures["warnings"] if "resized" in warning and "likewise" in warning]
+
+    resize = ("--resize", 16)
+    assert not warned(photos, *resize, "--ref", "a.safetensors")
+    assert not warned(photos, *resize, "--ref", photos)
+    assert not warned("set.zip", "--ref", "c.safetensors")
+    assert warned(photos, *resize, "--ref", "b.safetensors") == [
+        "the images are resized (16x16, center, lanczos), those of b.safetensors resized (12x12, center, lanczos); "
+        "compare only with scores made likewise"
+    ]
+    assert "those of c.safetensors not resized" in warned(photos, *resize, "--ref", "c.safetensors")[0]
+    assert "the images are not resized" in warned("set.zip", "--ref", "a.safetensors")[0]
+
+
+def test_what_cannot_be_resized(photos, tmp_path, ddo):
+    def message(*words: object) -> str:
+        return " ".join(ddo("fid", *words, "--ref", photos, code=2).stderr.split())
+
+    assert "pixels, fewer than 64x64; choose a smaller size, or `ddo data" in message(photos, "--resize", 64)
+    assert "--resize 6x is no size" in message(photos, "--resize", "6x")
+    assert "embedded:toy2d holds points" in message("embedded:toy2d", "--resize", 16)
+    save(photos / "0.png", Image.new("RGBA", (20, 20), (0, 0, 0, 9)))
+    assert "0.png has transparent pixels; `ddo data" in message(photos, "--resize", 16)

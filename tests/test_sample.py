@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, kinds, make_checkpoint, torchrun
+from conftest import CPU, TINY_UNET, kinds, make_checkpoint, torchrun
 from PIL import Image
 
-from ddo_cli import files
+from ddo_cli import checkpoint, files
 from ddo_cli.data.samples import Writer, open_samples, parse_seeds, spell_seeds
 from ddo_cli.engines.sampling import sample
 from ddo_cli.errors import DataError, RunError, UsageError
@@ -246,3 +246,15 @@ def test_a_batch_counts_as_stored_once_all_its_images_are(tmp_path, monkeypatch)
     assert writer.missing() == []
     for seed, item in enumerate(items):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "set" / f"{seed:06d}.png")), item.permute(1, 2, 0))
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_items_that_are_no_images_are_not_drawn_as_such(channels, tmp_path, ddo):
+    """Stored as uint8, latents would be clipped, and no other command would read the set."""
+    config = registry.config_of("patch-unet", (channels, 32, 32), 0, TINY_UNET, {})
+    header = {"kind": "model", "config": config, "sampling": {"steps": 2}, "provenance": []}
+    checkpoint.save(tmp_path / "model.safetensors", registry.build(config).state_dict(), header)
+    for words in (["sample", "--ckpt", "model.safetensors", "--format", "npz"], ["fid", "model.safetensors"]):
+        message = " ".join(ddo(*words, "--num-images", 4, code=2).stderr.split())
+        assert f"this model draws items of {channels} channels, neither grey nor RGB" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

@@ -10,14 +10,12 @@ from ddo_cli import console
 from ddo_cli.commands import options
 from ddo_cli.errors import UsageError, printable
 
-SIZE = "SIDE|WxH"
-
 
 def data(
     source: Annotated[str, Argument(help="Pictures: a folder, zip, npz, or any other set that `ddo` reads.")],
     out: Annotated[Path, Option(help="The .zip file to write.")],
     size: Annotated[
-        str | None, Option(metavar=SIZE, help="Size of the images. Default: that of the pictures, if it is one.")
+        str | None, Option(metavar=options.SIZE, help="Size of the images. Default: that of all pictures.")
     ] = None,
     crop: Annotated[
         Any,
@@ -47,7 +45,7 @@ def data(
     from ddo_cli.engines import prepare
 
     figures = prepare.run(
-        source, out, size=None if size is None else pictures.parse_size("--size", size), crop=crop,
+        source, out, size=options.size_of("--size", size), crop=crop,
         mode="RGB" if rgb else "L" if grey else None, background=colour, upscale=upscale, dry_run=dry_run,
     )  # fmt: skip
     rows = [(pictures.EFFECTS[key].format(**figures), f"{count:,}") for key, count in figures["effects"].items()]

@@ -93,6 +93,7 @@ def fid(
         str | None, Option(help="Images, or statistics of EDM, EDM2, ADM or `ddo stats`. Default: embedded:digits32.")
     ] = None,
     num_images: Annotated[int | None, Option(min=2, help="Images to use or to draw. Default: all, or 50000.")] = None,
+    resize: options.Resize = None,
     repeat: Annotated[int, Option(min=1, max=100, help="Number of seed ranges, each with its own score.")] = 1,
     benchmark: Annotated[str | None, Option(help="Show published results, e.g. of cifar10-uncond.")] = None,
     csv: Annotated[Path | None, Option(help="CSV file to which a row is appended.")] = None,
@@ -103,6 +104,7 @@ def fid(
         raise UsageError("--compare adds a set to the histogram of --nll; give both")
     if pictures.pictures is not None and not (pictures.nearest or pictures.nll):
         raise UsageError(f"--pictures {pictures.pictures} has no effect without --nearest or --nll; add one of them")
+    from ddo_cli.data.pictures import spelled
     from ddo_cli.engines.fid import fid, report
     from ddo_cli.metrics.extractors.weights import by_network
 
@@ -112,14 +114,15 @@ def fid(
         extractor=extractor.extractor, precision=extractor.precision, download=extractor.download, num=num_images,
         repeat=repeat, nearest=pictures.nearest, nll=tuple(pictures.compare or ()) if pictures.nll else None,
         pictures=pictures.pictures or Path("fid-pictures"), batch=passes.batch, workers=passes.workers,
-        cache=not passes.no_cache, sampling=sampling,
+        cache=not passes.no_cache, sampling=sampling, resize=options.size_of("--resize", resize),
     )  # fmt: skip
     figures = fid.run(source, ref, asked, device=device, benchmark=benchmark, log=csv, dry_run=dry_run)
     if dry_run:
         return options.Result(figures)
     lines = ("reference", "extractor", "extractor_sha256", "images_per_second", "images_from_cache", "comparable")
     shown = {key: figures[key] for key in (*lines, "nearest", "likelihoods") if figures.get(key) is not None}
-    table = console.table(f"{source}: {figures['num_images']:,} images", *report.table(figures))
+    resized = f", resized ({spelled(figures['resize'])})" if "resize" in figures else ""
+    table = console.table(f"{source}: {figures['num_images']:,} images{resized}", *report.table(figures))
     error = None
     if "not_written" in figures:
         missing = "; ".join(figures["not_written"])
@@ -143,6 +146,7 @@ def stats(
         bool, Option("--features", help="Store the features of each image: KID, precision and recall need them.")
     ] = False,
     num_images: options.NumImages = None,
+    resize: options.Resize = None,
     batch: options.Batch = 256,
     dry_run: options.DryRun = False,
 ) -> dict[str, Any]:
@@ -151,8 +155,8 @@ def stats(
 
     metric = metric or ("fd_embedded" if extractor else "fid")
     return stats.run(
-        data, out, metric=metric, weights=weights, extractor=extractor, features=features, num=num_images, batch=batch,
-        device=device, dry_run=dry_run,
+        data, out, metric=metric, weights=weights, extractor=extractor, features=features, num=num_images,
+        resize=options.size_of("--resize", resize), batch=batch, device=device, dry_run=dry_run,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 from typer.models import OptionInfo
 
 from ddo_cli import console
-from ddo_cli.errors import DdoError, RecipeError, UsageError, visible
+from ddo_cli.errors import DdoError, RecipeError, UsageError, printable, visible
 from ddo_cli.places import local
 
 if TYPE_CHECKING:
@@ -160,6 +160,11 @@ Workers = Annotated[
     int | None, run_option(min=0, max=64, help="Processes that decode images. Default: depends on the machine.")
 ]
 Images = Annotated[str, Argument(help="Images: a folder, zip, npz, sample set, or embedded:<name>.")]
+SIZE = "SIDE|WxH"
+Resize = Annotated[
+    str | None,
+    Option(metavar=SIZE, help="Crop and reduce images of mixed sizes to this one, as `ddo data` does."),
+]
 NumImages = Annotated[int | None, Option(min=2, help="Number of images, always the same ones. Default: all.")]
 Form = Annotated[
     Any, choice("--format", "png", "npz", "shards", help="Format. Default: png for images, npz for points.")
@@ -344,6 +349,19 @@ def second_network(
 
 
 # --- Texts -> values
+
+
+def size_of(option: str, text: str | None) -> tuple[int, int] | None:
+    """ "64" -> (64, 64), "64x48" -> (64, 48): width and height. Raises UsageError."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(re.fullmatch(r"0*[1-9][0-9]{0,3}", part) for part in parts):
+        raise UsageError(
+            f"{option} {printable(text, 40)} is no size; write a side such as 64, or WIDTHxHEIGHT such as 64x48, up to "
+            "9999"
+        )
+    return int(parts[0]), int(parts[-1])
 
 
 def parsed(option: str, text: str | None, parse: Callable[[str], Any], remedy: str) -> Any:

@@ -141,7 +141,8 @@ def _are_channels_last(where: str, dtype: np.dtype, shape: Sequence[int]) -> boo
     if shape[1] in (1, 3):
         return False
     raise DataError(
-        f"{where} has the shape {tuple(shape)} without an axis of 1 or 3 channels; store grey or RGB images"
+        f"{where} has the shape {tuple(shape)} without an axis of 1 or 3 channels; store grey or RGB images: RGBA "
+        "blended with a background, latents decoded"
     )
 
 

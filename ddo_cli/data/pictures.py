@@ -1,13 +1,10 @@
 """Pictures of any size and mode -> images of one size: what `ddo data` does to files, and --resize of `ddo fid`."""
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-
-from ddo_cli.errors import UsageError, printable
 
 # What Pillow decodes by itself. EPS and PostScript are left out, since Pillow starts Ghostscript for them.
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
@@ -26,6 +23,10 @@ Crop = Literal["center", "center-adm", "pad", "none"]
 
 class Unfit(Exception):
     """A picture that is no grey or RGB image of 8 bits without loss; says what it has."""
+
+
+class TooSmall(Unfit):
+    """A picture that would have to be enlarged."""
 
 
 def open_picture(file: IO[bytes]) -> Image.Image:
@@ -100,7 +101,8 @@ class Preparation(NamedTuple):
     crop: "center": the largest centred part of the wanted proportions, then Lanczos, as EDM's tool does;
     "center-adm": halved by boxes while twice too large, bicubic, centred part, as ADM and EDM2 do for ImageNet; "pad":
     shrunk by Lanczos if it is too large, and centred on the background; "none": stretched by Lanczos.
-    background: as for `flattened`; padding: around padded images, black as EDM's tool pads.
+    background: as for `flattened`; padding: around padded images, black as EDM's tool pads; upscale: whether smaller
+    pictures are enlarged, else they are TooSmall.
     """
 
     width: int
@@ -109,6 +111,7 @@ class Preparation(NamedTuple):
     mode: Literal["L", "RGB"] = "RGB"
     background: Colour | None = None
     padding: Colour = BLACK
+    upscale: bool = False
 
     @property
     def protocol(self) -> dict[str, str]:
@@ -121,6 +124,8 @@ class Preparation(NamedTuple):
         picture.load()
         turned = ImageOps.exif_transpose(picture)
         turned.format = picture.format  # which the copy forgets
+        if not self.upscale and self.enlarges(*turned.size):
+            raise TooSmall(f"{turned.width}x{turned.height} pixels, fewer than {self.width}x{self.height}")
         pixels = np.asarray(self._fitted(flattened(turned, self.background, deep=True).convert(self.mode)))
         return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -175,6 +180,11 @@ class Preparation(NamedTuple):
         return _resized(image.crop((left, top, left + width, top + height)), wanted)
 
 
+def spelled(protocol: Mapping[str, str]) -> str:
+    """A protocol of `Preparation`, for people."""
+    return ", ".join(str(protocol.get(key)) for key in ("size", "crop", "filter"))
+
+
 # What is done to pictures, for people.
 EFFECTS = {
     "turned": "turned as their EXIF data says",
@@ -204,14 +214,3 @@ def _center_adm(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
-
-
-def parse_size(option: str, text: str) -> tuple[int, int]:
-    """ "64" -> (64, 64), "64x48" -> (64, 48): width and height. Raises UsageError."""
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(re.fullmatch(r"0*[1-9][0-9]{0,3}", part) for part in parts):
-        raise UsageError(
-            f"{option} {printable(text, 40)} is no size; write a side such as 64, or WIDTHxHEIGHT such as 64x48, up to "
-            "9999"
-        )
-    return int(parts[0]), int(parts[-1])

@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 
 from ddo_cli.data.image_files import ImageFiles
-from ddo_cli.data.items import describe, prepared_by
-from ddo_cli.data.pictures import Header, Preparation, Unfit, open_picture
+from ddo_cli.data.items import prepared_by
+from ddo_cli.data.pictures import Header, Preparation, TooSmall, Unfit, open_picture
 from ddo_cli.data.readers import Reader
 from ddo_cli.errors import DataError, printable
 
@@ -39,7 +39,9 @@ class Prepared:
             except DataError:
                 raise
             except Unfit as error:
-                remedy = f"{prepared_by(self.source, self.shape)} makes it {describe(self.shape)}"
+                is_small = isinstance(error, TooSmall)
+                line = prepared_by(self.source, self.shape, enlarges=is_small)
+                remedy = f"choose a smaller size, or {line} enlarges it" if is_small else f"{line} makes it RGB"
                 raise DataError(f"{self.source}: {name_of(self.reader, row)} has {error}; {remedy}") from None
             except Exception as error:  # Pillow's decoders raise errors of any kind
                 raise DataError(

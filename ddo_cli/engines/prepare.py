@@ -59,7 +59,7 @@ def run(
     for warning in images.warnings:
         console.warn(warning)
     survey = _survey(images)
-    preparation = _preparation(source, survey, size, crop, mode, background)
+    preparation = _preparation(source, survey, size, crop, mode, background)._replace(upscale=upscale)
     if not upscale:
         _check_sizes(images, survey, preparation)
     shape = (len(preparation.mode), preparation.height, preparation.width)

@@ -16,6 +16,7 @@ import torch
 
 from ddo_cli import console
 from ddo_cli.data.inspection import balance
+from ddo_cli.data.pictures import Preparation
 from ddo_cli.engines.fid import inputs as fid_inputs
 from ddo_cli.engines.fid import one_pass
 from ddo_cli.engines.fid import report as fid_report
@@ -51,6 +52,7 @@ class Options(NamedTuple):
     download: bool = False
     num: int | None = None  # images to use, or to draw
     repeat: int = 1  # ranges of seeds, each scored by itself
+    resize: tuple[int, int] | None = None  # width and height of images of mixed sizes; None: they are of one size
     batch: int = 256
     workers: int | None = None  # processes that decode; None: chosen for the source
     uncertainty: bool = False  # standard error of the FID and its limit for infinitely many images
@@ -83,22 +85,26 @@ def run(
     """
     options = options or Options()
     _check(options)
+    preparation = Preparation(*options.resize) if options.resize else None
     # Everything is opened before the first network pass, so that a mistake costs no wait.
-    compared = [fid_inputs.comparable(other) for other in options.nll or ()]
+    compared = [fid_inputs.comparable(other, None, preparation) for other in options.nll or ()]
     extractors = _extractors(options, device)
-    sources = fid_inputs.open_sources(source, options.num, options.repeat, options.sampling or {}, device)
+    sources = fid_inputs.open_sources(source, options.num, options.repeat, options.sampling or {}, device, preparation)
     wanted = [_wanted(options, extractor) for extractor in extractors]
     reference = None
     if any(of_one.moments or of_one.features or of_one.classes for of_one in wanted):
-        reference = fid_inputs.open_reference(ref or DEFAULT_REFERENCE, wanted)
+        reference = fid_inputs.open_reference(ref or DEFAULT_REFERENCE, wanted, preparation)
     fid_report.check(log, benchmark, options.pictures if options.nearest or options.nll is not None else None)
     _check_numbers(options, sources[0], reference)
     warnings = _warnings(source, sources[0], reference, extractors, options.per_class)
+    if reference is not None:
+        warnings += fid_inputs.resized_otherwise(reference, preparation)
     _warned(warnings)
     result: dict[str, Any] = {
         "source": source, "num_images": sources[0].num,
         "extractor": extractors[0].name, "extractor_sha256": extractors[0].sha256,
         "reference": None if reference is None else reference.name,
+        **({"resize": preparation.protocol} if preparation else {}),
     }  # fmt: skip
     if dry_run:
         return {**result, "dry_run": True, "metrics": list(options.metrics), "warnings": warnings}

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from ddo_cli import dist
 from ddo_cli.data.inspection import Inspection
+from ddo_cli.data.pictures import Preparation, spelled
 from ddo_cli.data.samples import MAX_SEED
 from ddo_cli.data.stream import ImageStream, open_stream
 from ddo_cli.engines.fid.cache import Source
 from ddo_cli.engines.fid.one_pass import Passed, Wanted
 from ddo_cli.engines.sampling.sample import spec_of
 from ddo_cli.errors import DataError, UsageError
-from ddo_cli.generation import check_labels, generate, labels_of, num_batches
+from ddo_cli.generation import check_channels, check_labels, generate, labels_of, num_batches
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.metrics import references
 from ddo_cli.metrics.references import ReferenceFile
@@ -78,21 +79,32 @@ class Drawn:
 
 
 def open_sources(
-    source: str, num: int | None, repeat: int, sampling: dict[str, Any], device: torch.device
+    source: str,
+    num: int | None,
+    repeat: int,
+    sampling: dict[str, Any],
+    device: torch.device,
+    preparation: Preparation | None = None,
 ) -> list[Source]:
     """One set of images per repeat. Raises DataError, CheckpointError or UsageError.
 
     source: images, or a run directory or weight file, whose model draws `num` (default 50,000) for each of as many
     ranges of seeds. Images are cut into `repeat` equal parts in their order, which is that of the seeds.
+    preparation: of images of mixed sizes.
     """
     path = Path(source)
     if path.is_dir() and (path / FINAL).is_file():
         path = path / FINAL
     if path.suffix == ".safetensors":
+        if preparation is not None:
+            size = preparation.protocol["size"]
+            raise UsageError(
+                f"--resize {size} is for images of mixed sizes, and {source} draws them of one; leave it out"
+            )
         return [*_drawn(str(path), num or PUBLISHED_NUM, repeat, sampling, device)]
     if sampling:
         raise UsageError(f"{', '.join(sampling)} are for sampling, and {source} holds images; give a weight file")
-    stream = comparable(source, num)
+    stream = comparable(source, num, preparation)
     part = stream.num // repeat
     if part < 2:
         raise UsageError(f"--repeat {repeat} leaves {part} of the {stream.num} images of {source} to each; lower it")
@@ -117,6 +129,7 @@ def _drawn(name: str, num: int, repeat: int, sampling: dict[str, Any], device: t
     loaded = registry.load_model(name, device)
     spec = spec_of(loaded.checkpoint, **sampling)
     loaded.model.check_sampling(spec)
+    check_channels(loaded.model.codec.shape)
     loaded.model.codec.encoder_id()  # loads a separate autoencoder now, not after the first batch is drawn
     check_labels(spec, loaded.model.num_classes, num)
     if len(loaded.model.codec.shape) != 3:
@@ -125,9 +138,9 @@ def _drawn(name: str, num: int, repeat: int, sampling: dict[str, Any], device: t
         yield Drawn(name, loaded.model, spec, i * num, num, device)
 
 
-def comparable(source: str, num: int | None = None) -> ImageStream:
+def comparable(source: str, num: int | None = None, preparation: Preparation | None = None) -> ImageStream:
     """Images that a distance can be taken of. Raises DataError."""
-    stream = open_stream(source, num)
+    stream = open_stream(source, num, preparation)
     if stream.num < 2:
         raise DataError(f"{source} holds one image; a distance needs at least two, and thousands to mean something")
     return stream
@@ -152,11 +165,14 @@ class Side(NamedTuple):
     classes: list[Moments] | None = None
 
 
-def open_reference(name: str, wanted: Sequence[Wanted]) -> Reference:
-    """The reference, checked to serve every extractor. Raises DataError or CheckpointError."""
+def open_reference(name: str, wanted: Sequence[Wanted], preparation: Preparation | None = None) -> Reference:
+    """The reference, checked to serve every extractor. Raises DataError or CheckpointError.
+
+    preparation: of its images, as of those that are compared with it.
+    """
     needs_classes = any(of_one.classes for of_one in wanted)
     if not references.is_reference(name):
-        stream = comparable(name)
+        stream = comparable(name, None, preparation)
         if needs_classes and not stream.num_classes:
             raise DataError(f"{name} has no labels; a distance per class needs a reference with them")
         return Reference(name, None, stream)
@@ -169,6 +185,22 @@ def open_reference(name: str, wanted: Sequence[Wanted]) -> Reference:
         if of_one.features and file.images is None:
             file.features(of_one.extractor)
     return Reference(name, file, None)
+
+
+def resized_otherwise(reference: Reference, preparation: Preparation | None) -> list[str]:
+    """A warning where the images are resized otherwise than those of a file of statistics."""
+    if reference.file is None:  # its images are resized likewise
+        return []
+    theirs = (reference.file.data or {}).get("resize")
+    ours = None if preparation is None else preparation.protocol
+    if ours == theirs:
+        return []
+    here, there = (
+        "not resized" if protocol is None else f"resized ({spelled(protocol)})" for protocol in (ours, theirs)
+    )
+    if theirs is None and reference.file.data is None:
+        there = "resized in a way that the file does not tell"
+    return [f"the images are {here}, those of {reference.name} {there}; compare only with scores made likewise"]
 
 
 def sides(

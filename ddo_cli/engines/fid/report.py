@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from ddo_cli.data.pictures import spelled
 from ddo_cli.engines.fid.cache import Source
 from ddo_cli.engines.fid.inputs import Reference, Side
 from ddo_cli.engines.fid.one_pass import Taken
@@ -121,6 +122,8 @@ def _probe(directory: Path, option: str) -> None:
 def append(log: Path, result: Mapping[str, Any]) -> None:
     """Adds a row, and columns where earlier rows lack them. Written whole under another name and renamed."""
     row = {key: str(result.get(key)) for key in DESCRIBED}
+    if "resize" in result:
+        row["resize"] = spelled(result["resize"])
     row |= {key: repr(value) for key, value in _scores(result).items()}
     place = log.with_name(f".{log.name}.lock")
     with FileLock(place):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ddo_cli import console, dist
+from ddo_cli.data.pictures import Preparation
 from ddo_cli.data.stream import ImageStream, open_stream
 from ddo_cli.engines.fid import one_pass
 from ddo_cli.engines.fid.one_pass import Wanted
@@ -28,6 +29,7 @@ def run(
     extractor: str | None = None,
     features: bool = False,
     num: int | None = None,
+    resize: tuple[int, int] | None = None,
     batch: int = 256,
     device: torch.device,
     dry_run: bool = False,
@@ -35,8 +37,9 @@ def run(
     """Writes mean and covariance of the features of `data` to `out`, and returns what they describe.
 
     metric, weights, extractor: as `select_extractor` takes them; features: whether the pool features of each image are
-    kept too (4 N F bytes), for KID, precision and recall; num: use so many images. Images are shared out over the
-    processes that torchrun started. An `out` of the same images and extractor is left as it is, any other refused.
+    kept too (4 N F bytes), for KID, precision and recall; num: use so many images; resize: width and height, for images
+    of mixed sizes. Images are shared out over the processes that torchrun started. An `out` of the same images and
+    extractor is left as it is, any other refused.
     Raises DataError, CheckpointError or UsageError for what cannot be used.
     """
     if out.suffix.lower() != ".safetensors" or out.is_dir():
@@ -44,14 +47,16 @@ def run(
             f"--out {out} must be a file that ends in .safetensors, such as {out.with_suffix('')}.safetensors"
         )
     chosen = select_extractor(metric, weights, extractor, device)
-    stream = open_stream(data, num)
+    preparation = Preparation(*resize) if resize else None
+    stream = open_stream(data, num, preparation)
     if stream.num < 2:
         raise DataError(f"{data} holds one image; a covariance needs at least two, and thousands to mean something")
     protocol = chosen.protocol()
     described = {"name": data, "num_images": stream.num, "num_classes": stream.num_classes, "shape": list(stream.shape)}
+    described["resize"] = preparation.protocol if preparation else None
     result = {
         "out": str(out), "metric": chosen.key, "num_images": stream.num, "features": features, **protocol,
-        "extractor_sha256": chosen.sha256,
+        "extractor_sha256": chosen.sha256, **({"resize": described["resize"]} if preparation else {}),
     }  # fmt: skip
     if out.exists():
         return {**result, "data_digest": _unchanged(out, stream, batch, chosen, {**described, "features": features})}

@@ -14,7 +14,7 @@ from ddo_cli import console, dist, rundir
 from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.data.samples import Format, Writer, manifest_of, spell_seeds
 from ddo_cli.errors import CheckpointError, UsageError, printable
-from ddo_cli.generation import Batch, check_labels, generate, num_batches
+from ddo_cli.generation import Batch, check_channels, check_labels, generate, num_batches
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import registry
 from ddo_cli.precision import settled
@@ -50,6 +50,7 @@ def run(
     model, file = ckpt if isinstance(ckpt, registry.Loaded) else registry.load_model(ckpt, device)
     spec = settled(spec_of(file, **(sampling or {})), device)
     model.check_sampling(spec)
+    check_channels(model.codec.shape)
     check_labels(spec, model.num_classes, len(seeds), classes)
     if classes and not model.num_classes:
         raise UsageError(f"--classes {','.join(map(str, classes))} needs a class-conditional model; leave it out")
