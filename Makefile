@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= gpu-figures
+MINUTES ?= 5
 
-.PHONY: quickstart test test-all lint format bench gpu assets docs clean
+.PHONY: quickstart test test-all lint format bench fuzz gpu assets docs clean
 
 quickstart: $(VENV)/.installed  ## install, then four rounds of DDO on the embedded default
 	$(BIN)/ddo finetune-ddo --rounds 4 --alpha 4 --beta 0.05
@@ -25,6 +26,9 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev  ## ratios measured side by side
 	$(BIN)/python benchmarks/run.py
+
+fuzz: $(VENV)/.installed-dev  ## mutated inputs for every parser, for MINUTES; what fails is kept in fuzz-failures
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/fuzz/run.py --minutes $(MINUTES) $(FUZZ)
 
 gpu:  ## on a GPU: its tests, speeds, and with DATA=cifar10-32x32.zip the experiment; figures in OUT. Needs no install
 	PYTHONPATH=$(CURDIR):$$PYTHONPATH $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py \

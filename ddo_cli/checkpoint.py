@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ddo_cli.errors import CheckpointError, printable
-from ddo_cli.files import replacing, sha256
+from ddo_cli.errors import CheckpointError, printable, reason
+from ddo_cli.files import parse_json, replacing, sha256
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 EMBEDDED = "embedded:"
@@ -48,12 +48,20 @@ class _Link(_Entries):
     recipe: dict[str, Any] = {}
 
 
+class _TrainedOn(_Entries):
+    """What a discriminator tells real images from."""
+
+    model: str = ""
+    model_sha256: str = ""
+    data_sha256: str = ""
+
+
 class _Header(_Entries):
     kind: str
     config: _Config | None = None
     sampling: dict[str, Any] = {}
     guidance: dict[str, Any] = {}
-    trained_on: dict[str, Any] = {}
+    trained_on: _TrainedOn = _TrainedOn()
     provenance: list[_Link] = []
     step: int = Field(0, ge=0)
 
@@ -149,14 +157,15 @@ def _open(file: Path, name: str, kind: str | None, tensors: bool) -> Checkpoint:
             loaded = {key: content.get_tensor(key) for key in content.keys()} if tensors else {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{name} is not a whole safetensors file ({error}); copy it again, or convert it if it is of another format"
+            f"{name} is not a whole safetensors file ({reason(error)}); copy it again, or convert it if it is of "
+            "another format"
         ) from None
     try:
-        header = json.loads(metadata["ddo"])
+        header = parse_json(metadata["ddo"])
         actual = _Header.model_validate(header).kind
     except ValidationError as error:
         raise CheckpointError(f"{name} has a damaged header ({_problem(error)}); copy the file again") from None
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, ValueError):
         raise CheckpointError(
             f"{name} is a safetensors file without this program's header, so its model is unknown; "
             "give a file that ddo wrote"
@@ -171,6 +180,16 @@ def _problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     place = ".".join(map(str, problem["loc"])) or "header"
     return printable(f"{place}: {problem['msg']}")
+
+
+def require(file: Checkpoint, *keys: str) -> None:
+    """Raises CheckpointError unless the header has these entries, given as dotted names; `load` has checked types."""
+    for key in keys:
+        value: Any = file.header
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is None:
+            raise CheckpointError(f"{file.path} has a damaged header ({key} is missing); copy the file again")
 
 
 def check_sizes(options: Any, tensors: Mapping[str, Tensor], name: str) -> None:

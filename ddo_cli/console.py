@@ -15,7 +15,8 @@ from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
-from ddo_cli.errors import RunError, visible
+from ddo_cli.errors import LONGEST as LONGEST
+from ddo_cli.errors import RunError, fitted, visible
 
 _out = Console(highlight=False, emoji=False)
 if not _out.is_terminal:
@@ -24,7 +25,6 @@ _err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 _json_only = False
 _is_answered = False  # whether the one JSON object has been printed
 _active: Progress | None = None
-LONGEST = 300  # characters of a message
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where stderr is not a terminal
 
 
@@ -41,32 +41,26 @@ def _is_main() -> bool:
 def info(message: str) -> None:
     """A line of progress on stderr."""
     if _is_main():
-        _err.print(Text(_short(message)))
+        _err.print(Text(fitted(message)))
 
 
 def warn(message: str) -> None:
     """A warning on stderr."""
     if _is_main():
-        _err.print(Text.assemble(("warning:", "yellow"), " ", _short(message)))
+        _err.print(Text.assemble(("warning:", "yellow"), " ", fitted(message)))
 
 
 def error(kind: str, message: str) -> None:
     """An error on stderr; with --json also on stdout, unless the result is already there.
 
-    Problems of a recipe have a line each; elsewhere a line's end is part of a name.
+    Problems of a recipe have a line each, and differences of runs; elsewhere a line's end is part of a name.
     """
-    lines = message.split("\n") if kind == "recipe" else [message]
-    message = "\n".join(map(_short, lines))
+    lines = message.split("\n") if kind in ("recipe", "run") else [message]
+    message = "\n".join(map(fitted, lines))
     if _json_only and _is_main() and not _is_answered:
         with contextlib.suppress(RunError):  # stdout is full or closed: stderr remains
             _print_json({"error": {"kind": kind, "message": message}})
     _err.print(Text.assemble(("error:", "red"), " ", message))
-
-
-def _short(line: str) -> str:
-    """A line of LONGEST characters at most: the beginning says what is wrong, and the end what to do."""
-    shown = visible(line)
-    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 130]} ... {shown[-125:]}"
 
 
 def result(content: Mapping[str, Any], summary: str | None = None, table: Table | None = None) -> None:

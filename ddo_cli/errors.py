@@ -1,7 +1,12 @@
 """Errors of the user or the environment. `cli` prints each as one message and exits with code 2."""
 
+import os
 import re
+from collections.abc import Sequence
 
+# Our choice of limits:
+LONGEST = 300  # characters of a line of a message
+MOST_LINES = 21  # of a message that lists problems
 _OBJECT = re.compile(r"\s?<[^<>]* at 0x[0-9a-fA-F]+>|(?:Posix|Windows|Pure\w*)?Path\((['\"])(.*?)\1\)")
 
 
@@ -19,14 +24,55 @@ def visible(text: str, kept: str = "") -> str:
     return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
 
 
+def reason(error: BaseException, limit: int = 120) -> str:
+    """What another library's error says, for a message: short and on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        name = os.path.basename(error.filename) if isinstance(error.filename, str) else ""
+        return printable(f"{error.strerror}: {name}" if name else error.strerror, limit)
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    text = _without_objects(" ".join(str(error).split()))
+    return printable(f"{text} is missing" if isinstance(error, KeyError) else text, limit) or type(error).__name__
+
+
+def fitted(line: str) -> str:
+    """A visible line of LONGEST characters at most.
+
+    What is cut first are the middles of long words that are no paths, and then that of the line: its beginning says
+    where, its end what to do.
+    """
+    line = visible(line)
+    words = {word for word in line.split(" ") if len(word) > 60 and "/" not in word} if len(line) > LONGEST else ()
+    for word in sorted(words, key=len, reverse=True):
+        line = line.replace(word, _shortened(word, max(60, len(word) - len(line) + LONGEST)))
+    return _shortened(line, LONGEST)
+
+
+def _shortened(text: str, limit: int) -> str:
+    """`text` without a part between its first three and its last two fifths."""
+    end = (limit - 3) * 2 // 5
+    return text if len(text) <= limit else f"{text[: limit - 3 - end]}...{text[len(text) - end :]}"
+
+
+def _without_objects(text: str) -> str:
+    """`text` without objects of Python, which libraries write into their messages."""
+    return _OBJECT.sub(lambda match: match[2] or "", text)
+
+
 class DdoError(Exception):
-    """A mistake of the user or a problem of the environment. The message says what, where, and what to do."""
+    """A mistake of the user or a problem of the environment. The message says what, where, and what to do.
+
+    details: lines below the message.
+    """
 
     kind = "error"  # in the JSON of --json; of a subclass: its name without "Error"
+    has_lines = False  # whether the message is a list of problems, one per line
 
-    def __init__(self, message: str):
-        # Libraries write objects of Python into their messages.
-        super().__init__(_OBJECT.sub(lambda match: match[2] or "", message))
+    def __init__(self, message: str, details: Sequence[str] = ()):
+        lines = [*(message.split("\n") if self.has_lines else [message]), *(f"  {line}" for line in details)]
+        if len(lines) > MOST_LINES:
+            lines = [*lines[: MOST_LINES - 1], f"  ... and {len(lines) - MOST_LINES + 1} more"]
+        super().__init__("\n".join(fitted(_without_objects(line)) for line in lines))
 
     def __init_subclass__(cls) -> None:
         cls.kind = cls.__name__.removesuffix("Error").lower()
@@ -38,6 +84,8 @@ class UsageError(DdoError):
 
 class RecipeError(DdoError):
     """One or more problems of a recipe, one per line."""
+
+    has_lines = True
 
 
 class CheckpointError(DdoError):

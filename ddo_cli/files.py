@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ddo_cli.errors import RunError
+from ddo_cli.errors import RunError, reason
 
 LOCK = ".lock"  # in a directory that one process at a time may write to
 # Beside a file: the directory in which it is written, whatever names a library uses in it, .NAME.MACHINE-PROCESS.part,
@@ -21,6 +21,8 @@ LOCK = ".lock"  # in a directory that one process at a time may write to
 _MACHINE = re.sub(r"\W", "_", platform.node().partition(".")[0])[-20:]
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<machine>\w*)-(?P<process>\d+)\.(part|whole)", re.DOTALL)
 _ABANDONED = 86_400.0  # seconds after which a directory of another machine's process, which cannot be asked, is one
+
+DAMAGED = "remove its directory and start again"  # the way out of a damaged JSON file of ours
 
 UMASK = os.umask(0o077)  # can only be read by setting it
 os.umask(UMASK)
@@ -120,17 +122,34 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """A JSON text of any origin. Raises ValueError, also where it is nested too deeply or gives a key twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict[str, Any]()
+    for key, value in pairs:
+        if key in content:  # of the two, Python's reader would keep the last
+            raise ValueError(f"it gives '{key}' twice")
+        content[key] = value
+    return content
+
+
 def read_json(path: Path, kind: type = dict) -> Any:
     """The content of a JSON file of a run. Raises RunError if it is missing, damaged or of another type."""
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_bytes())
         if not isinstance(content, kind):
             raise ValueError(f"it holds a {type(content).__name__}")
         return content
     except FileNotFoundError:
         raise RunError(f"{path} does not exist; is its directory one that ddo wrote?") from None
-    except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError
-        raise RunError(f"{path} is damaged ({error}); remove its directory and start again") from None
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({reason(error)}); {DAMAGED}") from None
 
 
 _SETTLED = 2.0  # seconds after which a change of a file shows in its time of change, on network file systems too

@@ -5,19 +5,18 @@ again under the directory's lock, and takes the directory.
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ddo_cli import console, dist
-from ddo_cli.errors import RunError
-from ddo_cli.files import LOCK, read_json, sweep, write_json, write_text
+from ddo_cli.errors import RunError, reason
+from ddo_cli.files import DAMAGED, LOCK, parse_json, read_json, sweep, write_json, write_text
+from ddo_cli.recipe import syntax
 from ddo_cli.recipe.load import differing_keys, to_yaml
 from ddo_cli.recipe.schema import Recipe
 
@@ -70,6 +69,39 @@ class OutDir:
         return dist.from_main(read_json(file) if dist.is_main() else {})
 
 
+class _Part(BaseModel):
+    """Base of what a state holds: further entries are each command's own."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Score(_Part):
+    score: float
+
+
+class _Round(_Score):
+    round: int
+    promoted: bool
+
+
+class _State(_Part):
+    command: str = ""
+    rounds: list[_Round] = []
+    reference: _Score | None = None
+
+
+def read_state(file: Path) -> dict[str, Any]:
+    """The content of a run's state.json. Raises RunError if it is damaged."""
+    state: dict[str, Any] = read_json(file)
+    try:
+        _State.model_validate(state)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"]))
+        raise RunError(f"{file} is damaged ({place}: {problem['msg']}); {DAMAGED}") from None
+    return state
+
+
 class RunDir:
     """Paths and state of a training run. `state.json` is replaced after each stage; a killed run continues from it."""
 
@@ -82,7 +114,7 @@ class RunDir:
 
     def state(self) -> dict[str, Any]:
         """What `advance` wrote last; empty for a new run."""
-        return read_json(self.state_file) if self.state_file.is_file() else {}
+        return read_state(self.state_file) if self.state_file.is_file() else {}
 
     def advance(self, **changes: Any) -> dict[str, Any]:
         """Replaces the given keys of the state (main process only); returns the state."""
@@ -121,7 +153,7 @@ class RunDir:
     def _is_half_claimed(self, command: str, identity: dict[str, Any]) -> bool:
         """Whether a `claim` was killed after it had written the state and before it wrote the recipe."""
         try:
-            state = json.loads(self.state_file.read_bytes())
+            state = parse_json(self.state_file.read_bytes())
         except (OSError, ValueError):
             return False
         return isinstance(state, dict) and state.keys() == {"command", *identity} and state["command"] == command
@@ -136,11 +168,11 @@ class RunDir:
         """What differs and may, "key: there -> now". Raises RunError for any other difference."""
         state = self.state()
         try:
-            saved = yaml.safe_load(self.recipe_file.read_text())
+            saved = syntax.parse(self.recipe_file.read_bytes())
             if not isinstance(saved, dict):
                 raise ValueError(f"it holds a {type(saved).__name__}")
-        except (yaml.YAMLError, ValueError) as error:
-            raise RunError(f"{self.recipe_file} is damaged ({error}); choose another --out") from None
+        except ValueError as error:
+            raise RunError(f"{self.recipe_file} is damaged ({reason(error)}); choose another --out") from None
         with contextlib.suppress(ValidationError):  # a key that is newer than the run had its default
             saved = Recipe.model_validate(saved).model_dump(mode="json")
         known = {"command": command, **identity}
@@ -185,7 +217,7 @@ def check_same(what: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 def _refuse(what: str, remedy: str, differences: list[str]) -> None:
     if differences:
-        raise RunError(f"{what}; {remedy}. Differences (there -> now):\n  " + "\n  ".join(differences))
+        raise RunError(f"{what}; {remedy}. Differences (there -> now):", differences)
 
 
 def _check_directory(path: Path) -> None:

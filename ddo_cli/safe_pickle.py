@@ -76,6 +76,20 @@ class Array:
     values: np.ndarray | None = None
 
 
+class _Bounded:
+    """A stream of a file of `size` bytes, as `pickletools` reads it: Python reserves what a read asks for."""
+
+    def __init__(self, stream: BinaryIO, size: int):
+        self._stream, self._size = stream, size
+        self.tell, self.readline = stream.tell, stream.readline
+
+    def read(self, size: int) -> bytes:
+        """The next bytes. Raises EOFError for more of them than the whole file has."""
+        if size > self._size:
+            raise EOFError("it claims more bytes than the file has")
+        return self._stream.read(size)
+
+
 class Storage(NamedTuple):
     """The numbers of a tensor, 1-D, and the offset of their little-endian bytes in the file."""
 
@@ -113,6 +127,7 @@ class Machine:
 
     def __init__(self, path: str, size: int, known: str):
         self.path, self.known = path, known
+        self.size = size
         self.budget = size  # bytes left for storages and arrays: a file that repeats one would fill the memory
         self.operations = 0
         self.dicts_have_attributes = False
@@ -160,7 +175,7 @@ class Machine:
             del stack[start:]
             return items
 
-        for opcode, arg, _ in pickletools.genops(stream):
+        for opcode, arg, _ in pickletools.genops(_Bounded(stream, self.size)):  # type: ignore[arg-type]
             self.operations += 1
             if self.operations > _MOST_OPERATIONS:
                 raise CheckpointError(

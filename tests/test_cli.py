@@ -82,7 +82,7 @@ BAD = {
     "device": (["sample", "--ckpt", "CKPT", "--device", "tpu"], "--device tpu is not known"),
     "nothing there": (["fid", "nowhere"], "nowhere"),
     "null section": (["finetune-ddo", "--ckpt", "CKPT", "finetune=5", "--rounds", "2"], "is a value, not a section"),
-    "yaml": (["sample", "--ckpt", "CKPT", "steps=["], "is not YAML"),
+    "yaml": (["sample", "--ckpt", "CKPT", "steps=["], "not YAML"),
     "bounds": (["sample", "--ckpt", "CKPT", "sigma_min=100"], "must be below"),
     "seed": (["sample", "--ckpt", "CKPT", "--seed", "18446744073709551616"], "--seed"),
     "seeds": (["sample", "--ckpt", "CKPT", "--seeds", "0-18446744073709551616"], "seeds end at"),

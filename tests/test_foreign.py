@@ -41,6 +41,12 @@ DAMAGED = "not a whole pickle"
 
 @pytest.fixture
 def official(monkeypatch, tmp_path):
+    """`official_names`, and a check that nothing has run."""
+    yield official_names(monkeypatch, tmp_path / "ran")
+    assert not (tmp_path / "ran").exists()
+
+
+def official_names(monkeypatch, marker):
     """The names that EDM's files refer to, as far as Python's pickler wants to see them, and a trap in the source."""
     modules = {
         name: types.ModuleType(name) for name in ("torch_utils", "torch_utils.persistence", "dnnlib", "dnnlib.util")
@@ -57,14 +63,12 @@ def official(monkeypatch, tmp_path):
     for module, item in (("torch_utils.persistence", _reconstruct_persistent_obj), ("dnnlib.util", EasyDict)):
         item.__module__, item.__qualname__ = module, item.__name__
         setattr(modules[module], item.__name__, item)
-    marker = tmp_path / "ran"
-    yield types.SimpleNamespace(
+    return types.SimpleNamespace(
         reconstruct=_reconstruct_persistent_obj,
         easy_dict=EasyDict,
         marker=marker,
         source=f"import pathlib\npathlib.Path({str(marker)!r}).write_text('ran')\n",
     )
-    assert not marker.exists()
 
 
 class Reduced:

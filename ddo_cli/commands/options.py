@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 from typer.models import OptionInfo
 
 from ddo_cli import console
-from ddo_cli.errors import DdoError, RecipeError, UsageError, printable, visible
+from ddo_cli.errors import DdoError, RecipeError, UsageError, printable, reason, visible
 from ddo_cli.places import local
 
 if TYPE_CHECKING:
@@ -369,7 +369,7 @@ def parsed(option: str, text: str | None, parse: Callable[[str], Any], remedy: s
     try:
         return None if text is None else parse(text)
     except ValueError as error:
-        raise UsageError(f"{option} {text} cannot be read ({error}); {remedy}") from None
+        raise UsageError(f"{option} {text} cannot be read ({reason(error)}); {remedy}") from None
 
 
 def numbers(text: str) -> list[int]:

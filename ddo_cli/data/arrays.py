@@ -13,7 +13,7 @@ from ddo_cli import npz
 from ddo_cli.data import cache
 from ddo_cli.data.items import count_classes, describe
 from ddo_cli.data.readers import ArrayFile, Contents, Joined, Memory, Reader
-from ddo_cli.errors import DataError
+from ddo_cli.errors import DataError, reason
 from ddo_cli.likelihood import NO_LABEL
 
 NPZ_ITEMS = ("arr_0", "samples", "images")
@@ -78,7 +78,7 @@ def open_npz(source: str, path: Path, in_memory: bool) -> Contents:
         label_key = next((key for key in NPZ_LABELS if key in keys), None)
         labels = npz.members(path, label_key)[label_key].read() if label_key else None
     except npz.DAMAGE as error:
-        raise DataError(f"{source} is not a whole .npz of arrays ({error}); copy it again") from None
+        raise DataError(f"{source} is not a whole .npz of arrays ({reason(error)}); copy it again") from None
     classes, num_classes = np.full(reader.num, NO_LABEL), 0
     if labels is not None:
         classes, num_classes = _label_classes(f"{source}: {label_key}", labels, reader.num)

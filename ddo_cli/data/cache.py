@@ -18,6 +18,7 @@ import numpy as np
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from ddo_cli import console, npz
+from ddo_cli.errors import reason
 from ddo_cli.files import cache_directory as directory
 from ddo_cli.files import replacing, sweep
 
@@ -80,8 +81,8 @@ def kept(
         return items
     except (OSError, NotImplementedError) as error:  # the latter from filelock, if the file system has no locks
         _warn_once(
-            f"{source}: its decoded images cannot be kept in {path.parent} ({error}) and are held in memory; make "
-            "room, or set DDO_CACHE to another directory, or to off"
+            f"{source}: its decoded images cannot be kept in {path.parent} ({reason(error)}) and are held in memory; "
+            "make room, or set DDO_CACHE to another directory, or to off"
         )
         return None
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddo_cli.errors import CheckpointError, DataError, printable
+from ddo_cli.errors import CheckpointError, DataError, printable, reason
 from ddo_cli.safe_pickle import Array, parse_pickle
 
 TAR_SUFFIXES = (".tar.gz", ".tgz", ".tar")
@@ -54,7 +54,7 @@ def open_tar(source: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
 
             return _join_batches(source, read)
     except _DAMAGE as error:
-        raise DataError(f"{source} is not a whole .tar.gz ({error}); download it again") from None
+        raise DataError(f"{source} is not a whole .tar.gz ({reason(error)}); download it again") from None
 
 
 def _files(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

@@ -1,7 +1,6 @@
 """Image sets of one file per image: folders, and EDM's and StyleGAN's zips."""
 
 import contextlib
-import json
 import os
 import zipfile
 from collections import Counter
@@ -15,7 +14,8 @@ import numpy as np
 from ddo_cli.data.items import INDEX, describe, prepared_by
 from ddo_cli.data.pictures import EXTENSIONS, Header, Unfit, flattened, open_picture
 from ddo_cli.data.readers import ZIP_ERRORS, ItemFiles
-from ddo_cli.errors import DataError
+from ddo_cli.errors import DataError, reason
+from ddo_cli.files import parse_json
 from ddo_cli.likelihood import NO_LABEL
 
 LOSSY = (".jpg", ".jpeg", ".jfif", ".webp")
@@ -78,7 +78,7 @@ def _index_in(archive: zipfile.ZipFile, index: str) -> bytes:
 
 def broken_zip(source: str, error: Exception) -> DataError:
     """The message for one of ZIP_ERRORS."""
-    return DataError(f"{source} is not a whole zip file ({error}); copy it again")
+    return DataError(f"{source} is not a whole zip file ({reason(error)}); copy it again")
 
 
 def _listing(
@@ -214,14 +214,15 @@ def indexed_labels(source: str, names: Sequence[str], text: bytes | None, index:
         return labels
     remedy = 'it must be {"labels": [["image name", class number], ...]} or {"labels": null}'
     try:
-        entries = json.loads(text)["labels"]
+        entries = parse_json(text)["labels"]
         if entries is None:
             return labels
         known = dict(entries)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{where} is malformed ({type(error).__name__}: {error}); {remedy}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{where} is malformed ({type(error).__name__}: {reason(error)}); {remedy}") from None
     if len(known) < len(entries):
-        twice = next(name for name, label in entries if known[name] != label or entries.count([name, label]) > 1)
+        seen = set[str]()
+        twice = next(name for name, _ in entries if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise DataError(f"{where} lists {twice} more than once; keep one entry for each image")
     for row, name in enumerate(names):
         if name not in known:
@@ -235,7 +236,7 @@ def indexed_labels(source: str, names: Sequence[str], text: bytes | None, index:
 
 def _class_names(text: bytes | None) -> Mapping[str, str]:
     """The names by class number that `ddo data` stores in dataset.json, after its labels are read; else none."""
-    names = json.loads(text or b"{}").get("classes")
+    names = parse_json(text or b"{}").get("classes")
     is_ours = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
     return names if is_ours else {}
 
@@ -256,7 +257,7 @@ class ImageFiles(ItemFiles):
         except Unfit as error:
             raise DataError(f"{where} has {error}; {prepared_by(self.source)} makes it RGB") from None
         except Exception as error:  # Pillow's decoders raise errors of any kind
-            raise DataError(f"{where} cannot be read as an image ({error}); replace or remove it") from None
+            raise DataError(f"{where} cannot be read as an image ({reason(error)}); replace or remove it") from None
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
     def header(self, row: int) -> Header:

@@ -23,8 +23,8 @@ from ddo_cli.checkpoint import write_tensors
 from ddo_cli.data import cache, image_files, samples
 from ddo_cli.data.items import INDEX, Encoded, count_classes, hashed
 from ddo_cli.data.readers import TENSOR_ERRORS, ZIP_ERRORS, Contents, FolderBytes, ItemFiles, ZipBytes, join_tensors
-from ddo_cli.errors import DataError
-from ddo_cli.files import write_json
+from ddo_cli.errors import DataError, reason
+from ddo_cli.files import parse_json, write_json
 
 FORMAT = "latents"  # of the manifest
 MANIFEST = samples.MANIFEST
@@ -94,7 +94,7 @@ def read_info(file: Path) -> ShardInfo:
     """The header of a shard, without reading its latents. Raises DataError if the file is damaged."""
     try:
         with safe_open(file, framework="np") as content:  # checks that the file is as long as its header says
-            header, shape = json.loads(content.metadata()["ddo"]), content.get_slice("latents").get_shape()
+            header, shape = parse_json(content.metadata()["ddo"]), content.get_slice("latents").get_shape()
         return ShardInfo(shape[0], header["sha256"], header["notes"])
     except TENSOR_ERRORS as error:
         raise _damaged(file, error) from None
@@ -123,7 +123,7 @@ def _open_shards(source: str, path: Path, manifest: dict[str, Any]) -> Contents:
             raise ValueError("it names no shard")
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"{source}: {MANIFEST} is damaged ({error}); remove the set, and encode the images again"
+            f"{source}: {MANIFEST} is damaged ({reason(error)}); remove the set, and encode the images again"
         ) from None
     files = [shard_file(path, number) for number in range(len(hashes))]
     for file, sha256 in zip(files, hashes, strict=True):
@@ -145,7 +145,8 @@ def _open_shards(source: str, path: Path, manifest: dict[str, Any]) -> Contents:
 
 
 def _damaged(file: Path, error: Exception) -> DataError:
-    return DataError(f"{file} is damaged ({error}); copy it again, or remove it and run the same ddo encode again")
+    remedy = "copy it again, or remove it and run the same ddo encode again"
+    return DataError(f"{file} is damaged ({reason(error)}); {remedy}")
 
 
 # --- EDM2's archives
@@ -161,7 +162,7 @@ class _NpyFiles(ItemFiles):
             content = self.content(row)
             return npz.read_array(io.BytesIO(content), len(content))
         except (*ZIP_ERRORS, MemoryError) as error:
-            raise DataError(f"{self.source}: {self.names[row]} cannot be read ({error}); replace it") from None
+            raise DataError(f"{self.source}: {self.names[row]} cannot be read ({reason(error)}); replace it") from None
 
     def mismatch(self, row: int, item: np.ndarray) -> DataError:
         return DataError(

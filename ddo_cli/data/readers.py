@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ddo_cli.data.items import Encoded
-from ddo_cli.errors import DataError
+from ddo_cli.errors import DataError, reason
 from ddo_cli.npz import local_header_size, read_header
 
 ZIP_ERRORS = (
@@ -156,7 +156,9 @@ class ArrayFile:
                     if file.readinto(content[start:end].data) != content[start:end].nbytes:
                         raise EOFError("it has become shorter")
         except (OSError, EOFError) as error:
-            raise DataError(f"{self.source} has changed since it was opened ({error}); run the command again") from None
+            raise DataError(
+                f"{self.source} has changed since it was opened ({reason(error)}); run the command again"
+            ) from None
         return np.ascontiguousarray(items.transpose(0, 3, 1, 2)) if self.channels_last else items
 
 

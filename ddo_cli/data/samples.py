@@ -9,7 +9,6 @@
 manifest.json holds the settings; a set of other settings is refused, never mixed in.
 """
 
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,8 +26,8 @@ from ddo_cli.checkpoint import write_tensors
 from ddo_cli.data import cache
 from ddo_cli.data.items import count_classes
 from ddo_cli.data.readers import TENSOR_ERRORS, Contents, join_tensors
-from ddo_cli.errors import DataError
-from ddo_cli.files import read_json, replacing, write_json
+from ddo_cli.errors import DataError, reason
+from ddo_cli.files import parse_json, read_json, replacing, write_json
 from ddo_cli.generation import Batch, num_batches
 
 Format = Literal["png", "npz", "shards"]
@@ -36,6 +35,7 @@ MANIFEST = "manifest.json"
 RESULTS = ("complete", "nfe", "disc_nfe", "labels")  # keys of a manifest that are no settings
 _WRITERS = 16  # threads: images are encoded on all cores, and file systems sync those that wait together in one go
 MAX_SEED = 2**32 - 1  # generators keep 32 bits
+MAX_SEEDS = 10_000_000  # of a set; our choice, eight times ImageNet
 
 
 class SampleSet(NamedTuple):
@@ -131,7 +131,7 @@ class Writer:
         except (SafetensorError, OSError) as error:
             self._shard(number).unlink(missing_ok=True)
             raise DataError(
-                f"{self._shard(number)} was damaged ({error}) and is removed; run the same command again"
+                f"{self._shard(number)} was damaged ({reason(error)}) and is removed; run the same command again"
             ) from None
 
 
@@ -148,16 +148,19 @@ def open_shards(path: Path) -> tuple[Contents, np.ndarray, dict[str, Any]]:
     num, batch = manifest.get("num"), manifest.get("batch")
     if type(num) is not int or type(batch) is not int or min(num, batch) < 1:
         raise DataError(f"{path / MANIFEST} is damaged (num {num!r}, batch {batch!r}); remove the set and sample again")
-    # By name, since network file systems list new files late.
-    files = [path / f"shard-{number:06d}.safetensors" for number in range(num_batches(num, batch))]
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise DataError(f"{path} has no {missing[0]}, which its manifest counts; remove the set and sample again")
+    files = []
+    for number in range(num_batches(num, batch)):
+        # By name, since network file systems list new files late.
+        files.append(path / f"shard-{number:06d}.safetensors")
+        if not files[-1].is_file():
+            raise DataError(f"{path} has no {files[-1].name}, which its manifest counts; remove the set and sample again")
     try:
         items, *columns = (join_tensors(files, key) for key in ("items", "labels", "seeds"))
         if any(column.num != num for column in (items, *columns)):
             raise ValueError(f"{items.num} items where the manifest says {num}")
     except TENSOR_ERRORS as error:
-        raise DataError(f"{path} holds a damaged shard ({error}); remove the directory and sample again") from None
+        what = f"{path} holds a damaged shard ({reason(error)})"
+        raise DataError(f"{what}; remove the directory and sample again") from None
     labels, seeds = (column.read(np.arange(num)).astype(np.int64) for column in columns)
     key = cache.key_of(path, files, [file.name for file in files])
     return Contents(items, labels, count_classes(labels), key), seeds, manifest
@@ -177,14 +180,14 @@ def image_entries(source: str, manifest: dict[str, Any]) -> tuple[list[str], np.
         if labels.shape != (len(names),):
             raise ValueError(f"{len(names)} seeds and {labels.size} labels")
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise DataError(f"{source}: {MANIFEST} is damaged ({error}); remove the set and sample again") from None
+        raise DataError(f"{source}: {MANIFEST} is damaged ({reason(error)}); remove the set and sample again") from None
     return names, labels
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest in a folder; empty if there is none, or a file of another program."""
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = parse_json((path / MANIFEST).read_bytes())
     except (OSError, ValueError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
@@ -205,6 +208,8 @@ def parse_seeds(text: str) -> list[int]:
             raise ValueError(f"seeds end at {MAX_SEED}")
         if dash and int(last) < int(first):
             raise ValueError(f"{part.strip()} ends before it begins")
+        if len(seeds) + max(int(last or 0) - int(first), 0) >= MAX_SEEDS:
+            raise ValueError(f"more than {MAX_SEEDS:,} seeds")
         seeds += range(int(first), int(last) + 1) if dash else [int(first)]
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError("no seed, or one given twice")

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ddo_cli import checkpoint, npz
-from ddo_cli.errors import CheckpointError, DataError, printable
+from ddo_cli.errors import CheckpointError, DataError, printable, reason
 from ddo_cli.metrics import stats
 from ddo_cli.metrics.extractors.base import Extractor
 from ddo_cli.metrics.stats import Statistics
@@ -51,7 +51,7 @@ class Images(NamedTuple):
                 images = torch.from_numpy(rows.copy())
                 yield images.permute(0, 3, 1, 2).contiguous() if self.is_channels_last else images
         except npz.DAMAGE as error:
-            raise DataError(f"{self.member.path} cannot be read to its end ({error}); copy it again") from None
+            raise DataError(f"{self.member.path} cannot be read to its end ({reason(error)}); copy it again") from None
 
 
 class ReferenceFile(NamedTuple):
@@ -239,7 +239,7 @@ def _tensor(path: Path, name: str) -> Tensor:
         with safe_open(path, framework="pt") as content:
             tensor: Tensor = content.get_tensor(name)
     except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"{path} has no whole '{name}' ({error}); compute it again with `ddo stats`") from None
+        raise DataError(f"{path} has no whole '{name}' ({reason(error)}); compute it again with `ddo stats`") from None
     if tensor.dtype not in (torch.float32, torch.float64):
         raise DataError(f"{path}: '{name}' is {tensor.dtype}; it must be float32 or float64, compute it again")
     return tensor

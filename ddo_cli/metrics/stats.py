@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddo_cli import dist, npz
-from ddo_cli.errors import DataError, printable
+from ddo_cli.errors import DataError, printable, reason
 from ddo_cli.metrics import frechet
 from ddo_cli.precision import Device
 
@@ -142,7 +142,7 @@ def read_npz(path: Path, mu: str = "mu", sigma: str = "sigma") -> Statistics:
             raise ValueError(f"num_images = {num_images}")
     except npz.DAMAGE as error:
         raise DataError(
-            f"{path} is not an .npz of statistics ({printable(str(error))}); it needs the arrays '{mu}' and '{sigma}', "
+            f"{path} is not an .npz of statistics ({reason(error)}); it needs the arrays '{mu}' and '{sigma}', "
             "or give images"
         ) from None
     return of_arrays(str(path), mean, cov, num_images, made_by)

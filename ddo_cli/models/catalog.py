@@ -48,7 +48,7 @@ class Catalog:
             importlib.import_module(self.builtin[name])
         if name not in self.entries:
             known = sorted({*self.builtin, *self.entries, *self.also} - {name})
-            near = difflib.get_close_matches(name, known, 1)
+            near = difflib.get_close_matches(name[:60], known, 1)
             hint = f" (did you mean '{near[0]}'?)" if near else ""
             raise RecipeError(f"{self.key} = {name!r} is not known{hint}; known: {', '.join(known)}; {self.remedy}")
         return self.entries[name]
@@ -67,6 +67,6 @@ def _problem(section: str, owner: str, schema: type[BaseModel], problem: Any) ->
     key = ".".join(map(str, problem["loc"]))
     if problem["type"] != "extra_forbidden":
         return f"{section}.{key} of {owner}: {problem['input']!r}: {problem['msg']}"
-    near = difflib.get_close_matches(key, list(schema.model_fields), 1)
+    near = difflib.get_close_matches(key[:60], list(schema.model_fields), 1)
     hint = f" (did you mean '{near[0]}'?)" if near else f"; known: {', '.join(schema.model_fields)}"
     return f"{section}.{key} of {owner}: unknown key{hint}"

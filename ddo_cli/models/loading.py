@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ddo_cli import checkpoint
 from ddo_cli.checkpoint import Checkpoint
-from ddo_cli.errors import CheckpointError, printable
+from ddo_cli.errors import CheckpointError, reason
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -24,10 +24,10 @@ def of_file(build: Callable[[], Module], file: Checkpoint, device: torch.device)
     try:
         return with_tensors(build, file.tensors, device)
     except RuntimeError as error:
-        text = f"{file.path}: tensors do not fit the model its header describes: {error}"
+        text = f"{file.path}: tensors do not fit the model its header describes: {reason(error)}"
         raise CheckpointError(text) from None
     except _NO_NETWORK as error:
-        what = printable(f"{type(error).__name__}: {error}")
+        what = f"{type(error).__name__}: {reason(error)}"
         raise CheckpointError(f"{file.path}: its header describes no network ({what}); copy the file again") from None
 
 

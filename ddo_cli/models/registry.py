@@ -24,7 +24,7 @@ import torch
 
 from ddo_cli import checkpoint
 from ddo_cli.checkpoint import Checkpoint
-from ddo_cli.errors import CheckpointError, RecipeError, UsageError
+from ddo_cli.errors import CheckpointError, RecipeError, UsageError, reason
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models.catalog import Catalog, option_problems
 from ddo_cli.models.loading import of_file
@@ -69,7 +69,7 @@ def load_file(path: str | None) -> None:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UsageError(f"model.file {path} failed on import: {type(error).__name__}: {error}") from error
+        raise UsageError(f"model.file {path} failed on import: {type(error).__name__}: {reason(error, 200)}") from error
 
 
 def problems(name: str, options: dict[str, Any], draw: dict[str, Any], draw_key: str = "model.draw") -> list[str]:
@@ -128,7 +128,7 @@ def load_model(path: str | Path, device: torch.device, draw: dict[str, Any] | No
             model = build(config, draw)
             model.load_state_dict(file.tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: tensors do not fit the model its header describes: {error}") from None
+        raise CheckpointError(f"{path}: tensors do not fit the model its header describes: {reason(error)}") from None
     return Loaded(model.to(device).eval(), file._replace(tensors={}))
 
 

@@ -271,11 +271,14 @@ def all_keys() -> list[str]:
     return [name for name, _, _ in fields()]
 
 
+_LONGEST_KEY = 60  # characters that are compared with known ones: the time grows with their square
+
+
 def nearest_key(key: str) -> str:
     """ " (did you mean '...'?)" for a misspelt key or one without its section; empty if nothing is near."""
     if override := re.match(r"finetune\.from_round\.\d+\.", key):
         return nearest(key[override.end() :], FinetuneRecipe.model_fields)
-    known = all_keys()
+    known, key = all_keys(), key[:_LONGEST_KEY]
     same_end = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     section = key.rpartition(".")[0]
     inside = [name for name in known if name.rpartition(".")[0] == section]
@@ -285,7 +288,7 @@ def nearest_key(key: str) -> str:
 
 def nearest(word: str, known: Any) -> str:
     """ " (did you mean '...'?)" for a misspelt word; empty if nothing is near."""
-    near = difflib.get_close_matches(word, list(known), 1, cutoff=0.5)
+    near = difflib.get_close_matches(word[:_LONGEST_KEY], list(known), 1, cutoff=0.5)
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 

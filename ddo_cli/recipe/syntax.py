@@ -67,6 +67,14 @@ def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
 class _Loader(yaml.SafeLoader):
     """YAML that reads 1e-4 as a number; YAML 1.1 requires 1.0e-4."""
 
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        """Begins a list or dictionary in brackets. PyYAML's time grows with the square of their depth."""
+        if self.flow_level > _DEEPEST:
+            raise yaml.MarkedYAMLError(
+                problem=f"more than {_DEEPEST} values within another", problem_mark=self.get_mark()
+            )
+        super().fetch_flow_collection_start(TokenClass)
+
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         """A dictionary. Raises MarkedYAMLError for a repeated key."""
         seen = set[str]()

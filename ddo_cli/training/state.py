@@ -143,7 +143,7 @@ def read_state(file: Path, owner: str) -> checkpoint.Checkpoint:
     """
     is_there = dist.is_main() or file.is_file()
     saved = checkpoint.load(file, kind="train-state") if is_there else None
-    states = dist.gathered(saved and (saved.header["step"], saved.header["owner"]))
+    states = dist.gathered(saved and (saved.header.get("step"), saved.header.get("owner")))
     step, its_owner = states[0] or (None, None)
     if its_owner != owner:
         raise RunError(f"{file} belongs to another run; remove it or choose another --out")

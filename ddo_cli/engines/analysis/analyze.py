@@ -18,7 +18,7 @@ from ddo_cli.engines.analysis import analyses
 from ddo_cli.engines.analysis.regeneration import regeneration
 from ddo_cli.engines.analysis.subject import Finding, Settings, Subject
 from ddo_cli.engines.sampling import guides, sample
-from ddo_cli.errors import CheckpointError, DataError, UsageError
+from ddo_cli.errors import CheckpointError, DataError, UsageError, reason
 from ddo_cli.files import read_json, write_json
 from ddo_cli.precision import settled
 from ddo_cli.recipe.schema import Recipe, SamplingRecipe, nearest
@@ -187,7 +187,8 @@ def _recipe_of(file: Checkpoint) -> Recipe | None:
         return Recipe.model_validate(link["recipe"])
     except (KeyError, ValidationError) as error:
         raise CheckpointError(
-            f"{file.path} holds a recipe that this version cannot read ({error}); train it again with ddo train-disc"
+            f"{file.path} holds a recipe that this version cannot read ({reason(error)}); train it again with ddo "
+            "train-disc"
         ) from None
 
 

@@ -158,7 +158,7 @@ def _rows(key: str, images: Inspection) -> State | None:
     state = feature_cache.load(key)
     if state is None:
         return None
-    if any(len(array) != images.num for array in state.values()):
+    if any(array.shape[:1] != (images.num,) for array in state.values()):
         feature_cache.damaged(key)
         return None
     place = np.argsort(_order(images))  # of each image in the entry

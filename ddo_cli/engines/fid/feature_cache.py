@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ddo_cli import console, npz
+from ddo_cli.errors import reason
 from ddo_cli.files import cache_directory, replacing
 
 VERSION = 2  # of the entries: raised when a change of code changes the numbers of an unchanged protocol
@@ -77,7 +78,7 @@ def store(key: str, arrays: dict[str, np.ndarray], part: Part = "features") -> b
         return True
     except OSError as error:
         console.warn(
-            f"features cannot be kept in {path.parent} ({error}) and will be computed again; make room, or set "
+            f"features cannot be kept in {path.parent} ({reason(error)}) and will be computed again; make room, or set "
             "DDO_CACHE to another directory, or to off"
         )
         return False

@@ -15,7 +15,7 @@ from ddo_cli.data.pictures import spelled
 from ddo_cli.engines.fid.cache import Source
 from ddo_cli.engines.fid.inputs import Reference, Side
 from ddo_cli.engines.fid.one_pass import Taken
-from ddo_cli.errors import UsageError
+from ddo_cli.errors import UsageError, reason
 from ddo_cli.files import write_text
 from ddo_cli.metrics import published as tables
 from ddo_cli.metrics.nearest import nearest as nearest_rows
@@ -144,7 +144,7 @@ def _header(log: Path) -> tuple[list[str], list[dict[str, str]]]:
             reader = csv.DictReader(file)
             columns, rows = list(reader.fieldnames or []), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"--csv {log} cannot be read as CSV ({error}); choose another file") from None
+        raise UsageError(f"--csv {log} cannot be read as CSV ({reason(error)}); choose another file") from None
     if columns[:2] != list(DESCRIBED[:2]) or any(None in row for row in rows):
         raise UsageError(f"--csv {log} is no CSV file of `ddo fid`; choose another file")
     return columns, rows

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ddo_cli import checkpoint, console, dist
@@ -15,13 +16,13 @@ from ddo_cli.diffusion.churn import Boost
 from ddo_cli.diffusion.denoiser import DiffusionModel, as_diffusion
 from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, Guide, Interval, Network
 from ddo_cli.diffusion.precond import Discrete
-from ddo_cli.errors import CheckpointError, RunError, UsageError
-from ddo_cli.files import read_json
+from ddo_cli.errors import CheckpointError, RunError, UsageError, printable
 from ddo_cli.likelihood import NO_LABEL
 from ddo_cli.models import registry
 from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.recipe.load import differing_keys
-from ddo_cli.recipe.schema import GuidanceRecipe, SamplingRecipe
+from ddo_cli.recipe.schema import GuidanceRecipe, SamplingRecipe, messages
+from ddo_cli.rundir import read_state
 
 RUNS = Path("runs")
 
@@ -43,7 +44,7 @@ def newest_discriminator(model_sha256: str | None = None) -> Path | None:
     for state in sorted(RUNS.glob("*/state.json")):
         file = state.with_name("final.safetensors")
         try:
-            content = read_json(state)
+            content = read_state(state)
         except RunError as error:
             console.warn(f"{error}; left out")
             continue
@@ -86,7 +87,12 @@ def choose(
             raise
         raise CheckpointError(f"{error}; it is the model that {file} names: say with --ckpt where it is now") from None
     _check_pair(header["config"], header["trained_on"], model, file, force)
-    return Chosen(model, loaded, GuidanceRecipe.model_validate(header["guidance"]).merged(**given))
+    try:
+        stored = GuidanceRecipe.model_validate(header["guidance"])
+    except ValidationError as error:
+        problems = "; ".join(messages(error, "guidance", {}))
+        raise CheckpointError(f"{file} has a damaged header ({printable(problems)}); copy the file again") from None
+    return Chosen(model, loaded, stored.merged(**given))
 
 
 def _check_pair(

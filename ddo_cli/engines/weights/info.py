@@ -8,6 +8,7 @@ from ddo_cli.data import latents
 from ddo_cli.data.samples import MANIFEST
 from ddo_cli.errors import UsageError
 from ddo_cli.files import read_json, sha256
+from ddo_cli.rundir import read_state
 
 DESCRIBING = (  # entries of a header that are shown unchanged
     "config", "process", "trained_on", "guidance", "heldout", "sampling", "step", "owner", "metric", "protocol", "data",
@@ -23,17 +24,19 @@ def run(path: str) -> dict[str, Any]:
             kind = "encoded set" if manifest.get("format") == latents.FORMAT else "sample set"
             # Without labels, and with the number of the shards instead of their hashes.
             short = {key: value for key, value in manifest.items() if key not in ("labels", "shards")}
-            num_shards = {"shards": len(manifest["shards"])} if "shards" in manifest else {}
+            shards = manifest.get("shards")
+            num_shards = {"shards": len(shards)} if isinstance(shards, list) else {}
             return {"holds": kind, "path": path, **short, **num_shards}
         if (place / "state.json").is_file():
             return _run_directory(place)
         if (place / "edit.json").is_file():
             return {"holds": "edited images", "path": path, **read_json(place / "edit.json")}
-        if analyses := [file for file in sorted(place.glob("*.json")) if "analysis" in read_json(file)]:
+        analyses = [content for file in sorted(place.glob("*.json")) if "analysis" in (content := read_json(file))]
+        if analyses:
             figures = {}  # the numbers among the results of `ddo analyze`, by analysis
-            for content in map(read_json, analyses):
+            for content in analyses:
                 numbers = {key: value for key, value in content.items() if isinstance(value, (int, float))}
-                figures[content["analysis"]] = numbers
+                figures[str(content["analysis"])] = numbers
             return {"holds": "analyses", "path": path, **figures}
         raise UsageError(f"{path} is a directory with neither manifest.json nor state.json; ddo did not write it")
     file = checkpoint.load(path)
@@ -51,12 +54,12 @@ def run(path: str) -> dict[str, Any]:
 
 
 def _run_directory(place: Path) -> dict[str, Any]:
-    state = read_json(place / "state.json")
+    state = read_state(place / "state.json")
     files = sorted(str(file.relative_to(place)) for file in place.rglob("*.safetensors") if "shard-" not in file.name)
     weights = {name: sha256(place / name) for name in files if "train-state" not in name}
     of_finetuning = {
         "reference_sha256": state.get("reference_sha256"),
-        "reference_score": state.get("reference", {}).get("score"),
+        "reference_score": (state.get("reference") or {}).get("score"),
         "rounds": [{key: record[key] for key in ("round", "score", "promoted")} for record in state.get("rounds", [])],
     }
     return {

@@ -87,9 +87,3 @@ class Extractor(ABC):
     @abstractmethod
     def _extract(self, images: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:
         """uint8 (B, 3, H, W) -> {output: (B, size)} of the given outputs."""
-
-
-def short(error: BaseException) -> str:
-    """An error message of another library, on one line, cut to 240 characters."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 240 else text[:240] + " ..."

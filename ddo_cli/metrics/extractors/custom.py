@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ddo_cli import checkpoint
-from ddo_cli.errors import CheckpointError, DataError, UsageError
+from ddo_cli.errors import CheckpointError, DataError, UsageError, reason
 from ddo_cli.files import sha256
-from ddo_cli.metrics.extractors.base import Extractor, Precision, short
+from ddo_cli.metrics.extractors.base import Extractor, Precision
 from ddo_cli.precision import Device, inference_precision
 
 SUFFIXES = (".pt", ".ts", ".py")
@@ -91,7 +91,7 @@ def _torchscript(file: Path, path: str, device: torch.device) -> Callable[[Tenso
             arguments = {argument.name for argument in module.forward.schema.arguments}
     except (RuntimeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is no TorchScript module with a forward method ({short(error)}); write one by torch.jit.script "
+            f"{path} is no TorchScript module with a forward method ({reason(error)}); write one by torch.jit.script "
             "or torch.jit.trace and .save, or give a .py file"
         ) from None
     options = {"return_features": True} if "return_features" in arguments else {}
@@ -117,4 +117,4 @@ def _where(error: BaseException) -> str:
     """An error in the user's code on one line, with line number and file."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" (line {frames[-1].lineno} of {Path(frames[-1].filename).name})" if frames else ""
-    return f"{type(error).__name__}: {short(error)}{place}"
+    return f"{type(error).__name__}: {reason(error)}{place}"

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ddo_cli.errors import CheckpointError
+from ddo_cli.errors import CheckpointError, reason
 from ddo_cli.metrics.extractors import weights
-from ddo_cli.metrics.extractors.base import Extractor, Precision, short
+from ddo_cli.metrics.extractors.base import Extractor, Precision
 from ddo_cli.precision import Device
 
 WEIGHTS_FILE = weights.PUBLISHED["fid"].names[0]
@@ -85,4 +85,4 @@ def from_file(file: weights.WeightFile, device: Device = "cpu", precision: Preci
     try:
         return InceptionExtractor(weights.read_tensors(file, remedy), file.sha256, device, precision)
     except ValueError as error:
-        raise CheckpointError(f"{file.label} does not fit Inception-v3 ({short(error)}); {remedy}") from None
+        raise CheckpointError(f"{file.label} does not fit Inception-v3 ({reason(error)}); {remedy}") from None

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddo_cli import checkpoint, console
-from ddo_cli.errors import CheckpointError, UsageError
+from ddo_cli.errors import CheckpointError, UsageError, reason
 from ddo_cli.metrics.extractors import custom, inception, vit
 from ddo_cli.metrics.extractors import weights as weight_files
-from ddo_cli.metrics.extractors.base import Extractor, Precision, short
+from ddo_cli.metrics.extractors.base import Extractor, Precision
 from ddo_cli.metrics.extractors.digit_net import DigitNet
 from ddo_cli.precision import Device
 
@@ -79,7 +79,7 @@ def load_extractor(
         probe = network.features(torch.zeros(1, 3, NETWORK_SIZE, NETWORK_SIZE))  # type: ignore[operator]
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{source} does not fit the network '{name}' ({short(error)}); its file is damaged, or of another version"
+            f"{source} does not fit the network '{name}' ({reason(error)}); its file is damaged, or of another version"
         ) from None
     weight_files.require_finite(source, tensors)
     is_embedded = source.startswith(checkpoint.EMBEDDED)

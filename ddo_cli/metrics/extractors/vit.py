@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddo_cli.errors import CheckpointError, UsageError
+from ddo_cli.errors import CheckpointError, UsageError, reason
 from ddo_cli.metrics.extractors import weights
-from ddo_cli.metrics.extractors.base import Extractor, Precision, short
+from ddo_cli.metrics.extractors.base import Extractor, Precision
 from ddo_cli.metrics.extractors.dinov2 import DinoV2
 from ddo_cli.precision import Device
 
@@ -99,7 +99,7 @@ def load_dinov2(
     try:
         network.load_state_dict({key: tensor.to(torch.float32) for key, tensor in state.items()}, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{file.label} does not fit DINOv2 ViT-L/14 ({short(error)}); {remedy}") from None
+        raise CheckpointError(f"{file.label} does not fit DINOv2 ViT-L/14 ({reason(error)}); {remedy}") from None
     return DinoV2Extractor(network, DINOV2_SIZES["width"], file, device, precision)
 
 
@@ -127,7 +127,7 @@ def load_clip(
             # float32, but rounded to float16, as the published weights are.
             network = build_model(dict(state), torch.float32).visual
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{file.label} does not fit CLIP ViT-B/32 ({short(error)}); {remedy}") from None
+        raise CheckpointError(f"{file.label} does not fit CLIP ViT-B/32 ({reason(error)}); {remedy}") from None
     return ClipExtractor(network, sizes["features"], file, device, precision)
 
 

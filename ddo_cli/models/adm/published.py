@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from ddo_cli.diffusion.precond import NUM_STEPS
-from ddo_cli.errors import CheckpointError, printable
+from ddo_cli.errors import CheckpointError, printable, reason
 from ddo_cli.models.adm.keys import Order
 from ddo_cli.models.adm.unet import AdmUnet, AdmUnetOptions
 
@@ -222,7 +222,7 @@ def _layout(shapes: Shapes, where: str) -> _Layout:
             scale_shift=has_scale_shift(shapes),
         )
     except (KeyError, IndexError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{where}: its tensors fit no ADM U-Net ({type(error).__name__}: {error})") from None
+        raise CheckpointError(f"{where}: its tensors fit no ADM U-Net ({reason(error)})") from None
 
 
 def has_scale_shift(shapes: Shapes) -> bool:
@@ -263,7 +263,7 @@ def _check(network: Described, layout: _Layout, shapes: Shapes, where: str) -> N
         with torch.device("meta"):
             net = AdmUnet(network.in_channels, outputs, network.size, network.num_classes, options)
     except (ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{where}: its tensors fit no ADM U-Net ({error})") from None
+        raise CheckpointError(f"{where}: its tensors fit no ADM U-Net ({reason(error)})") from None
     expected = {key: tuple(tensor.shape) for key, tensor in net.state_dict().items()}
     odd = sorted(key for key in expected.keys() | shapes.keys() if expected.get(key) != shapes.get(key))
     if odd:

@@ -22,7 +22,7 @@ from ddo_cli import checkpoint, console, torch_files
 from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.diffusion.precond import Discrete
 from ddo_cli.errors import CheckpointError, DdoError, RecipeError, RunError, UsageError, printable
-from ddo_cli.files import read_json, replacing, sha256, write_json
+from ddo_cli.files import DAMAGED, read_json, replacing, sha256, write_json
 from ddo_cli.models import registry
 from ddo_cli.models.diffusers import from_adm as diffusers_adm
 from ddo_cli.models.diffusers import unet as diffusers_unet
@@ -232,7 +232,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = read_json(path)
     except RunError as error:
-        raise CheckpointError(str(error).replace("remove its directory and start again", "copy it again")) from None
+        raise CheckpointError(str(error).replace(DAMAGED, "copy it again")) from None
     return content
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ddo_cli import checkpoint
 from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.diffusion import vp_sde
-from ddo_cli.errors import CheckpointError, RecipeError
+from ddo_cli.errors import CheckpointError, RecipeError, reason
 from ddo_cli.models.catalog import Catalog, option_problems
 from ddo_cli.models.loading import of_file
 from ddo_cli.trainable import Trainable
@@ -96,8 +96,9 @@ def load(kind: str, path: str | Path, device: torch.device) -> Loaded:
             f"{path} was trained with the noise process {header.get('process')} where this program has {PROCESS}; "
             "train one with ddo train-disc"
         )
-    if not isinstance(header.get("config"), dict):
-        raise CheckpointError(f"{path} holds no configuration of a {kind}; give a file that ddo wrote")
+    checkpoint.require(file, "config.name", "config.shape", "config.num_classes", "config.options")
+    if kind == "discriminator":
+        checkpoint.require(file, "trained_on.model", "trained_on.model_sha256", "guidance")
     config = header["config"]
     try:
         if config["name"] in BUILTIN | CLASSIFIERS:
@@ -106,5 +107,5 @@ def load(kind: str, path: str | Path, device: torch.device) -> Loaded:
             network = build(kind, config)
             network.load_state_dict(file.tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: tensors do not fit the {kind} its header describes: {error}") from None
+        raise CheckpointError(f"{path}: tensors do not fit the {kind} its header describes: {reason(error)}") from None
     return Loaded(network.to(device).eval().requires_grad_(False), file)

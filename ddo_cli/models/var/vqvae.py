@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ddo_cli import checkpoint
-from ddo_cli.errors import CheckpointError
+from ddo_cli.errors import CheckpointError, reason
 from ddo_cli.likelihood import Options
 from ddo_cli.models.var import tokenizers
 from ddo_cli.models.var.vqvae_layers import Decoder, Encoder, full_precision, start_as_identity
@@ -246,4 +246,5 @@ def load_into(vqvae: Vqvae, path: str | Path) -> None:
     try:
         vqvae.load_state_dict(file.tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: tensors do not fit the tokenizer its header describes: {error}") from None
+        text = f"{path}: tensors do not fit the tokenizer its header describes: {reason(error)}"
+        raise CheckpointError(text) from None
