@@ -74,7 +74,7 @@ def test_brackets_cost_no_time():
     """PyYAML looks 1,024 characters ahead, and its time grows with the square of the depth."""
     for text in ("x: " + "[" * 3000, "x: " + "{a: " * 3000, "- " * 3000, BOMB):
         start = time.process_time()
-        with pytest.raises(RecipeError, match="values within another|more than 10,000 values|Recursion"):
+        with pytest.raises(RecipeError, match=r"values within another|more than 10,000 values|Recursion"):
             load(overrides=[f"finetune={text}"])
         assert time.process_time() - start < 1
 
@@ -103,6 +103,18 @@ def test_a_damaged_recipe_of_a_run(tmp_path):
         (tmp_path / "state.json").write_text("{}")
         with pytest.raises(RunError, match=r"recipe\.yaml is damaged"):
             rundir.RunDir(tmp_path).check("finetune-ddo", load())
+
+
+def test_manifests_that_count_without_end(tmp_path):
+    for form, told in (("shards", {"num": 2**62, "batch": 1}), ("png", {"seeds": "0-4294967295", "labels": [1]})):
+        (tmp_path / "manifest.json").write_text(json.dumps({"format": form, "complete": True, **told}))
+        with pytest.raises(DataError, match=r"has no shard-000000|more than 10,000,000 seeds"):
+            open_images(str(tmp_path))
+
+
+def test_names_that_are_no_texts():
+    with pytest.raises(RecipeError, match=r"sampler"):
+        load(overrides=["sampling.sampler=[heun]"])
 
 
 def test_info_of_odd_manifests(tmp_path):

@@ -153,7 +153,8 @@ def open_shards(path: Path) -> tuple[Contents, np.ndarray, dict[str, Any]]:
         # By name, since network file systems list new files late.
         files.append(path / f"shard-{number:06d}.safetensors")
         if not files[-1].is_file():
-            raise DataError(f"{path} has no {files[-1].name}, which its manifest counts; remove the set and sample again")
+            name = files[-1].name
+            raise DataError(f"{path} has no {name}, which its manifest counts; remove the set and sample again")
     try:
         items, *columns = (join_tensors(files, key) for key in ("items", "labels", "seeds"))
         if any(column.num != num for column in (items, *columns)):

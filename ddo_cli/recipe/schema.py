@@ -69,7 +69,7 @@ def _one_of(names: Collection[str], problem: str) -> BeforeValidator:
     """Refuses a value that is neither None nor one of the names; the message has the nearest and all of them."""
 
     def check(value: Any) -> Any:
-        if value is not None and value not in names:
+        if value is not None and (not isinstance(value, str) or value not in names):
             message = f"{problem}{nearest(str(value), names)}; known: {', '.join(names)}"
             raise PydanticCustomError("unknown", "{message}", {"message": message})
         return value
