@@ -392,6 +392,7 @@ def test_a_row_does_not_depend_on_its_batch(tmp_path):
         ((3, 8, 8), {"width": 24}, "must be multiples of 32"),
         ((3, 8, 8), {"channel_mult": [0.25], "attention": []}, "multiples of num_head_channels"),
         ((3, 8, 8), {"dept": 1}, "did you mean 'depth'"),
+        ((3, 8, 8), {**TINY, "steps": 12}, "must be two or more, finite, positive and increasing"),
     ],
 )
 def test_sizes_that_do_not_divide(shape, options, message):

@@ -130,6 +130,7 @@ def test_what_an_adm_file_does_not_tell(tmp_path):
         ("schedule=", r"write schedule=linear\|cosine"),
         ("size=x", "write size=<number>"),
         ("steps=0", "write steps=<number>"),
+        ("steps=20", "steps=20: schedules have 21 to 100,000 steps"),
         ("heads=99999999", "write heads=<number>"),
         ("updown=no", r"write updown=true\|false"),
         ("siez=8", "did you mean 'size'"),

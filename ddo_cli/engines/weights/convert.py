@@ -149,6 +149,11 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
             values[key] = _WORDS[key][value]
         elif key in _NUMBERS and value.isascii() and value.isdecimal() and len(value) < 7 and int(value):
             values[key] = int(value)
+            if key == "steps" and not _STEPS[0] <= values[key] <= _STEPS[1]:
+                low, high = _STEPS
+                raise UsageError(
+                    f"{text}: schedules have {low} to {high:,} steps; give the diffusion_steps of its training"
+                )
         elif key == "patch_nums" and (sides := _sides(value)):
             values[key] = sides
         else:
@@ -168,6 +173,7 @@ _WORDS: dict[str, dict[str, Any]] = {
     "updown": _TRUTHS,
     "scale_shift": _TRUTHS,
 }
+_STEPS = (21, 100_000)  # of fewer, the linear schedule's last beta would be 1
 _NUMBERS = ("size", "steps", "heads", "head_channels")
 
 

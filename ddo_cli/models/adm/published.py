@@ -115,7 +115,7 @@ def described(shapes: Shapes, where: str, told: Told = Told()) -> Described:  # 
         facts["rescale"] = False  # no difference
     if untold := [text for key, text in QUESTIONS.items() if not facts.keys() & set(key.split("|"))]:
         raise CheckpointError(
-            f"{where}: {'no published ADM U-Net has these shapes, and' if name is None else 'the file'} does not tell "
+            f"{where}{' is none of the published ADM U-Nets' if name is None else ''}: its tensors do not tell "
             f"{', '.join(untold)}; add them behind it (a wrong one goes unnoticed and gives noise)"
         )
     size, order = facts["size"], facts["qkv"]
@@ -252,11 +252,12 @@ def _matches(layout: _Layout, entry: Published) -> bool:
 def _check(network: Described, layout: _Layout, shapes: Shapes, where: str) -> None:
     """Raises CheckpointError unless the network has exactly these tensors."""
     options = AdmUnetOptions.model_construct(**network.options)  # unchecked, so that the network's own checks speak
-    channels = {round(layout.width * layout.channel_mult[level]) for level in (*layout.attending, -1)}
-    if not options.num_heads and (odd_widths := sorted(each for each in channels if each % options.num_head_channels)):
+    channels = sorted({round(layout.width * layout.channel_mult[level]) for level in (*layout.attending, -1)})
+    key, divisor = ("heads", options.num_heads) if options.num_heads else ("head_channels", options.num_head_channels)
+    if any(each % divisor for each in channels):  # that code refuses them
         raise CheckpointError(
-            f"{where}: {odd_widths} channels attend, no multiples of head_channels={options.num_head_channels}; tell "
-            "the head_channels or heads that it was trained with"
+            f"{where}: {key}={divisor} does not divide the {' or '.join(map(str, channels))} channels that attend; "
+            "tell the heads or head_channels that it was trained with"
         )
     outputs = network.channels * (2 if layout.learned_variance else 1)
     try:

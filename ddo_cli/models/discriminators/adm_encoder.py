@@ -102,6 +102,8 @@ class AdmEncoder(Trainable):
     ) -> None:
         super().__init__()
         self.width, self.time, self.steps, emb_width = width, time, steps, 4 * width
+        with torch.device("cpu"):  # levels hold numbers even where the network is on meta
+            self.known = precond.Discrete(_SCHEDULES[time](steps)) if steps else None
         self.step_scale = precond.NUM_STEPS / steps if steps and rescaled_steps else 1.0
         widths = [round(multiple * width) for multiple in channel_mult]  # channels of each level
         factors = {size // side for side in attention}  # as ADM reads them: by how much the state has been shrunk
@@ -163,15 +165,13 @@ class AdmClassifier(AdmEncoder):
 
         For guiding a model of discrete steps, as OpenAI's code does: its steps lie up to 3.4 of them beside 999 t.
         """
-        if self.steps is None:
-            return None
-        with torch.device("cpu"):
-            known = precond.Discrete(_SCHEDULES[self.time](self.steps))
+        known = self.known
 
         def forward(x_vp: Tensor, t: Tensor) -> Tensor:
+            assert known is not None
             return self.out(self.features_at(known.step_of(vp_sde.sigma_of(t)), x_vp))
 
-        return forward
+        return None if known is None else forward
 
 
 class AdmEncoderOptions(Options):
