@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ddo_cli.errors import CheckpointError, printable, reason
 from ddo_cli.files import parse_json, replacing, sha256
+from ddo_cli.ledger import damage
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 EMBEDDED = "embedded:"
@@ -98,9 +99,9 @@ def resolve(path: str | Path) -> Path:
     return file
 
 
-def save(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Writes a weight file atomically. Equal tensors and header give equal bytes."""
-    write_tensors(path, tensors, {"ddo": json.dumps(header, sort_keys=True)})
+def save(path: Path, tensors: dict[str, Tensor], header: dict[str, Any], previous: Path | None = None) -> None:
+    """Writes a weight file atomically. Equal tensors and header give equal bytes. previous: as for `replacing`."""
+    write_tensors(path, tensors, {"ddo": json.dumps(header, sort_keys=True)}, previous)
 
 
 def difference(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> str | None:
@@ -115,10 +116,12 @@ def difference(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -
     return None if names == tensors.keys() else "names of tensors"
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, previous: Path | None = None
+) -> None:
     """Writes a safetensors file atomically. Raises OSError, for example if the disk is full."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
+    with replacing(path, previous) as temporary:
         try:
             save_file(contiguous, temporary, metadata=metadata)
         except SafetensorError as error:  # the system's error is in its text only
@@ -134,7 +137,12 @@ def read_header(path: str | Path, kind: str | None = None) -> dict[str, Any]:
 
 
 def load(path: str | Path, kind: str | None = None) -> Checkpoint:
-    """A weight file. Raises CheckpointError if it is missing, damaged, foreign, or not of this kind."""
+    """A weight file. Raises CheckpointError if it is missing, damaged, foreign, or not of this kind.
+
+    In a run's directory its content must be what the run has written.
+    """
+    if (problem := damage(resolve(path))) is not None:
+        raise CheckpointError(f"{path} {problem} since it was written; restore it from a copy")
     return _open(resolve(path), str(path), kind, tensors=True)
 
 

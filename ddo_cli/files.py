@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -9,9 +10,9 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ddo_cli.errors import RunError, reason
 
@@ -22,17 +23,47 @@ _MACHINE = re.sub(r"\W", "_", platform.node().partition(".")[0])[-20:]
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<machine>\w*)-(?P<process>\d+)\.(part|whole)", re.DOTALL)
 _ABANDONED = 86_400.0  # seconds after which a directory of another machine's process, which cannot be asked, is one
 
-DAMAGED = "remove its directory and start again"  # the way out of a damaged JSON file of ours
+DAMAGED = (
+    "restore it from a copy, or remove its directory and start again"  # the way out of a damaged JSON file of ours
+)
 
 UMASK = os.umask(0o077)  # can only be read by setting it
 os.umask(UMASK)
 
 
+class Recorder(Protocol):
+    """Is told of every file below its directory before the file gets its name, and before it is removed."""
+
+    directory: Path
+
+    def note(self, contents: Mapping[Path, Path], is_new: bool) -> None:
+        """Files that are about to get these names (the keys). is_new: none of the names is taken yet."""
+
+    def void(self, names: Iterable[Path]) -> None:
+        """Their renaming has failed."""
+
+    def forget(self, path: Path) -> None:
+        """A file, or a directory with all files below it, is about to be removed."""
+
+    def note_start(self, path: Path) -> None:
+        """A file that grows has come so far."""
+
+
+recorders: list[Recorder] = []  # of the directories that this process fills; `ledger` adds them
+
+
+def recorder_of(path: Path) -> Recorder | None:
+    """Who records this file."""
+    above = path.absolute().parents
+    return next((recorder for recorder in recorders if recorder.directory in above), None)
+
+
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """A temporary place of the same name, for a file or a directory, moved to `path` when the block ends and removed if
     it fails. First removes what a killed process has left of writing `path`.
 
+    previous: where a file that is there already is kept.
     An OSError of the block, such as a full disk, names `path`, unless it is about another file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,6 +73,7 @@ def replacing(path: Path) -> Iterator[Path]:
     stem = f".{path.name}.{_MACHINE}-{os.getpid()}."
     directory, whole = path.with_name(f"{stem}part"), path.with_name(f"{stem}whole")
     temporary = directory / path.name
+    recorder, moves, is_noted = recorder_of(path), {path: whole}, False
     try:
         directory.mkdir(exist_ok=True)
         yield temporary
@@ -51,13 +83,22 @@ def replacing(path: Path) -> Iterator[Path]:
             os.chmod(temporary, 0o666 & ~UMASK)  # some writers make files that only their owner can read
         os.replace(temporary, whole)
         _remove(directory)
-        os.replace(whole, path)  # the last step, after which a kill leaves nothing
+        if previous is not None and path.is_file():
+            moves = {previous: path, path: whole}
+        if recorder is not None and whole.is_file():
+            recorder.note(moves, is_new=not path.exists())
+            is_noted = True
+        for target, source in moves.items():
+            os.replace(source, target)  # the last step, after which a kill leaves nothing
+        is_noted = False
     except OSError as error:
         # errno carries no file name: report the target, not the temporary.
         if error.filename is None or str(error.filename).startswith(str(path.with_name(stem))):
             error.filename = str(path)
         raise
     finally:
+        if is_noted and recorder is not None:
+            recorder.void([target for target, source in moves.items() if source.exists()])
         _remove(directory)
         _remove(whole)
 
@@ -69,6 +110,24 @@ def _remove(place: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             place.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a directory with all below it, if it is there."""
+    if (recorder := recorder_of(path)) is not None:
+        recorder.forget(path)
+    _remove(path)
+
+
+def unfinished(directory: Path) -> list[Path]:
+    """The names that temporary files of killed writers were to get, in all subdirectories."""
+    found = ((place, _TEMPORARY.fullmatch(place.name)) for place in directory.rglob(".*.whole"))
+    return [place.with_name(match["name"]) for place, match in found if match]
+
+
+def is_being_written(path: Path) -> bool:
+    """Whether a killed process has left a temporary file that was to get this name."""
+    return any(_TEMPORARY.fullmatch(place.name) for place in path.parent.glob(f".{glob.escape(path.name)}.*.whole"))
 
 
 @functools.cache
@@ -111,15 +170,20 @@ def sweep(directory: Path, *, below: bool = False, name: str | None = None) -> N
             sweep(path, below=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces a text file."""
-    with replacing(path) as temporary:
+def write_text(path: Path, text: str, previous: Path | None = None) -> None:
+    """Replaces a text file. previous: where the one before is kept."""
+    with replacing(path, previous) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Replaces a JSON file."""
-    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+def json_text(content: Any) -> str:
+    """As `write_json` writes it."""
+    return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def write_json(path: Path, content: Any, previous: Path | None = None) -> None:
+    """Replaces a JSON file. previous: where the one before is kept."""
+    write_text(path, json_text(content), previous)
 
 
 def parse_json(text: str | bytes) -> Any:

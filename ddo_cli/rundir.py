@@ -5,7 +5,8 @@ again under the directory's lock, and takes the directory.
 """
 
 import contextlib
-from collections.abc import Callable, Container, Iterator
+import os
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ddo_cli import console, dist
+from ddo_cli import console, dist, ledger
 from ddo_cli.errors import RunError, reason
-from ddo_cli.files import DAMAGED, LOCK, parse_json, read_json, sweep, write_json, write_text
+from ddo_cli.files import DAMAGED, LOCK, json_text, parse_json, read_json, remove, sweep, write_json, write_text
+from ddo_cli.ledger import LEDGER
 from ddo_cli.recipe import syntax
 from ddo_cli.recipe.load import differing_keys, to_yaml
 from ddo_cli.recipe.schema import Recipe
@@ -26,6 +28,7 @@ PLACES = {
     "discriminator.fake": ("fake_sha256",), "metric.extractor": ("extractor_sha256",),
     "metric.weights": ("extractor_sha256",),
 }  # fmt: skip
+RESUMING = "train-state"  # how the names of files begin that `training.state` writes
 HARMLESS = ("log_every", "save_every")  # keys of any section that change no result
 
 
@@ -51,6 +54,8 @@ class OutDir:
         if not dist.is_main():
             return
         file = self.path / self.record
+        if _restorable(file, json_text(self.settings)) is not None:
+            return
         record = read_json(file) if file.is_file() else {}
         if self.is_ours(record):
             theirs = {key: value for key, value in record.items() if key not in self.results}
@@ -59,10 +64,23 @@ class OutDir:
             check_free(self.path, self.kind)
 
     def claim(self) -> dict[str, Any]:
-        """Takes the directory, whose lock is held; the record, equal on every process. Raises as `check` does."""
+        """Takes the directory, whose lock is held; the record, equal on every process. Raises as `check` does.
+
+        Removes what is damaged, with a warning: it is made again.
+        """
         self.check()
         file = self.path / self.record
         if dist.is_main():
+            files = ledger.near(self.path)
+            _renew(files, is_ours=file.is_file())
+            damaged = files.problems(self.path)
+            beside = {name: text for name, text in damaged.items() if name.startswith("..")}
+            damaged = {name: text for name, text in damaged.items() if name not in beside}
+            _tell(files.directory, damaged, "it is made again")
+            for name in damaged:
+                remove(files.directory / name)
+            beside = {name: text for name, text in beside.items() if (files.directory / name).exists()}
+            _tell(files.directory, beside, "remove it, and it is made again")  # it might be another's by now
             if not file.is_file():
                 write_json(file, self.settings)
             sweep(self.path)
@@ -109,19 +127,38 @@ class RunDir:
         self.path = path
         self.recipe_file = path / "recipe.yaml"
         self.state_file = path / "state.json"
+        self.state_before = path / "state.previous.json"  # of the stage before; used if state.json is damaged
         self.log_file = path / "log.jsonl"
         self.final = path / "final.safetensors"
 
+    @property
+    def ledger(self) -> ledger.Ledger:
+        """What the run's files must hold."""
+        return ledger.near(self.path)
+
     def state(self) -> dict[str, Any]:
         """What `advance` wrote last; empty for a new run."""
-        return read_state(self.state_file) if self.state_file.is_file() else {}
+        problems, told = {}, ""
+        for file in (self.state_file, self.state_before):
+            problems[file] = self._problem(file)
+            if problems[file] is None:
+                try:
+                    return read_state(file)
+                except RunError as error:
+                    problems[file], told = "is damaged", told or str(error)
+        if any(file.is_file() or self.ledger.is_listed(file) for file in problems):
+            named = ", ".join(f"{file.name} {problem}" for file, problem in problems.items())
+            raise RunError(told or f"{self.path}: {named}; restore one of them from a copy, or choose another --out")
+        return {}
 
     def advance(self, **changes: Any) -> dict[str, Any]:
         """Replaces the given keys of the state (main process only); returns the state."""
-        state = {**self.state(), **changes}
-        if dist.is_main():
-            write_json(self.state_file, state)
-        return dist.from_main(state)
+        return dist.from_main(self._write(**changes) if dist.is_main() else {})
+
+    def _write(self, **changes: Any) -> dict[str, Any]:
+        state, is_good = {**self.state(), **changes}, self.ledger.is_good(self.state_file)
+        write_json(self.state_file, state, self.state_before if is_good else None)
+        return state
 
     def claim(self, command: str, recipe: Recipe, **identity: Any) -> dict[str, Any]:
         """Takes the directory, whose lock is held; the state, equal on every process. Raises as `check` does.
@@ -130,25 +167,62 @@ class RunDir:
         are taken over from the recipe, and so are more rounds, and keys that change no result.
         """
         if dist.is_main():
-            if not self.recipe_file.is_file():
+            if (self.path / LEDGER).is_file() or self.recipe_file.is_file():
+                _renew(self.ledger, is_ours=self.recipe_file.is_file())
+            text = to_yaml(recipe)
+            problem = _restorable(self.recipe_file, text)
+            if problem is None and not self.recipe_file.is_file():
                 self.check(command, recipe, **identity)
                 # The recipe goes last: a directory with one has a complete identity.
-                write_json(self.state_file, {"command": command, **identity})
-                write_text(self.recipe_file, to_yaml(recipe))
-            elif taken_over := self._compare(command, recipe, identity):
-                console.info(f"{self.path} is continued with {'; '.join(taken_over)}")
-                write_text(self.recipe_file, to_yaml(recipe))
+                for file in (self.state_before, self.state_file):
+                    write_json(file, {"command": command, **identity})
+                write_text(self.recipe_file, text)
+            else:
+                if problem is not None:
+                    console.warn(f"{self.recipe_file} {problem}; it is written again")
+                if taken_over := self._compare(command, recipe, identity):
+                    console.info(f"{self.path} is continued with {'; '.join(taken_over)}")
+                if problem is not None or taken_over:
+                    write_text(self.recipe_file, text)
+                if not self.ledger.is_good(self.state_file):
+                    console.warn(f"{self.state_file} is damaged or missing; the run goes on from {self.state_before}")
+                    self._write()
+                if not self.ledger.is_good(self.state_before):
+                    console.warn(f"{self.state_before} is damaged or missing; it is written again")
+                    self._write()
             sweep(self.path, below=True)
-        return dist.from_main(self.state())
+        return dist.from_main(self.state() if dist.is_main() else {})
 
     def check(self, command: str, recipe: Recipe, **identity: Any) -> None:
         """Raises RunError, listing what differs, unless `claim` would take the directory. Writes nothing."""
         if not dist.is_main():
             return
-        if self.recipe_file.is_file():
+        if self.recipe_file.is_file() or _restorable(self.recipe_file, to_yaml(recipe)) is not None:
             self._compare(command, recipe, identity)
         else:
-            check_free(self.path, "run", [self.state_file.name] if self._is_half_claimed(command, identity) else [])
+            states = [self.state_file.name, self.state_before.name]
+            check_free(self.path, "run", states if self._is_half_claimed(command, identity) else [])
+
+    def inspect(self, needed: Callable[[str], str | None]) -> dict[str, Any]:
+        """Tells which files of the run are damaged or missing, and keeps it in the state for the report; returns the
+        state. The lock is held, the directory claimed.
+
+        needed: of a file's name the remedy, if the run still reads it; None: it does not; "": who reads it looks after
+        it. Raises RunError if something needed is damaged.
+        """
+        if dist.is_main():
+            others = {}
+            for name, problem in self.ledger.problems(is_read=lambda name: bool(needed(name))).items():
+                remedy = "" if RESUMING in name else needed(name)
+                if remedy:
+                    raise RunError(f"{self.path / name} {problem}, and is still needed; {remedy}")
+                if remedy is None:
+                    others[name] = problem
+            _tell(self.path, others, "the run does not need it any more")
+            known = self.state().get("damaged", {})
+            if not others.items() <= known.items():
+                self._write(damaged={**known, **others})
+        return dist.from_main(self.state() if dist.is_main() else {})
 
     def _is_half_claimed(self, command: str, identity: dict[str, Any]) -> bool:
         """Whether a `claim` was killed after it had written the state and before it wrote the recipe."""
@@ -158,17 +232,35 @@ class RunDir:
             return False
         return isinstance(state, dict) and state.keys() == {"command", *identity} and state["command"] == command
 
-    def is_finished(self, state: dict[str, Any]) -> bool:
-        """Whether nothing is left to do; if so, prints that."""
-        if is_finished := bool(state.get("finished")) and dist.from_main(self.final.is_file()):
+    def is_finished(self, state: dict[str, Any], *copies: Path) -> bool:
+        """Whether nothing is left to do; if so, prints that.
+
+        copies: files that the run writes last, of others that it has: if damaged or missing, they are written again.
+        Raises RunError if the final weights are damaged and no copy.
+        """
+        if not state.get("finished"):
+            return False
+        problems = dist.from_main({file: self._problem(file) for file in (self.final, *copies)})
+        for file, problem in problems.items():
+            if problem is not None and problem != "is missing" and file not in copies:
+                raise RunError(
+                    f"{file} {problem}; restore it from a copy, or remove it and run the same command again, which "
+                    "trains again"
+                )
+        if is_finished := not any(problems.values()):
             console.info(f"{self.path} is finished; nothing to do")
         return is_finished
+
+    def _problem(self, file: Path) -> str | None:
+        return self.ledger.problem(file) if file.is_file() else "is missing"
 
     def _compare(self, command: str, recipe: Recipe, identity: dict[str, Any]) -> list[str]:
         """What differs and may, "key: there -> now". Raises RunError for any other difference."""
         state = self.state()
+        text = to_yaml(recipe)
         try:
-            saved = syntax.parse(self.recipe_file.read_bytes())
+            restored = _restorable(self.recipe_file, text) is not None
+            saved = syntax.parse(text.encode() if restored else self.recipe_file.read_bytes())
             if not isinstance(saved, dict):
                 raise ValueError(f"it holds a {type(saved).__name__}")
         except ValueError as error:
@@ -200,6 +292,49 @@ class RunDir:
             return key in places or key.rpartition(".")[2] in HARMLESS or (key == "finetune.rounds" and may_grow)
 
         return free
+
+
+def _renew(files: ledger.Ledger, is_ours: bool) -> None:
+    """`Ledger.renew`, with a warning where the directory is not a new one."""
+    problem = files.renew()
+    if problem is not None and is_ours:
+        console.warn(f"{files.directory / LEDGER} {problem}")
+
+
+def remove_damaged(file: Path, consequence: str) -> None:
+    """Removes a file that is made again where it is missing, with a warning, if it is damaged (main process only)."""
+    if dist.is_main() and (problem := ledger.damage(file)) is not None:
+        console.warn(f"{file} {problem}; {consequence}")
+        remove(file)
+
+
+def warnings_of(state: dict[str, Any]) -> list[str]:
+    """What `RunDir.inspect` has found so far, for the report."""
+    return [f"{name} {problem}" for name, problem in sorted(state.get("damaged", {}).items())]
+
+
+def _restorable(file: Path, text: str) -> str | None:
+    """What is wrong with a file that holds this text by rights; None if nothing is known.
+
+    Raises RunError if the text has never been in it.
+    """
+    files = ledger.near(file.parent)
+    problem = files.problem(file)
+    if problem is not None and not files.has_been(file, text):
+        raise RunError(
+            f"{file} {problem}, and it was made with other options; give those again, restore it from a copy, or "
+            "choose another --out"
+        )
+    return problem
+
+
+def _tell(directory: Path, problems: Mapping[str, str], consequence: str) -> None:
+    """Warns of damaged files: of all, naming the first three."""
+    named = list(problems.items())[:3]
+    for name, problem in named:
+        console.warn(f"{os.path.normpath(directory / name)} {problem}; {consequence}")
+    if more := len(problems) - len(named):
+        console.warn(f"{directory}: {more} more files are damaged or missing; {consequence}")
 
 
 def check_free(path: Path, kind: str, allowed: Container[str] = ()) -> None:
@@ -235,7 +370,8 @@ def locked(path: Path) -> Iterator[RunDir]:
     run = RunDir(path)
     if not dist.is_main():
         dist.barrier()
-        yield run
+        with ledger.kept(path):
+            yield run
         return
     _check_directory(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -245,4 +381,5 @@ def locked(path: Path) -> Iterator[RunDir]:
         raise RunError(f"{path} is in use by another process; wait for it, or choose another --out") from None
     with lock:
         dist.barrier()
-        yield run
+        with ledger.kept(path):
+            yield run

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ddo_cli import checkpoint, dist
+from ddo_cli import checkpoint, dist, ledger
 from ddo_cli.errors import CheckpointError
+from ddo_cli.files import remove
 
 REST = "rest.safetensors"  # beside the sharded tensors: the small ones, and the header
 UNFINISHED = "unfinished-"
@@ -84,19 +85,19 @@ def _sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack([tensor.square().sum() for tensor in tensors]).sum()
 
 
-# --- On disk: one directory for each saved step; the newest complete one counts
+# --- On disk: one directory for each saved step; the newest one that is not damaged counts
 
 
-def newest(directory: Path) -> Path | None:
-    """The newest complete state in `directory`; None if there is none."""
+def saved(directory: Path) -> list[Path]:
+    """The complete states in `directory`, the newest first."""
     whole = [path for path in directory.glob("*") if path.name.isdecimal()]
-    return dist.from_main(max(whole, key=lambda path: int(path.name), default=None))
+    return dist.from_main(sorted(whole, key=lambda path: int(path.name), reverse=True))
 
 
 def save(
     directory: Path, step: int, tensors: dict[str, Tensor], rest: dict[str, Tensor], header: dict[str, Any]
 ) -> None:
-    """Writes a state (each process its rows of `tensors`, the main one `rest` and the header) and deletes older ones.
+    """Writes a state (each process its rows of `tensors`, the main one `rest` and the header); the one before stays.
 
     A state gets its name when it is complete, so a kill at any time leaves one.
     """
@@ -108,13 +109,19 @@ def save(
         unfinished.mkdir(parents=True)
     dist.barrier()
     dcp.save(tensors, checkpoint_id=unfinished, no_dist=dist.world_size() == 1)
+    own = ledger.entries(unfinished.glob(f"__{dist.rank()}_*"))
+    shards = {name: entry for part in dist.gathered(own) for name, entry in part.items()}
     if dist.is_main():
         checkpoint.save(unfinished / REST, rest, header)
+        if (kept := ledger.of(directory)) is not None:
+            further = ledger.entries(path for path in unfinished.iterdir() if path.name not in shards)
+            kept.note_moved(unfinished, target, {**shards, **further})
         shutil.rmtree(target, ignore_errors=True)  # of the same step, by a run that started again
         os.replace(unfinished, target)
+        states = sorted(path for path in directory.iterdir() if path.name.isdecimal() and path.name <= target.name)
         for older in directory.iterdir():
-            if older != target:
-                shutil.rmtree(older, ignore_errors=True)
+            if older not in states[-2:]:
+                remove(older)
     dist.barrier()
 
 

@@ -263,7 +263,10 @@ option("metric twice", "different metrics", "--metrics", "fid,fid")
 option("no metric", "is not known", "--metrics", "")
 option("metrics of Inception", "the metric 'is' is of Inception-v3", "--metrics", "is")
 option("sfid without Inception", "Inception", "--metrics", "sfid")
-option("too few for KID", "24 images are too few for the metric 'kid'", "--metrics", "kid")
+option("too few for KID", "24 images are too few for the metric 'kid', which needs 1000; give more, or --kid-subset 12",
+       "--metrics", "kid")  # fmt: skip
+option("--kid-subset without KID", "of the metric kid; add it", "--kid-subset", "12")
+option("too large a subset", "which needs 25; give more, or --kid-subset 12", "--metrics", "kid", "--kid-subset", "25")
 option("too few for --uncertainty", "--uncertainty", "--uncertainty", "--num-images", "12")
 option("more images than there are", "good.npz", "--num-images", "25")
 option("--repeat", "lower it", "--repeat", "20")

@@ -330,13 +330,24 @@ def test_a_moved_run_answers_with_its_new_place_and_restores_a_lost_final(finish
     assert Path(found["final"]).read_bytes() == (out / "final.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("name", "text"), [("state.json", "[]"), ("recipe.yaml", "foo"), ("state.json", "{")])
-def test_damaged_files_of_a_run(finished, tmp_path, name, text):
-    kind, ckpt, out, _ = finished
+def test_without_both_generations_of_its_state_a_run_is_refused(finished_of, tmp_path):
+    kind, ckpt, out, _ = finished_of("diffusion")
     shutil.copytree(out, tmp_path / "run")
-    (tmp_path / "run" / name).write_text(text)
-    with pytest.raises(RunError, match="damaged"):
+    (tmp_path / "run" / "state.json").write_text("{}")
+    (tmp_path / "run" / "state.previous.json").unlink()
+    with pytest.raises(RunError, match=r"state\.json is damaged .2 bytes in place.* state\.previous\.json is missing"):
         finetune.run(tiny_recipe(ckpt, kind), tmp_path / "run", device=CPU)
+
+
+def test_a_damaged_recipe_is_written_again_for_the_same_options_only(finished_of, tmp_path, capsys):
+    kind, ckpt, out, result = finished_of("diffusion")
+    shutil.copytree(out, tmp_path / "run")
+    (tmp_path / "run" / "recipe.yaml").write_text("foo")
+    with pytest.raises(RunError, match=r"recipe\.yaml is damaged .* made with other options"):
+        finetune.run(tiny_recipe(ckpt, kind, "finetune.alpha=2.0"), tmp_path / "run", device=CPU)
+    assert finetune.run(tiny_recipe(ckpt, kind), tmp_path / "run", device=CPU)["final_score"] == result["final_score"]
+    assert "recipe.yaml is damaged" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == (out / "recipe.yaml").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -163,7 +163,8 @@ def test_another_making_is_refused_by_the_dry_run_too(place, tmp_path):
     _edited(place, tmp_path / "e")
     refused(lambda **more: _edited(place, tmp_path / "e", seed=1, **more), tmp_path, "seed: 0 -> 1")
     assert _edited(place, tmp_path / "e", dry_run=True)["dry_run"]
-    (tmp_path / "e" / "edit.json").unlink()
+    for name in ("edit.json", ".files.jsonl"):
+        (tmp_path / "e" / name).unlink()
     refused(lambda **more: _edited(place, tmp_path / "e", **more), tmp_path, "holds no edited images")
     _encoded(place, tmp_path / "latents")
     refused(lambda **more: _encoded(place, tmp_path / "latents", shard=4, **more), tmp_path, "shard: 1024 -> 4")
@@ -290,7 +291,7 @@ def test_sets_and_runs_are_swept_once_they_are_claimed(place, tmp_path):
     (tmp_path / "run" / "round-01" / ".x.json.m-1.part").rename(tmp_path / "run" / ".y.json.m-1.part")
     (tmp_path / "run" / "round-01").rmdir()
     RunDir(tmp_path / "run").claim("pretrain", load("quickstart", []))
-    assert {e.name for e in (tmp_path / "run").iterdir()} == {"recipe.yaml", "state.json"}
+    assert {e.name for e in (tmp_path / "run").iterdir()} == {"recipe.yaml", "state.json", "state.previous.json"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

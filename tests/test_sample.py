@@ -128,6 +128,9 @@ def test_shards_read_back(ckpt, tmp_path):
     found = open_samples(tmp_path / "set")
     assert found.seeds.tolist() == list(range(20))
     (tmp_path / "set" / "shard-000001.safetensors").write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"shard-000001\.safetensors is damaged \(7 bytes in place of"):
+        open_samples(tmp_path / "set")
+    (tmp_path / "set" / ".files.jsonl").unlink()
     with pytest.raises(DataError, match="damaged shard"):
         open_samples(tmp_path / "set")
 
@@ -211,6 +214,7 @@ def test_a_damaged_part_is_named_and_then_drawn_again(tmp_path):
     ckpt = make_checkpoint(tmp_path / "d.safetensors")
     sample.run(ckpt, range(10), tmp_path / "set", device=CPU)
     (tmp_path / "set" / "000003.png").unlink()
+    (tmp_path / "set" / "manifest.json").unlink()
     (tmp_path / "set" / ".part-shard-000000.safetensors").write_bytes(b"junk")
     with pytest.raises(DataError, match="run the same command again"):
         sample.run(ckpt, range(10), tmp_path / "set", device=CPU)

@@ -51,10 +51,10 @@ def held(behind, monkeypatch):
     """Writes wait until this is set; names of the threads that write."""
     may_write, save, threads = threading.Event(), checkpoint.save, []
 
-    def saved(path, tensors, header):
+    def saved(path, tensors, header, previous):
         threads.append(threading.current_thread().name)
         assert may_write.wait(10)
-        save(path, tensors, header)
+        save(path, tensors, header, previous)
 
     monkeypatch.setattr(checkpoint, "save", saved)
     return may_write, threads
@@ -92,7 +92,7 @@ def test_an_evaluation_and_the_end_find_the_state_on_disk(tmp_path, held):
 def test_a_write_that_fails_stops_training_at_the_next_step(tmp_path, behind, monkeypatch):
     failed = threading.Event()
 
-    def full(path, tensors, header):
+    def full(path, tensors, header, previous):
         failed.set()
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 

@@ -25,6 +25,9 @@ class Metrics(NamedTuple):
     ] = False
     per_class: Annotated[bool, Option("--per-class", help="An FID of each class.")] = False
     adm: Annotated[bool, Option("--adm", help="IS as in ADM's suite: chunks of 5000 images.")] = False
+    kid_subset: Annotated[
+        int | None, Option(min=2, help="Images in each random subset of KID. Default: 1000, as published.")
+    ] = None
 
 
 class Extractor(NamedTuple):
@@ -110,7 +113,8 @@ def fid(
 
     asked = fid.Options(
         metrics=tuple(name.strip() for name in metrics.metrics.split(",")), uncertainty=metrics.uncertainty,
-        per_class=metrics.per_class, adm=metrics.adm, weights=by_network(extractor.weights or []),
+        per_class=metrics.per_class, adm=metrics.adm, kid_subset=metrics.kid_subset,
+        weights=by_network(extractor.weights or []),
         extractor=extractor.extractor, precision=extractor.precision, download=extractor.download, num=num_images,
         repeat=repeat, nearest=pictures.nearest, nll=tuple(pictures.compare or ()) if pictures.nll else None,
         pictures=pictures.pictures or Path("fid-pictures"), batch=passes.batch, workers=passes.workers,

@@ -126,6 +126,24 @@ def check_fits(
         )
 
 
+def check_enough(name: str, num: int, batch: int, key: str) -> None:
+    """Raises DataError if `num` items to train on are fewer than a batch, which would hold some twice.
+
+    key: the recipe key of the batch.
+    """
+    if num < batch:
+        raise DataError(
+            f"{name}: {num} to train on {'is' if num == 1 else 'are'} fewer than a batch ({key} = {batch}); give more, "
+            f"or lower {key}"
+        )
+
+
+def check_distance(items: ItemSet) -> None:
+    """Raises DataError for images that no distance can be taken to."""
+    if len(items.items) < 2:
+        raise DataError(f"{items.name} holds one image; a distance needs at least two, and thousands to mean something")
+
+
 def _check_encoder(name: str, encoded: Encoded, codec: Codec) -> None:
     if encoded.image_shape != codec.shape:
         raise DataError(

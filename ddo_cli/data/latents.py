@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddo_cli import npz
+from ddo_cli import ledger, npz
 from ddo_cli.checkpoint import write_tensors
 from ddo_cli.data import cache, image_files, samples
 from ddo_cli.data.items import INDEX, Encoded, count_classes, hashed
@@ -126,6 +126,8 @@ def _open_shards(source: str, path: Path, manifest: dict[str, Any]) -> Contents:
             f"{source}: {MANIFEST} is damaged ({reason(error)}); remove the set, and encode the images again"
         ) from None
     files = [shard_file(path, number) for number in range(len(hashes))]
+    for name, problem in ledger.near(path).problems(path, lambda name: False).items():
+        raise DataError(f"{path}: {name} {problem}; copy it again, or run the same ddo encode again")
     for file, sha256 in zip(files, hashes, strict=True):
         if not file.is_file():
             raise DataError(f"{file} is missing from an encoded set; copy it again, or run the same ddo encode again")

@@ -21,13 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddo_cli import dist, rundir
+from ddo_cli import dist, ledger, rundir
 from ddo_cli.checkpoint import write_tensors
 from ddo_cli.data import cache
 from ddo_cli.data.items import count_classes
 from ddo_cli.data.readers import TENSOR_ERRORS, Contents, join_tensors
 from ddo_cli.errors import DataError, reason
-from ddo_cli.files import parse_json, read_json, replacing, write_json
+from ddo_cli.files import parse_json, read_json, remove, replacing, write_json
 from ddo_cli.generation import Batch, num_batches
 
 Format = Literal["png", "npz", "shards"]
@@ -63,8 +63,18 @@ class Writer:
         )  # fmt: skip
 
     def missing(self) -> list[int]:
-        """Numbers of the batches that are not on disk yet."""
-        return [number for number in range(self.num_batches) if not self._shard(number).is_file()]
+        """Numbers of the batches that are not on disk yet, or of which a file is gone."""
+        is_complete = self.form == "png" and manifest_of(self.out).get("complete")  # then without parts
+        return [
+            number
+            for number in range(self.num_batches)
+            if not ((is_complete or self._shard(number).is_file()) and self._has_pictures(number))
+        ]
+
+    def _has_pictures(self, number: int) -> bool:
+        """Whether all PNG files of a batch are there."""
+        seeds = self.seeds[number * self.batch : (number + 1) * self.batch] if self.form == "png" else []
+        return all((self.out / f"{seed:06d}.png").is_file() for seed in seeds)
 
     def write(self, batch: Batch) -> None:
         """Stores a batch. PNG files and shards get their final names once they are complete, a batch's part at last."""
@@ -86,7 +96,8 @@ class Writer:
     def finish(self) -> dict[str, Any]:
         """Completes the manifest (and the npz) once every process has written its batches; returns the manifest."""
         dist.barrier()
-        if dist.is_main():
+        is_complete = self.form == "png" and manifest_of(self.out).get("complete")  # but for some files
+        if dist.is_main() and not is_complete:
             shards = [self._read(number) for number in range(self.num_batches)]
             labels = torch.cat([shard["labels"] for shard in shards])
             passes = torch.stack([shard["nfe"] for shard in shards]).amax(0)
@@ -109,7 +120,7 @@ class Writer:
             return None
         if dist.is_main() and self.form != "shards":
             for part in self.out.glob(".part-*"):
-                part.unlink()
+                remove(part)
         return manifest
 
     def _files(self) -> list[Path]:
@@ -129,7 +140,7 @@ class Writer:
         try:
             return load_file(self._shard(number))
         except (SafetensorError, OSError) as error:
-            self._shard(number).unlink(missing_ok=True)
+            remove(self._shard(number))
             raise DataError(
                 f"{self._shard(number)} was damaged ({reason(error)}) and is removed; run the same command again"
             ) from None
@@ -155,6 +166,8 @@ def open_shards(path: Path) -> tuple[Contents, np.ndarray, dict[str, Any]]:
         if not files[-1].is_file():
             name = files[-1].name
             raise DataError(f"{path} has no {name}, which its manifest counts; remove the set and sample again")
+    for name, problem in ledger.near(path).problems(path).items():
+        raise DataError(f"{path}: {name} {problem}; run the command that made the set again, which mends it")
     try:
         items, *columns = (join_tensors(files, key) for key in ("items", "labels", "seeds"))
         if any(column.num != num for column in (items, *columns)):

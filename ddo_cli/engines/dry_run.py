@@ -176,8 +176,8 @@ def _summary(
     disk = {
         "fake_sets": work.fake * item_bytes / GIB,
         "weights": work.stored * weights / GIB,
-        # Averages, and Adam's two moments.
-        "train_state": (weights + (max(len(settings.ema_widths), 1) + 2) * trained) / GIB,
+        # Averages, and Adam's two moments; the state saved before stays.
+        "train_state": 2 * (weights + (max(len(settings.ema_widths), 1) + 2) * trained) / GIB,
     }
     measured = {"processes": dist.world_size(), **figures, "hours": hours}
     return {"measured": measured, "disk_gib": {**disk, "total": sum(disk.values())}}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddo_cli import console, dist
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import ItemSet, check_images
+from ddo_cli.data.items import ItemSet, check_distance, check_images
 from ddo_cli.diffusion import probability_flow
 from ddo_cli.diffusion.mixture import toy2d
 from ddo_cli.errors import DataError, UsageError
@@ -46,6 +46,7 @@ class Scoring:
             self.extractor = select_extractor(metric.name, metric.weights, metric.extractor, device)
             if metric.ref is None:
                 check_images(real, "set metric.ref to images, or to statistics of them (ddo stats)")
+                check_distance(real)
             self.reference = real if metric.ref is None else open_reference(metric.ref, self.extractor)
             self.key = self.extractor.key
             self.identity = {"extractor_sha256": self.extractor.sha256}
@@ -118,6 +119,5 @@ def open_reference(ref: str, extractor: Extractor) -> ItemSet | stats.Statistics
     if opened.items.ndim != 4:
         raise DataError(f"{ref} holds points, not images; a Frechet distance needs images (points: metric js)")
     check_images(opened, "a Frechet distance needs the images themselves")
-    if len(opened.items) < 2:
-        raise DataError(f"{ref} holds one image; a distance needs at least two, and thousands to mean something")
+    check_distance(opened)
     return opened

@@ -1,7 +1,8 @@
 """The frame of every command that trains: its directory, its plan, its end."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,28 @@ from ddo_cli.training.state import drop_state, state_directory
 
 @contextlib.contextmanager
 def claimed(
-    command: str, recipe: Recipe, out: Path, identity: dict[str, Any]
+    command: str,
+    recipe: Recipe,
+    out: Path,
+    identity: dict[str, Any],
+    needed: Callable[[rundir.RunDir, dict[str, Any], str], str | None] = lambda run_dir, state, name: _copy(name),
 ) -> Iterator[tuple[rundir.RunDir, dict[str, Any]]]:
-    """The run's directory, locked, and its state. Raises RunError as `RunDir.claim`."""
+    """The run's directory, locked, and its state. Raises RunError as `RunDir.claim` and `RunDir.inspect`.
+
+    needed: for `inspect`, of run, state and name.
+    """
     with rundir.locked(out) as run_dir:
         state = run_dir.claim(command, recipe, **identity)
+        state = run_dir.inspect(partial(needed, run_dir, state))
         if state.get("finished") and dist.is_main():
-            drop_state(state_file(run_dir))  # a process may have been killed right before it did
+            drop_state(state_file(run_dir))  # if it was killed before it did so itself
         console.info("precision: " + ", ".join(f"{use} {value}" for use, value in identity["precision"].items()))
         yield run_dir, state
+
+
+def _copy(name: str) -> str | None:
+    """Of a run of one stage nothing but the saved state is read again; `is_finished` looks at the result."""
+    return "" if name == "final.safetensors" else None
 
 
 def precision_of(
@@ -72,10 +86,10 @@ def plan_of(
 
 def finish(run_dir: rundir.RunDir, **figures: Any) -> dict[str, Any]:
     """Marks the run as finished and drops what resuming needed; returns the state."""
-    state = run_dir.advance(finished=True, **figures)
+    run_dir.advance(finished=True, **figures)
     if dist.is_main():
         drop_state(state_file(run_dir))
-    return state
+    return run_dir.advance()  # again: the state before knows of the end, too
 
 
 def result(run_dir: rundir.RunDir, state: dict[str, Any], *keys: str) -> dict[str, Any]:

@@ -42,23 +42,28 @@ def write_report(
     pictures: Sequence[Picture],
     recipe: str,
     further: Sequence[Table] = (),
+    warnings: Sequence[str] = (),
 ) -> None:
-    """Writes the page: summary, table, further tables, pictures (missing files are left out), the resolved recipe."""
-    body = [f"<h1>{_text(title)}</h1>", f"<p>{_text(summary)}</p>", _table(columns, rows)]
+    """Writes the page: summary, warnings, table, further tables, pictures (missing files are left out), the resolved
+    recipe.
+    """
+    body = [f"<h1>{text(title)}</h1>", f"<p>{text(summary)}</p>"]
+    body += [f"<p>Warning: {text(warning)}</p>" for warning in warnings]
+    body += [_table(columns, rows)]
     for table in further:
-        body += [f"<h2>{_text(table.title)}</h2>", _table(table.columns, table.rows)]
+        body += [f"<h2>{text(table.title)}</h2>", _table(table.columns, table.rows)]
     for picture in pictures:
         if picture.path.is_file():
             data = base64.b64encode(picture.path.read_bytes()).decode()
-            caption = _text(picture.caption)
+            caption = text(picture.caption)
             image = f'<img src="data:image/png;base64,{data}" alt="{caption}">'
             body.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
-    body += ["<h2>Recipe</h2>", f"<pre>{_text(recipe)}</pre>"]
-    head = f'<meta charset="utf-8"><title>{_text(title)}</title><style>{STYLE}</style>'
+    body += ["<h2>Recipe</h2>", f"<pre>{text(recipe)}</pre>"]
+    head = f'<meta charset="utf-8"><title>{text(title)}</title><style>{STYLE}</style>'
     write_text(path, f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n')
 
 
-def _text(text: str) -> str:
+def text(text: str) -> str:
     """A text of the page: names and values of users are no elements and no marks of direction."""
     return html.escape(visible(text, "\n"))
 
@@ -68,4 +73,4 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _row(tag: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{_text(cell)}</{tag}>" for cell in cells) + "</tr>"
+    return "<tr>" + "".join(f"<{tag}>{text(cell)}</{tag}>" for cell in cells) + "</tr>"

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddo_cli import dist
-from ddo_cli.files import write_text
+from ddo_cli.files import parse_json, recorder_of, write_text
 
 
 class Meter:
@@ -80,17 +80,39 @@ class Meter:
         """Continues from the `state` saved after so many steps."""
         self.sums, self.steps = {key: tensor.to(self.device) for key, tensor in sums.items()}, steps
 
+    def note(self) -> None:
+        """Has the log's present content recorded, with each saved state: what follows is written anew after a kill."""
+        recorder = recorder_of(self.file)
+        if dist.is_main() and recorder is not None and self.file.is_file():
+            recorder.note_start(self.file)
+
     def trim(self, step: int) -> None:
         """Drops lines that a killed process wrote after its last save at `step`: those steps are repeated."""
         if not dist.is_main() or not self.file.is_file():
             return
         kept = []
-        for line in self.file.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a line that the kill cut short
-                record = json.loads(line)
-                if record["step"] <= step or any(record.get(key) != value for key, value in self.tags.items()):
-                    kept.append(line + "\n")
+        for line, record in _lines(self.file):
+            if record["step"] <= step or any(record.get(key) != value for key, value in self.tags.items()):
+                kept.append(line + "\n")
         write_text(self.file, "".join(kept))
+
+
+def read(file: Path, *keys: str) -> list[dict[str, Any]]:
+    """The lines of a log that have numbers under these keys. A damaged one is left out; the ledger tells of it."""
+    return [
+        record
+        for _, record in _lines(file)
+        if all(isinstance(record.get(key), (int, float)) for key in ("n_images", *keys))
+    ]
+
+
+def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines as text and content. Left out is what a kill has cut short, or damage made unreadable."""
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
+        with contextlib.suppress(ValueError):
+            record = parse_json(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield line, record
 
 
 def _shown(record: dict[str, float]) -> str:

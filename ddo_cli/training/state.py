@@ -1,6 +1,5 @@
 """What resuming needs, on disk: weights, moments of the optimizer, averages, sums of the log, and the step."""
 
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddo_cli import checkpoint, dist, sharding
-from ddo_cli.errors import RunError
+from ddo_cli import checkpoint, console, dist, ledger, sharding
+from ddo_cli.errors import CheckpointError, RunError
+from ddo_cli.files import remove
 from ddo_cli.training.ema import Averages
 from ddo_cli.training.meter import Meter
 from ddo_cli.training.optim import Stepper
@@ -39,6 +39,7 @@ class State:
         self.file, self.owner, self.is_sharded = file, owner, sharded == "fsdp"
         self.model, self.optimizer, self.stepper = model, optimizer, stepper
         self.averages, self.meter = averages, meter
+        self._is_good = True  # what `file` holds; what is damaged does not become the state before
         self._writer = ThreadPoolExecutor(1, "state") if _is_written_behind(meter.device, self.is_sharded) else None
         self._written: Future[None] | None = None  # by the thread
 
@@ -48,6 +49,7 @@ class State:
         Raises OSError, for example if the disk is full.
         """
         self._wait()
+        self.meter.note()
         sums = {f"meter.{name}": tensor for name, tensor in self.meter.state().items()}
         header = {"kind": "train-state", "step": step, "metered_steps": self.meter.steps, "owner": self.owner}
         header |= {"loss_scale": self.stepper.state()}
@@ -58,7 +60,7 @@ class State:
         if self.is_sharded:
             sharding.save(state_directory(self.file), step, self._tensors(), sums, header)
         elif dist.is_main():
-            checkpoint.save(self.file, {**self._tensors(), **sums}, header)
+            self._write({**self._tensors(), **sums}, lambda: None, header)
         dist.barrier()
 
     def check(self) -> None:
@@ -78,7 +80,8 @@ class State:
 
     def _write(self, tensors: dict[str, Tensor], wait: Callable[[], None], header: dict[str, Any]) -> None:
         wait()
-        checkpoint.save(self.file, tensors, header)
+        checkpoint.save(self.file, tensors, header, before(self.file) if self._is_good else None)
+        self._is_good = True
 
     def _wait(self) -> None:
         written, self._written = self._written, None
@@ -86,13 +89,12 @@ class State:
             written.result()
 
     def restore(self) -> int:
-        """Takes over the saved state; returns its step, 0 where there is none. Raises RunError for another run's."""
+        """Takes over the saved state, or the one before if that is damaged; returns its step, 0 where there is none.
+
+        Raises RunError for another run's, or if both are damaged.
+        """
         dist.barrier()
-        if self.is_sharded:
-            place = sharding.newest(state_directory(self.file))
-            file = place and place / sharding.REST
-        else:
-            place, file = None, self.file if dist.from_main(self.file.is_file()) else None
+        place, file = self._newest_good()
         if file is None:
             return 0
         saved = read_state(file, self.owner)
@@ -107,6 +109,23 @@ class State:
         sums = {name.removeprefix("meter."): t for name, t in saved.tensors.items() if name.startswith("meter.")}
         self.meter.restore(sums, saved.header["metered_steps"])
         return int(saved.header["step"])
+
+    def _newest_good(self) -> tuple[Path | None, Path | None]:
+        """Directory (None for a single file) and file of the newest state that is not damaged; None: there is none."""
+        places = sharding.saved(state_directory(self.file)) if self.is_sharded else [self.file, before(self.file)]
+        problems = dist.from_main({place: _problem(place) for place in places} if dist.is_main() else {})
+        found = next((place for place, problem in problems.items() if problem is None), None)
+        told = [f"{place} {problem}" for place, problem in problems.items() if problem not in (None, _NONE)]
+        self._is_good = not problems or found == next(iter(problems))
+        if found is None and len(told) > 1 and any("damaged" in line for line in told):
+            raise RunError(f"{told[0]}, and {told[1]}; remove both, and this training starts again")
+        if found is None and told:
+            console.warn(f"{told[0]}; training starts again")
+        elif told and not self._is_good:
+            console.warn(f"{told[0]}; training goes on from the state before, {found}")
+        if found is None or not self.is_sharded:
+            return None, found
+        return found, found / sharding.REST
 
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors that a step changes, themselves and not copies: "model.<name>", "ema.<name>",
@@ -124,6 +143,27 @@ def _is_written_behind(device: torch.device, is_sharded: bool) -> bool:
     return device.type == "cuda" and not is_sharded
 
 
+_NONE = "is not there"  # and need not be
+
+
+def _problem(place: Path) -> str | None:
+    """What is wrong with a saved state."""
+    if not place.exists():
+        return "is missing" if ledger.near(place.parent).is_listed(place) else _NONE
+    if problems := ledger.near(place.parent).problems(place):
+        return next(iter(problems.values()))
+    try:
+        checkpoint.read_header(place / sharding.REST if place.is_dir() else place, kind="train-state")
+    except CheckpointError:
+        return "is damaged"
+    return None
+
+
+def before(state_file: Path) -> Path:
+    """Where the state saved before the newest lies."""
+    return state_file.with_name(f"{state_file.stem}-before{state_file.suffix}")
+
+
 def state_directory(state_file: Path) -> Path:
     """Where the state lies that takes the place of `state_file` when weights are sharded."""
     return state_file.with_suffix("")
@@ -131,8 +171,9 @@ def state_directory(state_file: Path) -> Path:
 
 def drop_state(state_file: Path) -> None:
     """Removes what resuming needs, in either form."""
-    state_file.unlink(missing_ok=True)
-    shutil.rmtree(state_directory(state_file), ignore_errors=True)
+    for place in (state_file, before(state_file), state_directory(state_file)):
+        if place.exists():
+            remove(place)
 
 
 def read_state(file: Path, owner: str) -> checkpoint.Checkpoint:

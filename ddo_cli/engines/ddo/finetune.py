@@ -14,7 +14,7 @@ import torch
 
 from ddo_cli import checkpoint, console, dist, rundir
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import check_fits
+from ddo_cli.data.items import ItemSet, check_enough, check_fits
 from ddo_cli.data.items import identity as identity_of
 from ddo_cli.engines import dry_run as dry_runs
 from ddo_cli.engines import training_run
@@ -24,8 +24,8 @@ from ddo_cli.engines.ddo.round import Round, copy_weights, path_of, weights_afte
 from ddo_cli.engines.ddo.trial import TRAIN_STATE, Trial, better_half, candidates_of
 from ddo_cli.engines.sampling import sample
 from ddo_cli.engines.scoring import Scoring
-from ddo_cli.errors import RecipeError
-from ddo_cli.files import read_json, sha256, write_json
+from ddo_cli.errors import RecipeError, RunError
+from ddo_cli.files import read_json, remove, sha256, write_json
 from ddo_cli.generation import check_labels
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.metrics import published
@@ -50,7 +50,7 @@ def run(
     check_fits(real, loaded.model, recipe.data.hflip, every_class=True)
     spec = _sampling(recipe, loaded)
     scoring = Scoring(recipe, real, spec, device)
-    plans = _plans(recipe, loaded, scoring)
+    plans = _plans(recipe, loaded, scoring, real)
     identity = {
         "reference_sha256": loaded.checkpoint.sha256, **identity_of(real), **scoring.identity,
         **training_run.precision_of(recipe.finetune, spec, device),
@@ -59,8 +59,11 @@ def run(
     if dry_run:
         plan = _dry_run(recipe, out, loaded.model, plans[0])
         return plan | dry_runs.of_finetuning(recipe, loaded, plans, real, scoring) if measure else plan
-    with training_run.claimed("finetune-ddo", recipe, out, identity) as (run_dir, state):
-        if len(state.get("rounds", [])) >= recipe.finetune.rounds and run_dir.is_finished(state):
+    with training_run.claimed("finetune-ddo", recipe, out, identity, _needed) as (run_dir, state):
+        _mend_weights(recipe, run_dir, state.get("rounds", []))
+        if len(state.get("rounds", [])) >= recipe.finetune.rounds and run_dir.is_finished(state, run_dir.final):
+            if dist.is_main() and finetune_report.is_behind(run_dir, state):
+                finetune_report.write(run_dir, recipe, state, scoring.key)
             return _result(recipe, run_dir, state, scoring.key)
         if state.get("finished"):  # more rounds: those files that a run ends with are to be written again
             state = run_dir.advance(finished=False)
@@ -96,8 +99,45 @@ def run(
         if dist.is_main():
             copy_weights(weights_after(recipe, run_dir, recipe.finetune.rounds), run_dir.final)
             finetune_report.write(run_dir, recipe, state, scoring.key)
-        state = run_dir.advance(finished=True)
+        state = training_run.finish(run_dir)
         return _result(recipe, run_dir, state, scoring.key)
+
+
+def _needed(run_dir: rundir.RunDir, state: dict[str, Any], name: str) -> str | None:
+    """For `RunDir.inspect`. Of finished rounds their weights, which `_mend_weights` looks after; of the round that
+    comes next its candidates and their scores.
+    """
+    here, path = path_of(run_dir, len(state.get("rounds", [])) + 1), run_dir.path / name
+    if path.name in ("best.safetensors", "final.safetensors", *finetune_report.FILES):
+        return ""
+    if here not in path.parents:
+        return "" if path.name == "reference-scores.json" and "reference" not in state else None
+    is_read = path.name == "metrics.json" or path.parent.name == "checkpoints"
+    if is_read and here.exists():  # to remove it is a user's way to begin the round again
+        return f"restore it from a copy, or remove {here}, and the round begins again"
+    return None if path.suffix == ".png" else ""
+
+
+def _mend_weights(recipe: Recipe, run_dir: rundir.RunDir, rounds: list[dict[str, Any]]) -> None:
+    """Copies weights of finished rounds again where they are damaged or missing, and what they are copies of is not.
+
+    Raises RunError if the next round, or the result, needs some that cannot be mended.
+    """
+    if not dist.is_main():
+        return
+    for record in rounds:
+        best = path_of(run_dir, record["round"]) / "best.safetensors"
+        problem = run_dir.ledger.problem(best) if best.is_file() else "is missing"
+        if problem is None:
+            continue
+        source = weights_after(recipe, run_dir, record["round"] - 1)
+        if record["promoted"]:
+            source = _best_candidate(recipe, run_dir, record)
+        if run_dir.ledger.is_good(checkpoint.resolve(source)):
+            copy_weights(source, best)
+            console.info(f"{best} is copied again from {source}")
+        elif record is rounds[-1]:
+            raise RunError(f"{best} {problem}, and so is {source}; restore one of them from a copy")
 
 
 def _promote(this: Round, trials: list[Trial], state: dict[str, Any]) -> dict[str, Any]:
@@ -147,8 +187,8 @@ def _sampling(recipe: Recipe, reference: registry.Loaded) -> SamplingRecipe:
     return spec
 
 
-def _plans(recipe: Recipe, reference: registry.Loaded, scoring: Scoring) -> list[sweep.Plan]:
-    """The plan of each round. Raises RecipeError or UsageError if one of them cannot be run."""
+def _plans(recipe: Recipe, reference: registry.Loaded, scoring: Scoring, real: ItemSet) -> list[sweep.Plan]:
+    """The plan of each round. Raises RecipeError, DataError or UsageError if one of them cannot be run."""
     config, plans = reference.checkpoint.header["config"], []
     for number in range(1, recipe.finetune.rounds + 1):
         settings = recipe.finetune.of_round(number)
@@ -159,6 +199,8 @@ def _plans(recipe: Recipe, reference: registry.Loaded, scoring: Scoring) -> list
         sample.kept_of_fakes(reference.model, settings.fake_as, scoring.spec)
         check_labels(scoring.spec, reference.model.num_classes, settings.num_fake)
         loop.check(reference.model, settings)
+        for name, num in ((real.name, len(real.items)), ("a fake set (finetune.num_fake)", settings.num_fake)):
+            check_enough(name, num, settings.batch, "finetune.batch")
         plans.append(sweep.plan_of(recipe.of_round(number), partial(scoring.passes, reference.model)))
     return plans
 
@@ -171,21 +213,27 @@ def _drop_candidates(recipe: Recipe, run_dir: rundir.RunDir, rounds: list[dict[s
     if recipe.finetune.keep_candidates == "all" or not dist.is_main():
         return
     for record in rounds:
-        path, settings = path_of(run_dir, record["round"]), recipe.finetune.of_round(record["round"])
-        best = path
-        if "nodes" in record:
-            best = path / "nodes" / sweep.Setting(record["alpha"], record["beta"]).directory
-        step = record["best_images"] // settings.batch
-        kept = {best / "checkpoints" / snapshot_name(step, width) for width in (None, *settings.ema_widths[1:])}
-        for file in path.rglob("checkpoints/step-*.safetensors"):
+        settings = recipe.finetune.of_round(record["round"])
+        kept = {_best_candidate(recipe, run_dir, record, width) for width in (None, *settings.ema_widths[1:])}
+        for file in path_of(run_dir, record["round"]).rglob("checkpoints/step-*.safetensors"):
             if file not in kept:
-                file.unlink()
+                remove(file)
+
+
+def _best_candidate(recipe: Recipe, run_dir: rundir.RunDir, record: dict[str, Any], width: float | None = None) -> Path:
+    """The best candidate's file of a finished round. width: of a further average."""
+    path = path_of(run_dir, record["round"])
+    if "nodes" in record:
+        path = path / "nodes" / sweep.Setting(record["alpha"], record["beta"]).directory
+    step = record["best_images"] // recipe.finetune.of_round(record["round"]).batch
+    return path / "checkpoints" / snapshot_name(step, width)
 
 
 def _repeats(
     scoring: Scoring, model: LikelihoodModel, file: Path, known: list[dict[str, float]]
 ) -> list[dict[str, float]]:
     """Figures of every range of sampling seeds; each is kept in `file`, since a large score takes hours."""
+    rundir.remove_damaged(file, "the scores are taken again")
     scores = dist.from_main(read_json(file, list) if file.is_file() else known)
     for repeat in range(len(scores), scoring.repeats):
         scores = [*scores, scoring.run(model, repeat)]

@@ -1,17 +1,17 @@
 """Pictures, table and HTML page of a finetuning run, from what the run left on disk."""
 
-import json
 from typing import Any
 
 from ddo_cli import rundir
 from ddo_cli.engines.ddo.sweep import Setting, fraction_spent, rank
-from ddo_cli.files import read_json
 from ddo_cli.recipe.load import to_yaml
 from ddo_cli.recipe.schema import Recipe
 from ddo_cli.report import html, pictures
 from ddo_cli.report.pictures import Curve
+from ddo_cli.training import meter
 
 Row = tuple[str, ...]
+FILES = ("report.html", "curves.png", "score-by-round.png")  # what `write` writes
 
 
 def table(state: dict[str, Any], key: str) -> tuple[list[str], list[Row]]:
@@ -33,7 +33,7 @@ def table(state: dict[str, Any], key: str) -> tuple[list[str], list[Row]]:
 
 def table_of(run_dir: rundir.RunDir, key: str) -> tuple[list[str], list[Row]]:
     """The table of a finished run."""
-    return table(read_json(run_dir.state_file), key)
+    return table(run_dir.state(), key)
 
 
 def sweep_table(record: dict[str, Any], recipe: Recipe, key: str) -> html.Table:
@@ -85,6 +85,20 @@ def sweep_cost(rounds: list[dict[str, Any]]) -> str:
     return "" if fraction is None else f"sweep cost: {fraction:.2f} of the full grid"
 
 
+def is_behind(run_dir: rundir.RunDir, state: dict[str, Any]) -> bool:
+    """Whether the report, or a picture of it, is damaged, missing, or does not tell of all damage of the run."""
+    files = [run_dir.path / name for name in FILES]
+    if not all(map(run_dir.ledger.is_good, files)):
+        return True
+    page = files[0].read_text()
+    return not all(html.text(warning) in page for warning in rundir.warnings_of(state))
+
+
+def _setting_or_none(record: dict[str, Any]) -> Setting | None:
+    """Of a line of the log; None without a sweep."""
+    return _setting(record) if "alpha" in record and "beta" in record else None
+
+
 def _setting(record: dict[str, Any]) -> Setting:
     return Setting(record["alpha"], record["beta"])
 
@@ -100,9 +114,13 @@ def _figures(record: dict[str, Any], key: str, others: list[str]) -> Row:
 def write(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any], key: str) -> None:
     """Draws the curves and writes report.html."""
     path, rounds = run_dir.path, state["rounds"]
-    log = [json.loads(line) for line in run_dir.log_file.read_text().splitlines()]
+    log = meter.read(run_dir.log_file, "round", "r_real", "r_fake", "accuracy", "denoising_ratio")
     chosen = {record["round"]: _setting(record) for record in rounds if "nodes" in record}
-    log = [line for line in log if line["round"] not in chosen or _setting(line) == chosen[line["round"]]]
+    log = [
+        line
+        for line in log
+        if 1 <= line["round"] <= len(rounds) and _setting_or_none(line) == chosen.get(line["round"])
+    ]
     settings = [recipe.finetune.of_round(number) for number in range(1, recipe.finetune.rounds + 1)]
     lengths = [-(-finetune.images_per_round // finetune.batch) * finetune.batch for finetune in settings]
     before = [sum(lengths[:number]) for number in range(len(lengths))]  # images of the rounds before, by round
@@ -144,4 +162,5 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any], key: st
         summary += f" {cost.capitalize()}; curves are of each round's best node."
     sweeps = [sweep_table(record, recipe, key) for record in rounds if "nodes" in record]
     title = f"DDO: {recipe.name}"
-    html.write_report(path / "report.html", title, summary, columns, rows, shown, to_yaml(recipe), sweeps)
+    warnings = rundir.warnings_of(state)
+    html.write_report(path / "report.html", title, summary, columns, rows, shown, to_yaml(recipe), sweeps, warnings)

@@ -11,7 +11,7 @@ from ddo_cli import checkpoint, console, dist
 from ddo_cli.engines.ddo.round import Networks, Round
 from ddo_cli.engines.ddo.sweep import Setting, survivors
 from ddo_cli.errors import NumericsError
-from ddo_cli.files import read_json, write_json
+from ddo_cli.files import read_json, remove, write_json
 from ddo_cli.models import registry
 from ddo_cli.objectives.ddo import DdoSettings, r_std
 from ddo_cli.objectives.ddo_step import ddo_objective
@@ -81,7 +81,7 @@ class Trial:
             for step in self.candidates_at:
                 if str(step) not in self.candidates:
                     for width in (None, *self.settings.ema_widths[1:]):
-                        self.candidate_file(step, width).unlink(missing_ok=True)
+                        remove(self.candidate_file(step, width))
 
     def candidate_file(self, step: int, width: float | None = None) -> Path:
         """Averaged weights after a step. width: of a further average; None: those that are scored."""

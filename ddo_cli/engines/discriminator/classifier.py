@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ddo_cli import checkpoint, dist, rundir
 from ddo_cli.codec import Codec, Encodable
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import check_fits
+from ddo_cli.data.items import check_enough, check_fits
 from ddo_cli.data.items import identity as identity_of
 from ddo_cli.data.pairs import Shuffled, split
 from ddo_cli.diffusion import vp_sde
@@ -49,6 +49,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             f"{real.name} holds {len(real.items)} images, too few beside the {settings.held_out} that are held out; "
             f"lower classifier.held_out to at most {len(real.items) // 2}"
         )
+    check_enough(real.name, len(real.items) - settings.held_out, settings.batch, "classifier.batch")
     config = discriminators.config_of(
         "classifier", settings.name, base.codec.state_shape, num_classes, settings.options
     )

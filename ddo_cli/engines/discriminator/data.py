@@ -7,7 +7,7 @@ import torch
 
 from ddo_cli import console, rundir
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import ItemSet, check_balance, check_fits
+from ddo_cli.data.items import ItemSet, check_balance, check_enough, check_fits
 from ddo_cli.data.samples import manifest_of
 from ddo_cli.engines.sampling import sample
 from ddo_cli.errors import DataError
@@ -36,7 +36,7 @@ def given_set(
         console.warn(
             f"{source} was drawn with guidance; the discriminator will know the guided model, not the plain one"
         )
-    check_sizes(len(real.items), len(fake.items), source, settings.held_out)
+    check_sizes(len(real.items), len(fake.items), source, settings)
     check_balance(real, fake, label_use)
     return fake
 
@@ -63,14 +63,15 @@ def draw(
     return fake
 
 
-def check_sizes(num_real: int, num_fake: int, name: str, held_out: int) -> None:
+def check_sizes(num_real: int, num_fake: int, name: str, settings: DiscriminatorRecipe) -> None:
     """Raises DataError if either side, or the smaller beside the larger, is too small to learn from."""
-    smaller = min(num_real, num_fake)
+    smaller, held_out = min(num_real, num_fake), settings.held_out
     if smaller < 2 * held_out:
         raise DataError(
             f"{name}: {num_real} real and {num_fake} generated items leave too few to train on beside the {held_out} "
             f"of each that are held out; give more, or lower discriminator.held_out to at most {smaller // 2}"
         )
+    check_enough(name, smaller - held_out, settings.batch, "discriminator.batch")
     if max(num_real, num_fake) > MAX_IMBALANCE * smaller:
         raise DataError(
             f"{name}: {num_real} real against {num_fake} generated items; the discriminator would know the smaller set "

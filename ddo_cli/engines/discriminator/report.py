@@ -1,6 +1,5 @@
 """Pictures and HTML page of a discriminator's training, from its held-out figures."""
 
-import json
 import math
 from typing import Any
 
@@ -9,6 +8,7 @@ from ddo_cli.recipe.load import to_yaml
 from ddo_cli.recipe.schema import Recipe
 from ddo_cli.report import html, pictures
 from ddo_cli.report.pictures import Curve
+from ddo_cli.training import meter
 
 Evaluations = dict[int, dict[str, Any]]
 
@@ -27,7 +27,7 @@ def table(levels: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, ...]
 def write(run_dir: rundir.RunDir, recipe: Recipe, evaluations: Evaluations, chosen: int, state: dict[str, Any]) -> None:
     """Draws training.png and levels.png and writes report.html."""
     path, batch = run_dir.path, recipe.discriminator.batch
-    log = [json.loads(line) for line in run_dir.log_file.read_text().splitlines()]
+    log = meter.read(run_dir.log_file, "loss", "accuracy_real", "accuracy_fake")
     images = [step * batch for step in evaluations]
     trained = [record["n_images"] for record in log]
 
@@ -81,4 +81,5 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, evaluations: Evaluations, chos
         html.Picture(path / "reliability.png", "reliability by noise level"),
     ]
     title = f"Discriminator: {recipe.name}"
-    html.write_report(path / "report.html", title, summary, columns, rows, shown, to_yaml(recipe))
+    warnings = rundir.warnings_of(state)
+    html.write_report(path / "report.html", title, summary, columns, rows, shown, to_yaml(recipe), warnings=warnings)

@@ -38,6 +38,7 @@ from ddo_cli.recipe.schema import Recipe, SamplingRecipe
 from ddo_cli.rng import StepRng, seed_from
 from ddo_cli.trainable import Loss, Objective, Trainable
 from ddo_cli.training import loop
+from ddo_cli.training.state import drop_state
 
 # The held-out loss counts as settled where the second half of the images gained at most this share of the total,
 # log 2 - BCE. Half, because the end of a learning rate's decay is always flat. Our choice; the paper gives none.
@@ -77,7 +78,7 @@ def run(
         scoring.check(boosts=guide.boost is not None)
         guides.check_acts(base, guide, spec)
     if given is None:
-        disc_data.check_sizes(len(real.items), settings.num_fake, real.name, settings.held_out)
+        disc_data.check_sizes(len(real.items), settings.num_fake, real.name, settings)
         disc_data.check_classes(real, settings.num_fake, label_use)
         check_labels(spec, base.num_classes, settings.num_fake)
     identity = {"model_sha256": loaded.checkpoint.sha256, **identity_of(real), "config": config}
@@ -91,8 +92,9 @@ def run(
             "discriminator": settings.name, "parameters": sum(p.numel() for p in network.parameters()),
             "fake": settings.fake or f"{settings.num_fake} to draw", "images": settings.images, "batch": settings.batch,
         }  # fmt: skip
-    with training_run.claimed("train-disc", recipe, out, identity) as (run_dir, state):
-        if not run_dir.is_finished(state):
+    with training_run.claimed("train-disc", recipe, out, identity, _needed) as (run_dir, state):
+        best = run_dir.path / "best.safetensors"
+        if not run_dir.is_finished(state, run_dir.final, best):
             fake = given or disc_data.draw(recipe, spec, run_dir, label_use, real, device)
             header = _header(recipe, loaded, config, spec, real, fake)
             training = _Training(recipe, run_dir, base, network, real, fake, header, device)
@@ -100,7 +102,19 @@ def run(
                 training.run()  # else only a file written at the end was lost
             state = _finish(training, scoring)
         keys = ("heldout_bce", "heldout_accuracy", "calibration_error", "settled", "best_images", "selected_by")
-        return {**training_run.result(run_dir, state, *keys), "best": str(run_dir.path / "best.safetensors")}
+        return {**training_run.result(run_dir, state, *keys), "best": str(best)}
+
+
+def _needed(run_dir: rundir.RunDir, state: dict[str, Any], name: str) -> str | None:
+    """For `RunDir.inspect`: the checkpoints, from which the best one is chosen, and their held-out figures."""
+    path, checkpoints = run_dir.path / name, run_dir.path / "checkpoints"
+    if path.name in ("best.safetensors", "final.safetensors", "guided-scores.json") or "samples" in path.parts:
+        return ""
+    if not state.get("finished") and (path.parent == checkpoints or path.name == "metrics.json"):
+        # To remove the directory is a user's way to train again on the same generated set.
+        again = f"restore it from a copy, or remove {checkpoints}, and the discriminator is trained again"
+        return again if checkpoints.exists() else ""
+    return None
 
 
 def default_out(recipe: Recipe, ckpt: str | None) -> Path:
@@ -111,9 +125,7 @@ def default_out(recipe: Recipe, ckpt: str | None) -> Path:
 
 def table_of(out: Path) -> tuple[list[str], list[tuple[str, ...]]]:
     """The final checkpoint's held-out figures by noise level, for people."""
-    state = read_json(out / "state.json")
-    evaluations = read_json(out / "metrics.json")["evaluations"]
-    return disc_report.table(evaluations[str(state["best_images"] // state["batch"])]["levels"])
+    return disc_report.table(rundir.RunDir(out).state()["levels"])
 
 
 # --- Training
@@ -159,11 +171,16 @@ class _Training:
         self.pairs = Pairs(*streams)
         self.held_out = HeldOut(held[0], held[1], self.law, recipe.seed, device, self.settings.micro_batch or 256)
         self.file = run_dir.path / "metrics.json"
-        known = read_json(self.file)["evaluations"] if self.file.is_file() else {}
-        # Without its checkpoint an evaluation is done again.
-        self.evaluations: dict[str, dict[str, Any]] = dist.from_main(
-            {step: figures for step, figures in known.items() if self.candidate(int(step)).is_file()}
-        )
+        self.evaluations: dict[str, dict[str, Any]] = dist.from_main(self._known() if dist.is_main() else {})
+
+    def _known(self) -> dict[str, dict[str, Any]]:
+        """Evaluations that were done before. All are done again, with the training, if checkpoints are gone."""
+        known: dict[str, dict[str, Any]] = read_json(self.file)["evaluations"] if self.file.is_file() else {}
+        if all(self.candidate(int(step)).is_file() for step in known):
+            return known
+        console.warn(f"{self.run_dir.path}: checkpoints are missing; the discriminator is trained again")
+        drop_state(training_run.state_file(self.run_dir))
+        return {}
 
     def run(self) -> None:
         """Trains until the held-out loss has settled, or the images are used up."""
@@ -265,6 +282,7 @@ def _finish(training: _Training, scoring: Scoring | None) -> dict[str, Any]:
         "heldout_bce": evaluations[chosen]["bce"],
         "heldout_accuracy": evaluations[chosen]["accuracy"],
         "calibration_error": evaluations[chosen]["calibration_error"],
+        "levels": evaluations[chosen]["levels"],
         "settled": settled,
         "best_images": chosen * settings.batch,
         "batch": settings.batch,
@@ -273,13 +291,14 @@ def _finish(training: _Training, scoring: Scoring | None) -> dict[str, Any]:
         "scores": {str(step): value for step, value in scores.items()},
     }
     if dist.is_main():
-        disc_report.write(run_dir, recipe, evaluations, chosen, figures)
+        disc_report.write(run_dir, recipe, evaluations, chosen, {**run_dir.state(), **figures})
     return training_run.finish(run_dir, **figures)
 
 
 def _scores(training: _Training, scoring: Scoring) -> dict[int, float]:
     """The recipe's metric of samples guided by each checkpoint, by step; each is kept on disk."""
     file = training.run_dir.path / "guided-scores.json"
+    rundir.remove_damaged(file, "the scores are taken again")
     scores: dict[str, float] = dist.from_main(read_json(file) if file.is_file() else {})
     for step, _ in by_step(training.evaluations):
         if str(step) in scores:

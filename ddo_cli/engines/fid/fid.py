@@ -38,7 +38,7 @@ MAIN = "fid"  # the network shared by all metrics but those of OWN_NETWORK
 OWN_NETWORK = ("fd_dinov2", "fd_clip")  # metrics with an extractor of their own
 METRICS = ("fid", "sfid", "is", "kid", *MANIFOLD, *OWN_NETWORK)
 CHUNKS = 10  # of the jackknife
-KID_SUBSET = 1000  # images per subset
+KID_SUBSET = 1000  # images per subset, as published
 
 
 class Options(NamedTuple):
@@ -58,6 +58,7 @@ class Options(NamedTuple):
     uncertainty: bool = False  # standard error of the FID and its limit for infinitely many images
     per_class: bool = False  # an FID of each class
     adm: bool = False  # ADM's protocol of the Inception Score
+    kid_subset: int | None = None  # images in each random subset of KID; None: KID_SUBSET
     nearest: int = 0  # how many generated images, those closest to the reference's, are drawn
     nll: tuple[str, ...] | None = None  # further sets in the histogram of likelihoods; None: no histogram
     cache: bool = True  # reuse what earlier passes over the same images have computed, and keep what this one does
@@ -99,6 +100,11 @@ def run(
     warnings = _warnings(source, sources[0], reference, extractors, options.per_class)
     if reference is not None:
         warnings += fid_inputs.resized_otherwise(reference, preparation)
+    if (options.kid_subset or KID_SUBSET) != KID_SUBSET:
+        warnings.append(
+            f"KID of subsets of {options.kid_subset} images: its mean has more noise than the published ones, of "
+            f"{KID_SUBSET}"
+        )
     _warned(warnings)
     result: dict[str, Any] = {
         "source": source, "num_images": sources[0].num,
@@ -118,13 +124,16 @@ def run(
         spatial = sides[0].moments["spatial"]
         wanted[0] = wanted[0]._replace(gaussian=FeatureGaussian(spatial.mean, spatial.cov))
 
+    subset = options.kid_subset or KID_SUBSET
     started, repeats, num_cached = time.monotonic(), list[dict[str, Any]](), 0
     for number, images in enumerate(sources, 1):
         title = source if options.repeat == 1 else f"{source} {number}/{options.repeat}"
         passed = accumulate(images, wanted, title)
         num_cached += images.num if passed.is_cached else 0
         warnings += _warned(passed.inspection.warnings(source))
-        repeats.append(on_main(partial(fid_scores.of_set, passed.taken, sides, options.metrics, options.uncertainty)))
+        repeats.append(
+            on_main(partial(fid_scores.of_set, passed.taken, sides, options.metrics, options.uncertainty, subset))
+        )
     num_computed = sum(images.num for images in sources) - num_cached
     seconds = max(time.monotonic() - started, 1e-9)
     result |= {
@@ -185,6 +194,8 @@ def _check(options: Options) -> None:
         raise UsageError(f"--metrics {','.join(options.metrics)} must name one or more different metrics")
     if (options.uncertainty or options.per_class) and "fid" not in options.metrics:
         raise UsageError("--uncertainty and --per-class are of the metric fid; add it to --metrics")
+    if options.kid_subset and "kid" not in options.metrics:
+        raise UsageError(f"--kid-subset {options.kid_subset} is of the metric kid; add it to --metrics")
     if options.adm and "is" not in options.metrics:
         raise UsageError(
             f"--adm is a protocol of the metric 'is', and has no effect on --metrics {','.join(options.metrics)}; add "
@@ -263,15 +274,18 @@ def _wanted(options: Options, extractor: Extractor) -> Wanted:
 def _check_numbers(options: Options, images: Source, reference: Reference | None) -> None:
     """Raises UsageError for sets too small for a metric: after the pass, one process would fail and others wait."""
     stream = reference.stream if reference is not None else None
-    needed = {"kid": KID_SUBSET, "is": SPLITS} | dict.fromkeys(MANIFOLD, K_DENSITY + 1)
+    subset = options.kid_subset or KID_SUBSET
+    needed = {"kid": subset, "is": SPLITS} | dict.fromkeys(MANIFOLD, K_DENSITY + 1)
     sets = [(images.name, images.num)]
     if reference is not None and stream is not None:
         sets.append((reference.name, stream.num))
     for metric in options.metrics:
         for name, num in sets[: 1 if metric == "is" else None]:
             if num < needed.get(metric, 2):
+                smaller = f", or --kid-subset {max(num // 2, 2)}" if metric == "kid" else ""
                 raise UsageError(
-                    f"{name}: {num} images are too few for the metric '{metric}', which needs {needed[metric]}"
+                    f"{name}: {num} images are too few for the metric '{metric}', which needs {needed[metric]}; give "
+                    f"more{smaller}"
                 )
     if options.nearest and reference is not None and stream is None:
         raise UsageError(

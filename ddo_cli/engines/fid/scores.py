@@ -17,7 +17,7 @@ MANIFOLD = ("precision", "recall", "density", "coverage")
 
 
 def of_set(
-    taken: Sequence[Taken], sides: Sequence[Side], metrics: Sequence[str], with_error: bool = False
+    taken: Sequence[Taken], sides: Sequence[Side], metrics: Sequence[str], with_error: bool, kid_subset: int
 ) -> dict[str, Any]:
     """All scores of one set, by the extractors in their order. with_error: standard error and limit of the FID."""
     scores: dict[str, Any] = {}
@@ -41,7 +41,7 @@ def of_set(
             score = of_set.score.result()
             scores |= {f"is{end}": score.mean, f"is{end}_std": score.std}
         if of_set.features is not None and side.features is not None:
-            scores |= _of_features(of_set.features.result(), side.features, metrics, end)
+            scores |= _of_features(of_set.features.result(), side.features, metrics, kid_subset, end)
         if of_set.classes is not None and side.classes is not None:
             scores[f"{key}_per_class"] = [
                 frechet.frechet_distance(fake.mean, fake.cov, real.mean, real.cov) if min(fake.n, real.n) > 1 else None
@@ -53,11 +53,11 @@ def of_set(
     return scores
 
 
-def _of_features(fake: Tensor, real: Tensor, metrics: Sequence[str], end: str) -> dict[str, float]:
+def _of_features(fake: Tensor, real: Tensor, metrics: Sequence[str], kid_subset: int, end: str) -> dict[str, float]:
     """Scores that compare single images."""
     real, scores = real.to(fake), dict[str, float]()
     if "kid" in metrics:
-        kid = kernel_distance(fake, real)
+        kid = kernel_distance(fake, real, subset_size=kid_subset)
         scores |= {f"kid{end}": kid.mean, f"kid{end}_std": kid.std}
     if chosen := [metric for metric in MANIFOLD if metric in metrics]:
         values = manifold(fake, real)._asdict()

@@ -16,7 +16,7 @@ from ddo_cli.data.images import open_images
 from ddo_cli.data.items import check_images
 from ddo_cli.data.pairs import Examples, Shuffled
 from ddo_cli.engines import training_run
-from ddo_cli.errors import DataError, UsageError
+from ddo_cli.errors import CheckpointError, DataError, UsageError
 from ddo_cli.files import sweep
 from ddo_cli.metrics.extractors.digit_net import DigitNet
 from ddo_cli.recipe.schema import TrainRecipe
@@ -47,9 +47,12 @@ def run(
     link = {"command": "train-extractor", "data": data, "held_out": held_out, "images": images, "seed": seed}
     link["data_sha256"] = hashlib.sha256(train.items.numpy().data).hexdigest()
     if out.is_file():
-        header = checkpoint.read_header(out)
+        stored = checkpoint.load(out)
+        header = stored.header
         if header.get("provenance") != [link]:
             raise UsageError(f"--out {out} holds something else; choose another name, or remove it")
+        if _digest(stored.tensors) != header.get("tensors_sha256"):
+            raise CheckpointError(f"{out} is damaged (other content); remove it, and it is trained again")
         if dist.from_main(work.exists()) and not dry_run:  # a process was killed right before it removed this
             with rundir.locked(work):
                 _remove(work)
@@ -80,7 +83,7 @@ def run(
         accuracy = _accuracy(network.eval(), test, device)
         if dist.is_main():
             config = {"name": "digit-net", "options": {"num_classes": network.classifier.out_features}}
-            figures = {"accuracy": accuracy, "num_images": len(train.items)}
+            figures = {"accuracy": accuracy, "num_images": len(train.items), "tensors_sha256": _digest(ema)}
             checkpoint.save(out, ema, {"kind": "extractor", "config": config, "provenance": [link], **figures})
         _remove(work)
     console.info(f"{out}: accuracy {accuracy:.4f} on {len(test.items)} held-out images")
@@ -92,6 +95,14 @@ def _remove(work: Path) -> None:
     if dist.is_main():
         shutil.rmtree(work)
     dist.barrier()
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """Hex SHA-256 of names and values: the file lies alone, where no ledger is kept."""
+    content = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        content.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()
 
 
 def _cross_entropy(wrapped: nn.Module, batch: Examples) -> Loss:

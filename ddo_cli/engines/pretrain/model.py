@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ddo_cli import checkpoint, console, dist, rundir, sharding
 from ddo_cli.codec import Encodable
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import check_fits
+from ddo_cli.data.items import check_enough, check_fits
 from ddo_cli.data.items import identity as identity_of
 from ddo_cli.data.pairs import Shuffled
 from ddo_cli.engines import dry_run as dry_runs
@@ -50,6 +50,7 @@ def run(
     torch.manual_seed(seed_from("init", recipe.seed))  # weights are the only thing drawn from the global generator
     model = registry.build(config).to(device)
     check_fits(real, model, recipe.data.hflip)
+    check_enough(real.name, len(real.items), settings.batch, "pretrain.batch")
     loop.check(model, settings)
     model.check_sampling(recipe.sampling)
     scoring = Scoring(recipe, real, recipe.sampling, device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ddo_cli import checkpoint, console, dist, rundir
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import ItemSet, check_images
+from ddo_cli.data.items import ItemSet, check_enough, check_images
 from ddo_cli.data.items import identity as identity_of
 from ddo_cli.data.pairs import Shuffled
 from ddo_cli.engines import dry_run as dry_runs
@@ -46,6 +46,7 @@ def run(
     settings = recipe.pretrain
     real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
     check_images(real, "a tokenizer is trained on images themselves")
+    check_enough(real.name, len(real.items), settings.batch, "pretrain.batch")
     if recipe.metric.name == "js":
         raise UsageError("metric js is of densities of points; choose a metric of images, e.g. fd_embedded")
     config = tokenizers.config_of(recipe.model.name, real.shape, recipe.model.options)

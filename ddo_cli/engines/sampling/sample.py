@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from ddo_cli import console, dist, rundir
+from ddo_cli import console, dist, ledger, rundir
 from ddo_cli.checkpoint import Checkpoint
-from ddo_cli.data.samples import Format, Writer, manifest_of, spell_seeds
+from ddo_cli.data.samples import Format, Writer, read_manifest, spell_seeds
 from ddo_cli.errors import CheckpointError, UsageError, printable
 from ddo_cli.generation import Batch, check_channels, check_labels, generate, num_batches
 from ddo_cli.likelihood import LikelihoodModel
@@ -78,7 +78,7 @@ def run(
     place = out if out.name else out.resolve()  # "." has no name of its own
     # The contact sheet lies next to the set's directory: inside, other programs would read it as a sample.
     grid = place.with_name(f"{place.name}-grid.png")
-    if dist.is_main() and not manifest_of(out):
+    if dist.is_main() and not read_manifest(out):
         pictures.check_replaceable(grid)
     result = {"out": str(out), "num_images": len(seeds), "checkpoint_sha256": file.sha256, "sampler": spec.sampler}
     result["precision"] = spec.precision
@@ -97,6 +97,8 @@ def run(
         if dist.is_main() and not (complete and grid.is_file()):
             batches = draw(writer.seeds[:GRID_ITEMS], keep="images")
             pictures.contact_sheet(np.concatenate([batch.items.numpy() for batch in batches]), grid)
+            if (kept := ledger.of(out)) is not None:
+                kept.note({grid: grid}, is_new=True)
     return {
         **result,
         "nfe": manifest["nfe"],

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from ddo_cli import checkpoint
+from ddo_cli import checkpoint, console, ledger, rundir
 from ddo_cli.data import latents
 from ddo_cli.data.samples import MANIFEST
 from ddo_cli.errors import UsageError
 from ddo_cli.files import read_json, sha256
-from ddo_cli.rundir import read_state
 
 DESCRIBING = (  # entries of a header that are shown unchanged
     "config", "process", "trained_on", "guidance", "heldout", "sampling", "step", "owner", "metric", "protocol", "data",
@@ -16,29 +15,46 @@ DESCRIBING = (  # entries of a header that are shown unchanged
 
 
 def run(path: str) -> dict[str, Any]:
-    """A description of the file or directory; `holds` names its kind."""
+    """A description of the file or directory; `holds` names its kind, `damaged` files that are not as they were
+    written.
+    """
     place = Path(path)
-    if place.is_dir():
-        if (place / MANIFEST).is_file():
-            manifest = read_json(place / MANIFEST)
-            kind = "encoded set" if manifest.get("format") == latents.FORMAT else "sample set"
-            # Without labels, and with the number of the shards instead of their hashes.
-            short = {key: value for key, value in manifest.items() if key not in ("labels", "shards")}
-            shards = manifest.get("shards")
-            num_shards = {"shards": len(shards)} if isinstance(shards, list) else {}
-            return {"holds": kind, "path": path, **short, **num_shards}
-        if (place / "state.json").is_file():
-            return _run_directory(place)
-        if (place / "edit.json").is_file():
-            return {"holds": "edited images", "path": path, **read_json(place / "edit.json")}
-        analyses = [content for file in sorted(place.glob("*.json")) if "analysis" in (content := read_json(file))]
-        if analyses:
-            figures = {}  # the numbers among the results of `ddo analyze`, by analysis
-            for content in analyses:
-                numbers = {key: value for key, value in content.items() if isinstance(value, (int, float))}
-                figures[str(content["analysis"])] = numbers
-            return {"holds": "analyses", "path": path, **figures}
-        raise UsageError(f"{path} is a directory with neither manifest.json nor state.json; ddo did not write it")
+    if not place.is_dir():
+        return _weight_file(path)
+    description, files = _directory(path, place), ledger.near(place)
+    damaged = files.problems(place)
+    if files.directory == place.absolute() and (problem := files.own_problem()) is not None:
+        damaged[ledger.LEDGER] = problem
+    for name, problem in damaged.items():
+        console.warn(f"{path}: {name} {problem}")
+    return {**description, **({"damaged": damaged} if damaged else {})}
+
+
+def _directory(path: str, place: Path) -> dict[str, Any]:
+    if (place / MANIFEST).is_file():
+        manifest = read_json(place / MANIFEST)
+        kind = "encoded set" if manifest.get("format") == latents.FORMAT else "sample set"
+        # Without labels, and with the number of the shards instead of their hashes.
+        short = {key: value for key, value in manifest.items() if key not in ("labels", "shards")}
+        shards = manifest.get("shards")
+        num_shards = {"shards": len(shards)} if isinstance(shards, list) else {}
+        return {"holds": kind, "path": path, **short, **num_shards}
+    run_dir = rundir.RunDir(place)
+    if run_dir.state_file.is_file() or run_dir.state_before.is_file():
+        return _run_directory(run_dir)
+    if (place / "edit.json").is_file():
+        return {"holds": "edited images", "path": path, **read_json(place / "edit.json")}
+    analyses = [content for file in sorted(place.glob("*.json")) if "analysis" in (content := read_json(file))]
+    if analyses:
+        figures = {}  # the numbers among the results of `ddo analyze`, by analysis
+        for content in analyses:
+            numbers = {key: value for key, value in content.items() if isinstance(value, (int, float))}
+            figures[str(content["analysis"])] = numbers
+        return {"holds": "analyses", "path": path, **figures}
+    raise UsageError(f"{path} is a directory with neither manifest.json nor state.json; ddo did not write it")
+
+
+def _weight_file(path: str) -> dict[str, Any]:
     file = checkpoint.load(path)
     description: dict[str, Any] = {
         "holds": f"checkpoint of kind '{file.header['kind']}'",
@@ -53,8 +69,8 @@ def run(path: str) -> dict[str, Any]:
     return description
 
 
-def _run_directory(place: Path) -> dict[str, Any]:
-    state = read_state(place / "state.json")
+def _run_directory(run_dir: rundir.RunDir) -> dict[str, Any]:
+    place, state = run_dir.path, run_dir.state()
     files = sorted(str(file.relative_to(place)) for file in place.rglob("*.safetensors") if "shard-" not in file.name)
     weights = {name: sha256(place / name) for name in files if "train-state" not in name}
     of_finetuning = {
