@@ -225,12 +225,14 @@ class RunDir:
         return dist.from_main(self.state() if dist.is_main() else {})
 
     def _is_half_claimed(self, command: str, identity: dict[str, Any]) -> bool:
-        """Whether a `claim` was killed after it had written the state and before it wrote the recipe."""
+        """Whether a `claim` was killed after it had written a state and before it wrote the recipe."""
         try:
-            state = parse_json(self.state_file.read_bytes())
+            there = [file for file in (self.state_file, self.state_before) if file.exists()]
+            states = [parse_json(file.read_bytes()) for file in there]
         except (OSError, ValueError):
             return False
-        return isinstance(state, dict) and state.keys() == {"command", *identity} and state["command"] == command
+        ours = {"command", *identity}
+        return all(isinstance(one, dict) and one.keys() == ours and one["command"] == command for one in states)
 
     def is_finished(self, state: dict[str, Any], *copies: Path) -> bool:
         """Whether nothing is left to do; if so, prints that.

@@ -28,8 +28,6 @@ from ddo_cli.errors import DdoError
 from ddo_cli.recipe.load import load
 from ddo_cli.training.meter import Meter
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 FEW = ["data={source: embedded:digits32, num: 64}"]
 PRETRAIN = [
     *FEW, f"model={{name: patch-unet, options: {json.dumps(TINY_UNET)}}}",

@@ -213,13 +213,14 @@ def test_the_grid_is_that_of_the_set(tmp_path):
 def test_a_damaged_part_is_named_and_then_drawn_again(tmp_path):
     ckpt = make_checkpoint(tmp_path / "d.safetensors")
     sample.run(ckpt, range(10), tmp_path / "set", device=CPU)
-    (tmp_path / "set" / "000003.png").unlink()
     (tmp_path / "set" / "manifest.json").unlink()
     (tmp_path / "set" / ".part-shard-000000.safetensors").write_bytes(b"junk")
     with pytest.raises(DataError, match="run the same command again"):
         sample.run(ckpt, range(10), tmp_path / "set", device=CPU)
     sample.run(ckpt, range(10), tmp_path / "set", device=CPU)
-    assert (tmp_path / "set" / "000003.png").is_file()
+    manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    assert manifest["complete"]
+    assert len(manifest["labels"]) == 10
 
 
 def test_guidance_of_a_model_that_never_dropped_labels_warns(tmp_path, capsys):
