@@ -275,11 +275,14 @@ class RunDir:
         differences = [
             (line, line.partition(": ")[0]) for line in differing_keys(recipe.model_dump(mode="json"), saved)
         ]
-        _refuse(
-            f"{self.path} belongs to another run",
-            "choose another --out, or give the same options to continue it",
-            lines + [line for line, key in differences if not free(key)],
-        )
+        refused = lines + [line for line, key in differences if not free(key)]
+        remedy = "choose another --out, or give the same options to continue it"
+        if any(line.startswith("metric.") for line in refused):
+            remedy += f"; `ddo fid {self.path}` scores its result with other options"
+        if moved := [line for line in refused if line.startswith("precision.")]:
+            theirs = moved[0].partition(": ")[2].partition(" -> ")[0]
+            remedy += f"; on another device set the keys named precision to {theirs}"
+        _refuse(f"{self.path} belongs to another run", remedy, refused)
         return [line for line, key in differences if free(key)]
 
     def _free(
@@ -289,9 +292,18 @@ class RunDir:
         places = {key for key, hashes in PLACES.items() if identity.keys() & set(hashes)}
         done = len(state.get("rounds", []))
         may_grow = command == "finetune-ddo" and recipe.finetune.rounds >= done
+        # The other commands score at their end only; scores of different sizes are never compared.
+        is_scored = command == "finetune-ddo" or state.get("finished") or (self.path / "guided-scores.json").exists()
 
         def free(key: str) -> bool:
-            return key in places or key.rpartition(".")[2] in HARMLESS or (key == "finetune.rounds" and may_grow)
+            return (
+                key in places
+                or key.rpartition(".")[2] in HARMLESS
+                or (key == "finetune.rounds" and may_grow)
+                or (key in ("metric.num_images", "metric.repeats") and not is_scored)
+                # What it comes to on this device is compared in the identity.
+                or (key.rpartition(".")[2] == "precision" and "precision" in identity)
+            )
 
         return free
 

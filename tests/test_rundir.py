@@ -180,6 +180,35 @@ def test_a_run_is_refused_by_the_dry_run_of_another(place, tmp_path):
     RunDir(tmp_path).check("train-classifier", recipe, **identity)
 
 
+def test_what_may_change_when_a_run_goes_on(tmp_path):
+    """... and for the rest a way out. RunDir decides it from the recipes alone."""
+
+    def recipe(*keys):
+        return load("quickstart", keys)
+
+    identity = {"data_sha256": "x", "precision": {"training": "float32", "sampling": "float32"}}
+    run_dir = RunDir(tmp_path)
+    run_dir.claim("pretrain", recipe(), **identity)
+    fewer = recipe("metric={num_images: 64, repeats: 1}", "pretrain={log_every: 1, save_every: 1, precision: float32}",
+                   "sampling.precision=float32")  # fmt: skip
+    run_dir.check("pretrain", fewer, **identity)
+    moved = {**identity, "precision": {"training": "tf32", "sampling": "float32"}}
+    with pytest.raises(
+        RunError, match=r"keys named precision to float32\. Differences .*\n  precision\.training: float"
+    ):
+        run_dir.check("pretrain", recipe(), **moved)
+    with pytest.raises(
+        RunError, match=r"choose another --out, or give the same .*\n  pretrain\.lr: .*\n  seed: 0 -> 1"
+    ):
+        run_dir.check("pretrain", recipe("pretrain.lr=1.0", "seed=1"), **identity)
+    run_dir.advance(finished=True)
+    with pytest.raises(RunError, match=r"`ddo fid .*` scores its result .*\n  metric\.num_images: 4096 -> 64"):
+        run_dir.check("pretrain", fewer, **identity)
+    RunDir(tmp_path / "ddo").claim("finetune-ddo", recipe(), **identity)
+    with pytest.raises(RunError, match=r"metric\.num_images: 4096 -> 64"):
+        RunDir(tmp_path / "ddo").check("finetune-ddo", fewer, **identity)
+
+
 def test_a_claim_that_was_killed_half_way_is_continued_and_no_other_state_overwritten(tmp_path):
     recipe, identity = load("quickstart", []), {"data_sha256": "x"}
     state = tmp_path / "state.json"
