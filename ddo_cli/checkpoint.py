@@ -24,6 +24,12 @@ from ddo_cli.ledger import damage
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 EMBEDDED = "embedded:"
+_PAGE = "a web page, which sites give in place of a file without a login or beyond a quota; download it again"
+_DISGUISES = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the file; run `git lfs pull` in its folder",
+    b"<!doctype html": _PAGE,
+    b"<html": _PAGE,
+}
 
 
 class _Entries(BaseModel):
@@ -86,7 +92,7 @@ def resolve(path: str | Path) -> Path:
     name = str(path)
     if name.startswith(EMBEDDED):
         file = ASSETS / f"{name.removeprefix(EMBEDDED)}.safetensors"
-        if not file.is_file():
+        if file.stem not in embedded_names() or not file.is_file():
             known = ", ".join(EMBEDDED + known for known in embedded_names())
             raise CheckpointError(f"{name} does not come with this program; known: {known}")
         return file
@@ -96,7 +102,16 @@ def resolve(path: str | Path) -> Path:
     if not file.is_file():
         remedy = "give the path of a weight file (`ddo convert` makes one of published weights)"
         raise CheckpointError(f"{name} does not exist; {remedy}")
+    if what := disguise(file):
+        raise CheckpointError(f"{name} is {what}")
     return file
+
+
+def disguise(file: Path) -> str | None:
+    """What a file is that was left in place of another one, and what to do; None where there is no sign of it."""
+    with open(file, "rb") as stream:
+        start = stream.read(64).lstrip().lower()
+    return next((what for sign, what in _DISGUISES.items() if start.startswith(sign)), None)
 
 
 def save(path: Path, tensors: dict[str, Tensor], header: dict[str, Any], previous: Path | None = None) -> None:

@@ -13,7 +13,7 @@ _OBJECT = re.compile(r"\s?<[^<>]* at 0x[0-9a-fA-F]+>|(?:Posix|Windows|Pure\w*)?P
 def printable(text: str, limit: int = 200) -> str:
     """`text` from a foreign file, safe for a message: one line, no control characters, cut at `limit`."""
     shown = visible(text[:limit])
-    return shown if len(text) <= limit else f"{shown}..."
+    return shown if len(text) <= limit and len(shown) <= limit else f"{shown[:limit]}..."
 
 
 def visible(text: str, kept: str = "") -> str:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ddo_cli import checkpoint
 from ddo_cli.errors import CheckpointError, printable
 from ddo_cli.safe_pickle import (
     DAMAGE,
@@ -51,6 +52,8 @@ def read_tensors(file: Path, name: str, remedy: str) -> dict[str, Tensor]:
 
     name: of the file, and remedy: what to give instead, for messages. Raises CheckpointError.
     """
+    if what := checkpoint.disguise(file):
+        raise CheckpointError(f"{name} is {what}")
     if file.suffix == ".safetensors":
         try:
             return load_file(file)

@@ -171,7 +171,7 @@ class Hostile:
 @pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
 def test_hostile_pickles_are_refused_and_not_run(tmp_path, save):
     save({"fc.bias": Hostile(tmp_path / "executed")}, tmp_path / "weights.pth")
-    with pytest.raises(CheckpointError, match="cannot be read as a file of tensors"):
+    with pytest.raises(CheckpointError, match=r"is not a whole \.pt file of tensors|refused: it names"):
         select_extractor("fid", str(tmp_path / "weights.pth"))
     assert not (tmp_path / "executed").exists()
     with contextlib.suppress(AttributeError, RuntimeError, pickle.UnpicklingError):
@@ -185,7 +185,7 @@ def test_wrong_inception_files(tmp_path, inception_state):
     path = tmp_path / "weights.pth"
     for content in (b"", b"junk", b"PK\x03\x04junk"):
         path.write_bytes(content)
-        with pytest.raises(CheckpointError, match="cannot be read"):
+        with pytest.raises(CheckpointError, match=r"is not a whole \.pt file of tensors"):
             select_extractor("fid", str(path))
     for other in ([torch.zeros(2)], {"a": 1}, torch.zeros(2)):
         torch.save(other, path)

@@ -13,9 +13,10 @@ import torch
 from test_convert import ADM_SETTINGS, openai_file, random_adm
 from test_hostile import refused
 
-from ddo_cli import torch_files
+from ddo_cli import checkpoint, torch_files
+from ddo_cli.data.images import open_images
 from ddo_cli.engines.weights import convert
-from ddo_cli.errors import CheckpointError
+from ddo_cli.errors import CheckpointError, DataError
 from ddo_cli.models import pt_files
 
 MARK = "input_blocks.0.0.weight"
@@ -162,3 +163,29 @@ def test_as_torch_reads_it(tmp_path):
                 assert (ours.dtype, ours.stride()) == (theirs.dtype, theirs.stride())
                 assert torch.equal(ours, theirs)
         assert found["views"][0].untyped_storage().data_ptr() == found["views"][2].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "is a pointer of Git LFS, not the file; run `git",
+        ),
+        (b"\n<!DOCTYPE html><html><title>Sign in</title>", "is a web page, .*; download it again"),
+    ],
+)
+def test_what_was_left_in_place_of_a_file(content, message, tmp_path):
+    for name in ("a.pkl", "a.pt", "a.safetensors"):
+        (tmp_path / name).write_bytes(content)
+    for act in (
+        lambda: convert.run(tmp_path / "a.pkl", tmp_path / "x.safetensors"),
+        lambda: convert.run(tmp_path / "a.pt", tmp_path / "x.safetensors"),
+        lambda: checkpoint.load(tmp_path / "a.safetensors"),
+        lambda: torch_files.read_tensors(tmp_path / "a.safetensors", "a.safetensors", "x"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            act()
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        open_images(str(tmp_path / "a.zip"))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ddo_cli.checkpoint import disguise
 from ddo_cli.data.items import INDEX, describe, prepared_by
 from ddo_cli.data.pictures import EXTENSIONS, Header, Unfit, flattened, open_picture
 from ddo_cli.data.readers import ZIP_ERRORS, ItemFiles
@@ -78,6 +79,9 @@ def _index_in(archive: zipfile.ZipFile, index: str) -> bytes:
 
 def broken_zip(source: str, error: Exception) -> DataError:
     """The message for one of ZIP_ERRORS."""
+    with contextlib.suppress(OSError):
+        if what := disguise(Path(source)):
+            return DataError(f"{source} is {what}")
     return DataError(f"{source} is not a whole zip file ({reason(error)}); copy it again")
 
 
