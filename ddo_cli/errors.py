@@ -31,7 +31,7 @@ def reason(error: BaseException, limit: int = 120) -> str:
         return printable(f"{error.strerror}: {name}" if name else error.strerror, limit)
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    text = _without_objects(" ".join(str(error).split()))
+    text = _without_objects(" ".join(str(error).split())).removeprefix("Error(s) in loading state_dict for ")
     return printable(f"{text} is missing" if isinstance(error, KeyError) else text, limit) or type(error).__name__
 
 
