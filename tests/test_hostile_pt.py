@@ -50,3 +50,12 @@ def test_a_zip_called_pkl_and_a_pickle_called_pt(official, tmp_path):  # noqa: F
     torch.save({"ema": torch.zeros(3)}, tmp_path / "a.pkl")
     refused(tmp_path / "a.pkl", f"refused|{DAMAGED}")
     refused(write(tmp_path / "b.pt", {"ema": network(official, {})}), "refused|not a whole", read_pt)
+
+
+def test_numbers_of_blocks_beyond_the_tensors(tmp_path):
+    """The layouts of as many blocks as a name claims are not tried one after another."""
+    names = ["time_embed.0.weight", "input_blocks.0.0.weight", "out.2.positional_embedding", "out.2.c_proj.weight"]
+    content = {name: torch.ones(2, 2) for name in [*names, "input_blocks.9999999999.0.weight"]}
+    refused(archive(tmp_path, content), "fit no configuration", dg_files.read)
+    many = {f"p{number}.input_blocks.0.0.weight": torch.ones(1) for number in range(2000)}
+    refused(archive(tmp_path, many), "several networks", dg_files.read)

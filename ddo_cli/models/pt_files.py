@@ -78,7 +78,8 @@ def _networks(content: Any, mark: str) -> Iterator[Weights]:
     for place, entries in _dicts(content, (), set()):
         names = {_WRAPPERS.sub("", key): value for key, value in entries.items()}
         prefixes = {name.removesuffix(mark) for name in names if name.endswith(mark)}
-        for prefix in sorted(prefix for prefix in prefixes if prefix.endswith(".") or not prefix):
+        # More than _FEW are none of a trainer's, and one among them cannot be chosen.
+        for prefix in sorted(prefix for prefix in prefixes if prefix.endswith(".") or not prefix)[: _FEW + 1]:
             inside = {
                 name[len(prefix) :]: value
                 for name, value in names.items()

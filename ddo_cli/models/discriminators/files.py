@@ -121,6 +121,8 @@ def _layout(shapes: Shapes, head_channels: int, path: str | Path) -> dict[str, A
             f"{path} is no ADM encoder with an attention-pooling head: it lacks {', '.join(missing)}; {_EXPECTED}"
         )
     blocks = 1 + max(int(match[1]) for key in shapes if (match := re.match(r"input_blocks\.(\d+)\.", key)))
+    if blocks > len(shapes):  # looking for layouts of so many could take hours
+        raise CheckpointError(f"{path}: its tensors fit no configuration of an ADM encoder; {_EXPECTED}")
     # Each level: `depth` blocks, and the one before them.
     divisors = [levels for levels in range(1, blocks) if blocks % levels == 0]
     candidates = [_candidate(shapes, levels, blocks // levels - 1) for levels in divisors]
