@@ -97,16 +97,16 @@ def state(value: float) -> dict[str, torch.Tensor]:
 HEADER = {"kind": "train-state", "step": 1}
 
 
-def test_a_state_reads_back_and_replaces_the_one_before(tmp_path):
+def test_a_state_reads_back_and_keeps_the_one_before(tmp_path):
     place = tmp_path / "train-state"
-    assert sharding.newest(place) is None
-    for step in (2, 10):
+    assert sharding.saved(place) == []
+    for step in (1, 2, 10):
         sharding.save(place, step, state(step), {"meter.loss": torch.ones(())}, {**HEADER, "step": step})
-    assert [path.name for path in place.iterdir()] == ["000000010"]
+    assert sorted(path.name for path in place.iterdir()) == ["000000002", "000000010"]  # and the one before
     found = state(0.0)
-    sharding.load(sharding.newest(place), found)
+    sharding.load(sharding.saved(place)[0], found)
     torch.testing.assert_close(found, state(10.0), rtol=0, atol=0)
-    assert checkpoint.load(sharding.newest(place) / sharding.REST, kind="train-state").header["step"] == 10
+    assert checkpoint.load(sharding.saved(place)[0] / sharding.REST, kind="train-state").header["step"] == 10
 
 
 @pytest.mark.parametrize("where", ["shards", "rest", "rename"])
@@ -128,9 +128,9 @@ def test_a_kill_while_saving_leaves_the_state_before(tmp_path, monkeypatch, wher
             )
         with pytest.raises((KeyboardInterrupt, FileNotFoundError)):
             sharding.save(place, 2, state(2.0), {}, {**HEADER, "step": 2})
-    assert sharding.newest(place).name == "000000001"
+    assert sharding.saved(place)[0].name == "000000001"
     sharding.save(place, 2, state(2.0), {}, {**HEADER, "step": 2})
-    assert [path.name for path in place.iterdir()] == ["000000002"]
+    assert sorted(path.name for path in place.iterdir()) == ["000000001", "000000002"]
 
 
 def test_a_damaged_state_is_named(tmp_path):
@@ -138,11 +138,11 @@ def test_a_damaged_state_is_named(tmp_path):
     sharding.save(place, 1, state(1.0), {}, HEADER)
     shutil.copytree(place, tmp_path / "whole")
     with pytest.raises(CheckpointError, match=r"cannot be read .*remove .*train-state"):
-        sharding.load(sharding.newest(place), {"model.other": torch.zeros(2)})
-    for file in sharding.newest(place).glob("*.distcp"):
+        sharding.load(sharding.saved(place)[0], {"model.other": torch.zeros(2)})
+    for file in sharding.saved(place)[0].glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:10])
     with pytest.raises(CheckpointError, match=r"cannot be read .*remove .*train-state"):
-        sharding.load(sharding.newest(place), state(0.0))
+        sharding.load(sharding.saved(place)[0], state(0.0))
 
 
 def test_clipping_without_shards_is_torchs():

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import CPU, Positions
 
-from ddo_cli import checkpoint
-from ddo_cli.errors import NumericsError
+from ddo_cli import checkpoint, ledger
+from ddo_cli.errors import NumericsError, RunError
 from ddo_cli.recipe.schema import TrainRecipe
 from ddo_cli.trainable import Loss, Objective, Trainable
 from ddo_cli.training import loop, state
@@ -111,6 +111,36 @@ def test_an_error_of_training_waits_for_the_write(tmp_path, held):
         list(events(tmp_path, factor=lambda step: torch.inf if step == 3 else 1.0))
     assert saved_step(tmp_path) == 2
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("state")]
+
+
+def _damaged(file):
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+def test_the_state_before_is_used_if_the_newest_is_damaged_to_the_same_end(tmp_path, capsys):
+    (tmp_path / "whole").mkdir()
+    list(events(tmp_path / "whole"))
+    with ledger.kept(tmp_path):
+        running = events(tmp_path)
+        assert [next(running).step for _ in range(5)] == [1, 2, 3, 4, 5]  # saved after 2 and 4
+        running.close()
+        assert checkpoint.read_header(tmp_path / "state-before")["step"] == 2
+        _damaged(tmp_path / "state")
+        assert next(again := events(tmp_path)).step == 3
+        said = " ".join(capsys.readouterr().err.split())
+        assert "state is damaged (other content); training goes on from the state before" in said
+        list(again)
+        for name in ("state", "state-before"):
+            assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        for name in ("state", "state-before"):
+            _damaged(tmp_path / name)
+        with pytest.raises(RunError, match=r"state is damaged .* and .*state-before is damaged .* remove both"):
+            next(events(tmp_path))
+        (tmp_path / "state").unlink()
+        (tmp_path / "state-before").unlink()
+        assert next(events(tmp_path)).step == 1
 
 
 def test_a_snapshot_does_not_follow_its_tensors():
