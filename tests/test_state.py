@@ -128,7 +128,8 @@ def test_the_state_before_is_used_if_the_newest_is_damaged_to_the_same_end(tmp_p
         running.close()
         assert checkpoint.read_header(tmp_path / "state-before")["step"] == 2
         _damaged(tmp_path / "state")
-        assert next(again := events(tmp_path)).step == 3
+        again = events(tmp_path)
+        assert next(again).step == 3
         said = " ".join(capsys.readouterr().err.split())
         assert "state is damaged (other content); training goes on from the state before" in said
         list(again)
