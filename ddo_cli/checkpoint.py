@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ddo_cli.errors import CheckpointError, printable, reason
+from ddo_cli.errors import CheckpointError, printable, problem_of, reason
 from ddo_cli.files import parse_json, replacing, sha256
 from ddo_cli.ledger import damage
 
@@ -187,7 +187,7 @@ def _open(file: Path, name: str, kind: str | None, tensors: bool) -> Checkpoint:
         header = parse_json(metadata["ddo"])
         actual = _Header.model_validate(header).kind
     except ValidationError as error:
-        raise CheckpointError(f"{name} has a damaged header ({_problem(error)}); copy the file again") from None
+        raise CheckpointError(f"{name} has a damaged header ({problem_of(error)}); copy the file again") from None
     except (KeyError, ValueError):
         raise CheckpointError(
             f"{name} is a safetensors file without this program's header, so its model is unknown; "
@@ -196,13 +196,6 @@ def _open(file: Path, name: str, kind: str | None, tensors: bool) -> Checkpoint:
     if kind is not None and actual != kind:
         raise CheckpointError(f"{name} holds a checkpoint of kind '{actual}' where a '{kind}' is needed; give one")
     return Checkpoint(loaded, header, sha256(file) if tensors else "", name)
-
-
-def _problem(error: ValidationError) -> str:
-    """The first problem of a header."""
-    problem = error.errors()[0]
-    place = ".".join(map(str, problem["loc"])) or "header"
-    return printable(f"{place}: {problem['msg']}")
 
 
 def require(file: Checkpoint, *keys: str) -> None:

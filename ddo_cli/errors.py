@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 # Our choice of limits:
 LONGEST = 300  # characters of a line of a message
@@ -33,6 +34,12 @@ def reason(error: BaseException, limit: int = 120) -> str:
         return "it is nested too deeply"
     text = _without_objects(" ".join(str(error).split())).removeprefix("Error(s) in loading state_dict for ")
     return printable(f"{text} is missing" if isinstance(error, KeyError) else text, limit) or type(error).__name__
+
+
+def problem_of(error: Any) -> str:
+    """The first problem of pydantic's ValidationError of a foreign file, for a message."""
+    problem = error.errors()[0]
+    return printable(f"{'.'.join(map(str, problem['loc'])) or 'the whole'}: {problem['msg']}")
 
 
 def fitted(line: str) -> str:

@@ -186,6 +186,16 @@ def write_json(path: Path, content: Any, previous: Path | None = None) -> None:
     write_text(path, json_text(content), previous)
 
 
+MAX_JSON = 32 << 20  # bytes of a JSON file of ours; our choice, a manifest of five million labels
+
+
+def read_bounded(path: Path) -> bytes:
+    """The bytes of a JSON file. Raises ValueError for more of them than any of ours has."""
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise ValueError(f"it has {size >> 20:,} MB")
+    return path.read_bytes()
+
+
 def parse_json(text: str | bytes) -> Any:
     """A JSON text of any origin. Raises ValueError, also where it is nested too deeply or gives a key twice."""
     try:
@@ -206,7 +216,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_json(path: Path, kind: type = dict) -> Any:
     """The content of a JSON file of a run. Raises RunError if it is missing, damaged or of another type."""
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(read_bounded(path))
         if not isinstance(content, kind):
             raise ValueError(f"it holds a {type(content).__name__}")
         return content

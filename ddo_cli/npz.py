@@ -24,6 +24,9 @@ DAMAGE = (
 )  # fmt: skip
 MAGIC = b"\x93NUMPY"
 MAX_HEADER = 4096  # bytes; numpy writes 128 for arrays of numbers
+# Of a member that is taken although it is packed more than MOST_PACKED to one, which only constant arrays are; our
+# choice. Images are packed by less than 20.
+LARGE, MOST_PACKED = 256 << 20, 200
 _LENGTH_BYTES = {1: 2, 2: 4, 3: 4}  # of the header's length, by major version (NEP 1)
 _PLAIN = re.compile(r"[<>|=]?(?:[iu][1248]|f[248]|c(?:8|16)|b1|\?|[US]\d{1,6})")
 
@@ -86,6 +89,8 @@ def members(path: Path, *wanted: str) -> dict[str, Member]:
             with archive.open(entry) as stream:
                 (shape, is_fortran, dtype), header_size = read_header(stream), stream.tell()
             _check_size(f"'{name}'", shape, dtype, entry.file_size - header_size)
+            if entry.file_size > max(LARGE, MOST_PACKED * entry.compress_size):
+                raise ValueError(f"'{name}' unpacks to {entry.file_size >> 20:,} MB of nearly nothing")
             offset = None
             if entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & 1:  # bit 0: encrypted
                 with open(path, "rb") as file:

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ddo_cli import console, dist, ledger
-from ddo_cli.errors import RunError, reason
+from ddo_cli.errors import RunError, problem_of, reason
 from ddo_cli.files import DAMAGED, LOCK, json_text, parse_json, read_json, remove, sweep, write_json, write_text
 from ddo_cli.ledger import LEDGER
 from ddo_cli.recipe import syntax
@@ -114,9 +114,7 @@ def read_state(file: Path) -> dict[str, Any]:
     try:
         _State.model_validate(state)
     except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"]))
-        raise RunError(f"{file} is damaged ({place}: {problem['msg']}); {DAMAGED}") from None
+        raise RunError(f"{file} is damaged ({problem_of(error)}); {DAMAGED}") from None
     return state
 
 

@@ -109,5 +109,5 @@ def test_an_index_that_unpacks_to_much(tmp_path):
     where = raw.rfind(b"PK\1\2")
     assert raw[where + 24 : where + 28] == size
     (tmp_path / "set.zip").write_bytes(raw[: where + 24] + (2**31).to_bytes(4, "little") + raw[where + 28 :])
-    with pytest.raises(DataError, match=r"dataset\.json in it unpacks to 2,048 MB"):
+    with pytest.raises(DataError, match=r"dataset\.json has 2,048 MB for 1 images"):
         open_images(str(tmp_path / "set.zip"))

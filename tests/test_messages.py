@@ -1,16 +1,25 @@
 """Messages about foreign files, and the two readers of foreign text, JSON and YAML."""
 
 import json
+import struct
 import time
+import zipfile
+import zlib
 
+import numpy as np
 import pytest
+import torch
 from conftest import CPU
+from test_foreign import OWN
 
-from ddo_cli import checkpoint, console, rundir
+from ddo_cli import checkpoint, console, files, npz, rundir
+from ddo_cli.data import readers
 from ddo_cli.data.images import open_images
+from ddo_cli.data.stream import open_stream
 from ddo_cli.engines.weights import info
 from ddo_cli.errors import LONGEST, MOST_LINES, CheckpointError, DataError, RecipeError, RunError, reason
 from ddo_cli.files import parse_json, read_json
+from ddo_cli.models import registry
 from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.recipe.load import load
 from ddo_cli.training.state import read_state
@@ -105,10 +114,17 @@ def test_a_damaged_recipe_of_a_run(tmp_path):
             rundir.RunDir(tmp_path).check("finetune-ddo", load())
 
 
+def test_a_header_of_endless_layers(tmp_path):
+    config = registry.config_of("edm-unet", (3, 8, 8), 0, {**OWN, "num_blocks": 5000}, {})
+    checkpoint.save(tmp_path / "m.safetensors", {"x": torch.zeros(70_000)}, {"kind": "model", "config": config})
+    with pytest.raises(RecipeError, match=r"edm-unet .*: more than 1002 parameters"):
+        registry.load_model(tmp_path / "m.safetensors", CPU)
+
+
 def test_manifests_that_count_without_end(tmp_path):
     for form, told in (("shards", {"num": 2**62, "batch": 1}), ("png", {"seeds": "0-4294967295", "labels": [1]})):
         (tmp_path / "manifest.json").write_text(json.dumps({"format": form, "complete": True, **told}))
-        with pytest.raises(DataError, match=r"has no shard-000000|more than 10,000,000 seeds"):
+        with pytest.raises(DataError, match=r"has no shard-000000|more than 5,000,000 seeds"):
             open_images(str(tmp_path))
 
 
@@ -151,3 +167,67 @@ def test_long_class_names_and_raw_objects(tmp_path, capsys):
     assert "BytesIO" not in str(caught.value)
     assert len(str(caught.value)) <= LONGEST
     assert all(line.isprintable() and len(line) <= LONGEST for line in capsys.readouterr().err.splitlines())
+
+
+# --- Small files that would take much memory
+
+
+def black(width: int, height: int) -> bytes:
+    """A grey PNG of one bit a pixel: 100 MB unpacked fit into 12 kB."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes((1 + width // 8) * height), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("held", "problem"),
+    [
+        ({"a.png": black(8000, 8000)}, "8000x8000 pixels, more than a model draws"),
+        ({"a.png": black(16, 16), "dataset.json": b'{"labels": ' + b"[" * (3 << 20)}, "3 MB for 1 images"),
+        ({"a.png": b"%!PS-Adobe-3.0 EPSF-3.0\n"}, "none of PNG"), ({"a.png": b"%PDF-1.7\n"}, "none of PNG"),
+    ],
+)  # fmt: skip
+def test_what_a_set_may_hold(held, problem, tmp_path):
+    for name, content in held.items():
+        (tmp_path / name).write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in held.items():
+            archive.writestr(name, content)
+    for source in (tmp_path, tmp_path / "set.zip"):
+        with pytest.raises(DataError, match=problem):
+            open_images(str(source))
+
+
+def test_arrays_of_nearly_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(npz, "LARGE", 1 << 20)
+    np.savez_compressed(tmp_path / "zeros.npz", images=np.zeros((800, 32, 32, 3), np.uint8))
+    for read in (open_images, open_stream):
+        with pytest.raises(DataError, match="'images' unpacks to 2 MB of nearly nothing"):
+            read(str(tmp_path / "zeros.npz"))
+    np.savez_compressed(
+        tmp_path / "noise.npz", images=np.random.default_rng(0).integers(0, 9, (800, 32, 32, 3), np.uint8)
+    )
+    assert len(open_images(str(tmp_path / "noise.npz")).items) == 800
+
+
+def test_large_files_are_not_read(tmp_path):
+    for name, size in (("manifest.json", files.MAX_JSON), ("img-mean-std-00000000.npy", readers.MAX_MEMBER)):
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(size + 1)  # takes no disk
+    with pytest.raises(RunError, match=r"manifest\.json is damaged \(it has 32 MB\)"):
+        read_json(tmp_path / "manifest.json")
+    with pytest.raises(DataError, match="256 MB"):
+        open_images(str(tmp_path))
+
+
+def test_a_manifest_of_encoded_items_of_the_wrong_shape(tmp_path):
+    told = {"format": "latents", "encoder": "x", "image_shape": [3, 8, 8], "num_classes": 2, "complete": True}
+    for changed in ({"num_classes": 1e400}, {"image_shape": 3}, {"shards": {}}, {"shards": [{"sha256": 3}]}):
+        text = json.dumps({**told, "shards": [{"sha256": "x"}], **changed})
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(DataError, match=rf"manifest\.json is damaged \({next(iter(changed))}"):
+            open_images(str(tmp_path))

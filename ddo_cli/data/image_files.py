@@ -43,7 +43,9 @@ class Listing(NamedTuple):
     classes: Mapping[str, str] = MappingProxyType({})
 
 
-MAX_INDEX = 512 << 20  # bytes of a dataset.json; our choice
+# Our choice of limits: of a dataset.json, bytes for each image, where published ones have 40; and pixels of an image,
+# four times those of the largest models. `ddo data` makes smaller ones of photographs.
+MAX_ENTRY, MAX_PIXELS = 1 << 10, 1 << 24
 
 
 def folder_entries(source: str, path: Path) -> Listing:
@@ -59,7 +61,7 @@ def folder_entries(source: str, path: Path) -> Listing:
         if real not in seen:  # else a link to a parent folder would never end
             names += [Path(root, leaf).relative_to(path).as_posix() for leaf in leaves]
         seen.add(real)
-    return _listing(source, names, lambda index: folder_index(path / index), folders_are_classes=True)
+    return _listing(source, names, lambda index, num: folder_index(path / index, num), folders_are_classes=True)
 
 
 def zip_entries(source: str, archive: zipfile.ZipFile, folders_are_classes: bool = False) -> Listing:
@@ -67,14 +69,7 @@ def zip_entries(source: str, archive: zipfile.ZipFile, folders_are_classes: bool
 
     folders_are_classes: they are, as in EDM's tool that makes such zips. Raises DataError, or one of ZIP_ERRORS.
     """
-    return _listing(source, archive.namelist(), lambda index: _index_in(archive, index), folders_are_classes)
-
-
-def _index_in(archive: zipfile.ZipFile, index: str) -> bytes:
-    """A dataset.json, whose size the directory tells before it is unpacked. Raises BadZipFile."""
-    if (size := archive.getinfo(index).file_size) > MAX_INDEX:
-        raise zipfile.BadZipFile(f"{index} in it unpacks to {size >> 20:,} MB, that of ImageNet to 60")
-    return archive.read(index)
+    return _listing(source, archive.namelist(), lambda index, num: zip_index(archive, num, index), folders_are_classes)
 
 
 def broken_zip(source: str, error: Exception) -> DataError:
@@ -86,12 +81,12 @@ def broken_zip(source: str, error: Exception) -> DataError:
 
 
 def _listing(
-    source: str, files: Sequence[str], read: Callable[[str], bytes | None], folders_are_classes: bool
+    source: str, files: Sequence[str], read: Callable[[str, int], bytes | None], folders_are_classes: bool
 ) -> Listing:
     names, notes, warnings = _images_of(source, files)
     index = _index_of(source, files, names)
     if index is not None:
-        root, text = index.removesuffix(INDEX), read(index)
+        root, text = index.removesuffix(INDEX), read(index, len(names))
         labels = indexed_labels(source, [name.removeprefix(root) for name in names], text, index)
         if root:
             notes.append(f"{source}: labels are those of {index}")
@@ -198,17 +193,29 @@ def _class_numbers(source: str, folders: Sequence[str]) -> dict[str, int]:
     return number
 
 
-def folder_index(index: Path) -> bytes | None:
-    """The content of a dataset.json; None if there is none."""
+def folder_index(index: Path, num: int) -> bytes | None:
+    """The content of the dataset.json of `num` images; None if there is none. Raises DataError."""
     try:
-        return index.read_bytes() if index.is_file() else None
+        if not index.is_file():
+            return None
+        _check_index(str(index), index.stat().st_size, num)
+        return index.read_bytes()
     except OSError as error:
         raise DataError(f"{index} cannot be read ({error.strerror}); correct its permissions") from None
 
 
-def zip_index(archive: zipfile.ZipFile) -> bytes | None:
-    """The dataset.json of a zip; None if there is none."""
-    return archive.read(INDEX) if INDEX in archive.namelist() else None
+def zip_index(archive: zipfile.ZipFile, num: int, index: str = INDEX) -> bytes | None:
+    """The same of a zip. Raises DataError, or one of ZIP_ERRORS."""
+    if index not in archive.namelist():
+        return None
+    _check_index(f"{archive.filename}: {index}", archive.getinfo(index).file_size, num)
+    return archive.read(index)
+
+
+def _check_index(where: str, size: int, num: int) -> None:
+    """Raises DataError for a dataset.json that would take memory and time for nothing."""
+    if size > MAX_ENTRY * (1024 + num):
+        raise DataError(f"{where} has {size >> 20:,} MB for {num:,} images; give the one of this set, or remove it")
 
 
 def indexed_labels(source: str, names: Sequence[str], text: bytes | None, index: str = INDEX) -> np.ndarray:
@@ -256,8 +263,14 @@ class ImageFiles(ItemFiles):
         where = f"{self.source}: {self.names[row]}"
         try:
             with self.content.open(row) as file, open_picture(file) as picture:
+                if picture.width * picture.height > MAX_PIXELS:
+                    size = f"{picture.width}x{picture.height} pixels, more than a model draws"
+                    remedy = f"{prepared_by(self.source, (3, 256, 256))} makes it smaller"
+                    raise DataError(f"{where} has {size}; {remedy}")
                 picture.load()
                 pixels = np.asarray(flattened(picture))
+        except DataError:
+            raise
         except Unfit as error:
             raise DataError(f"{where} has {error}; {prepared_by(self.source)} makes it RGB") from None
         except Exception as error:  # Pillow's decoders raise errors of any kind

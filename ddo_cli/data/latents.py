@@ -11,9 +11,10 @@ import json
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -23,7 +24,7 @@ from ddo_cli.checkpoint import write_tensors
 from ddo_cli.data import cache, image_files, samples
 from ddo_cli.data.items import INDEX, Encoded, count_classes, hashed
 from ddo_cli.data.readers import TENSOR_ERRORS, ZIP_ERRORS, Contents, FolderBytes, ItemFiles, ZipBytes, join_tensors
-from ddo_cli.errors import DataError, reason
+from ddo_cli.errors import DataError, problem_of, reason
 from ddo_cli.files import parse_json, write_json
 
 FORMAT = "latents"  # of the manifest
@@ -55,12 +56,27 @@ def open_latents(source: str, path: Path) -> Contents:
     if manifest.get("format") == FORMAT:
         return _open_shards(source, path, manifest)
     names = _entries(file.relative_to(path).as_posix() for file in path.rglob(f"{EDM2_NAME}*.npy"))
-    labels = image_files.indexed_labels(source, names, image_files.folder_index(path / INDEX))
+    labels = image_files.indexed_labels(source, names, image_files.folder_index(path / INDEX, len(names)))
     stamp = cache.key_of(path, (path / name for name in names), names)
     return _edm2_set(source, names, FolderBytes(path, names), labels, stamp)
 
 
 # --- Shards
+
+
+class _Shard(BaseModel):
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    """What a manifest.json tells of a complete set."""
+
+    model_config = ConfigDict(strict=True)
+
+    encoder: str
+    image_shape: list[Annotated[int, Field(ge=1)]] = Field(min_length=1, max_length=4)
+    num_classes: int = Field(ge=0, le=1 << 24)
+    shards: list[_Shard] = Field(min_length=1)
 
 
 class ShardInfo(NamedTuple):
@@ -116,15 +132,13 @@ def _open_shards(source: str, path: Path, manifest: dict[str, Any]) -> Contents:
     if not manifest.get("complete"):
         raise DataError(f"{source} is an unfinished set; run the ddo encode that made it again, it continues")
     try:
-        hashes = [shard["sha256"] for shard in manifest["shards"]]
-        encoded = Encoded(manifest["encoder"], tuple(manifest["image_shape"]), hashed("latents", *hashes))
-        num_classes = int(manifest["num_classes"])
-        if not hashes:
-            raise ValueError("it names no shard")
-    except (KeyError, TypeError, ValueError) as error:
+        told = _Manifest.model_validate(manifest)
+    except ValidationError as error:
         raise DataError(
-            f"{source}: {MANIFEST} is damaged ({reason(error)}); remove the set, and encode the images again"
+            f"{source}: {MANIFEST} is damaged ({problem_of(error)}); remove the set, and encode the images again"
         ) from None
+    hashes = [shard.sha256 for shard in told.shards]
+    encoded = Encoded(told.encoder, tuple(told.image_shape), hashed("latents", *hashes))
     files = [shard_file(path, number) for number in range(len(hashes))]
     for name, problem in ledger.near(path).problems(path, lambda name: False).items():
         raise DataError(f"{path}: {name} {problem}; copy it again, or run the same ddo encode again")
@@ -140,7 +154,7 @@ def _open_shards(source: str, path: Path, manifest: dict[str, Any]) -> Contents:
         raise _damaged(files[0], error) from None
     try:
         labels = join_tensors(files, "labels")
-        contents = Contents(join_tensors(files, "latents"), labels.read(np.arange(labels.num)), num_classes)
+        contents = Contents(join_tensors(files, "latents"), labels.read(np.arange(labels.num)), told.num_classes)
     except TENSOR_ERRORS as error:
         raise DataError(f"{error}; encode the images again") from None
     return contents._replace(encoded=encoded)
@@ -177,7 +191,7 @@ def _open_zip(source: str, path: Path) -> Contents:
     try:
         with zipfile.ZipFile(path) as archive:
             names = _entries(archive.namelist())
-            labels = image_files.indexed_labels(source, names, image_files.zip_index(archive))
+            labels = image_files.indexed_labels(source, names, image_files.zip_index(archive, len(names)))
             content = ZipBytes(path, archive, names)
     except ZIP_ERRORS as error:
         raise image_files.broken_zip(source, error) from None

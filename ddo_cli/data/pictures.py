@@ -1,5 +1,6 @@
 """Pictures of any size and mode -> images of one size: what `ddo data` does to files, and --resize of `ddo fid`."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import IO, Literal, NamedTuple
 
@@ -18,6 +19,7 @@ _ORIENTATION = 0x0112  # EXIF's tag
 Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
 BLACK: Colour = (0, 0, 0)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # who reads pictures has limits
 Crop = Literal["center", "center-adm", "pad", "none"]
 
 

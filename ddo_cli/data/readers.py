@@ -200,7 +200,10 @@ class FolderBytes:
         self.path, self.names = path, names
 
     def __call__(self, row: int) -> bytes:
-        return (self.path / self.names[row]).read_bytes()
+        path = self.path / self.names[row]
+        if (size := path.stat().st_size) > MAX_MEMBER:
+            raise ValueError(f"it has {size >> 20:,} MB, which no image has")
+        return path.read_bytes()
 
     def open(self, row: int) -> IO[bytes]:
         """The file of a row, of which only a part may be read."""

@@ -27,7 +27,7 @@ from ddo_cli.data import cache
 from ddo_cli.data.items import count_classes
 from ddo_cli.data.readers import TENSOR_ERRORS, Contents, join_tensors
 from ddo_cli.errors import DataError, reason
-from ddo_cli.files import parse_json, read_json, remove, replacing, write_json
+from ddo_cli.files import parse_json, read_bounded, read_json, remove, replacing, write_json
 from ddo_cli.generation import Batch, num_batches
 
 Format = Literal["png", "npz", "shards"]
@@ -35,7 +35,7 @@ MANIFEST = "manifest.json"
 RESULTS = ("complete", "nfe", "disc_nfe", "labels")  # keys of a manifest that are no settings
 _WRITERS = 16  # threads: images are encoded on all cores, and file systems sync those that wait together in one go
 MAX_SEED = 2**32 - 1  # generators keep 32 bits
-MAX_SEEDS = 10_000_000  # of a set; our choice, eight times ImageNet
+MAX_SEEDS = 5_000_000  # of a set; our choice, four times ImageNet
 
 
 class SampleSet(NamedTuple):
@@ -201,7 +201,7 @@ def image_entries(source: str, manifest: dict[str, Any]) -> tuple[list[str], np.
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest in a folder; empty if there is none, or a file of another program."""
     try:
-        manifest = parse_json((path / MANIFEST).read_bytes())
+        manifest = parse_json(read_bounded(path / MANIFEST))
     except (OSError, ValueError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
