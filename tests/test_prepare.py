@@ -352,3 +352,40 @@ def test_what_cannot_be_resized(photos, tmp_path, ddo):
     assert "embedded:toy2d holds points" in message("embedded:toy2d", "--resize", 16)
     save(photos / "0.png", Image.new("RGBA", (20, 20), (0, 0, 0, 9)))
     assert "0.png has transparent pixels; `ddo data" in message(photos, "--resize", 16)
+
+
+# --- Messages that lead here
+
+
+def test_a_command_with_a_model_names_its_size_at_once(photos, ddo):
+    """By the first picture, not by the first that differs from it."""
+    for command in ("finetune-ddo", "train-disc", "train-classifier"):
+        message = " ".join(ddo(command, "--data", photos, "--out", "run", "--dry-run", code=2).stderr.split())
+        assert "where the model needs 32x32 RGB; `ddo data" in message
+        assert "--out set-32.zip --size 32 --rgb --upscale` makes such images" in message
+
+
+@pytest.mark.parametrize(
+    ("shape", "line"),
+    [
+        ((28, 28), "side 28 must be a multiple of 8, which follows from its options patch and widths: `ddo data SRC "
+         "--out set.zip --size 32 --crop pad` pads images, --size 24 shrinks them; or change these options"),
+        ((4, 4), "--size 8 --crop pad` pads images; or"),
+        ((32, 48), "it needs square images or latents: `ddo data SRC --out set.zip --size 32` crops images"),
+    ],
+)  # fmt: skip
+def test_networks_say_which_sides_fit(shape, line, tmp_path, ddo):
+    np.savez(tmp_path / "set.npz", arr_0=np.zeros((2, *shape, 1), np.uint8))
+    message = " ".join(ddo("pretrain", "--data", "set.npz", "--out", "run", "--dry-run", code=2).stderr.split())
+    assert line in message
+    assert len(message) < 300
+
+
+def test_class_folders_in_a_zip_are_named(mixed, tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("cat/a.png", "dog/b.png"):
+            archive.writestr(name, (mixed / "10" / "a.png").read_bytes())
+    assert open_images(str(tmp_path / "a.zip")).num_classes == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no labels, since folders in a zip are no classes (cat, dog, ...); `ddo data" in said
+    assert prepare.run(str(tmp_path / "a.zip"), tmp_path / "b.zip")["classes"] == {"0": "cat", "1": "dog"}

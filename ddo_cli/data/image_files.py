@@ -1,6 +1,7 @@
 """Image sets of one file per image: folders, and EDM's and StyleGAN's zips."""
 
 import contextlib
+import math
 import os
 import zipfile
 from collections import Counter
@@ -283,7 +284,7 @@ class ImageFiles(ItemFiles):
             return Header.of(picture)
 
     def mismatch(self, row: int, item: np.ndarray) -> DataError:
-        side = min(*item.shape[1:], *self.shape[1:])
+        side = 2 ** int(math.log2(min(*item.shape[1:], *self.shape[1:])))  # networks halve it
         return DataError(
             f"{self.source}: {self.names[row]} is {describe(item.shape)} where the first image, "
             f"{self.names[self.first]}, is {describe(self.shape)}; all images must have one size "

@@ -8,8 +8,9 @@ from typing import cast
 import numpy as np
 
 from ddo_cli import console
+from ddo_cli.codec import Codec
 from ddo_cli.data import cache
-from ddo_cli.data.items import ItemSet
+from ddo_cli.data.items import ItemSet, check_shape
 from ddo_cli.data.readers import Lazy, Memory
 from ddo_cli.data.sources import Source, open_source
 
@@ -17,7 +18,7 @@ MANY = 4000  # images; from here on they are decoded by several threads, with pr
 CHUNK = 256  # images per task of a thread
 
 
-def open_images(source: str, num: int | None = None, cache: bool = True) -> ItemSet:
+def open_images(source: str, num: int | None = None, cache: bool = True, codec: Codec | None = None) -> ItemSet:
     """The items of a source.
 
     source: a folder of images (sorted by name; labels from dataset.json, or else from two or more top-level subfolders
@@ -29,6 +30,7 @@ def open_images(source: str, num: int | None = None, cache: bool = True) -> Item
     num: use this many: a fixed random subset in the set's order (numpy's RandomState(0), as EDM); an embedded set that
     is generated is generated in this number.
     cache: whether large sets are kept decoded for later runs (`data.cache`); such items are read-only.
+    codec: of the model that the items are for: their shape is checked by the first one, before all are decoded.
     Raises DataError naming the first item that cannot be used.
     """
     opened = open_source(source, num, in_memory=True)
@@ -36,6 +38,8 @@ def open_images(source: str, num: int | None = None, cache: bool = True) -> Item
         console.info(note)
     for warning in opened.warnings:
         console.warn(warning)
+    if codec is not None:
+        check_shape(source, opened.reader.dtype, opened.shape, codec)
     if opened.encoded is not None:
         # `Lazy` has what is used of an array: shape, dtype and indexing.
         items = cast(np.ndarray, Lazy(opened.reader, opened.positions))

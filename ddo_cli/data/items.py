@@ -85,16 +85,8 @@ def check_fits(
         raise DataError(
             f"data.hflip = true mirrors images, and {items.name} holds {describe_items(items)}; leave it out"
         )
-    shape, codec = items.items.shape[1:], model.codec
-    if shape != codec.shape and shape not in codec.latent_shapes:
-        shapes = " or ".join("x".join(map(str, shape)) for shape in codec.latent_shapes)
-        remedy = wrong_shape(items.name, shape, codec.shape) if holds_images(items) else "choose a model of their kind"
-        if items.encoded and shapes:
-            remedy = "encode the images with this model (ddo encode), or choose a model of their size"
-        raise DataError(
-            f"{items.name} holds {describe_items(items)} where the model needs {describe(codec.shape)}"
-            f"{f', encoded as {shapes}' if shapes else ''}; {remedy}"
-        )
+    codec = model.codec
+    check_shape(items.name, items.items.dtype, items.items.shape[1:], codec)
     if items.encoded is not None:
         _check_encoder(items.name, items.encoded, codec)
     if not num_classes:
@@ -142,6 +134,23 @@ def check_distance(items: ItemSet) -> None:
     """Raises DataError for images that no distance can be taken to."""
     if len(items.items) < 2:
         raise DataError(f"{items.name} holds one image; a distance needs at least two, and thousands to mean something")
+
+
+def check_shape(name: str, dtype: np.dtype, shape: tuple[int, ...], codec: Codec) -> None:
+    """Raises DataError unless items of this type and shape can be encoded."""
+    if shape == codec.shape or shape in codec.latent_shapes:
+        return
+    shapes = " or ".join("x".join(map(str, shape)) for shape in codec.latent_shapes)
+    if dtype == np.uint8 and len(shape) == 3:
+        remedy = wrong_shape(name, shape, codec.shape)
+    elif shapes:
+        remedy = "encode the images with this model (ddo encode), or choose a model of their size"
+    else:
+        remedy = "choose a model of their kind"
+    raise DataError(
+        f"{name} holds {describe_content(dtype, shape)} where the model needs {describe(codec.shape)}"
+        f"{f', encoded as {shapes}' if shapes else ''}; {remedy}"
+    )
 
 
 def _check_encoder(name: str, encoded: Encoded, codec: Codec) -> None:
@@ -211,7 +220,8 @@ def prepared_by(source: str, shape: Sequence[int] | None = None, enlarges: bool 
     place = shlex.quote(source) if len(source) <= 60 else "SRC"
     size = "" if shape is None else f" --size {shape[2]}" + (f"x{shape[1]}" if shape[1] != shape[2] else "")
     mode = "--grey" if shape is not None and shape[0] == 1 else "--rgb"
-    return f"`ddo data {place} --out set.zip{size} {mode}{' --upscale' if enlarges else ''}`"
+    out = "set.zip" if shape is None else f"set-{shape[2]}.zip"  # another name than that of a set made before
+    return f"`ddo data {place} --out {out}{size} {mode}{' --upscale' if enlarges else ''}`"
 
 
 def wrong_shape(source: str, shape: Sequence[int], wanted: Sequence[int]) -> str:

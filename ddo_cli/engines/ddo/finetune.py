@@ -46,7 +46,7 @@ def run(
     """
     registry.load_file(recipe.model.file)
     loaded = registry.load_model(recipe.model.ckpt, device, recipe.finetune.draw)
-    real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
+    real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache, loaded.model.codec)
     check_fits(real, loaded.model, recipe.data.hflip, every_class=True)
     spec = _sampling(recipe, loaded)
     scoring = Scoring(recipe, real, spec, device)

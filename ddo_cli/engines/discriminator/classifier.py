@@ -39,7 +39,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
     registry.load_file(recipe.model.file)
     loaded = registry.load_model(recipe.model.ckpt, device)
     base = guides.diffusion_model(loaded)
-    real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
+    real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache, base.codec)
     num_classes = base.num_classes or real.num_classes
     check_fits(real, base, recipe.data.hflip, num_classes=num_classes)
     if not num_classes:

@@ -59,7 +59,7 @@ def run(
     loaded = registry.load_model(recipe.model.ckpt, device)
     base = guides.diffusion_model(loaded)
     loaded.model.requires_grad_(False)
-    real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
+    real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache, base.codec)
     label_use = base.num_classes if settings.conditional else 0
     check_fits(real, base, recipe.data.hflip, num_classes=label_use)
     sampling = {key: getattr(recipe.sampling, key) for key in recipe.sampling.model_fields_set}
