@@ -3,7 +3,9 @@
 import errno
 import io
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from typing import Annotated, Any
@@ -73,6 +75,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # never fail because the terminal lacks UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    # Of several processes the launcher ends all; one that waits for another could not be interrupted.
+    is_main_thread = threading.current_thread() is threading.main_thread()  # no other can set it
+    if not _is_one_of_several() and is_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         _run()
     except Exception:
@@ -94,27 +100,50 @@ def _run() -> None:
             _exit(2)
         _fail("usage", f"{error.format_message()} ({_help_of(error)} lists the options)", 2)
     except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted", INTERRUPTED, 130)
+        _interrupted()
     except OSError as error:
         if error.strerror is None:
             raise
-        full = "make room and run the same command again, it continues"
-        remedies = {errno.ENOSPC: full, errno.EDQUOT: full, errno.EROFS: "choose another place"}
-        remedies[errno.EACCES] = "change its permissions, or choose another place"
         # Without torch, only help can have been written.
         is_help = error.filename is None and "torch" not in sys.modules
         if (failed := _stdout_error() or (error if is_help else None)) is not None:
             _fail("disk", f"stdout: {failed.strerror}; send it elsewhere", 2)
         place = error.filename or "the output directory"
-        _fail("disk", f"{place}: {error.strerror}; {remedies.get(error.errno or 0, 'choose another path')}", 2)
+        _fail("disk", f"{place}: {error.strerror}; {_REMEDIES.get(error.errno or 0, 'choose another path')}", 2)
     else:
         if code == 130:  # newer Typer turns Ctrl-C into an exit code
-            _fail("interrupted", INTERRUPTED, 130)
+            _interrupted()
         if "torch" in sys.modules:
             from ddo_cli import dist
 
             dist.shutdown()
         _exit(code if isinstance(code, int) else 0)
+
+
+_AGAIN = "and run the same command again, it continues"
+_REMEDIES = {
+    errno.ENOSPC: f"make room {_AGAIN}",
+    errno.EDQUOT: f"make room {_AGAIN}",
+    errno.EFBIG: f"raise the limit of file sizes (ulimit -f) {_AGAIN}",
+    errno.EMFILE: f"raise the limit of open files (ulimit -n) {_AGAIN}",
+    errno.EIO: f"check the disk {_AGAIN}",
+    errno.EROFS: "choose another place",
+    errno.EACCES: "change its permissions, or choose another place",
+}
+_signals: list[int] = []  # that have ended the command; none: Ctrl-C
+
+
+def _terminated(number: int, _: object) -> None:
+    """Ends the command as Ctrl-C does, so that temporary files are removed."""
+    _signals.append(number)
+    raise KeyboardInterrupt
+
+
+def _interrupted() -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+    _fail("interrupted", INTERRUPTED, 128 + (_signals[0] if _signals else signal.SIGINT))
 
 
 def _help_of(error: Any) -> str:

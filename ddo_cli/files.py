@@ -103,6 +103,13 @@ def replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
         _remove(whole)
 
 
+def system_error(error: BaseException | None) -> OSError | None:
+    """The error of the system behind that of a library."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def _remove(place: Path) -> None:
     """Removes a file or directory of ours, where there is one."""
     if place.is_dir():
@@ -168,6 +175,16 @@ def sweep(directory: Path, *, below: bool = False, name: str | None = None) -> N
                 _remove(path)
         elif below and path.is_dir() and not (path / LOCK).exists():
             sweep(path, below=True)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Adds to a text file. An OSError names it."""
+    try:
+        with open(path, "a") as file:
+            file.write(text)
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def write_text(path: Path, text: str, previous: Path | None = None) -> None:

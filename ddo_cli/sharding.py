@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from ddo_cli import checkpoint, dist, ledger
 from ddo_cli.errors import CheckpointError
-from ddo_cli.files import remove
+from ddo_cli.files import remove, system_error
 
 REST = "rest.safetensors"  # beside the sharded tensors: the small ones, and the header
 UNFINISHED = "unfinished-"
@@ -108,7 +108,14 @@ def save(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     dist.barrier()
-    dcp.save(tensors, checkpoint_id=unfinished, no_dist=dist.world_size() == 1)
+    try:
+        dcp.save(tensors, checkpoint_id=unfinished, no_dist=dist.world_size() == 1)
+    except dcp.CheckpointException as error:
+        failed = next(filter(None, (system_error(failure) for failure, _ in error.failures.values())), None)
+        if failed is None:
+            raise
+        failed.filename = str(directory)
+        raise failed from None
     own = ledger.entries(unfinished.glob(f"__{dist.rank()}_*"))
     shards = {name: entry for part in dist.gathered(own) for name, entry in part.items()}
     if dist.is_main():

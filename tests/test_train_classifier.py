@@ -32,6 +32,7 @@ def test_it_learns(ckpt, tmp_path):
 def test_a_finished_run_says_so(ckpt, tmp_path, capsys):
     recipe = tiny_disc_recipe(ckpt, *SETTINGS, "classifier.images=320")
     found = train_classifier.run(recipe, tmp_path / "run", device=CPU)
+    (tmp_path / "run" / "train-state.safetensors").write_bytes(b"of a process killed right before it removed this")
     assert train_classifier.run(recipe, tmp_path / "run", device=CPU) == found
     assert "nothing to do" in capsys.readouterr().err
     loaded = discriminators.load("classifier", found["final"], CPU)

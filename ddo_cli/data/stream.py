@@ -173,7 +173,7 @@ def _decoded_ahead(name: str, reader: Reader, blocks: list[np.ndarray], workers:
         collate_fn=_as_is,
         prefetch_factor=PREFETCH,
         pin_memory=pin,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_no_signals,
         multiprocessing_context=multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn"),
         generator=torch.Generator(),  # else each pass would advance the global generator and change a run's samples
     )
@@ -226,6 +226,7 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _ignore_interrupt(_: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the parent reports it once and ends the workers.
+def _no_signals(_: int) -> None:
+    # Ctrl-C reaches every process of the terminal; the parent reports it once and ends the workers, by SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

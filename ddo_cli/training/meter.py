@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddo_cli import dist
-from ddo_cli.files import parse_json, recorder_of, write_text
+from ddo_cli.files import append_text, parse_json, recorder_of, write_text
 
 
 class Meter:
@@ -66,8 +66,7 @@ class Meter:
             **more,
         }
         if dist.is_main():
-            with open(self.file, "a") as file:
-                file.write(json.dumps({**line, **record}) + "\n")
+            append_text(self.file, json.dumps({**line, **record}) + "\n")
         self.text = _shown(record)
         self.sums, self.steps, self.started = {}, 0, now
         return record

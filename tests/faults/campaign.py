@@ -17,6 +17,7 @@ import json
 import os
 import pkgutil
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -30,12 +31,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
-LIMIT = 120  # seconds of one command
+LIMIT, HANGS = 240, -1000  # seconds of one command, and the code of one that takes longer
 FAULTS = ("kill", "full", "io", "term", "int")
 KILL_BEFORE, KILL_AFTER, FAIL, FAIL_FROM_THERE_ON, SIGNAL = range(1, 6)  # of shim.c
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
 ACTIONS = {
     "full": (FAIL_FROM_THERE_ON, errno.ENOSPC), "io": (FAIL, errno.EIO),
-    "term": (SIGNAL, signal.SIGTERM), "int": (SIGNAL, signal.SIGINT),
+    "term": (SIGNAL, SIGNALS["term"]), "int": (SIGNAL, SIGNALS["int"]),
 }  # fmt: skip
 CODES = {"kill": (-signal.SIGKILL,), "full": (0, 2), "io": (0, 2), "term": (143,), "int": (130,)}
 FOREIGN = {".tmpAbC123": "a user's", "notes.txt": "mine", ".film.7.part": "half a download"}  # are never touched
@@ -48,7 +50,7 @@ ROW = "{:20} {:5} operations {:5} cases, {:5} as undisturbed, {:3} with strays"
 
 
 class Fault(NamedTuple):
-    """What happens at the n-th file operation below the directory. seconds: SIGKILL after a time instead."""
+    """What happens at the n-th file operation below the directory. seconds: the signal `code` after a time instead."""
 
     number: int = 0
     action: int = 0
@@ -90,7 +92,7 @@ def carry_out(command: list[str], place: Path, fault: Fault = NONE, kinds: str =
         finally:
             sys.stderr.flush()
             os._exit(code)
-    code = _waited(pid, fault.seconds)
+    code = _waited(pid, fault)
     lines = trace.read_text().splitlines()
     hit = next((line.partition(" ")[2] for line in lines if line.startswith("HIT")), "")
     rows = [line.split(" ", 2) for line in lines if not line.startswith("HIT")]
@@ -122,17 +124,20 @@ def _command(command: list[str], place: Path, fault: Fault, kinds: str, trace: P
     return code
 
 
-def _waited(pid: int, seconds: float) -> int:
-    """The exit code, killed after so many seconds; TimeoutError if it takes too long by itself."""
-    end = time.monotonic() + (seconds or LIMIT)
-    while time.monotonic() < end:
+def _waited(pid: int, fault: Fault) -> int:
+    """The exit code; HANGS if the process does not end."""
+    start, seconds = time.monotonic(), fault.seconds
+    while time.monotonic() < start + LIMIT:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
             return os.waitstatus_to_exitcode(status)
+        if seconds and time.monotonic() > start + seconds:
+            os.killpg(pid, fault.code)  # all processes, as a terminal does
+            seconds = 0.0
         time.sleep(0.002)
-    os.kill(pid, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return code if seconds else -signal.SIGALRM  # a hang
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return HANGS
 
 
 # --- What a directory holds
@@ -245,7 +250,7 @@ class Campaign:
         for fault in faults:
             done = carry_out(workload.command, place, fault, kinds)
             hits.append(done.hit or (f"after {fault.seconds:.2f} s" if fault.seconds else "not reached"))
-            reached = bool(done.hit) or (fault.seconds and done.code != 0)
+            reached = bool(done.hit) or (fault.seconds > 0 and done.code != 0)
             code, message = done.code, last_line(done.err)
             if reached:
                 problems += judged(kind, done)
@@ -273,6 +278,12 @@ def judged(kind: str, done: Done) -> list[str]:
     errors = [line for line in done.err.splitlines() if line.startswith("error:")]
     if kind != "kill" and done.code and (len(errors) != 1 or len(errors[0]) > 300):
         problems.append(f"{len(errors)} messages: {errors}")
+    if (
+        kind in ("full", "io")
+        and done.code
+        and (re.search(r"-\d+\.(part|whole)", done.err) or os.strerror(ACTIONS[kind][1]) not in done.err)
+    ):
+        problems.append(f"the message names no file, or no reason: {errors}")
     return problems
 
 
@@ -281,8 +292,9 @@ def faults_of(done: Done, kind: str, at: str, count: int, seconds: float, rng: r
     numbers = list(range(1, len(done.operations) + 1))
     if at == "random":
         for _ in range(count):
-            if kind == "kill":
-                yield [Fault(seconds=rng.uniform(0.02, seconds)) for _ in range(rng.choice((1, 1, 2)))]
+            if kind in SIGNALS:
+                times = [rng.uniform(0.03, seconds) for _ in range(rng.choice((1, 1, 2)))]
+                yield [Fault(code=SIGNALS[kind], seconds=time) for time in times]
             else:
                 yield [Fault(rng.choice(numbers), *ACTIONS[kind])]
         return

@@ -54,6 +54,7 @@ def write_inputs(path: Path) -> None:
            "pretrain.log_every=2", "pretrain.snapshot_every=16", "pretrain.ema_widths=[0.1, 0.05]", "data.num=256",
            "metric.repeats=1")  # fmt: skip
     _recipe(path, "model", load("toy2d", toy))
+    _recipe(path, "sharded", load("toy2d", [*toy, "pretrain.sharding=fsdp"]))
     _recipe(path, "tokenizer", load("quickstart", [
         "data={source: embedded:digits32, num: 32}", f"model={{name: vqvae, options: {json.dumps(TINY_VQVAE)}}}",
         "sampling={batch: 16, sampler: null, steps: null, sigma_min: null, sigma_max: null}", one_score,
@@ -90,6 +91,7 @@ def workloads(inputs: Path) -> dict[str, Workload]:
         ),
         "sweep": Workload(training("finetune-ddo", "sweep")),
         "pretrain": Workload(training("pretrain", "model")),
+        "pretrain-sharded": Workload(training("pretrain", "sharded")),
         "pretrain-tokenizer": Workload(training("pretrain", "tokenizer")),
         "train-disc": Workload(training("train-disc", "disc")),
         "train-classifier": Workload(training("train-classifier", "classifier")),

@@ -19,7 +19,7 @@ from torch import Tensor
 from ddo_cli import checkpoint, console
 from ddo_cli.engines.weights.convert import FORMAT_NAMES, FORMATS, parse_settings
 from ddo_cli.errors import CheckpointError, UsageError
-from ddo_cli.files import replacing, sha256
+from ddo_cli.files import replacing, sha256, system_error
 from ddo_cli.models import pt_files, registry, snapshots
 from ddo_cli.models.adm import files as adm_files
 from ddo_cli.models.adm import keys as adm_keys
@@ -176,8 +176,11 @@ def _adm(like: Path, stored: dict[str, Tensor], told: adm_published.Told) -> Ori
 
 
 def _write_pt(tensors: dict[str, Tensor], path: Path) -> None:
-    with open(path, "wb") as file:  # torch itself would name no error of the system
-        torch.save(OrderedDict(tensors), file)
+    with open(path, "wb") as file:
+        try:
+            torch.save(OrderedDict(tensors), file)
+        except RuntimeError as error:  # torch ends the file after a failed write, too, and complains of that
+            raise system_error(error) or error from None
 
 
 # --- Checks
