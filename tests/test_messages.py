@@ -224,6 +224,13 @@ def test_large_files_are_not_read(tmp_path):
         open_images(str(tmp_path))
 
 
+def test_an_archive_of_latents_without_any(tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.writestr("img-mean-std-00000000.txt", b"x")
+    with pytest.raises(DataError, match=r"holds no img-mean-std-\*\.npy"):
+        open_images(str(tmp_path / "set.zip"))
+
+
 def test_a_manifest_of_encoded_items_of_the_wrong_shape(tmp_path):
     told = {"format": "latents", "encoder": "x", "image_shape": [3, 8, 8], "num_classes": 2, "complete": True}
     for changed in ({"num_classes": 1e400}, {"image_shape": 3}, {"shards": {}}, {"shards": [{"sha256": 3}]}):

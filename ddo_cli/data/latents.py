@@ -206,6 +206,8 @@ def _entries(names: Iterable[str]) -> list[str]:
 def _edm2_set(
     source: str, names: list[str], content: FolderBytes | ZipBytes, labels: np.ndarray, stamp: bytes | str | None
 ) -> Contents:
+    if not names:
+        raise DataError(f"{source} names latents and holds no {EDM2_NAME}*.npy; copy it again")
     reader = _NpyFiles(source, names, content)
     first = reader.item(0)
     if first.dtype != np.float32 or first.ndim != 3 or len(first) % 2:
