@@ -60,7 +60,7 @@ SHORT = {
 SHORT_IF_GIVEN = {"--seeds": "0-47", "--num-images": "64", "--steps-list": "2,3"}
 FOREIGN_OPTIONS = {  # of other programs
     "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--feature-extractor",
-    "--feature-layer-prc", "--transform",
+    "--feature-layer-prc", "--transform", "--again",
 }  # fmt: skip
 
 
