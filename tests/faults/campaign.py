@@ -150,6 +150,8 @@ def content(place: Path, adds: str) -> dict[str, Any]:
         name = str(path.relative_to(place))
         if path.is_dir():
             found[f"{name}/"] = "directory"
+        elif path.name == ".files.jsonl":  # the ledger, to which a disturbed run adds more lines
+            found[name] = "ledger"
         elif path.suffix == ".jsonl":
             lines = map(json.loads, path.read_text().splitlines())
             found[name] = [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
