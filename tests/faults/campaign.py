@@ -43,6 +43,7 @@ CODES = {"kill": (-signal.SIGKILL,), "full": (0, 2), "io": (0, 2), "term": (143,
 FOREIGN = {".tmpAbC123": "a user's", "notes.txt": "mine", ".film.7.part": "half a download"}  # are never touched
 WRITES = "open write rename fsync truncate chmod allocate unlink rmdir mkdir link"  # kinds of operations
 KINDS = {"renames": "rename fsync", "all": WRITES, "random": WRITES, "reads": "open-to-read read"}  # by --at
+OWN_COURSE = (".files.jsonl", "state.previous.json")  # the ledger and the state before tell of each write of a run
 TIMES = ("images_per_second",)  # figures that no two runs share
 
 
@@ -150,8 +151,8 @@ def content(place: Path, adds: str) -> dict[str, Any]:
         name = str(path.relative_to(place))
         if path.is_dir():
             found[f"{name}/"] = "directory"
-        elif path.name == ".files.jsonl":  # the ledger, to which a disturbed run adds more lines
-            found[name] = "ledger"
+        elif path.name in OWN_COURSE:
+            found[name] = "there"
         elif path.suffix == ".jsonl":
             lines = map(json.loads, path.read_text().splitlines())
             found[name] = [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
