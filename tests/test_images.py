@@ -487,6 +487,16 @@ def test_embedded_digits32():
     assert default.items.dtype == np.uint8
 
 
+def test_embedded_digits16():
+    """Means of 2 x 2 pixels of the larger renderings."""
+    for name in ("digits16", "digits16-b"):
+        small, large = open_images(f"embedded:{name}", 50), open_images(f"embedded:{name.replace('16', '32')}", 50)
+        assert small.items.shape == (50, 3, 16, 16)
+        means = large.items.astype(np.float64).reshape(50, 3, 16, 2, 16, 2).mean((3, 5))
+        np.testing.assert_array_equal(small.items, np.floor(means + 0.5))
+        np.testing.assert_array_equal(small.labels, large.labels)
+
+
 def test_embedded_digits8():
     levels, classes = raw_digits()
     found = open_images("embedded:digits8")
@@ -509,7 +519,7 @@ def test_embedded_toy2d():
 
 
 def test_embedded_sets_are_listed():
-    assert {"digits32", "digits32-b", "digits8", "toy2d"} <= set(EMBEDDED_SETS)
+    assert {"digits16", "digits16-b", "digits32", "digits32-b", "digits8", "toy2d"} <= set(EMBEDDED_SETS)
     for name in EMBEDDED_SETS:
         assert len(open_images(f"embedded:{name}", 5).items) == 5
     with pytest.raises(DataError, match=r"embedded:cifar does not come.*embedded:digits32"):

@@ -93,7 +93,7 @@ def fid(
         str, Argument(help="Images (folder, zip, npz, sample set), or a run or weight file to draw them.")
     ],
     ref: Annotated[
-        str | None, Option(help="Images, or statistics of EDM, EDM2, ADM or `ddo stats`. Default: embedded:digits32.")
+        str | None, Option(help="Images, or statistics of EDM, EDM2, ADM or `ddo stats`. Default: embedded:digits16.")
     ] = None,
     num_images: Annotated[int | None, Option(min=2, help="Images to use or to draw. Default: all, or 50000.")] = None,
     resize: options.Resize = None,

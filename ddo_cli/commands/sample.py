@@ -30,7 +30,7 @@ def sample(
     sampling: dict[str, Any],
     second_network: "guides.Others",
     device: "torch.device",
-    ckpt: Annotated[str, Option(help="Model: a weight file or embedded:<name>.")] = "embedded:digits32",
+    ckpt: Annotated[str, Option(help="Model: a weight file or embedded:<name>.")] = "embedded:digits16",
     out: Annotated[Path, Option(help="Directory of the sample set.")] = Path("samples"),
     form: options.Form = None,
     dry_run: options.DryRun = False,
@@ -97,7 +97,7 @@ class Editor(NamedTuple):
         Option(help="Discriminator of `ddo train-disc`. Default: the newest of this model below runs/, if any."),
     ] = None
     ckpt: Annotated[
-        str | None, Option(help="Model that edits. Default: the one that --disc was trained for, or embedded:digits32.")
+        str | None, Option(help="Model that edits. Default: the one that --disc was trained for, or embedded:digits16.")
     ] = None
     no_guidance: Annotated[bool, Option("--no-guidance", help="Edit without guidance only.")] = False
     force: options.Force = False
@@ -108,7 +108,7 @@ class Score(NamedTuple):
 
     ref: Annotated[
         str | None,
-        Option(help="Target images, or an .npz with mu and sigma. Default: the discriminator's data, or digits32."),
+        Option(help="Target images, or an .npz with mu and sigma. Default: the discriminator's data, or digits16."),
     ] = None
     weights: Annotated[str | None, Option(help="Inception-v3 weights, for an FID.")] = None
     extractor: Annotated[str | None, Option(help="An extractor of `ddo train-extractor`.")] = None

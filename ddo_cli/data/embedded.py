@@ -22,6 +22,14 @@ def _digits32(num: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return images, labels[rows]
 
 
+def _digits16(num: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same renderings at half the side: means of 2 x 2 pixels, rounded in integers (halves up)."""
+    images, labels = _digits32(num, seed)
+    n, channels, side, _ = images.shape
+    blocks = images.reshape(n, channels, side // 2, 2, side // 2, 2).sum((3, 5), dtype=np.uint16)  # (n, 3, 16, 16)
+    return ((blocks + 2) // 4).astype(np.uint8), labels
+
+
 def _digits8(num: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Level k of 0..16 becomes round(255 k / 16); no k lies on a half."""
     levels, labels = _digits()
@@ -37,6 +45,8 @@ def _toy2d(num: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 # The "-b" sets are further draws of the same distribution: their distance is that of a perfect model.
 EMBEDDED_SETS: dict[str, Callable[[int | None], tuple[np.ndarray, np.ndarray]]] = {
+    "digits16": partial(_digits16, seed=0),
+    "digits16-b": partial(_digits16, seed=1),
     "digits32": partial(_digits32, seed=0),
     "digits32-b": partial(_digits32, seed=1),
     "digits8": _digits8,

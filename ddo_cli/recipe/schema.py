@@ -34,7 +34,7 @@ class DataRecipe(Section):
     """The real data."""
 
     source: str = key(
-        "embedded:digits32",
+        "embedded:digits16",
         "Real images: a folder, zip, npz, CIFAR-10's .tar.gz, embedded:<name>, or what `ddo encode` made.",
     )
     num: int | None = key(None, "Use this many images. Default: all.", ge=1)
@@ -50,7 +50,7 @@ class ModelRecipe(Section):
     file: str | None = key(None, "Python file that registers your own model.")
     options: dict[str, Any] = key({}, "Constructor options of the model.")
     draw: dict[str, Any] = key({}, "Randomness of pretraining: p_mean, label_dropout, ...")
-    ckpt: str = key("embedded:digits32", "Model to improve or guide: a weight file or embedded:<name>.")
+    ckpt: str = key("embedded:digits16", "Model to improve or guide: a weight file or embedded:<name>.")
 
 
 def _respacing(value: Any) -> Any:

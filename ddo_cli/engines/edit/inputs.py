@@ -19,7 +19,7 @@ from ddo_cli.models import registry
 from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.recipe.schema import GuidanceRecipe, SamplingRecipe
 
-DEFAULT_MODEL = "embedded:digits32"
+DEFAULT_MODEL = "embedded:digits16"
 
 
 class Editor(NamedTuple):

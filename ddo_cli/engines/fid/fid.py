@@ -33,7 +33,7 @@ from ddo_cli.metrics.likelihood_histogram import FeatureGaussian
 from ddo_cli.metrics.manifold import K_DENSITY
 from ddo_cli.recipe.schema import nearest as nearest_name
 
-DEFAULT_REFERENCE = "embedded:digits32"
+DEFAULT_REFERENCE = "embedded:digits16"
 MAIN = "fid"  # the network shared by all metrics but those of OWN_NETWORK
 OWN_NETWORK = ("fd_dinov2", "fd_clip")  # metrics with an extractor of their own
 METRICS = ("fid", "sfid", "is", "kid", *MANIFOLD, *OWN_NETWORK)
