@@ -126,7 +126,8 @@ def test_data_that_does_not_fit_the_model(ddo, ckpt):
 def test_a_bare_section_and_a_plain_exponent(ddo, ckpt, tmp_path):
     """YAML as people write it: `finetune:` without keys, and 1e-4 without a point."""
     (tmp_path / "mine.yaml").write_text("name: mine\nfinetune:\npretrain:\n  lr: 1e-4\n")
-    done = ddo("finetune-ddo", "--recipe", "mine.yaml", "--ckpt", ckpt, "--rounds", "1", "--dry-run", "--json")
+    given = ["--recipe", "mine.yaml", "--ckpt", ckpt, "--data", "embedded:digits32", "--rounds", "1"]
+    done = ddo("finetune-ddo", *given, "--dry-run", "--json")
     assert json.loads(done.stdout)["rounds"] == 1
 
 

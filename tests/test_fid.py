@@ -131,9 +131,9 @@ def test_scorer_takes_images_arrays_and_moments(sets, extractor):
 def test_embedded_default(monkeypatch):
     """The default reference and extractor; a further draw of the data is as near as a model can get."""
     monkeypatch.setattr(embedded, "NUM_GENERATED", 2000)
-    held_out = fid.run("embedded:digits32-b", options=fid.Options(extractor=EMBEDDED_EXTRACTOR, batch=512), device=CPU)
+    held_out = fid.run("embedded:digits16-b", options=fid.Options(extractor=EMBEDDED_EXTRACTOR, batch=512), device=CPU)
     assert held_out["extractor"] == "embedded-digits32"
-    assert held_out["reference"] == "embedded:digits32"
+    assert held_out["reference"] == "embedded:digits16"
     assert held_out["num_images"] == 2000
     assert held_out["fd_embedded"] > 0
 
