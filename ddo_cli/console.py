@@ -15,7 +15,6 @@ from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
-from ddo_cli.errors import LONGEST as LONGEST
 from ddo_cli.errors import RunError, fitted, visible
 
 _out = Console(highlight=False, emoji=False)

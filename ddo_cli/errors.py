@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 # Our choice of limits:
-LONGEST = 300  # characters of a line of a message
+LONGEST = 300  # characters of a line of a message, of which each path counts for
+LONGEST_PATH = 20  # at most: users' own paths may be long, and are needed in full
 MOST_LINES = 21  # of a message that lists problems
 _OBJECT = re.compile(r"\s?<[^<>]* at 0x[0-9a-fA-F]+>|(?:Posix|Windows|Pure\w*)?Path\((['\"])(.*?)\1\)")
 
@@ -42,17 +43,24 @@ def problem_of(error: Any) -> str:
     return printable(f"{'.'.join(map(str, problem['loc'])) or 'the whole'}: {problem['msg']}")
 
 
+def longest(line: str) -> int:
+    """The characters that this line of a message may have."""
+    paths = (len(word) for word in line.split(" ") if "/" in word)
+    return LONGEST + sum(length - LONGEST_PATH for length in paths if LONGEST_PATH < length < LONGEST)
+
+
 def fitted(line: str) -> str:
-    """A visible line of LONGEST characters at most.
+    """A visible line of LONGEST characters at most, paths aside.
 
     What is cut first are the middles of long words that are no paths, and then that of the line: its beginning says
     where, its end what to do.
     """
     line = visible(line)
-    words = {word for word in line.split(" ") if len(word) > 60 and "/" not in word} if len(line) > LONGEST else ()
+    limit = longest(line)
+    words = {word for word in line.split(" ") if len(word) > 60 and "/" not in word} if len(line) > limit else ()
     for word in sorted(words, key=len, reverse=True):
-        line = line.replace(word, _shortened(word, max(60, len(word) - len(line) + LONGEST)))
-    return _shortened(line, LONGEST)
+        line = line.replace(word, _shortened(word, max(60, len(word) - len(line) + limit)))
+    return _shortened(line, limit)
 
 
 def _shortened(text: str, limit: int) -> str:

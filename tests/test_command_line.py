@@ -271,7 +271,13 @@ def test_no_checkpoint_is_named_that_does_not_exist(last_goods, tmp_path, ckpt):
         [
             lambda out: pretrain.run(load("quickstart", [*TINY, "metric.num_images=16"]), out, device=CPU),
             lambda out: train_classifier.run(
-                load("quickstart", ["data.num=64", "classifier.held_out=16"], {"model.ckpt": ckpt}), out, device=CPU
+                load(
+                    "quickstart",
+                    ["data={source: embedded:digits32, num: 64}", "classifier={held_out: 16, batch: 16}"],
+                    {"model.ckpt": ckpt},
+                ),
+                out,
+                device=CPU,
             ),
             lambda out: train_extractor.run("embedded:digits8", out, held_out=None, images=256, seed=0, device=CPU),
         ]
@@ -305,6 +311,7 @@ def test_home_in_paths(ddo, tmp_path, monkeypatch):
     make_checkpoint(tmp_path / "home" / "m.safetensors")
     ddo("sample", "--ckpt=~/m.safetensors", "--num-images=2", "--out=~/set", "steps=2")
     assert (tmp_path / "home" / "set" / "000000.png").is_file()
-    found = ddo("finetune-ddo", "--dry-run", "--no-measure", "--json", "--out=~/run", "model.ckpt=~/m.safetensors")
+    given = ["--data=embedded:digits32", "--out=~/run", "model.ckpt=~/m.safetensors"]
+    found = ddo("finetune-ddo", "--dry-run", "--no-measure", "--json", *given)
     assert json.loads(found.stdout)["out"] == str(tmp_path / "home" / "run")
     assert not (tmp_path / "~").exists()

@@ -10,7 +10,7 @@ from rich.console import Console
 from ddo_cli import console
 from ddo_cli.commands.options import lines_of
 from ddo_cli.data import images
-from ddo_cli.errors import CheckpointError, DataError, printable
+from ddo_cli.errors import LONGEST, CheckpointError, DataError, printable
 from ddo_cli.report import html
 
 NASTY = {
@@ -55,7 +55,7 @@ def test_names_are_shown_and_do_nothing(name, shown):
     assert not any(line.startswith("error: disk") for line in lines)
     assert lines[0].startswith("error: ")
     assert lines[0].endswith("cannot be read; remove it")
-    assert len(lines[0]) <= console.LONGEST + len("error: ")
+    assert len(lines[0]) <= LONGEST + len("error: ")
     if len(value) < 200:
         assert printable(value) in lines[0]
 
@@ -90,4 +90,4 @@ def test_objects_are_left_out_of_messages(tmp_path):
 def test_problems_of_a_recipe_keep_their_lines(shown):
     console.error("recipe", f"x.yaml: a = 1\nx.yaml: {'b' * 4000}\nx.yaml: c\x1b; leave it out")
     lines = shown.getvalue().split("\n")
-    assert [len(line) for line in lines] == [len("error: x.yaml: a = 1"), console.LONGEST, 27, 0]
+    assert [len(line) for line in lines] == [len("error: x.yaml: a = 1"), LONGEST, 27, 0]

@@ -18,7 +18,12 @@ from ddo_cli.files import replacing
 from ddo_cli.models import registry
 from ddo_cli.recipe.load import load
 
-REFERENCES = {"digits16": "quickstart", "digits32": "quickstart-few-steps", "digits8": "digits8-ar", "toy2d": "toy2d"}  # asset -> recipe that trains it
+REFERENCES = {
+    "digits16": "quickstart",
+    "digits32": "quickstart-few-steps",
+    "digits8": "digits8-ar",
+    "toy2d": "toy2d",
+}  # asset -> recipe that trains it
 EXTRACTOR = "extractor-digits32.safetensors"
 
 

@@ -22,7 +22,7 @@ from mutations import Files, Inputs
 from rich.console import Console
 
 from ddo_cli import console
-from ddo_cli.errors import LONGEST, MOST_LINES, DdoError
+from ddo_cli.errors import MOST_LINES, DdoError, longest
 
 SECONDS = 5.0  # for one input
 MEGABYTES = 2048  # that one input may take
@@ -129,7 +129,8 @@ def wrong(message: str) -> str | None:
     lines = message.split("\n")
     problems = {
         "an empty message": not message.strip(),
-        "a long message": max(map(len, lines)) > LONGEST + len("warning: ") or len(lines) > MOST_LINES,
+        "a long message": any(len(line) > longest(line) + len("warning: ") for line in lines)
+        or len(lines) > MOST_LINES,
         "an object in a message": bool(RAW.search(message)),
         "control characters": not all(line.isprintable() for line in lines),
     }

@@ -139,8 +139,8 @@ def _checked(published: Published, file: Path, label: str) -> WeightFile:
     digest = sha256(file)
     if file.name in published.names and digest != published.sha256:
         raise CheckpointError(
-            f"{label} has the wrong hash {digest[:16]}... instead of {published.sha256[:16]}...: it is damaged or "
-            f"something else. Remove it and {published.remedy()}; other weights need another file name"
+            f"{label} has the wrong hash {digest[:8]}, not {published.sha256[:8]}: it is damaged. Remove it and "
+            f"{published.remedy()}; other weights need another name"
         )
     return WeightFile(file, digest, digest == published.sha256, label)
 
