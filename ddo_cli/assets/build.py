@@ -1,6 +1,6 @@
 """`python -m ddo_cli.assets.build` (or `make assets`): makes every file of this folder from its origin.
 
-Needs scikit-learn (the `dev` extra) for the digits. Takes about three minutes on two CPU cores.
+Needs scikit-learn (the `dev` extra) for the digits. Takes about six minutes on two CPU cores.
 """
 
 import shutil
