@@ -289,7 +289,8 @@ def test_a_discriminator_goes_through_its_file_without_the_trunk(tmp_path):
     config, network = tiny_discriminator(trunk, 5)
     assert all(key.startswith("head.") for key in network.state_dict())
     assert network.state_dict()["head.label_emb.weight"].shape == (12, 128)  # rows of the file, not of the model
-    header = {"kind": "discriminator", "config": config, "process": discriminators.PROCESS}
+    header = {"kind": "discriminator", "config": config, "process": discriminators.PROCESS, "guidance": {}}
+    header["trained_on"] = {"model": "m.safetensors", "model_sha256": "0"}
     checkpoint.save(tmp_path / "d.safetensors", network.state_dict(), header)
     same = discriminators.load("discriminator", tmp_path / "d.safetensors", CPU).network
     x, t = states()

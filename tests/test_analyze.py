@@ -333,7 +333,7 @@ def test_all_analyses_of_images(disc, ckpt, tmp_path, monkeypatch, capsys):
     names = ["gain", "trajectory", "nfe", "regeneration"]
     assert [key for key in found if key in analyze.ANALYSES] == names
     assert (found["discriminator"], found["model"], found["dg_weight"], found["held_out"]) == (disc, ckpt, 2.0, 16)
-    assert sorted(p.name for p in out.iterdir() if p.name != ".lock") == sorted(
+    assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == sorted(
         f"{name}.{end}" for name in names for end in ("json", "png")
     )
     for name in names:

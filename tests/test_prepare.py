@@ -361,8 +361,8 @@ def test_a_command_with_a_model_names_its_size_at_once(photos, ddo):
     """By the first picture, not by the first that differs from it."""
     for command in ("finetune-ddo", "train-disc", "train-classifier"):
         message = " ".join(ddo(command, "--data", photos, "--out", "run", "--dry-run", code=2).stderr.split())
-        assert "where the model needs 32x32 RGB; `ddo data" in message
-        assert "--out set-32.zip --size 32 --rgb --upscale` makes such images" in message
+        assert "where the model needs 16x16 RGB; `ddo data" in message
+        assert "--out set-16.zip --size 16 --rgb` makes such images" in message
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,9 @@ def test_a_command_with_a_model_names_its_size_at_once(photos, ddo):
 )  # fmt: skip
 def test_networks_say_which_sides_fit(shape, line, tmp_path, ddo):
     np.savez(tmp_path / "set.npz", arr_0=np.zeros((2, *shape, 1), np.uint8))
-    message = " ".join(ddo("pretrain", "--data", "set.npz", "--out", "run", "--dry-run", code=2).stderr.split())
+    options = "model.options={patch: 4, widths: [8, 8], depths: [1, 1], emb_width: 8}"
+    given = ["--data", "set.npz", "--out", "run", "--dry-run", options, "pretrain.batch=2"]
+    message = " ".join(ddo("pretrain", *given, code=2).stderr.split())
     assert line in message
     assert len(message) < 300
 

@@ -324,7 +324,11 @@ def test_shapes_that_are_claimed(tmp_path):
     """No memory is reserved for them."""
     ask = stats.read_npz
     refused(npz_claiming(tmp_path / "a.npz", (10**12,)), "claims the shape", ask)
-    refused(npz_claiming(tmp_path / "b.npz", (2**29 - 64,), 2**32 - 512), "larger than any statistics", ask)
+    refused(
+        npz_claiming(tmp_path / "b.npz", (2**29 - 64,), 2**32 - 512),
+        "larger than any statistics|of nearly nothing",
+        ask,
+    )
     refused(npz_claiming(tmp_path / "c.npz", (2**20,), 2**23), "ends early|Bad|not an .npz", ask)
     assert npz.members(npz_claiming(tmp_path / "d.npz", (3,)))["mu"].read().tolist() == [0, 0, 0]
 

@@ -188,7 +188,7 @@ def test_other_clips(clip_archive, tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match=r"does not fit CLIP ViT-B/32"):
             select_extractor("fd_clip", str(tmp_path / "other.safetensors"))
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match=r"does not fit CLIP ViT-B/32 \('visual\.conv1\.weight'\)"):
+    with pytest.raises(CheckpointError, match=r"does not fit CLIP ViT-B/32 \('visual\.conv1\.weight' is missing\)"):
         select_extractor("fd_clip", str(tmp_path / "other.safetensors"))
 
 

@@ -113,7 +113,9 @@ class State:
     def _newest_good(self) -> tuple[Path | None, Path | None]:
         """Directory (None for a single file) and file of the newest state that is not damaged; None: there is none."""
         places = sharding.saved(state_directory(self.file)) if self.is_sharded else [self.file, before(self.file)]
-        problems = dist.from_main({place: _problem(place) for place in places} if dist.is_main() else {})
+        here = self.file.parent
+        judged = {place.relative_to(here): _problem(place) for place in places} if dist.is_main() else {}
+        problems = {here / name: problem for name, problem in dist.from_main(judged).items()}
         found = next((place for place, problem in problems.items() if problem is None), None)
         told = [f"{place} {problem}" for place, problem in problems.items() if problem not in (None, _NONE)]
         self._is_good = not problems or found == next(iter(problems))

@@ -195,7 +195,8 @@ def _check_config(ours: dict[str, Any], theirs: dict[str, Any], ckpt: str, like:
 
     actual, wanted = facts(ours), facts(theirs)
     if odd := [key for key in actual.keys() | wanted.keys() if actual.get(key) != wanted.get(key)]:
-        listed = ", ".join(f"{key} {actual.get(key)} instead of {wanted.get(key)}" for key in sorted(odd))
+        odd = ["name"] if "name" in odd else sorted(odd)  # options of other networks have nothing in common
+        listed = ", ".join(f"{key} {actual.get(key)} instead of {wanted.get(key)}" for key in odd)
         raise CheckpointError(
             f"{ckpt} is another model than {like}: {listed}; give with --like the file that it was converted from"
         )
