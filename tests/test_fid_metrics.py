@@ -147,7 +147,7 @@ def test_two_processes_equal_one(root, found):
 
 
 @pytest.mark.slow
-def test_one_image_at_a_time_and_likelihoods(root, found, tmp_path):
+def test_one_image_at_a_time_and_likelihoods(real_pictures, root, found, tmp_path):
     again = score(root, metrics=("fid",), nll=(str(root / "real"),), batch=1, pictures=tmp_path)
     assert again["fid"] == pytest.approx(found["fid"], rel=1e-5)
     assert found["sfid"] > 0
