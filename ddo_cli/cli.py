@@ -75,10 +75,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # never fail because the terminal lacks UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    # Of several processes the launcher ends all; one that waits for another could not be interrupted.
-    is_main_thread = threading.current_thread() is threading.main_thread()  # no other can set it
-    if not _is_one_of_several() and is_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _terminated)
     try:
         _run()
     except Exception:
@@ -92,6 +88,10 @@ def _run() -> None:
     # An error in parsing the options must be JSON, too.
     console.use_json("--json" in sys.argv)
     try:
+        # Of several processes the launcher ends all; one that waits for another could not be interrupted.
+        is_main_thread = threading.current_thread() is threading.main_thread()  # no other can set it
+        if not _is_one_of_several() and is_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, _terminated)
         code = app(standalone_mode=False)
     except DdoError as error:
         _fail(error.kind, str(error), 2)

@@ -51,7 +51,9 @@ ROW = "{:20} {:5} operations {:5} cases, {:5} as undisturbed, {:3} with strays"
 
 
 class Fault(NamedTuple):
-    """What happens at the n-th file operation below the directory. seconds: the signal `code` after a time instead."""
+    """What happens at the n-th file operation below the directory. seconds: the signal `code` instead, so long after
+    the command has begun.
+    """
 
     number: int = 0
     action: int = 0
@@ -127,18 +129,26 @@ def _command(command: list[str], place: Path, fault: Fault, kinds: str, trace: P
 
 def _waited(pid: int, fault: Fault) -> int:
     """The exit code; HANGS if the process does not end."""
-    start, seconds = time.monotonic(), fault.seconds
-    while time.monotonic() < start + LIMIT:
+    begun, seconds, end = 0.0, fault.seconds, time.monotonic() + LIMIT
+    while time.monotonic() < end:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
             return os.waitstatus_to_exitcode(status)
-        if seconds and time.monotonic() > start + seconds:
+        if seconds and not begun and _catches(pid, signal.SIGTERM):
+            begun = time.monotonic()
+        if seconds and begun and time.monotonic() > begun + seconds:
             os.killpg(pid, fault.code)  # all processes, as a terminal does
             seconds = 0.0
         time.sleep(0.002)
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return HANGS
+
+
+def _catches(pid: int, number: int) -> bool:
+    """Whether a process handles a signal: before, it has not begun its command and may die of it."""
+    caught = Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2].split()[0]
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 # --- What a directory holds
