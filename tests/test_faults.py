@@ -22,6 +22,7 @@ def place(tmp_path, monkeypatch):
     """A directory with a model and a user's own files; what a command does about signals is undone."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(cli, "_signals", [])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
     make_checkpoint(tmp_path / "m.safetensors")
     (tmp_path / ".tmpAbC123").write_text("mine")
     yield tmp_path
