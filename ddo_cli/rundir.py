@@ -297,7 +297,7 @@ class RunDir:
             return (
                 key in places
                 or key.rpartition(".")[2] in HARMLESS
-                or (key == "finetune.rounds" and may_grow)
+                or (key in ("finetune.rounds", "finetune.patience_rounds") and may_grow)
                 or (key in ("metric.num_images", "metric.repeats") and not is_scored)
                 # What it comes to on this device is compared in the identity.
                 or (key.rpartition(".")[2] == "precision" and "precision" in identity)

@@ -20,6 +20,7 @@ from PIL import Image
 from ddo_cli import checkpoint, files, rundir
 from ddo_cli.data.images import open_images
 from ddo_cli.engines.ddo import finetune
+from ddo_cli.engines.scoring import Scoring
 from ddo_cli.errors import CheckpointError, NumericsError, RunError, UsageError
 from ddo_cli.objectives import ddo_step as objective
 from ddo_cli.objectives.ddo import ddo_loss
@@ -380,6 +381,119 @@ def test_more_rounds_go_on_where_a_finished_run_ended(finished_of, tmp_path, cap
     assert len(again["rounds"]) == 2
     with pytest.raises(RunError, match=r"finetune\.rounds: 2 -> 1"):
         finetune.run(tiny_recipe(ckpt, "diffusion", "finetune.rounds=1"), out, device=CPU)
+
+
+EVERY_STEP = ("finetune.rounds=1", "finetune.eval_every=4", "finetune.lr=0.03", "metric.repeats=1")
+
+
+@pytest.mark.slow
+def test_patience_ends_a_round_where_scores_have_risen(finished_of, tmp_path, monkeypatch, capsys):
+    """Until then it is the run without patience, also when it is killed on the way."""
+    _, ckpt, _, _ = finished_of("autoregressive")
+    finetune.run(tiny_recipe(ckpt, "autoregressive", *EVERY_STEP), tmp_path / "plain", device=CPU)
+    (whole,) = json.loads((tmp_path / "plain" / "state.json").read_text())["rounds"]
+    assert "trained_images" not in whole
+    scores = [figures["fd_embedded"] for figures in whole["candidates"].values()]
+    assert scores == sorted(scores, reverse=True)
+    assert len(scores) == 6
+
+    patient, count, rename, run = (
+        tiny_recipe(ckpt, "autoregressive", *EVERY_STEP, "finetune.patience=1"), 0, os.replace, Scoring.run,
+    )  # fmt: skip
+
+    def replace(source, target):
+        nonlocal count
+        rename(source, target)
+        count += 1
+        if count % 37 == 0:
+            raise KilledError
+
+    def rising(*arguments, **options):
+        """Scores that rise after the third candidate."""
+        return {"fd_embedded": abs(run(*arguments, **options)["fd_embedded"] - scores[2])}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", replace)
+        patch.setattr(Scoring, "run", rising)
+        for _ in range(12):
+            try:
+                found = finetune.run(patient, tmp_path / "run", device=CPU)
+                break
+            except KilledError:
+                continue
+    assert count > 37
+    (record,) = json.loads((tmp_path / "run" / "state.json").read_text())["rounds"]
+    assert [f["fd_embedded"] for f in record["candidates"].values()] == [abs(s - scores[2]) for s in scores[:4]]
+    assert (record["ended_early"], record["trained_images"]) == (True, 16)
+    assert found["rounds"][0]["best_images"] == 12
+    assert "ends after 16 images" in " ".join(capsys.readouterr().err.split())
+    assert "ended at 16" in (tmp_path / "run" / "report.html").read_text()
+    ours, theirs = (losses_in(tmp_path / name) for name in ("run", "plain"))
+    assert ours == theirs[: len(ours)]
+    best = [
+        checkpoint.load(path).tensors
+        for path in (
+            tmp_path / "run" / "round-01" / "best.safetensors",
+            tmp_path / "plain" / "round-01" / "checkpoints" / "step-000003.safetensors",
+        )
+    ]
+    assert all(torch.equal(best[0][name], best[1][name]) for name in best[1])
+
+
+def losses_in(out: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def test_rounds_without_promotion_end_a_run(finished_of, tmp_path, capsys):
+    """With weights that do not move no candidate is better; without the rule the same run goes on."""
+    _, ckpt, _, _ = finished_of("autoregressive")
+    short = ("finetune.images_per_round=12", "finetune.eval_every=4", "finetune.patience=1", "metric.repeats=1")
+    still = ("finetune.lr=1.0e-30", "finetune.rounds=3", *short)
+    recipe, out = tiny_recipe(ckpt, "autoregressive", *still), tmp_path / "run"
+    for _ in range(2):  # a finished run answers alike
+        result = finetune.run(recipe, out, device=CPU)
+        assert [record["promoted"] for record in result["rounds"]] == [False, False]
+        assert result["ended_early"]
+        assert "ended after round 2 of 3: 2 in a row without a promotion" in " ".join(capsys.readouterr().err.split())
+    page = (out / "report.html").read_text()
+    assert "Ended after round 2 of 3" in page
+    assert page.count("; ended at 8<") == 2  # the second candidate, of three
+    assert (out / "final.safetensors").read_bytes() == Path(ckpt).read_bytes()
+    more = tiny_recipe(ckpt, "autoregressive", *still, "finetune.patience_rounds=null")
+    result = finetune.run(more, out, device=CPU)
+    assert len(result["rounds"]) == 3
+    assert "ended_early" not in result
+
+
+def test_what_ends_a_run():
+    def is_over(outcomes: str, *overrides: str) -> bool:
+        recipe = tiny_recipe("embedded:digits32", "diffusion", "finetune.rounds=6", *overrides)
+        return finetune._is_over(recipe, [{"promoted": letter == "p"} for letter in outcomes])
+
+    assert not is_over("")
+    assert not is_over("-")
+    assert is_over("--")
+    assert is_over("p--")
+    assert not is_over("-p-")
+    assert is_over("pppppp")
+    assert not is_over("--", "finetune.patience_rounds=3")
+    assert is_over("---", "finetune.patience_rounds=3")
+    assert not is_over("-----", "finetune.patience_rounds=null")
+    # Other settings are a new chance, for as many rounds.
+    assert not is_over("--", "finetune.from_round={3: {lr: 2.0e-5}}")
+    assert not is_over("---", "finetune.from_round={3: {lr: 2.0e-5}}")
+    assert is_over("----", "finetune.from_round={3: {lr: 2.0e-5}}")
+
+
+def test_dry_run_tells_what_may_end_a_run_early(tmp_path):
+    def told(*overrides: str) -> dict[str, int]:
+        recipe = tiny_recipe("embedded:digits32", "diffusion", *overrides)
+        return finetune.run(recipe, tmp_path / "run", device=CPU, dry_run=True, measure=False).get("may_end_early", {})
+
+    assert told() == {}  # two rounds
+    assert told("finetune.rounds=4") == {"rounds_without_promotion": 2}
+    assert told("finetune.patience=3") == {"candidates_without_gain": 3}
 
 
 def test_files_that_moved_are_taken_over(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from conftest import CPU, fit_events, make_checkpoint, tiny_recipe, torchrun
 from ddo_cli import checkpoint, files
 from ddo_cli.commands.options import coefficient
 from ddo_cli.engines.ddo import finetune, sweep
-from ddo_cli.engines.ddo.sweep import Costs, Rung, Setting, plan_of, rungs_of, survivors
+from ddo_cli.engines.ddo.sweep import Costs, Rung, Setting, is_past_best, plan_of, rungs_of, survivors
 from ddo_cli.engines.ddo.trial import Trial
 from ddo_cli.errors import NumericsError, RecipeError, RunError, UsageError
 from ddo_cli.objectives import ddo_step as objective
@@ -60,6 +60,23 @@ def test_survivors_are_the_lowest_and_ties_go_to_the_earlier():
     assert survivors([5.0, 4.0, 5.0, 4.0], 3) == [0, 1, 3]
     assert survivors([math.nan, 7.0, math.inf], 1) == [1]
     assert survivors([2.0], 3) == [0]
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "expected"),
+    [
+        ([], 1, False),
+        ([3.0, 2.0, 1.0], 1, False),
+        ([3.0, 2.0, 2.0], 1, True),  # a tie is no better
+        ([3.0, 2.0, 4.0], 2, False),
+        ([3.0, 2.0, 4.0, 2.5], 2, True),
+        ([3.0, 2.0, 4.0, 2.5], None, False),
+        ([3.0, 2.0, math.nan], 1, True),
+        ([math.nan, math.nan, 2.0], 1, False),
+    ],
+)
+def test_scores_that_have_risen_again(scores, patience, expected):
+    assert is_past_best(scores, patience) == expected
 
 
 def test_cost_of_six_nodes_by_hand():

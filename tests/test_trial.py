@@ -25,7 +25,7 @@ def test_averages_are_gone_while_they_are_scored(tmp_path):
 
     trial = Trial.__new__(Trial)
     trial.scoring = SimpleNamespace(key="fd", run=score)
-    trial.settings = SimpleNamespace(ema_widths=[])
+    trial.settings, trial.steps = SimpleNamespace(ema_widths=[], patience=None), 8
     trial.networks = SimpleNamespace(scratch=scratch, header={"provenance": [{}]})
     trial.path, trial.file, trial.tags = tmp_path, tmp_path / "metrics.json", {}
     trial.candidates, trial.rungs, trial.diverged, trial.reached = {}, {}, {}, 0

@@ -146,7 +146,16 @@ Coefficient = Annotated[float | tuple[float, ...], BeforeValidator(_coefficient)
 
 
 # Keys that are the same in all rounds of a run.
-_OF_THE_RUN = ("rounds", "from_round", "precision", "compile", "sharding", "fake_as", "keep_candidates")
+_OF_THE_RUN = (
+    "rounds",
+    "patience_rounds",
+    "from_round",
+    "precision",
+    "compile",
+    "sharding",
+    "fake_as",
+    "keep_candidates",
+)
 
 
 def _numbers(value: Any) -> Any:
@@ -174,6 +183,14 @@ class FinetuneRecipe(TrainRecipe):
     )
     draw: dict[str, Any] = key({}, "Randomness in place of the reference's, e.g. {p_std: 1.0}.")
     eval_every: int = key(3840, "Images between candidates of a round.", ge=1)
+    patience: int | None = key(
+        None, "End a round after this many candidates in a row without a better score. Default: never.", ge=1
+    )
+    patience_rounds: int | None = key(
+        2,
+        "End the run after this many rounds in a row without a promotion, under the same settings; null: never.",
+        ge=1,
+    )
     keep_candidates: Literal["all", "best"] = key("all", "Candidates kept on disk after a round.")
     max_denoising_ratio: float = key(
         2.0, "Stop when the model's plain loss on real images exceeds the reference's by this factor.", gt=1

@@ -61,7 +61,7 @@ def run(
         return plan | dry_runs.of_finetuning(recipe, loaded, plans, real, scoring) if measure else plan
     with training_run.claimed("finetune-ddo", recipe, out, identity, _needed) as (run_dir, state):
         _mend_weights(recipe, run_dir, state.get("rounds", []))
-        if len(state.get("rounds", [])) >= recipe.finetune.rounds and run_dir.is_finished(state, run_dir.final):
+        if _is_over(recipe, state.get("rounds", [])) and run_dir.is_finished(state, run_dir.final):
             if dist.is_main() and finetune_report.is_behind(run_dir, state):
                 finetune_report.write(run_dir, recipe, state, scoring.key)
             return _result(recipe, run_dir, state, scoring.key)
@@ -76,7 +76,8 @@ def run(
         del loaded  # each round loads its own
         _drop_candidates(recipe, run_dir, state["rounds"])
 
-        for number in range(len(state["rounds"]) + 1, recipe.finetune.rounds + 1):
+        while not _is_over(recipe, state["rounds"]):
+            number = len(state["rounds"]) + 1
             this = Round(number, recipe, plans[number - 1], run_dir, scoring, device)
             error = reference.check_precision(this.recipe, this.ref_file, real, number, device)
             this.draw_fakes()
@@ -97,10 +98,22 @@ def run(
             del networks, trials, alive, trial  # the next round's models take their memory
 
         if dist.is_main():
-            copy_weights(weights_after(recipe, run_dir, recipe.finetune.rounds), run_dir.final)
+            copy_weights(weights_after(recipe, run_dir, len(state["rounds"])), run_dir.final)
             finetune_report.write(run_dir, recipe, state, scoring.key)
         state = training_run.finish(run_dir)
         return _result(recipe, run_dir, state, scoring.key)
+
+
+def _is_over(recipe: Recipe, rounds: list[dict[str, Any]]) -> bool:
+    """Whether all rounds are done, or the last ones, under the settings of the next, led to no promotion."""
+    settings, done = recipe.finetune, len(rounds)
+    if done >= settings.rounds or settings.patience_rounds is None:
+        return done >= settings.rounds
+    last = range(done - settings.patience_rounds + 1, done + 1)
+    if last.start < 1 or any(rounds[number - 1]["promoted"] for number in last):
+        return False
+    following = settings.of_round(done + 1)
+    return all(settings.of_round(number) == following for number in last)
 
 
 def _needed(run_dir: rundir.RunDir, state: dict[str, Any], name: str) -> str | None:
@@ -173,6 +186,8 @@ def _promote(this: Round, trials: list[Trial], state: dict[str, Any]) -> dict[st
         spent, full = sweep.cost(nodes, this.plan.candidates_at, this.plan.costs)
         record |= {**trial.setting._asdict(), "nodes": nodes, "cost": spent, "full_cost": full}
         console.show(console.table(*finetune_report.sweep_table(record, this.recipe, key)))
+    if this.recipe.finetune.patience is not None:
+        record |= {"trained_images": trial.last_step * this.recipe.finetune.batch, "ended_early": trial.is_early}
     if dist.is_main():  # optimizer state does not cross rounds, and every candidate has its score on disk
         for place in (this.path, *this.path.glob("nodes/*")):
             drop_state(place / TRAIN_STATE)
@@ -250,6 +265,8 @@ def _result(recipe: Recipe, run_dir: rundir.RunDir, state: dict[str, Any], key: 
     rounds = state["rounds"]
     if not any(record["promoted"] for record in rounds):
         console.warn(f"no round improved on the reference: {run_dir.final} is the reference {recipe.model.ckpt} itself")
+    if ending := finetune_report.ending(recipe, rounds):
+        console.info(ending)
     kept = ("round", "score", "best_images", "promoted")
     swept = ("alpha", "beta", "nodes")
     fraction, benchmark = sweep.fraction_spent(rounds), recipe.metric.benchmark
@@ -261,6 +278,7 @@ def _result(recipe: Recipe, run_dir: rundir.RunDir, state: dict[str, Any], key: 
         "precision": state["precision"],
         "reference_score": state["reference"]["score"],
         "final_score": rounds[-1]["score"],
+        **({"ended_early": True} if ending else {}),
         **({} if fraction is None else {"sweep_cost": fraction}),
         **({} if benchmark is None else {"published": [row._asdict() for row in published.rows(benchmark, key)]}),
         "rounds": [
@@ -290,5 +308,6 @@ def _dry_run(recipe: Recipe, out: Path, model: LikelihoodModel, plan: sweep.Plan
             "reference_forward": 2 * settings.batch,
         },
         **(plan.forecast() if plan.is_sweep else {}),
+        **finetune_report.early_stop(settings),
         **finetune_report.settings_by_round(recipe),
     }

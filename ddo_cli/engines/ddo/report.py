@@ -5,7 +5,7 @@ from typing import Any
 from ddo_cli import rundir
 from ddo_cli.engines.ddo.sweep import Setting, fraction_spent, rank
 from ddo_cli.recipe.load import to_yaml
-from ddo_cli.recipe.schema import Recipe
+from ddo_cli.recipe.schema import FinetuneRecipe, Recipe
 from ddo_cli.report import html, pictures
 from ddo_cli.report.pictures import Curve
 from ddo_cli.training import meter
@@ -26,6 +26,8 @@ def table(state: dict[str, Any], key: str) -> tuple[list[str], list[Row]]:
             outcome += f", {_setting(record).title}"
         if not record["promoted"]:
             outcome = f"kept; best candidate {record['candidate_score']:.4g}"
+        if record.get("ended_early"):
+            outcome += f"; ended at {record['trained_images']:,}"
         ratio = f"{record['score'] / start:.3f}" if start else "-"
         rows.append((f"after round {record['round']}", *_figures(record, key, others), ratio, outcome))
     return columns, rows
@@ -51,6 +53,25 @@ def sweep_table(record: dict[str, Any], recipe: Recipe, key: str) -> html.Table:
             outcome += ", best of the round"
         rows.append((_setting(node).title, *(scores.get(step, "-") for step in rungs), *figures, outcome))
     return html.Table(f"Round {record['round']}: {key} of every node (lower is better)", columns, rows)
+
+
+def ending(recipe: Recipe, rounds: list[dict[str, Any]]) -> str:
+    """Says that the run has ended before its last round; empty where it has not."""
+    if len(rounds) >= recipe.finetune.rounds:
+        return ""
+    return (
+        f"ended after round {len(rounds)} of {recipe.finetune.rounds}: {recipe.finetune.patience_rounds} in a row "
+        "without a promotion (finetune.patience_rounds)"
+    )
+
+
+def early_stop(recipe: FinetuneRecipe) -> dict[str, Any]:
+    """For `--dry-run`, which counts every round in full: what may end a round, and the run, before."""
+    limits = {"candidates_without_gain": recipe.patience}
+    if recipe.patience_rounds is not None and recipe.patience_rounds < recipe.rounds:
+        limits["rounds_without_promotion"] = recipe.patience_rounds
+    limits = {key: value for key, value in limits.items() if value is not None}
+    return {"may_end_early": limits} if limits else {}
 
 
 def settings_by_round(recipe: Recipe) -> dict[str, Any]:
@@ -123,6 +144,8 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any], key: st
     ]
     settings = [recipe.finetune.of_round(number) for number in range(1, recipe.finetune.rounds + 1)]
     lengths = [-(-finetune.images_per_round // finetune.batch) * finetune.batch for finetune in settings]
+    for record in rounds:
+        lengths[record["round"] - 1] = record.get("trained_images", lengths[record["round"] - 1])
     before = [sum(lengths[:number]) for number in range(len(lengths))]  # images of the rounds before, by round
     at = [before[record["round"] - 1] + record["n_images"] for record in log]
     candidates = [
@@ -157,6 +180,8 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any], key: st
     start, final = by_round[0], by_round[-1]
     ratio = f" ({final / start:.2f} times)" if start else ""
     summary = f"{key} {start:.4g} -> {final:.4g}{ratio} in {len(rounds)} rounds; lower is better."
+    if end := ending(recipe, rounds):
+        summary += f" {end.capitalize()}."
     cost = sweep_cost(rounds)
     if cost:
         summary += f" {cost.capitalize()}; curves are of each round's best node."

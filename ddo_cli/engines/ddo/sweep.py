@@ -126,6 +126,14 @@ def rank(score: float) -> float:
     return math.inf if math.isnan(score) else score
 
 
+def is_past_best(scores: Sequence[float], patience: int | None) -> bool:
+    """Whether the last `patience` scores, in the order of training, are no better than the best one before them."""
+    if patience is None or not scores:
+        return False
+    best = min(range(len(scores)), key=lambda i: rank(scores[i]))  # of equal ones the earliest
+    return len(scores) - 1 - best >= patience
+
+
 def cost(nodes: Sequence[dict[str, Any]], candidates_at: Sequence[int], costs: Costs) -> tuple[int, int]:
     """What was spent on these nodes' records, and what training every node in full with all its candidates costs.
 

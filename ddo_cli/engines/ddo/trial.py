@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ddo_cli import checkpoint, console, dist
+from ddo_cli.engines.ddo import sweep
 from ddo_cli.engines.ddo.round import Networks, Round
 from ddo_cli.engines.ddo.sweep import Setting, survivors
 from ddo_cli.errors import NumericsError
@@ -49,11 +50,11 @@ class Trial:
         In a sweep a trial that diverges drops out; alone it raises NumericsError.
         """
         is_last = until == self.steps
-        if self.diverged or str(until) in (self.candidates if is_last else self.rungs):
+        if self.diverged or (self.is_over if is_last else str(until) in self.rungs):
             return
         try:
-            if is_last:
-                self._score_kept()
+            if is_last and self._score_kept():
+                return
             model = registry.load_model(self.round.ref_file, self.round.device, self.settings.draw).model
             coefficients = DdoSettings(*self.setting, self.settings.divide_by_alpha)
             objective = ddo_objective(model, self.networks.ref, coefficients)
@@ -65,6 +66,8 @@ class Trial:
                             self._check(step, figures)
                         case loop.Evaluate():
                             event.note = self._evaluate(event, is_last)
+                            if is_last and self.is_over:
+                                break
                         case loop.Finished(step, averages) if not is_last:
                             self.rungs[str(step)] = self._measure(step, averages.whole(), self.round.plan.images)
                             self._write()
@@ -92,6 +95,8 @@ class Trial:
         outcome, stopped_at = "stopped", max(map(int, self.rungs), default=0)
         if str(self.steps) in self.candidates:
             outcome, stopped_at = "finished", self.steps
+        elif self.is_early:
+            outcome, stopped_at = "ended early", self.last_step
         if self.diverged:
             outcome, stopped_at = "diverged", self.diverged["step"]
         return {
@@ -102,6 +107,22 @@ class Trial:
             "outcome": outcome,
             **({"reason": self.diverged["reason"]} if self.diverged else {}),
         }
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last candidate is scored, or the trial ended before it."""
+        return str(self.steps) in self.candidates or self.is_early
+
+    @property
+    def is_early(self) -> bool:
+        """Whether scores have risen again, and training ended before the last candidate (finetune.patience)."""
+        is_last = str(self.steps) in self.candidates
+        return not is_last and sweep.is_past_best(self._scores(), self.settings.patience)
+
+    @property
+    def last_step(self) -> int:
+        """The step at which training ended, of a trial that is over."""
+        return max(map(int, (*self.rungs, *self.candidates)))
 
     # --- Training
 
@@ -177,15 +198,23 @@ class Trial:
                 header["ema"] = {"std": std, "images": step * self.settings.batch}
             checkpoint.save(self.candidate_file(step, width), averages, header)
 
-    def _score_kept(self) -> None:
-        """Scores the candidates that were kept unscored on the way to earlier rungs."""
+    def _score_kept(self) -> bool:
+        """Scores the candidates that were kept unscored on the way to earlier rungs; whether that ends the trial."""
         for step in self.candidates_at:
+            if self.is_over:
+                return True
             if step <= max(map(int, self.rungs), default=0) and str(step) not in self.candidates:
                 self._score(step, checkpoint.load(self.candidate_file(step), kind="model").tensors)
+        return self.is_over
 
     def _score(self, step: int, averages: dict[str, Tensor]) -> None:
         self.candidates[str(step)] = self._measure(step, averages)
         self._write()
+        if self.is_early:
+            console.info(
+                f"{self.title}: ends after {step * self.settings.batch:,} images, since {self.settings.patience} "
+                f"candidates in a row were no better than the best one (finetune.patience)"
+            )
 
     def _measure(self, step: int, averages: dict[str, Tensor], images: int | None = None) -> dict[str, float]:
         """The figures of averaged weights. Empties `averages`.
@@ -203,6 +232,9 @@ class Trial:
         if dist.is_main():
             known = {"rungs": self.rungs, "diverged": self.diverged}
             write_json(self.file, {"candidates": self.candidates, **{key: v for key, v in known.items() if v}})
+
+    def _scores(self) -> list[float]:
+        return [each["score"] for each in self._by_step(self.candidates)]
 
     def _by_step(self, figures: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
         return [{"step": step, "score": figures[str(step)][self.scoring.key]} for step in sorted(map(int, figures))]
