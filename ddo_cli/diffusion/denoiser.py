@@ -10,11 +10,20 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ddo_cli.codec import Codec
-from ddo_cli.diffusion import generalised_sampler, guidance, precond, probability_flow, samplers, sampling_plan
+from ddo_cli.diffusion import (
+    generalised_sampler,
+    guidance,
+    precond,
+    probability_flow,
+    samplers,
+    sampling_plan,
+    vp_sde,
+)
 from ddo_cli.diffusion.churn import Boost, Churn
 from ddo_cli.diffusion.guidance import Guide, Interval
 from ddo_cli.diffusion.precond import PrecondName
 from ddo_cli.diffusion.trace import Denoiser, Trace, filled, rows_of
+from ddo_cli.diffusion.vp_sde import NoiseDistribution
 from ddo_cli.errors import NumericsError, UsageError
 from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, check_fields, drop_labels
 from ddo_cli.recipe.schema import SamplingRecipe
@@ -31,10 +40,16 @@ class DiffusionDraw(NamedTuple):
 
 
 class DiffusionDrawOptions(DrawOptions):
-    """sigma = exp(p_mean + p_std n), n standard normal. Defaults: DDO, appendix D."""
+    """sigma = exp(p_mean + p_std n). Defaults: DDO, appendix D.
+
+    distribution: of n. normal; or logistic, which with p_mean 0 and p_std 1 is uniform in flow matching's time, and
+    with p_mean ln(s) that time shifted by s (SD3, arXiv 2403.03206, eq. 23). Its deviation is 1.81, and its tails are
+    cut at 1e-4: there float32 loses the log-ratio of a velocity.
+    """
 
     p_mean: float = -0.4
     p_std: float = Field(1.0, gt=0)
+    distribution: NoiseDistribution = "normal"
 
 
 class DiffusionOptions(Options):
@@ -85,21 +100,22 @@ class DiffusionModel(LikelihoodModel):
     # --- Likelihood
 
     def denoise(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
-        """D(x; sigma) in float32, whatever the type of x. sigma: (B,) or scalar."""
+        """D(x; sigma) in float32, or the type of x where `Preconditioner.keeps_dtype`. sigma: (B,) or scalar."""
         return self.evaluate(x, sigma, label)[0]
 
     def evaluate(self, x: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor | None]:
-        """D(x; sigma) in float32; with learned variance also v in [-1, 1] (iDDPM eq. 15), else None."""
-        x = x.to(torch.float32)
-        c_skip, c_out, c_in, c_noise = self.precond.coefficients(rows_of(sigma.to(torch.float32), x))
-        f = self.net(c_in * x, filled(c_noise, x).view(-1), label)
+        """D(x; sigma), as `denoise`; with learned variance also v in [-1, 1] (iDDPM eq. 15), else None."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32) if self.precond.keeps_dtype else torch.float32)
+        c_skip, c_out, c_in, c_noise = self.precond.coefficients(rows_of(sigma.to(x.dtype), x))
+        f = self.net((c_in * x).to(torch.float32), filled(c_noise.to(torch.float32), x).view(-1), label)
         f, v = f.chunk(2, dim=1) if self.options.learned_variance else (f, None)
-        return c_skip * x + c_out * f.to(torch.float32), v
+        return c_skip * x + c_out * f.to(x.dtype), v
 
     def draw(self, num_rows: int, rng: RowRng) -> DiffusionDraw:
         """sigma, eps and label drops of one estimate. Each row draws sigma, then the drop, then its noise."""
         options = self.draw_options
-        sigma = self.precond.round_sigma(torch.exp(options.p_mean + options.p_std * rng.randn()))  # (B,)
+        n = rng.randn() if options.distribution == "normal" else vp_sde.logistic(rng.rand())
+        sigma = self.precond.round_sigma(torch.exp(options.p_mean + options.p_std * n))  # (B,)
         drop = rng.rand() < options.label_dropout  # (B,)
         return DiffusionDraw(sigma, rng.randn(self.codec.state_shape), drop)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.transfer import to_device
 
-PrecondName = Literal["edm", "vp", "ve", "iddpm", "ddpm", "cosine"]
+PrecondName = Literal["edm", "vp", "ve", "iddpm", "ddpm", "cosine", "flow", "flow-reversed"]
 
 
 class Coefficients(NamedTuple):
@@ -33,6 +33,7 @@ class Preconditioner(ABC):
 
     sigma_min: float = 0.0
     sigma_max: float = math.inf
+    keeps_dtype = False  # D has the type of x; else it is float32, as in the published samplers
 
     @abstractmethod
     def coefficients(self, sigma: Tensor) -> Coefficients:
@@ -89,6 +90,30 @@ class Ve(Preconditioner):
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         return Coefficients(torch.ones_like(sigma), sigma, torch.ones_like(sigma), (sigma / 2).log())
+
+
+# --- Flow matching (arXiv 2209.03003, 2210.02747)
+
+
+class Flow(Preconditioner):
+    """Flow matching on the linear path (1 - n) x0 + n eps, n the share of noise; F estimates its velocity.
+
+    With sigma = n / (1 - n) the path's state is x / (1 + sigma), and D = x / (1 + sigma) - n dx/dn. The network's time
+    is 1 - n, from noise to data, and its velocity x0 - eps (SiT, arXiv 2401.08740); reversed: its time is n and its
+    velocity eps - x0 (REPA, SD3, FLUX). The weight makes of the squared error of D that of the velocity.
+
+    The ends of the path, where sigma is infinite or the velocity no longer in D, are met up to float32's rounding.
+    """
+
+    sigma_min, sigma_max = 1e-8, 1e8
+    keeps_dtype = True  # the velocity is (x / (1 + sigma) - D) / n: near n = 0 float32 loses it
+
+    def __init__(self, reversed: bool = False):
+        self.reversed = reversed
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        data, noise = 1 / (1 + sigma), sigma / (1 + sigma)
+        return Coefficients(data, -noise if self.reversed else noise, data, c_noise=noise if self.reversed else data)
 
 
 # --- Networks that were trained at discrete steps
@@ -176,6 +201,8 @@ PRECONDITIONERS: dict[PrecondName, Callable[[float], Preconditioner]] = {
     "iddpm": lambda sigma_data: Discrete(edm_cosine_sigmas()),
     "ddpm": lambda sigma_data: Discrete(linear_sigmas()),
     "cosine": lambda sigma_data: Discrete(cosine_sigmas()),
+    "flow": lambda sigma_data: Flow(),
+    "flow-reversed": lambda sigma_data: Flow(reversed=True),
 }
 # Levels of the schedules that exist for any number of steps.
 SCHEDULES: dict[PrecondName, Callable[[int], Tensor]] = {"ddpm": linear_sigmas, "cosine": cosine_sigmas}

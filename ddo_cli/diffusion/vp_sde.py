@@ -112,11 +112,20 @@ class VpSchedule(NamedTuple):
         return ((self.start**2 + 2 * self.slope * (sigma**2 + 1).log()).sqrt() - self.start) / self.slope
 
 
+NoiseDistribution = Literal["normal", "logistic"]
+LOGISTIC_TAIL = 1e-4  # probability of each tail that is cut
+
+
+def logistic(u: Tensor) -> Tensor:
+    """Logistic numbers without their tails, of u's shape and type, for u uniform in [0, 1)."""
+    return torch.logit(LOGISTIC_TAIL + (1 - 2 * LOGISTIC_TAIL) * u)
+
+
 class TimeLaw(NamedTuple):
     """Density of the times to train at.
 
     name: "importance": lambda / Z, see `importance_sampled_time`; "uniform" on [t_min, 1]; "model": the times of
-    sigma = exp(p_mean + p_std n), n standard normal.
+    sigma = exp(p_mean + p_std n), n of the model's own distribution.
     weighted: rows carry weights that make the expected loss that of "importance", with more variance.
     """
 
@@ -125,6 +134,7 @@ class TimeLaw(NamedTuple):
     t_min: float = T_MIN
     p_mean: float = 0.0
     p_std: float = 1.0
+    distribution: NoiseDistribution = "normal"
 
     def times(self, u: Tensor) -> "Times":
         """Times for u (B,) uniform in [0, 1), increasing in u."""
@@ -135,13 +145,16 @@ class TimeLaw(NamedTuple):
         if self.name == "uniform":
             t = self.t_min + (1 - self.t_min) * u
             return Times(t, likelihood_weight(t) * (1 - self.t_min) / (high - low) if self.weighted else None)
-        n = torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9))
+        n = torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9)) if self.distribution == "normal" else logistic(u)
         log_sigma = self.p_mean + self.p_std * n
         t = time_of(log_sigma.exp()).clamp(max=1.0)
         if not self.weighted:
             return Times(t, None)
         # lambda = d(ln sigma^2) / dt, so the importance-sampled law is uniform in ln sigma between its ends.
-        density = torch.exp(-n.square() / 2) / (math.sqrt(2 * math.pi) * self.p_std)
+        if self.distribution == "normal":
+            density = torch.exp(-n.square() / 2) / (math.sqrt(2 * math.pi) * self.p_std)
+        else:
+            density = n.sigmoid() * (-n).sigmoid() / ((1 - 2 * LOGISTIC_TAIL) * self.p_std)
         inside = (2 * log_sigma >= low) & (2 * log_sigma <= high)
         return Times(t, inside * 2 / ((high - low) * density))
 

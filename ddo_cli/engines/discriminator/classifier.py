@@ -65,8 +65,8 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
         return {"out": str(out), "dry_run": True, "parameters": parameters, "steps": steps, "data": real.name}
     with training_run.claimed("train-classifier", recipe, out, identity) as (run_dir, state):
         if not run_dir.is_finished(state):
-            p_mean, p_std = base.draw_options.p_mean, base.draw_options.p_std
-            law = vp_sde.TimeLaw(settings.time, False, settings.t_min, p_mean, p_std)
+            draw = base.draw_options
+            law = vp_sde.TimeLaw(settings.time, False, settings.t_min, draw.p_mean, draw.p_std, draw.distribution)
             rows = split(len(real.items), settings.held_out, "classifier", recipe.seed)
             hflip = recipe.data.hflip
             stream = Shuffled(real.items, real.labels, "classifier", recipe.seed, only=rows.train, hflip=hflip)

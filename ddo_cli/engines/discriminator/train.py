@@ -160,7 +160,8 @@ class _Training:
         self.base, self.network, self.header = base, network, header
         draw = base.draw_options
         weighted = self.settings.weighting == "likelihood"
-        self.law = vp_sde.TimeLaw(self.settings.time, weighted, self.settings.t_min, draw.p_mean, draw.p_std)
+        law = (self.settings.time, weighted, self.settings.t_min, draw.p_mean, draw.p_std, draw.distribution)
+        self.law = vp_sde.TimeLaw(*law)
         streams, held = [], []
         for side, items in (("real", real), ("fake", fake)):
             rows = split(len(items.items), self.settings.held_out, side, recipe.seed)
