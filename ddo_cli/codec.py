@@ -74,6 +74,10 @@ class Codec:
         """
         return ""
 
+    def decoder_id(self) -> str:
+        """Identifies a decoder that is no part of the model's weights, for a sample set's manifest; empty if none."""
+        return ""
+
 
 class PixelCodec(Codec):
     """uint8 images <-> [-1, 1]. Decoding truncates 127.5 x + 128, as EDM's scripts do."""

@@ -30,6 +30,15 @@ CPU = torch.device("cpu")
 TINY_UNET = {"patch": 4, "widths": [16], "depths": [1], "emb_width": 16}
 TINY_TRANSFORMER = {"width": 16, "depth": 1, "heads": 2}
 TINY_EDM2 = {"width": 4, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [16], "head_width": 4}
+TINY_DIT = {
+    "width": 16,
+    "depth": 2,
+    "heads": 2,
+    "patch": 8,
+    "codec": "rgb",
+    "precond": "ddpm",
+    "learned_variance": True,
+}
 TINY_VQVAE = {
     "channels": 4, "channel_mult": [1, 1, 2], "num_blocks": 1, "groups": 2, "z_channels": 4, "vocabulary": 16,
     "patch_nums": [1, 2, 4, 8],
@@ -39,6 +48,7 @@ TINY = {
     "diffusion": ("patch-unet", (3, 32, 32), TINY_UNET, {"sampler": "heun", "steps": 3, "batch": 8}),
     "autoregressive": ("pixel-transformer", (1, 8, 8), TINY_TRANSFORMER, {"batch": 8}),
     "edm2": ("edm2-unet", (3, 32, 32), TINY_EDM2, {"sampler": "euler", "steps": 2, "batch": 8, "dtype": "float32"}),
+    "dit": ("dit", (3, 32, 32), TINY_DIT, {"sampler": "ddpm", "steps": 2, "batch": 8}),
     "var": ("var", (3, 32, 32), {"depth": 2, "width": 16, "heads": 2, "vqvae": TINY_VQVAE}, {"batch": 8}),
 }
 KINDS = tuple(TINY)

@@ -26,6 +26,7 @@ FAMILIES = {
         "adm-unet", (3, 16, 16),
         {"width": 32, "channel_mult": (1, 2), "num_blocks": 1, "attention": (8,), "num_head_channels": 16},
     ),
+    "dit": KINDS["dit"][:3],
     "var": KINDS["var"][:3],
 }  # fmt: skip
 

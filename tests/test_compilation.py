@@ -60,7 +60,7 @@ def test_a_compiled_step_is_the_step(family):
         assert float(plain[0]) != 0.0
         model.load_state_dict(ref.state_dict())
         # Not exactly 0: the graph of training keeps what a backward pass needs, and rounds otherwise than inference's.
-        assert abs(float(gradients(model, ref)[0])) < 1e-5
+        assert abs(float(gradients(model, ref)[0])) < 3e-5  # of log-likelihoods of thousands of nats
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY_EDM2, TINY_TRANSFORMER, TINY_UNET, TINY_VQVAE
+from conftest import TINY_DIT, TINY_EDM2, TINY_TRANSFORMER, TINY_UNET, TINY_VQVAE
 from torch import Tensor, nn
 
 from ddo_cli.models import registry
@@ -22,6 +22,7 @@ DENOISERS = {
     "ncsn++": ("edm-unet", NCSN),
     "adm": ("adm-unet", ADM),
     "edm2": ("edm2-unet", TINY_EDM2 | {"attn_resolutions": [4]}),
+    "dit": ("dit", TINY_DIT | {"patch": 2, "unused_variance": True, "learned_variance": False}),
 }
 DISCRIMINATORS = {
     "time-encoder": ("discriminator", TIME_ENCODER),
@@ -98,7 +99,7 @@ def test_a_network_is_one_graph(name):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-ATTENDING = ("ddpm++", "ncsn++", "adm", "edm2", "adm-classifier", "adm-head", "pixel-transformer", "var-block",
+ATTENDING = ("ddpm++", "ncsn++", "adm", "edm2", "dit", "adm-classifier", "adm-head", "pixel-transformer", "var-block",
              "vqvae-encoder", "vqvae-decoder")  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from var_models import TINY_VAE, build
 from ddo_cli import precision as module
 from ddo_cli.generation import generate
 from ddo_cli.likelihood import Sampled
-from ddo_cli.models.edm2 import vae_codec
+from ddo_cli.models import vae_codec
 from ddo_cli.models.var import vqvae
 from ddo_cli.precision import decoding, inference_precision
 from ddo_cli.recipe.schema import SamplingRecipe

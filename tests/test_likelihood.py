@@ -134,8 +134,8 @@ def test_gradient_of_the_ratio_against_finite_differences(pair):
 
 def denoise_in_float64(self, x, sigma, label):
     rows = sigma.view(-1, *[1] * (x.ndim - 1))
-    c_skip, c_out, c_in, _ = precond.Edm(self.options.sigma_data).coefficients(rows)
-    return c_skip * x + c_out * self.net(c_in * x, sigma.log() / 4, label)
+    c_skip, c_out, c_in, c_noise = self.precond.coefficients(rows)
+    return c_skip * x + c_out * self.net(c_in * x, c_noise.view(-1), label)[:, : x.shape[1]]
 
 
 def test_dropped_labels_become_unconditional(pair):

@@ -11,9 +11,8 @@ from ddo_cli import checkpoint
 from ddo_cli.engines import encode
 from ddo_cli.engines.ddo import finetune
 from ddo_cli.errors import CheckpointError, UsageError
-from ddo_cli.models import registry
-from ddo_cli.models.edm2 import vae_codec
-from ddo_cli.models.edm2.vae_codec import VARIABLE, StabilityCodec
+from ddo_cli.models import registry, vae_codec
+from ddo_cli.models.vae_codec import EMA_VAE, STABLE, VARIABLE, StabilityCodec
 from ddo_cli.rng import RowRng
 
 # As published with EDM2: 0.5 / std, and -mean times that.
@@ -203,3 +202,39 @@ def test_edm2_of_latents_learns_from_an_encoded_set(vae, tmp_path):
     for name in first:
         # Batches of 4 and of 4 rows, whose convolutions sum alike up to rounding.
         np.testing.assert_allclose(first[name].float(), second[name].float(), rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+# --- DiT's scaling
+
+
+@torch.no_grad()
+def test_stable_diffusions_scaling(vae):
+    codec, items = StabilityCodec((3, 32, 32), EMA_VAE, STABLE), images(5)
+    expected = vae.encode(items / 127.5 - 1).latent_dist
+    found = codec.latents(items)
+    torch.testing.assert_close(found, torch.cat([expected.mean, expected.std], 1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(codec.encode(found), 0.18215 * found[:, :4])
+    eps = RowRng([7, 8]).randn((4, 4, 4))
+    torch.testing.assert_close(drawn(codec, found[:2], 7, 8), 0.18215 * (found[:2, :4] + eps * found[:2, 4:]))
+    x = codec.encode(found)
+    pixels = vae.decode(x / 0.18215).sample
+    levels = (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8)
+    assert (codec.decode(x) != levels).float().mean() < 1e-3  # a rounded constant may cross an integer
+    assert codec.encoder_id() != CODEC.encoder_id(), "the encoder sees another range of pixels"
+    assert codec.decoder_id() == CODEC.decoder_id()
+
+
+def test_each_model_takes_its_decoder_of_a_folder_of_both(tmp_path, monkeypatch, capsys):
+    for name in ("sd-vae-ft-mse", "sd-vae-ft-ema"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    assert vae_codec.place_of(EMA_VAE) == str(tmp_path / "sd-vae-ft-ema")
+    assert vae_codec.place_of(vae_codec.DEFAULT_VAE) == str(tmp_path / "sd-vae-ft-mse")
+    assert not capsys.readouterr().err
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "sd-vae-ft-mse"))
+    vae_codec._warn_of.cache_clear()
+    assert vae_codec.place_of(EMA_VAE) == str(tmp_path / "sd-vae-ft-mse")
+    assert "a folder called sd-vae-ft-mse, and this model's figures are of sd-vae-ft-ema" in capsys.readouterr().err
+    assert vae_codec.place_of(vae_codec.DEFAULT_VAE) == str(tmp_path / "sd-vae-ft-mse")
+    assert not capsys.readouterr().err

@@ -39,6 +39,7 @@ BUILTIN = {
     "edm2-unet": "ddo_cli.models.edm2.unet",
     "diffusers-unet": "ddo_cli.models.diffusers.unet",
     "pixel-transformer": "ddo_cli.models.toy.pixel_transformer",
+    "dit": "ddo_cli.models.dit.transformer",
     "var": "ddo_cli.models.var.transformer",
 }
 

@@ -16,9 +16,8 @@ from ddo_cli.generation import generate
 from ddo_cli.metrics.discrimination import LEVELS, HeldOut, noisy
 from ddo_cli.metrics.extractors.select import select_extractor
 from ddo_cli.metrics.scorer import moments_of
-from ddo_cli.models import registry
+from ddo_cli.models import registry, vae_codec
 from ddo_cli.models.discriminators import registry as discriminators
-from ddo_cli.models.edm2 import vae_codec
 from ddo_cli.objectives.ddo import DdoSettings
 from ddo_cli.objectives.ddo_step import ddo_batch, ddo_step
 from ddo_cli.objectives.discriminator import discriminator_loss

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from conftest import TINY_EDM2, TINY_TRANSFORMER, TINY_UNET, TINY_VQVAE
+from conftest import TINY_DIT, TINY_EDM2, TINY_TRANSFORMER, TINY_UNET, TINY_VQVAE
 from torch import Tensor
 
 from ddo_cli.likelihood import LikelihoodModel, repeat_draw
@@ -33,6 +33,7 @@ TINY = {
     "ncsn++": Size("edm-unet", (3, 32, 32), 0, {**TINY_EDM, **NCSN}),
     "adm": Size("adm-unet", (3, 32, 32), 10, TINY_ADM),
     "edm2": Size("edm2-unet", (3, 32, 32), 10, TINY_EDM2),
+    "dit": Size("dit", (3, 32, 32), 10, TINY_DIT),
     "pixel-transformer": Size("pixel-transformer", (1, 8, 8), 10, TINY_TRANSFORMER),
     "var": Size("var", (3, 32, 32), 10, TINY_VAR),
 }

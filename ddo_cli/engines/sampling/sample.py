@@ -65,12 +65,14 @@ def run(
     if keep != "images" and form != "shards":
         raise ValueError(f"{keep} examples are kept in shards only, not as {form}")
     model.codec.encoder_id()  # loads a separate autoencoder now, before anything is drawn
+    decoder = "" if keep == "latents" else model.codec.decoder_id()
     made_by: dict[str, Any] = {
         "checkpoint_sha256": file.sha256,
         "sampling": spec.model_dump(mode="json"),
         "classes": list(classes) if classes else None,
         **({"seeds_as_given": spell_seeds(seeds)} if spec.labels == "position" else {}),  # which the labels follow
         **({"guidance": guidance} if guidance else {}),
+        **({"decoder": decoder} if decoder else {}),
         **({keep: True} if keep != "images" else {}),
     }
     writer = Writer(out, form, seeds, spec.batch, made_by)

@@ -12,8 +12,8 @@ from torch import Tensor
 from ddo_cli.errors import CheckpointError, printable
 from ddo_cli.models import registry, snapshots
 from ddo_cli.models.edm2.published import PUBLISHED
-from ddo_cli.models.edm2.vae_codec import BIAS, CHANNELS, DEFAULT_VAE, FACTOR, SCALE
 from ddo_cli.models.snapshots import Network, Snapshot
+from ddo_cli.models.vae_codec import CHANNELS, DEFAULT_VAE, EDM2, FACTOR
 from ddo_cli.safe_pickle import Array, Record
 
 # Constructor of the network: argument -> our option, its default there.
@@ -142,7 +142,7 @@ def _is_latent(encoder: Any, path: str | Path) -> bool:
         raise TypeError("its autoencoder has no name")
     if vae != DEFAULT_VAE:
         raise CheckpointError(f"{path}: its autoencoder is {printable(vae[:80])!r}; published files have {DEFAULT_VAE}")
-    for key, known in (("scale", SCALE), ("bias", BIAS)):
+    for key, known in (("scale", EDM2.scale), ("bias", EDM2.bias)):
         array = state[key]
         values = array.values if isinstance(array, Array) else None
         if values is None or values.shape != (CHANNELS,) or not np.allclose(values, known.flatten().numpy(), rtol=1e-5):

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from ddo_cli.models.edm2.vae_codec import DEFAULT_VAE
+from ddo_cli.models.vae_codec import DEFAULT_VAE
 
 _WIDTHS = {"xxs": 64, "xs": 128, "s": 192, "m": 256, "l": 320, "xl": 384, "xxl": 448}
 

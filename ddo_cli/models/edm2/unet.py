@@ -18,10 +18,10 @@ from ddo_cli.codec import Codec, PixelCodec
 from ddo_cli.diffusion.denoiser import DiffusionDraw, DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.likelihood import one_hot
 from ddo_cli.models.edm2.layers import MPConv, MPFourier, force_norms, mp_cat, mp_silu, mp_sum, normalize
-from ddo_cli.models.edm2.vae_codec import DEFAULT_VAE, StabilityCodec
 from ddo_cli.models.norms import widened
 from ddo_cli.models.registry import register
 from ddo_cli.models.sides import check_side, square
+from ddo_cli.models.vae_codec import DEFAULT_VAE, StabilityCodec
 
 _RESIDUAL_BALANCE = 0.3  # weight of a residual or attention branch in its sum
 _LABEL_BALANCE = 0.5
