@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from ddo_cli.errors import RecipeError
+from ddo_cli.diffusion.precond import linear_sigmas
+from ddo_cli.diffusion.trace import Trace
+from ddo_cli.errors import RecipeError, UsageError
 from ddo_cli.models import registry
 from ddo_cli.models.dit import files
 from ddo_cli.models.dit.transformer import SIZES, positions
+from ddo_cli.recipe.schema import SamplingRecipe
 from ddo_cli.rng import RowRng
 
 TINY = {"width": 64, "depth": 2, "heads": 4}
@@ -168,3 +171,71 @@ def test_a_new_network_predicts_nothing():
 def test_networks_that_do_not_exist(shape, options, message):
     with pytest.raises(RecipeError, match=message):
         build(shape, **options)
+
+
+# --- Classifier-free guidance
+
+X_BOTH = X[:1]  # the published code copies the first half of a batch to the second
+
+
+def guided_eps(step, **spec):
+    """What the guided network says about the noise, (1, 4, 8, 8)."""
+    model = loaded(build(precond="ddpm", learned_variance=True))
+    sigma = model.precond.sigmas[step].to(torch.float64)
+    spec = SamplingRecipe(sampler="ddpm", cfg_channels=3, **spec)
+    model.check_sampling(spec)
+    trace = Trace()
+    x = X_BOTH.to(torch.float64) * (1 + sigma**2).sqrt()
+    denoised = model.steered(LABEL[:1], spec, trace)(x, sigma)
+    return (x - denoised) / sigma, trace.variance
+
+
+@torch.no_grad()
+def test_guidance_of_three_channels_equals_the_official_one():
+    eps, variance = guided_eps(700, cfg_scale=4.0)
+    found = [*eps[0, :, 0, 0].tolist(), variance[0, 0, 0, 0].item()]
+    assert found == pytest.approx([-1.541556, -1.921960, 0.012828, -2.138010, 0.994516], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (200, [-0.676425, -1.848576, -1.054656, -2.039394, 0.539990]),
+        (201, [-0.893863, -1.791191, -1.451248, -2.067317, 0.615207]),
+    ],
+)
+@torch.no_grad()
+def test_two_scales_equal_those_of_dgs_run(step, expected):
+    """1.25 above step 200, 3.0 at and below it."""
+    branch = linear_sigmas()[200:202].mean().item()
+    eps, variance = guided_eps(step, cfg_scale=1.25, cfg_scale_low=3.0, cfg_sigma_low=branch)
+    assert [*eps[0, :, 0, 0].tolist(), variance[0, 0, 0, 0].item()] == pytest.approx(expected, abs=1e-5)
+
+
+def test_guidance_that_does_not_exist():
+    model = build()
+    with pytest.raises(UsageError, match=r"cfg_channels = 5: this model's states have 4 channels"):
+        model.check_sampling(SamplingRecipe(cfg_scale=1.5, cfg_channels=5))
+    with pytest.raises(UsageError, match=r"cfg_channels: of a cfg_scale other than 1; set it too"):
+        model.check_sampling(SamplingRecipe(cfg_channels=3))
+    with pytest.raises(ValueError, match="belong together"):
+        SamplingRecipe(cfg_scale=1.5, cfg_scale_low=3.0)
+    stored = SamplingRecipe(cfg_scale=1.25, cfg_scale_low=3.0, cfg_sigma_low=0.4, cfg_channels=3)
+    model.check_sampling(stored.merged(cfg_scale=1.0))
+
+
+@torch.no_grad()
+def test_all_scales_equal_one_scale_of_all_channels():
+    """Guidance of 4 of 4 channels, and a low scale that equals the other one, change no bit."""
+    model = loaded(build(unused_variance=True))
+    label, sigma = torch.tensor([3]), torch.tensor(1.5, dtype=torch.float64)
+    plain = SamplingRecipe(cfg_scale=1.5)
+    others = [{"cfg_channels": 4}, {"cfg_scale_low": 1.5, "cfg_sigma_low": 1.5}]
+    found = model.steered(label, plain, Trace())(X_BOTH, sigma)
+    for more in others:
+        same = model.steered(label, SamplingRecipe(cfg_scale=1.5, **more), Trace())(X_BOTH, sigma)
+        assert torch.equal(same, found)
+    three = model.steered(label, SamplingRecipe(cfg_scale=1.5, cfg_channels=3), Trace())(X_BOTH, sigma)
+    assert torch.equal(three[:, :3], found[:, :3])
+    # a batch of two rounds otherwise than one
+    torch.testing.assert_close(three[:, 3:], model.denoise(X_BOTH, sigma, label)[:, 3:], atol=1e-5, rtol=1e-5)

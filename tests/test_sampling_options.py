@@ -198,7 +198,7 @@ def test_classifier_free_guidance_has_the_same_interval(low, high):
 
 def test_an_interval_that_never_acts_or_limits_nothing_is_refused():
     model = Analytic(0.3, 10)
-    with pytest.raises(UsageError, match="cfg_sigma_max are of a cfg_scale other than 1; set it too"):
+    with pytest.raises(UsageError, match="cfg_sigma_max: of a cfg_scale other than 1; set it too"):
         model.check_sampling(SamplingRecipe(cfg_sigma_max=2.0))
     with pytest.raises(UsageError, match=r"of sampling.cfg_scale from 90 to inf holds none .*, 0.002 to 80; widen it"):
         model.check_sampling(SamplingRecipe(cfg_scale=2.0, cfg_sigma_min=90.0))

@@ -20,13 +20,13 @@ from ddo_cli.diffusion import (
     vp_sde,
 )
 from ddo_cli.diffusion.churn import Boost, Churn
-from ddo_cli.diffusion.guidance import Guide, Interval
+from ddo_cli.diffusion.guidance import Guide, Interval, LowScale
 from ddo_cli.diffusion.precond import PrecondName
 from ddo_cli.diffusion.trace import Denoiser, Trace, filled, rows_of
 from ddo_cli.diffusion.vp_sde import NoiseDistribution
 from ddo_cli.errors import NumericsError, UsageError
 from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, check_fields, drop_labels
-from ddo_cli.recipe.schema import SamplingRecipe
+from ddo_cli.recipe.schema import CFG, SamplingRecipe
 from ddo_cli.rng import RowRng
 from ddo_cli.transfer import to_device
 
@@ -69,7 +69,7 @@ class DiffusionOptions(Options):
 SAMPLING_FIELDS = (
     "sampler", "steps", "spacing", "respacing", "sigma_min", "sigma_max", "rho", "dtype", "clip_denoised",
     "ddpm_variance", "s_churn", "s_min", "s_max", "s_noise", "discretization", "schedule", "scaling", "step_ratio",
-    "cfg_scale", "cfg_sigma_min", "cfg_sigma_max",
+    "cfg_scale", "cfg_sigma_min", "cfg_sigma_max", "cfg_scale_low", "cfg_sigma_low", "cfg_channels",
 )  # fmt: skip
 
 
@@ -206,7 +206,9 @@ class DiffusionModel(LikelihoodModel):
 
         denoise: Denoiser = conditional
         if spec.cfg_scale is not None and spec.cfg_scale != 1:
-            denoise = guidance.extrapolated(conditional, both, spec.cfg_scale, _cfg_interval(spec))
+            denoise = guidance.extrapolated(
+                conditional, both, spec.cfg_scale, _cfg_interval(spec), _cfg_low(spec), spec.cfg_channels
+            )
         if spec.clip_denoised:
             unclipped, denoise = denoise, clipped
         for guide in self.guides:
@@ -245,10 +247,15 @@ class DiffusionModel(LikelihoodModel):
                 else f"{spec.sampler} adds no such noise"
             )
             raise UsageError(f"sampling.ddpm_variance = {spec.ddpm_variance} is of ddpm's noise: {has}; leave it out")
-        if (spec.cfg_sigma_min, spec.cfg_sigma_max) != (None, None):
+        if given := [key for key in CFG if getattr(spec, key) is not None]:
             if spec.cfg_scale in (None, 1.0):
-                raise UsageError("sampling.cfg_sigma_min and cfg_sigma_max are of a cfg_scale other than 1; set it too")
+                raise UsageError(f"sampling.{' and '.join(given)}: of a cfg_scale other than 1; set it too")
             self._check_interval("the guidance of sampling.cfg_scale", _cfg_interval(spec), spec)
+        if spec.cfg_channels is not None and spec.cfg_channels > self.codec.state_shape[0]:
+            raise UsageError(
+                f"sampling.cfg_channels = {spec.cfg_channels}: this model's states have {self.codec.state_shape[0]} "
+                "channels; give fewer, or leave it out to guide all"
+            )
         for guide in self.guides:
             if isinstance(interval := getattr(guide, "interval", None), Interval) and not self.boost:
                 self._check_interval("--guidance-interval", interval, spec)
@@ -294,3 +301,9 @@ def as_diffusion(model: LikelihoodModel, refusal: str) -> DiffusionModel:
 
 def _cfg_interval(spec: SamplingRecipe) -> Interval:
     return Interval(spec.cfg_sigma_min or 0.0, math.inf if spec.cfg_sigma_max is None else spec.cfg_sigma_max)
+
+
+def _cfg_low(spec: SamplingRecipe) -> LowScale | None:
+    if spec.cfg_scale_low is None or spec.cfg_sigma_low is None:
+        return None
+    return LowScale(spec.cfg_scale_low, spec.cfg_sigma_low)

@@ -66,10 +66,25 @@ def in_turn(good: Denoiser, bad: Denoiser) -> Pair:
     return pair
 
 
-def extrapolated(good: Denoiser, pair: Pair, scale: float, interval: Interval = Interval()) -> Denoiser:  # noqa: B008
+class LowScale(NamedTuple):
+    """Another scale of a guidance at noise levels up to `sigma`, included."""
+
+    scale: float
+    sigma: float
+
+
+def extrapolated(
+    good: Denoiser,
+    pair: Pair,
+    scale: float,
+    interval: Interval = Interval(),  # noqa: B008 (immutable)
+    low: LowScale | None = None,
+    channels: int | None = None,
+) -> Denoiser:
     """D_bad + scale (D_good - D_bad) inside the interval, D_good alone elsewhere. pair: of `good` and the other one.
 
     Classifier-free guidance: conditional and unconditional (arXiv 2207.12598); 1 is the conditional model itself.
+    channels: the first so many are guided, the others are D_good's (DiT and SiT: 3 of 4); None: all.
     """
 
     def denoise(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
@@ -77,7 +92,13 @@ def extrapolated(good: Denoiser, pair: Pair, scale: float, interval: Interval = 
         if _is_false(inside):
             return good(x, sigma, stage)
         denoised, base = pair(x, sigma, stage)
-        return _chosen(inside, base + scale * (denoised - base), denoised)
+        factor: float | Tensor = scale
+        if low is not None:
+            factor = rows_of(torch.where(sigma <= low.sigma, low.scale, scale).to(x.dtype), x)
+        guided = base + factor * (denoised - base)
+        if channels is not None:
+            guided = torch.cat([guided[:, :channels], denoised[:, channels:]], dim=1)
+        return _chosen(inside, guided, denoised)
 
     return denoise
 

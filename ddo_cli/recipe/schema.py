@@ -62,6 +62,7 @@ def _respacing(value: Any) -> Any:
 _RESPACING = Field(pattern=r"^(ddim\d{1,5}|\d{1,5}(,\d{1,5})*)$")
 # Keys that only EDM's samplers read; one of GENERALISED selects the generalised sampler.
 CHURN = ("s_churn", "s_min", "s_max", "s_noise")
+CFG = ("cfg_sigma_min", "cfg_sigma_max", "cfg_scale_low", "cfg_sigma_low", "cfg_channels")  # of cfg_scale alone
 GENERALISED = ("discretization", "schedule", "scaling", "step_ratio")
 
 
@@ -133,6 +134,11 @@ class SamplingRecipe(Section):
     cfg_scale: float | None = key(None, "Scale of classifier-free guidance, 1 = off.", ge=0)
     cfg_sigma_min: float | None = key(None, "Guidance only above this noise level (arXiv 2404.07724).", ge=0)
     cfg_sigma_max: float | None = key(None, "Guidance only up to this noise level.", gt=0)
+    cfg_scale_low: float | None = key(None, "Another cfg_scale at noise levels up to cfg_sigma_low.", ge=0)
+    cfg_sigma_low: float | None = key(None, "Noise level up to which cfg_scale_low is used.", gt=0)
+    cfg_channels: int | None = key(
+        None, "Guide the first so many channels only (3 of DiT's and SiT's 4). Default: all.", ge=1
+    )
     temperature: float | None = key(None, "Autoregressive models: softmax temperature.", gt=0)
     top_k: int | None = key(None, "Autoregressive models: sample from the k most likely values.", ge=1)
     top_p: float | None = key(
@@ -148,6 +154,8 @@ class SamplingRecipe(Section):
             at_low, at_high = getattr(self, low), getattr(self, high)
             if at_low is not None and at_high is not None and at_low >= at_high:
                 raise ValueError(f"{low} = {at_low} must be below {high} = {at_high}")
+        if (self.cfg_scale_low is None) != (self.cfg_sigma_low is None):
+            raise ValueError("cfg_scale_low and cfg_sigma_low belong together; give both, or neither")
         return self
 
     def merged(self, **given: Any) -> "SamplingRecipe":
@@ -163,7 +171,7 @@ class SamplingRecipe(Section):
             (GENERALISED, sampler and not sampler.generalised),
             (("spacing", "respacing"), sampler and sampler.spacing == "snapped"),
             (("ddpm_variance",), sampler and sampler.name != "ddpm"),
-            (("cfg_sigma_min", "cfg_sigma_max"), given.get("cfg_scale") == 1),
+            (CFG, given.get("cfg_scale") == 1),
         )
         dropped = {key: None for keys, applies in drops if applies for key in keys}
         return _merged(self, dropped, given, "sampling")
