@@ -786,7 +786,7 @@ def _rounds(
         "rounds": [
             {
                 key: one.get(key)
-                for key in ("score", "promoted", "best_images", "candidate_score", "alpha", "beta", "precision_error")
+                for key in ("score", "promoted", "best_images", "improvement", "alpha", "beta", "precision_error")
             }
             for one in state["rounds"]
         ],

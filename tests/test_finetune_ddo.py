@@ -19,7 +19,7 @@ from PIL import Image
 
 from ddo_cli import checkpoint, files, rundir
 from ddo_cli.data.images import open_images
-from ddo_cli.engines.ddo import finetune
+from ddo_cli.engines.ddo import finetune, promotion
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.errors import CheckpointError, NumericsError, RunError, UsageError
 from ddo_cli.objectives import ddo_step as objective
@@ -89,11 +89,13 @@ def test_layout_of_a_run(finished):
     assert header["config"] == checkpoint.read_header(ckpt)["config"]
 
 
-def test_scores_never_rise_and_final_is_the_best(finished):
+def test_scores_of_promotion_never_rise_and_final_is_the_best(finished):
     _, ckpt, out, result = finished
-    scores = [result["reference_score"], *(record["score"] for record in result["rounds"])]
+    state = json.loads((out / "state.json").read_text())
+    records = [state["reference"], *state["rounds"]]
+    scores = [sum(figures["fd_embedded"] for figures in record["promotion"]) / 2 for record in records]
     assert scores == sorted(scores, reverse=True)
-    assert result["final_score"] == scores[-1]
+    assert result["final_score"] == state["rounds"][-1]["score"]
     last = (out / "round-02" / "best.safetensors").read_bytes()
     assert (out / "final.safetensors").read_bytes() == last
     if not any(record["promoted"] for record in result["rounds"]):
@@ -167,7 +169,7 @@ def test_only_the_best_candidates_stay(tmp_path, monkeypatch):
     keys = ("finetune.ema_widths=[0.1,0.05]", "finetune.max_denoising_ratio=1e9")
     everything, out = tmp_path / "all", tmp_path / "best"
     finetune.run(tiny_recipe(ckpt, kind, *keys), everything, device=CPU)
-    drop, calls = finetune._drop_candidates, []
+    drop, calls = promotion.drop_candidates, []
 
     def killed(*args):
         calls.append(args)
@@ -177,7 +179,7 @@ def test_only_the_best_candidates_stay(tmp_path, monkeypatch):
 
     recipe = tiny_recipe(ckpt, kind, *keys, "finetune.keep_candidates=best")
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "_drop_candidates", killed)
+        patch.setattr(promotion, "drop_candidates", killed)
         with pytest.raises(KilledError):
             finetune.run(recipe, out, device=CPU)
     assert len(list((out / "round-01" / "checkpoints").iterdir())) == 4

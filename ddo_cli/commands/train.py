@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @options.add(
     recipe=options.of_recipe(
         "model.ckpt", "data.source", "finetune.rounds", "finetune.alpha", "finetune.beta", "finetune.lr",
-        "finetune.batch", "finetune.images_per_round", "finetune.eval_every", "finetune.num_fake",
+        "finetune.batch", "finetune.images_per_round", "finetune.eval_every", "finetune.num_fake", "finetune.control",
         "metric.num_images", "finetune.precision", "finetune.compile", "seed", "model.file",
     ),
     device=options.device_of,
@@ -40,9 +40,11 @@ def finetune_ddo(
         shown = {key: value for key, value in figures.items() if key != "settings_by_round"}
         return options.Result(figures, shown, console.table(*report.settings_table(by_round)) if by_round else None)
     columns, rows = report.table_of(rundir.RunDir(Path(figures["out"])), figures["metric"])
-    counted = f" of {figures['metric_images']:,} images" if figures["metric_images"] else ""
+    counted = ""
+    if figures["metric_images"]:
+        counted = f" of {figures['metric_images']:,} images on seeds that no selection saw"
     title = f"DDO by round: {figures['metric']}{counted} (lower is better)"
-    shown = {"final": figures["final"]}
+    shown = {"final": figures["final"], **report.told(figures)}
     if published := [f"{p['method']} {p['value']:g} (arXiv {p['arxiv']})" for p in figures.get("published", [])]:
         shown["published"] = ", ".join(published)
     shown["report"] = str(Path(figures["out"]) / "report.html")

@@ -15,19 +15,19 @@ from ddo_cli import console, dist
 from ddo_cli.data.items import ItemSet
 from ddo_cli.data.pairs import Pairs, Shuffled
 from ddo_cli.engines.ddo import reference, sweep
+from ddo_cli.engines.ddo.round import ddo_task
 from ddo_cli.engines.sampling import sample
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import registry
-from ddo_cli.objectives.ddo import DdoSettings
-from ddo_cli.objectives.ddo_step import ddo_objective
 from ddo_cli.recipe.schema import Recipe, SamplingRecipe, TrainRecipe
 from ddo_cli.trainable import Objective, Trainable
 from ddo_cli.training import loop
 from ddo_cli.training.feed import Stream
 from ddo_cli.training.meter import Meter
 
+CONTROL_STEP = 3 / 8  # of a step of DDO: no fakes and no reference. In rows: 3 n against 6 n + 2 n; backward counts two
 STEPS = 2  # the first one warms up, the second one is timed
 GIB, HOUR = 2**30, 3600
 
@@ -55,10 +55,15 @@ def of_finetuning(
         pairs = Pairs(
             Shuffled(real.items, real.labels, "real", recipe.seed), Shuffled(fake, labels, "fake", recipe.seed)
         )
-        setting = plans[0].settings[0]
-        objective = ddo_objective(model, ref, DdoSettings(*setting, settings.divide_by_alpha))
+        objective = ddo_task(ref, pairs, settings, None).objective(model, plans[0].settings[0])
         figures["seconds_per_step"] = two_steps(model, objective, pairs, settings, (recipe.seed, 1), device)
-    return _summary(figures, _work_of_rounds(recipe, plans, scoring), settings, model, fake[:1].nbytes)
+    work = _work_of_rounds(recipe, plans, scoring)
+    of_reference = 0 if scoring.density is not None else 2 * scoring.images
+    control = None
+    if settings.control:
+        control = _work_of_rounds(recipe, [plan.of_control() for plan in plans], scoring)._replace(fake=0)
+    work = work._replace(scored=work.scored + of_reference)
+    return _summary(figures, work, settings, model, fake[:1].nbytes, control)
 
 
 def of_pretraining(
@@ -82,12 +87,13 @@ def of_pretraining(
 
 
 def _work_of_rounds(recipe: Recipe, plans: Sequence[sweep.Plan], scoring: Scoring) -> Work:
+    """Of a chain of rounds that are all promoted: so many candidates are scored once, and the best on further seeds."""
     settings = recipe.finetune
     rounds = [sweep.planned(plan.rungs, plan.candidates_at) for plan in plans]
     candidates = [sum(len(node["candidates"]) for node in nodes) for nodes in rounds]
     # The best one's stay, and every candidate of the round that runs.
     stored = sum(candidates) if settings.keep_candidates == "all" else len(rounds) - 1 + max(candidates)
-    scores = settings.rounds * (scoring.repeats - 1) + scoring.repeats + sum(candidates)
+    scores = settings.rounds * 2 * scoring.repeats + sum(candidates)
     at_rungs = sum(
         len(node["rungs"]) * plan.images for plan, nodes in zip(plans, rounds, strict=True) for node in nodes
     )
@@ -165,17 +171,30 @@ def _name(device: torch.device) -> str:
 
 
 def _summary(
-    figures: dict[str, Any], work: Work, settings: TrainRecipe, model: Trainable, item_bytes: int
+    figures: dict[str, Any],
+    work: Work,
+    settings: TrainRecipe,
+    model: Trainable,
+    item_bytes: int,
+    control: Work | None = None,
 ) -> dict[str, Any]:
-    """What `--dry-run` adds to the plan: `measured` (hours without the metrics themselves) and `disk_gib`."""
+    """What `--dry-run` adds to the plan: `measured` (hours without the metrics themselves) and `disk_gib`.
+
+    control: what is done beside `work`; its steps are counted by their rows, not measured.
+    """
+    speed = figures.get("images_per_second", math.inf)
     training = work.steps * figures["seconds_per_step"] / HOUR
-    sampling = (work.fake + work.scored) / figures.get("images_per_second", math.inf) / HOUR
-    hours = {"training": training, "sampling": sampling, "total": training + sampling}
+    sampling = (work.fake + work.scored) / speed / HOUR
+    hours = {"training": training, "sampling": sampling}
+    if control is not None:
+        seconds = control.steps * CONTROL_STEP * figures["seconds_per_step"] + control.scored / speed
+        hours["control"] = seconds / HOUR
+    hours["total"] = sum(hours.values())
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     disk = {
         "fake_sets": work.fake * item_bytes / GIB,
-        "weights": work.stored * weights / GIB,
+        "weights": (work.stored + (control.stored if control else 0)) * weights / GIB,
         # Averages, and Adam's two moments; the state saved before stays.
         "train_state": 2 * (weights + (max(len(settings.ema_widths), 1) + 2) * trained) / GIB,
     }

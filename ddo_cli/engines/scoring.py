@@ -58,12 +58,25 @@ class Scoring:
 
     @property
     def repeats(self) -> int:
-        """Scores that a promoted model gets; densities have no sampling noise, so one is enough."""
+        """Ranges of seeds of a mean; densities have no sampling noise, so one is enough."""
         return 1 if self.density is not None else self.metric.repeats
+
+    # Ranges of seeds of a finetuning, by number. Range 0 chooses among candidates, and the best of many looks better
+    # there than it is. So others decide on promotion, and those of the table decide nothing. A density has no seeds.
+
+    @property
+    def promotion_ranges(self) -> range:
+        """Of what decides whether a candidate is better than the reference."""
+        return range(1) if self.density is not None else range(1, 1 + self.repeats)
+
+    @property
+    def table_ranges(self) -> range:
+        """Of the figures that are reported."""
+        return range(1) if self.density is not None else range(1 + self.repeats, 1 + 2 * self.repeats)
 
     @property
     def images(self) -> int:
-        """Images drawn for the scores that a promoted model gets; densities are of points, which cost little."""
+        """Images drawn for a mean; densities are of points, which cost little."""
         return 0 if self.density is not None else self.repeats * self.metric.num_images
 
     def check(self, boosts: bool = False) -> None:
@@ -72,7 +85,7 @@ class Scoring:
             raise UsageError("metric js is of the density that an ODE draws: leave sampling.s_churn and boost out")
 
     def run(self, model: LikelihoodModel, repeat: int, images: int | None = None) -> dict[str, float]:
-        """The metric's figures, `self.key` among them, on the seeds of this repeat. Equal on every process.
+        """The metric's figures, `self.key` among them, on this range of seeds. Equal on every process.
 
         images: use only this many of those seeds (a density uses none); None: all.
         """
@@ -83,7 +96,8 @@ class Scoring:
         seeds = range(first, first + (images or self.metric.num_images))
         numbers = dist.shard(range(num_batches(len(seeds), self.spec.batch)))
         batches = generate(model, seeds, self.spec, batch=self.spec.batch, only=numbers, device=self.device)
-        with console.progress(f"{self.key} {repeat + 1}/{self.repeats}", len(numbers), "batches") as bar:
+        title = f"{self.key}, seeds {seeds.start} to {seeds.stop - 1}"
+        with console.progress(title, len(numbers), "batches") as bar:
             return self.frechet.score(_counted(batches, bar))
 
     def passes(self, model: LikelihoodModel, images: int | None = None) -> int:

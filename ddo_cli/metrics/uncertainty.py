@@ -1,8 +1,10 @@
 """Uncertainty of a Frechet distance: jackknife standard error, and extrapolation to infinitely many images.
 
 Both come from the moments of equal random chunks of the images (`accumulators.ChunkedMoments`), without another pass.
+And means over ranges of seeds, with the difference of two models in pairs.
 """
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 from typing import NamedTuple
@@ -12,6 +14,31 @@ import numpy as np
 from ddo_cli.errors import DataError
 from ddo_cli.metrics import frechet
 from ddo_cli.metrics.stats import Moments
+
+
+class Mean(NamedTuple):
+    """A mean over ranges of seeds and its standard error, which one range does not tell."""
+
+    value: float
+    std_error: float | None
+
+    def __str__(self) -> str:
+        spread = "" if self.std_error is None else f" ± {self.std_error:.2g}"
+        return f"{self.value:.4g}{spread}"
+
+
+def mean(scores: Sequence[float]) -> Mean:
+    """Mean of scores, one of each range of seeds; standard error s / sqrt(n), s^2 with n - 1."""
+    n = len(scores)
+    return Mean(sum(scores) / n, float(np.std(scores, ddof=1)) / math.sqrt(n) if n > 1 else None)
+
+
+def improvement(before: Sequence[float], after: Sequence[float]) -> Mean:
+    """By how much scores, of which the lower is better, fell. Both are of the same ranges of seeds, in the same order.
+
+    The images of a seed are much alike for related models, so differences in pairs scatter less than the scores.
+    """
+    return mean([one - other for one, other in zip(before, after, strict=True)])
 
 
 class Point(NamedTuple):

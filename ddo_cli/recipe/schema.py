@@ -201,7 +201,9 @@ class MetricRecipe(Section):
     name: Literal["fd_embedded", "fid", "fd_dinov2", "fd_clip", "js"] = key("fd_embedded", "Metric.")
     ref: str | None = key(None, "Reference images or statistics. Default: the training data.")
     num_images: int = key(4096, "Images per score.", ge=2, le=250_000)
-    repeats: int = key(3, "Ranges of seeds over which the scores of promoted models are averaged.", ge=1, le=4)
+    repeats: int = key(
+        3, "Ranges of seeds in a mean score; finetune-ddo promotes by so many and reports so many others.", ge=1, le=4
+    )
     weights: str | None = key(None, "Inception weights of the FID.")
     benchmark: Annotated[Benchmark | None, _one_of(get_args(Benchmark), "no published figures are known of it")] = key(
         None, "Benchmark whose published results are shown beside the score."

@@ -155,6 +155,7 @@ _OF_THE_RUN = (
     "sharding",
     "fake_as",
     "keep_candidates",
+    "control",
 )
 
 
@@ -176,6 +177,17 @@ class FinetuneRecipe(TrainRecipe):
     beta: Coefficient = key(0.05, "Scale of the log-ratio, about 1 / dimension. Several values are swept.")
     divide_by_alpha: bool = key(False, "Divide the loss by max(alpha, 1), as VAR's trainer does.")
     images_per_round: int = key(7680, "Real images per round.", ge=1)
+    control: bool = key(
+        False,
+        "Train a control beside DDO: the same images, draws, steps and rule of promotion with the plain loss of "
+        "pretraining. It may be asked for later.",
+    )
+    margin: float = key(
+        0.0,
+        "Promotion asks for an improvement on the reference of at least this many of its standard errors, paired over "
+        "the ranges of seeds.",
+        ge=0,
+    )
     num_fake: int = key(4096, "Samples drawn from the reference per round.", ge=1, le=100_000_000)
     fake_as: Literal["images", "latents"] | None = key(None, "How these samples are stored.")
     reference_precision: Literal["float32", "bf16"] = key(

@@ -4,6 +4,7 @@ from typing import Any
 
 from ddo_cli import rundir
 from ddo_cli.engines.ddo.sweep import Setting, fraction_spent, rank
+from ddo_cli.metrics.uncertainty import Mean, improvement, mean
 from ddo_cli.recipe.load import to_yaml
 from ddo_cli.recipe.schema import FinetuneRecipe, Recipe
 from ddo_cli.report import html, pictures
@@ -15,22 +16,59 @@ FILES = ("report.html", "curves.png", "score-by-round.png")  # what `write` writ
 
 
 def table(state: dict[str, Any], key: str) -> tuple[list[str], list[Row]]:
-    """Column names and rows: the reference, then the reference after each round."""
-    others = [name for name in state["reference"]["repeats"][0] if name != key]
-    columns = ["reference", key, *others, "ratio", "outcome"]
-    start = state["reference"]["score"]
-    rows = [("at the start", *_figures(state["reference"], key, others), "1.000", "")]
-    for record in state["rounds"]:
+    """Column names and rows: the reference, then the reference after each round, then those of a control."""
+    start, control = state["reference"], state.get("control", [])
+    others = [name for name in start["repeats"][0] if name != key]
+    columns = ["reference", key, *others, "ratio", "better by", *(["than control by"] if control else []), "outcome"]
+    beside = [""] if control else []
+    rows: list[Row] = [("at the start", *_figures(start, key, others), "1.000", "", *beside, "")]
+    of_rounds = [("after round", record) for record in state["rounds"]]
+    for title, record in of_rounds + [("control, round", record) for record in control]:
         outcome = f"promoted after {record['best_images']:,} images"
         if "nodes" in record:
             outcome += f", {_setting(record).title}"
         if not record["promoted"]:
-            outcome = f"kept; best candidate {record['candidate_score']:.4g}"
+            outcome = f"kept; best candidate {better(Mean(**record['improvement']))}"
         if record.get("ended_early"):
             outcome += f"; ended at {record['trained_images']:,}"
-        ratio = f"{record['score'] / start:.3f}" if start else "-"
-        rows.append((f"after round {record['round']}", *_figures(record, key, others), ratio, outcome))
+        ratio = f"{record['score'] / start['score']:.3f}" if start["score"] else "-"
+        gain = str(_improvement(start, record, key))
+        if control:
+            same = [other for other in control if other["round"] == record["round"]]
+            is_beside = title == "after round" and same
+            beside = [str(_improvement(same[0], record, key)) if is_beside else ""]
+        rows.append((f"{title} {record['round']}", *_figures(record, key, others), ratio, gain, *beside, outcome))
     return columns, rows
+
+
+def improvements(state: dict[str, Any], key: str) -> dict[str, Any]:
+    """For `--json`: by how much the last reference is better than the first one and than the control's, in pairs."""
+    rounds, control = state["rounds"], state.get("control", [])
+    others = {"reference": state["reference"]}
+    if len(control) == len(rounds):
+        others["control"] = control[-1]
+    return {f"better_than_{name}": _improvement(record, rounds[-1], key)._asdict() for name, record in others.items()}
+
+
+def told(figures: dict[str, Any]) -> dict[str, str]:
+    """The improvements among the figures of `--json`, for people."""
+    ranges = figures["metric_repeats"]
+    paired = f", paired over {ranges} ranges of seeds" if ranges > 1 else ""
+    return {
+        f"than {name}": f"{better(Mean(**figures[f'better_than_{name}']))}{paired}"
+        for name in ("reference", "control")
+        if f"better_than_{name}" in figures
+    }
+
+
+def better(gain: Mean) -> str:
+    """ "better by 1.2 ± 0.3"."""
+    return f"{'worse' if gain.value < 0 else 'better'} by {gain._replace(value=abs(gain.value))}"
+
+
+def _improvement(before: dict[str, Any], after: dict[str, Any], key: str) -> Mean:
+    """Of one record on another, in pairs of equal seeds that decided nothing."""
+    return improvement(*([figures[key] for figures in record["repeats"]] for record in (before, after)))
 
 
 def table_of(run_dir: rundir.RunDir, key: str) -> tuple[list[str], list[Row]]:
@@ -125,11 +163,9 @@ def _setting(record: dict[str, Any]) -> Setting:
 
 
 def _figures(record: dict[str, Any], key: str, others: list[str]) -> Row:
-    """The mean score, with its range over several repeats, and the means of the other figures."""
-    repeats = [figures[key] for figures in record["repeats"]]
-    spread = f" ({min(repeats):.4g} to {max(repeats):.4g})" if len(repeats) > 1 else ""
-    means = [sum(figures[name] for figures in record["repeats"]) / len(repeats) for name in others]
-    return (f"{record['score']:.4g}{spread}", *(f"{mean:.4g}" for mean in means))
+    """The mean score with its standard error over ranges of seeds, and the means of the other figures."""
+    means = {name: mean([figures[name] for figures in record["repeats"]]) for name in (key, *others)}
+    return (str(means[key]), *(f"{means[name].value:.4g}" for name in others))
 
 
 def write(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any], key: str) -> None:
@@ -143,25 +179,38 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any], key: st
         if 1 <= line["round"] <= len(rounds) and _setting_or_none(line) == chosen.get(line["round"])
     ]
     settings = [recipe.finetune.of_round(number) for number in range(1, recipe.finetune.rounds + 1)]
-    lengths = [-(-finetune.images_per_round // finetune.batch) * finetune.batch for finetune in settings]
-    for record in rounds:
-        lengths[record["round"] - 1] = record.get("trained_images", lengths[record["round"] - 1])
-    before = [sum(lengths[:number]) for number in range(len(lengths))]  # images of the rounds before, by round
+    control = state.get("control", [])
+
+    def images_before(records: list[dict[str, Any]]) -> list[int]:
+        """Of a chain: images of the rounds before, by round."""
+        lengths = [-(-finetune.images_per_round // finetune.batch) * finetune.batch for finetune in settings]
+        for record in records:
+            lengths[record["round"] - 1] = record.get("trained_images", lengths[record["round"] - 1])
+        return [sum(lengths[:number]) for number in range(len(lengths))]
+
+    before = images_before(rounds)
     at = [before[record["round"] - 1] + record["n_images"] for record in log]
-    candidates = [
-        (before[record["round"] - 1] + int(step) * settings[record["round"] - 1].batch, figures[key])
-        for record in rounds
-        for step, figures in sorted(record["candidates"].items(), key=lambda item: int(item[0]))
-    ]
-    by_round = [state["reference"]["score"], *(record["score"] for record in rounds)]
-    pictures.curves(
-        {f"{key} by round (mean of repeats)": [Curve(key, range(len(by_round)), by_round, "o")]},
-        path / "score-by-round.png",
-        "round",
-    )
+
+    def of_candidates(label: str, records: list[dict[str, Any]]) -> Curve:
+        before = images_before(records)
+        found = [
+            (before[record["round"] - 1] + int(step) * settings[record["round"] - 1].batch, figures[key])
+            for record in records
+            for step, figures in sorted(record["candidates"].items(), key=lambda item: int(item[0]))
+        ]
+        return Curve(label, [x for x, _ in found], [y for _, y in found], "o")
+
+    by_round = {
+        label: [state["reference"]["score"], *(record["score"] for record in records)]
+        for label, records in {"DDO": rounds, "control": control}.items()
+        if records
+    }
+    drawn = [Curve(label, range(len(scores)), scores, "o") for label, scores in by_round.items()]
+    pictures.curves({f"{key} by round (mean of repeats)": drawn}, path / "score-by-round.png", "round")
+    of_controls = [of_candidates("control", control)] if control else []
     pictures.curves(
         {
-            f"{key} of candidates": [Curve(key, [x for x, _ in candidates], [y for _, y in candidates], "o")],
+            f"{key} of candidates": [of_candidates("DDO", rounds), *of_controls],
             "log-ratio, nats": [Curve(name, at, [record[name] for record in log]) for name in ("r_real", "r_fake")],
             "discriminator accuracy": [Curve("accuracy", at, [record["accuracy"] for record in log])],
             "plain loss on data / reference's": [Curve("ratio", at, [record["denoising_ratio"] for record in log])],
@@ -174,14 +223,17 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any], key: st
     shown += [html.Picture(path / "curves.png", "training")]
     shown += [html.Picture(path / "reference.png", "reference, before")]
     shown += [
-        html.Picture(path / f"round-{record['round']:02d}" / "grid.png", f"round {record['round']}, same seeds")
-        for record in rounds
+        html.Picture(place / f"round-{record['round']:02d}" / "grid.png", f"{title}round {record['round']}, same seeds")
+        for place, title, records in ((path, "", rounds), (path / "control", "control, ", control))
+        for record in records
     ]
-    start, final = by_round[0], by_round[-1]
+    start, final = state["reference"]["score"], rounds[-1]["score"]
     ratio = f" ({final / start:.2f} times)" if start else ""
     summary = f"{key} {start:.4g} -> {final:.4g}{ratio} in {len(rounds)} rounds; lower is better."
     if end := ending(recipe, rounds):
         summary += f" {end.capitalize()}."
+    for name, gain in improvements(state, key).items():
+        summary += f" {better(Mean(**gain)).capitalize()} than the {name.removeprefix('better_than_')}."
     cost = sweep_cost(rounds)
     if cost:
         summary += f" {cost.capitalize()}; curves are of each round's best node."

@@ -1,6 +1,11 @@
-"""One round of self-play: where it lies, the reference it starts from, its fake set, and what its trials share."""
+"""One round of self-play: where it lies, the reference it starts from, its fake set, and what its trials share.
+
+Rounds follow one another in a chain: that of DDO, or that of its control, which is trained by maximum likelihood.
+"""
 
 import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,103 +16,193 @@ from ddo_cli.data.items import ItemSet
 from ddo_cli.data.pairs import Pairs, Shuffled
 from ddo_cli.data.samples import open_samples
 from ddo_cli.engines.ddo import reference
-from ddo_cli.engines.ddo.sweep import Plan
+from ddo_cli.engines.ddo.sweep import Plan, Setting
 from ddo_cli.engines.sampling import sample
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.files import replacing
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import registry
-from ddo_cli.recipe.schema import Recipe
+from ddo_cli.objectives.ddo import DdoSettings, r_std
+from ddo_cli.objectives.ddo_step import ddo_objective
+from ddo_cli.objectives.likelihood import plain_objective
+from ddo_cli.recipe.schema import FinetuneRecipe, Recipe
+from ddo_cli.trainable import Objective
+from ddo_cli.training.feed import Stream
 
 FIRST_FAKE_SEED = 1_000_000  # beyond the seeds of scores
 
 
-class Round(NamedTuple):
-    """Round k. Its reference is the best model of round k - 1, at first recipe.model.ckpt."""
+class Chain(NamedTuple):
+    """Rounds that each start from the best model so far, at first recipe.model.ckpt.
 
-    number: int
-    whole: Recipe
-    plan: Plan
+    name: "rounds", those of DDO, or "control": the same real images, draws, steps and rule of promotion with the plain
+    loss. Its records are kept in the state under this name.
+    """
+
+    name: str
+    recipe: Recipe
+    plans: Sequence[Plan]  # of each round
     run_dir: rundir.RunDir
     scoring: Scoring
     device: torch.device
 
     @property
+    def is_control(self) -> bool:
+        """Whether it is trained without discrimination."""
+        return self.name == "control"
+
+    @property
+    def path(self) -> Path:
+        """The directory of its rounds."""
+        return self.run_dir.path / "control" if self.is_control else self.run_dir.path
+
+    @property
+    def final(self) -> Path:
+        """The weights that it ends with."""
+        return self.path / self.run_dir.final.name
+
+    @property
+    def log_file(self) -> Path:
+        """The log of its training."""
+        return self.path / self.run_dir.log_file.name
+
+    @property
+    def title(self) -> str:
+        """Begins its lines for people."""
+        return "control, " if self.is_control else ""
+
+    def records(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+        """Its finished rounds."""
+        records: list[dict[str, Any]] = state.get(self.name, [])
+        return records
+
+    def path_of(self, number: int) -> Path:
+        """The directory of round `number`."""
+        return self.path / f"round-{number:02d}"
+
+    def next_path(self, state: dict[str, Any]) -> Path:
+        """The directory of the round that comes next."""
+        return self.path_of(len(self.records(state)) + 1)
+
+    def weights_after(self, rounds: int) -> str | Path:
+        """The reference that so many rounds have led to."""
+        return self.path_of(rounds) / "best.safetensors" if rounds else self.recipe.model.ckpt
+
+
+class Round(NamedTuple):
+    """Round k of a chain. Its reference is the best model of round k - 1."""
+
+    number: int
+    chain: Chain
+
+    @property
     def recipe(self) -> Recipe:
         """With the values that hold in this round."""
-        return self.whole.of_round(self.number)
+        return self.chain.recipe.of_round(self.number)
+
+    @property
+    def plan(self) -> Plan:
+        """What it does."""
+        return self.chain.plans[self.number - 1]
 
     @property
     def path(self) -> Path:
         """The round's directory."""
-        return path_of(self.run_dir, self.number)
+        return self.chain.path_of(self.number)
 
     @property
     def ref_file(self) -> str | Path:
         """Weights of the reference."""
-        return weights_after(self.whole, self.run_dir, self.number - 1)
+        return self.chain.weights_after(self.number - 1)
 
     @property
     def title(self) -> str:
         """For people."""
-        return f"round {self.number}/{self.whole.finetune.rounds}"
+        return f"{self.chain.title}round {self.number}/{self.chain.recipe.finetune.rounds}"
 
     def draw_fakes(self) -> None:
         """Draws the fake set from the reference to disk, or what an interrupted run left to draw."""
-        settings, spec = self.recipe.finetune, self.scoring.spec
-        before = sum(self.whole.finetune.of_round(number).num_fake for number in range(1, self.number))
+        whole, settings, spec = self.chain.recipe, self.recipe.finetune, self.chain.scoring.spec
+        before = sum(whole.finetune.of_round(number).num_fake for number in range(1, self.number))
         first = FIRST_FAKE_SEED + before  # rounds do not overlap
-        loaded = registry.load_model(self.ref_file, self.device)
+        loaded = registry.load_model(self.ref_file, self.chain.device)
         sample.run(
             loaded, range(first, first + settings.num_fake), self.path / "samples", form="shards",
             sampling=spec.model_dump(), keep=sample.kept_of_fakes(loaded.model, settings.fake_as, spec),
-            device=self.device, title=f"{self.title} fake set",
+            device=self.chain.device, title=f"{self.title} fake set",
         )  # fmt: skip
 
-    def networks(self, real: ItemSet, precision_error: float | None) -> "Networks":
-        """What every trial of the round trains against."""
-        recipe, file = self.recipe, self.ref_file
-        fake = open_samples(self.path / "samples")
-        pairs = Pairs(
-            Shuffled(real.items, real.labels, "real", recipe.seed, self.number, hflip=recipe.data.hflip),
-            Shuffled(fake.items, fake.labels, "fake", recipe.seed, self.number),
-        )
-        ref = reference.load(file, recipe.finetune, self.device)
+    def networks(self, real: ItemSet) -> "Networks":
+        """What every trial of the round trains with; the fake set is drawn first.
+
+        Raises UsageError if the precision is too low for round 1's log-ratios.
+        """
+        recipe, file, device = self.recipe, self.ref_file, self.chain.device
+        # The same order of real images for DDO and its control.
+        images = Shuffled(real.items, real.labels, "real", recipe.seed, self.number, hflip=recipe.data.hflip)
+        if self.chain.is_control:
+            task, precision_error = Task(images, lambda model, _: plain_objective(model), dict), None
+        else:
+            precision_error = reference.check_precision(recipe, file, real, self.number, device)
+            self.draw_fakes()
+            fake = open_samples(self.path / "samples")
+            pairs = Pairs(images, Shuffled(fake.items, fake.labels, "fake", recipe.seed, self.number))
+            ref = reference.load(file, recipe.finetune, device).model
+            task = ddo_task(ref, pairs, recipe.finetune, precision_error)
+        scratch, start = registry.load_model(file, device, recipe.finetune.draw)
         link = {
             "command": "finetune-ddo",
+            **({"control": True} if self.chain.is_control else {}),
             "round": self.number,
-            "reference_sha256": ref.checkpoint.sha256,
-            "recipe": self.whole.model_dump(mode="json"),
+            "reference_sha256": start.sha256,
+            # Without the key that asks for a control: it changes no weight of DDO.
+            "recipe": self.chain.recipe.model_dump(mode="json", exclude={"finetune": {"control"}}),
         }
         header = {
             "kind": "model",
-            "config": ref.checkpoint.header["config"],
-            "sampling": self.scoring.spec.model_dump(mode="json", exclude_none=True, exclude={"compile"}),
-            "provenance": [*ref.checkpoint.header.get("provenance", []), link],
+            "config": start.header["config"],
+            "sampling": self.chain.scoring.spec.model_dump(mode="json", exclude_none=True, exclude={"compile"}),
+            "provenance": [*start.header.get("provenance", []), link],
         }
-        scratch = registry.load_model(file, self.device, recipe.finetune.draw).model
-        return Networks(ref.model, ref.checkpoint.sha256, scratch, pairs, header, precision_error)
+        return Networks(task, start.sha256, scratch, header, precision_error)
+
+
+class Task(NamedTuple):
+    """What a round trains for."""
+
+    stream: Stream
+    objective: Callable[[LikelihoodModel, Setting], Objective]
+    figures: Callable[[dict[str, float]], dict[str, float]]  # means of what the loss logs -> a line of the log
+
+
+def ddo_task(ref: LikelihoodModel, pairs: Pairs, settings: FinetuneRecipe, precision_error: float | None) -> Task:
+    """To tell real images from samples of the frozen `ref`."""
+
+    def objective(model: LikelihoodModel, setting: Setting) -> Objective:
+        return ddo_objective(model, ref, DdoSettings(*setting, settings.divide_by_alpha))
+
+    return Task(pairs, objective, partial(_ddo_figures, precision_error))
+
+
+def _ddo_figures(precision_error: float | None, means: dict[str, float]) -> dict[str, float]:
+    """The error of r, where there is one, beside the spread of r."""
+    spread = r_std(means["r_real"], means["r_fake"], means.pop("r_square"))
+    return {
+        **means,
+        "r_std": spread,
+        **({} if precision_error is None else {"precision_error": precision_error}),
+        "denoising_ratio": (means["ref_loss"] - means["r_real"]) / means["ref_loss"],
+    }
 
 
 class Networks(NamedTuple):
     """Shared by the trials of a round. Data order and draws, too: they are compared in pairs."""
 
-    ref: LikelihoodModel  # frozen
+    task: Task
     ref_sha256: str
     scratch: LikelihoodModel  # holds averaged weights while they are scored
-    pairs: Pairs
     header: dict[str, Any]  # of every checkpoint: the reference's configuration and a longer chain of provenance
     precision_error: float | None  # of r, in nats, on the first batch; None in float32
-
-
-def path_of(run_dir: rundir.RunDir, number: int) -> Path:
-    """The directory of round `number`."""
-    return run_dir.path / f"round-{number:02d}"
-
-
-def weights_after(recipe: Recipe, run_dir: rundir.RunDir, rounds: int) -> str | Path:
-    """The reference that so many rounds have led to."""
-    return path_of(run_dir, rounds) / "best.safetensors" if rounds else recipe.model.ckpt
 
 
 def copy_weights(source: str | Path, target: Path) -> None:

@@ -60,6 +60,10 @@ class Plan(NamedTuple):
         """Whether there is anything to choose from."""
         return len(self.settings) > 1
 
+    def of_control(self) -> "Plan":
+        """The same steps and candidates, with no coefficients to sweep."""
+        return self._replace(settings=self.settings[:1], rungs=[Rung(self.steps, 1)])
+
     def forecast(self) -> dict[str, Any]:
         """What `--dry-run` tells of a sweep."""
         spent, full = cost(planned(self.rungs, self.candidates_at), self.candidates_at, self.costs)

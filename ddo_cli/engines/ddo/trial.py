@@ -14,8 +14,6 @@ from ddo_cli.engines.ddo.sweep import Setting, survivors
 from ddo_cli.errors import NumericsError
 from ddo_cli.files import read_json, remove, write_json
 from ddo_cli.models import registry
-from ddo_cli.objectives.ddo import DdoSettings, r_std
-from ddo_cli.objectives.ddo_step import ddo_objective
 from ddo_cli.training import loop
 from ddo_cli.training.ema import snapshot_name
 from ddo_cli.training.meter import Meter
@@ -29,7 +27,7 @@ class Trial:
 
     def __init__(self, of_round: Round, networks: Networks, setting: Setting):
         self.round, self.networks, self.setting = of_round, networks, setting
-        self.settings, self.scoring = of_round.recipe.finetune, of_round.scoring
+        self.settings, self.scoring = of_round.recipe.finetune, of_round.chain.scoring
         self.title, self.path = of_round.title, of_round.path
         self.tags: dict[str, Any] = {}  # of log, checkpoints and saved state
         if of_round.plan.is_sweep:
@@ -55,10 +53,10 @@ class Trial:
         try:
             if is_last and self._score_kept():
                 return
-            model = registry.load_model(self.round.ref_file, self.round.device, self.settings.draw).model
-            coefficients = DdoSettings(*self.setting, self.settings.divide_by_alpha)
-            objective = ddo_objective(model, self.networks.ref, coefficients)
-            events = loop.fit(model, objective, self.networks.pairs, self._plan(until), self._meter())
+            model = registry.load_model(self.round.ref_file, self.round.chain.device, self.settings.draw).model
+            task = self.networks.task
+            objective = task.objective(model, self.setting)
+            events = loop.fit(model, objective, task.stream, self._plan(until), self._meter())
             with contextlib.closing(events):
                 for event in events:
                     match event:
@@ -127,37 +125,27 @@ class Trial:
     # --- Training
 
     def _plan(self, until: int) -> loop.Plan:
-        number, ref_sha256 = self.round.number, self.networks.ref_sha256
+        number, chain = self.round.number, self.round.chain
+        owner = f"{chain.title}round {number} of {self.networks.ref_sha256}"
         return loop.Plan(
             title=self.title,
             steps=self.steps,
             settings=self.settings,
-            key=(self.round.whole.seed, number),
+            key=(chain.recipe.seed, number),
             state_file=self.path / TRAIN_STATE,
-            owner=" ".join([f"round {number} of {ref_sha256}", *([self.setting.title] if self.tags else [])]),
+            owner=" ".join([owner, *([self.setting.title] if self.tags else [])]),
             last_good=self._last_good,
             evaluate_at=frozenset(self.candidates_at),
             until=until,
         )
 
     def _meter(self) -> Meter:
-        tags = {"round": self.round.number, **self.tags}
-        return Meter(self.round.run_dir.log_file, tags, self.settings.batch, self.round.device, self._figures)
-
-    def _figures(self, means: dict[str, float]) -> dict[str, float]:
-        """A line of the log, of the means over its rows; the error of r, where there is one, beside the spread of r."""
-        spread = r_std(means["r_real"], means["r_fake"], means.pop("r_square"))
-        error = self.networks.precision_error
-        return {
-            **means,
-            "r_std": spread,
-            **({} if error is None else {"precision_error": error}),
-            "denoising_ratio": (means["ref_loss"] - means["r_real"]) / means["ref_loss"],
-        }
+        tags, chain = {"round": self.round.number, **self.tags}, self.round.chain
+        return Meter(chain.log_file, tags, self.settings.batch, chain.device, self.networks.task.figures)
 
     def _check(self, step: int, figures: dict[str, float] | None) -> None:
         self.reached = step
-        ratio = figures["denoising_ratio"] if figures else 0.0
+        ratio = figures.get("denoising_ratio", 0.0) if figures else 0.0  # a control has no reference to compare with
         if not ratio <= self.settings.max_denoising_ratio:  # NaN is refused too
             raise NumericsError(
                 f"{self.title}: by step {step} the plain loss on real images has grown to {ratio:.3g} times the "

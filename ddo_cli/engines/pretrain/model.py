@@ -2,16 +2,14 @@
 
 import contextlib
 import itertools
-import math
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddo_cli import checkpoint, console, dist, rundir, sharding
-from ddo_cli.codec import Encodable
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import check_enough, check_fits
 from ddo_cli.data.items import identity as identity_of
@@ -24,9 +22,10 @@ from ddo_cli.files import write_json
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import registry
 from ddo_cli.models.var import tokenizers
+from ddo_cli.objectives.likelihood import LikelihoodBatch, likelihood_step
 from ddo_cli.recipe.schema import PretrainRecipe, Recipe
 from ddo_cli.rng import StepRng, seed_from
-from ddo_cli.trainable import Loss, Objective
+from ddo_cli.trainable import Objective
 from ddo_cli.training import loop
 from ddo_cli.training.ema import snapshot_name
 
@@ -93,26 +92,15 @@ def run(
         return training_run.result(run_dir, state, "metric", "score")
 
 
-class _Batch(NamedTuple):
-    inputs: Encodable
-    label: Tensor
-    draw: Any
-
-
 def likelihood_objective(model: LikelihoodModel) -> Objective:
     """Negative log-likelihood (or bound) per dimension."""
-    return Objective(partial(_batch, model), partial(_negative_log_lik, model))
+    return Objective(partial(_batch, model), partial(likelihood_step, model))
 
 
-def _batch(model: LikelihoodModel, items: Tensor, label: Tensor, rng: StepRng) -> _Batch:
+def _batch(model: LikelihoodModel, items: Tensor, label: Tensor, rng: StepRng) -> LikelihoodBatch:
     row_rng = rng("pretrain")
     draw = model.draw(len(items), row_rng)
-    return _Batch(model.codec.prepare(items, row_rng), label, draw)
-
-
-def _negative_log_lik(model: LikelihoodModel, wrapped: nn.Module, batch: _Batch) -> Loss:
-    log_lik = wrapped(model.codec.encode(*batch.inputs), batch.label, batch.draw)
-    return Loss(-log_lik.mean() / math.prod(model.codec.state_shape), {})
+    return LikelihoodBatch(model.codec.prepare(items, row_rng), label, draw)
 
 
 class _Snapshots:
