@@ -63,12 +63,26 @@ class _TrainedOn(_Entries):
     data_sha256: str = ""
 
 
+class _Gain(_Entries):
+    """Gain of guidance by a discriminator, in nats: the figures that are read again."""
+
+    gain_weight_1: float
+    error_weight_1: float
+
+
+class _HeldOut(_Entries):
+    """Figures of a discriminator on held-out items."""
+
+    gain: _Gain | None = None
+
+
 class _Header(_Entries):
     kind: str
     config: _Config | None = None
     sampling: dict[str, Any] = {}
     guidance: dict[str, Any] = {}
     trained_on: _TrainedOn = _TrainedOn()
+    heldout: _HeldOut = _HeldOut()
     provenance: list[_Link] = []
     step: int = Field(0, ge=0)
 

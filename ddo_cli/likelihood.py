@@ -73,6 +73,7 @@ class Sampled(NamedTuple):
     x: Tensor
     nfe: int
     disc_nfe: int = 0  # evaluations of a guiding discriminator or classifier, each a forward and a backward pass
+    cost: tuple[Tensor, ...] | None = None  # of each example, (B,) each, where they differ: see `diffusion.rejection`
 
 
 class LikelihoodModel(Trainable, ABC):

@@ -45,6 +45,13 @@ class RowRng:
         within = slice(rows.start - first * BLOCK, rows.stop - first * BLOCK)
         return cls([seed_from(*key, block) for block in blocks], BLOCK, within)
 
+    def of(self, rows: Tensor) -> "RowRng":
+        """The same generators, of some rows (b,) only; the others draw nothing meanwhile."""
+        assert self.rows_per_seed == 1, "rows share generators"
+        some = RowRng(())
+        some.generators = [self.generators[row] for row in rows.tolist()]
+        return some
+
     def randn(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal numbers, (B, *shape)."""
         return self._draw(torch.randn, shape, dtype)

@@ -29,7 +29,7 @@ PLACES = {
     "metric.weights": ("extractor_sha256",),
 }  # fmt: skip
 RESUMING = "train-state"  # how the names of files begin that `training.state` writes
-HARMLESS = ("log_every", "save_every")  # keys of any section that change no result
+HARMLESS = ("log_every", "save_every", "control")  # keys of any section that change no other result
 
 
 @dataclass

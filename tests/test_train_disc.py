@@ -15,9 +15,10 @@ from ddo_cli import checkpoint, cli, files
 from ddo_cli.data.images import open_images
 from ddo_cli.data.pairs import split
 from ddo_cli.diffusion import vp_sde
+from ddo_cli.engines.analysis import analyze
 from ddo_cli.engines.discriminator import data as disc_data
 from ddo_cli.engines.discriminator import train as train_disc
-from ddo_cli.engines.sampling import sample
+from ddo_cli.engines.sampling import guide_sample, guides, sample
 from ddo_cli.errors import CheckpointError, DataError, RecipeError, RunError, UsageError
 from ddo_cli.metrics.discrimination import LEVELS, HeldOut, noisy
 from ddo_cli.models.discriminators import registry as discriminators
@@ -69,6 +70,65 @@ def test_best_has_the_best_held_out_loss(finished):
     assert [level["sigma_min"] for level in levels] == sorted(level["sigma_min"] for level in levels)
     assert {"bce_real", "bce_fake", "accuracy_real", "accuracy_fake", "reliability"} <= levels[0].keys()
     assert result["heldout_bce"] == pytest.approx(sum(level["bce"] for level in levels) / LEVELS)
+
+
+def test_the_gain_is_measured_on_held_out_items_and_stored(finished, ckpt):
+    out, result = finished
+    gain = result["gain"]
+    assert gain["weight"] == 2.0
+    assert gain["error"] > 0
+    header = checkpoint.read_header(out / "final.safetensors")
+    assert header["heldout"]["gain"] == gain
+    analysed = analyze.run(str(out / "final.safetensors"), ckpt, out.parent / "gain", what="gain", device=CPU)["gain"]
+    assert analysed == {key: pytest.approx(value, rel=1e-4) for key, value in gain.items()}  # another batch rounds
+
+
+def test_the_control_is_the_untrained_network_and_a_finished_run_gets_it_later(finished, ckpt, tmp_path, monkeypatch):
+    out, result = finished
+    shutil.copytree(out, tmp_path / "run")
+    monkeypatch.setattr(train_disc.loop, "fit", None)  # nothing is trained
+    found = train_disc.run(tiny_disc_recipe(ckpt, "discriminator.control=true"), tmp_path / "run", device=CPU)
+    control = found.pop("control")
+    assert {**found, "out": result["out"], "final": result["final"], "best": result["best"]} == result
+    assert control["bce"] == pytest.approx(math.log(2), abs=1e-6)
+    assert control["gain"]["gain"] == control["gain"]["error"] == 0.0
+    assert (tmp_path / "run" / "final.safetensors").read_bytes() == (out / "final.safetensors").read_bytes()
+    assert "untrained (control)" in (tmp_path / "run" / "report.html").read_text()
+    again = train_disc.run(tiny_disc_recipe(ckpt, "discriminator.control=true"), tmp_path / "run", device=CPU)
+    assert again["control"] == control
+    # Guidance by it is plain sampling.
+    plain = sample.run(ckpt, range(4), tmp_path / "plain", device=CPU)
+    guide_sample.run(control["file"], ckpt, range(4), tmp_path / "guided", device=CPU)
+    assert plain["num_images"] == 4
+    for image in (tmp_path / "plain").glob("*.png"):
+        assert image.read_bytes() == (tmp_path / "guided" / image.name).read_bytes()
+
+
+def test_the_checkpoint_with_the_best_gain_is_chosen(ckpt, tmp_path):
+    found = train_disc.run(tiny_disc_recipe(ckpt, "discriminator.select=gain"), tmp_path / "run", device=CPU)
+    evaluations = json.loads((tmp_path / "run" / "metrics.json").read_text())["evaluations"]
+    gains = {int(step): figures["gain"]["gain"] for step, figures in evaluations.items()}
+    assert len(gains) == 3
+    assert found["gain"]["gain"] == max(gains.values())
+    assert checkpoint.read_header(tmp_path / "run" / "final.safetensors")["step"] == max(gains, key=gains.get)
+
+
+@pytest.mark.parametrize(("gain", "warned"), [(-0.3, True), (-0.1, False), (0.5, False)])
+def test_a_discriminator_that_leads_away_from_held_out_data_is_warned_of(gain, warned):
+    found = guides.harm({"gain_weight_1": gain, "error_weight_1": 0.1})
+    assert (found is not None) == warned
+    assert guides.harm(None) is None
+    if found:
+        assert "gain -0.3 ± 0.1 nats" in found
+        assert len(found) <= 300
+
+
+def test_guided_sampling_warns_of_a_discriminator_with_negative_gain(finished, ckpt, tmp_path, capsys):
+    file = checkpoint.load(finished[0] / "final.safetensors")
+    held_out = {"gain": {"gain_weight_1": -1.0, "error_weight_1": 0.1}}
+    checkpoint.save(tmp_path / "d.safetensors", file.tensors, {**file.header, "heldout": held_out})
+    guide_sample.run(str(tmp_path / "d.safetensors"), ckpt, [0], tmp_path / "set", device=CPU, dry_run=True)
+    assert "leads the score away from held-out data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [3, 9, 12, 14, 17, 20, 24])

@@ -175,7 +175,9 @@ Force = Annotated[bool, Option("--force", help="Use a discriminator that was tra
 # --- Options of recipe keys
 
 _NAMES = {"data.source": "data", "model.file": "model_file", "metric.num_images": "eval_num"}  # else the last part
-_FLAGS = {"discriminator.conditional": ["--conditional/--unconditional"]}
+_FLAGS = {
+    "discriminator.conditional": ["--conditional/--unconditional"], "discriminator.control": ["--control/--no-control"],
+}  # fmt: skip
 _TYPES = {"integer": int, "number": float, "true | false": bool}  # by `Key.type`; all others are text
 _METAVARS = {"true | false": None, "number | list of number": "NUMBER[,...]"}
 _TITLES = {"data": "Data and model", "model": "Data and model", "metric": "Score", "sampling": "Sampling",

@@ -58,7 +58,7 @@ def finetune_ddo(
         "model.ckpt", "data.source", "discriminator.fake", "discriminator.num_fake", "discriminator.images",
         "discriminator.eval_every", "metric.num_images", "discriminator.lr", "discriminator.batch",
         "discriminator.select", "discriminator.precision", "discriminator.compile", "discriminator.conditional",
-        "seed", "model.file",
+        "discriminator.control", "seed", "model.file",
     ),
     device=options.device_of,
 )  # fmt: skip

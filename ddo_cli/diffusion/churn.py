@@ -46,6 +46,7 @@ class Churn:
     trace: Trace = field(default_factory=Trace)
     round_sigma: Callable[[Tensor], Tensor] = lambda sigma: sigma
     step: int = 0
+    num_steps: int | None = None  # of the whole run, where a sampler is called for parts of it
 
     def __call__(self, x: Tensor, sigma: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
         """(x_hat, sigma_hat), sigma_hat scalar or (B,). Draws nothing if s_churn is 0 and nothing is boosted."""
@@ -56,7 +57,7 @@ class Churn:
             return x, sigma  # EDM2's sampler, the float32 one, draws inside the window only
         # Drawn at every step, inside the window or not, so that the window does not shift the later noise.
         eps = self.eps(x)
-        gamma: float | Tensor = _gamma(self.s_churn, num_steps)
+        gamma: float | Tensor = _gamma(self.s_churn, self.num_steps or num_steps)
         s_noise: float | Tensor = self.s_noise
         if self.boost is not None:
             gammas = sigma.new_tensor([gamma, _gamma(self.boost.s_churn, num_steps)])  # of others, of boosted samples

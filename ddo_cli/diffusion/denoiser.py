@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from ddo_cli.diffusion import (
 from ddo_cli.diffusion.churn import Boost, Churn
 from ddo_cli.diffusion.guidance import Guide, Interval, LowScale
 from ddo_cli.diffusion.precond import PrecondName
+from ddo_cli.diffusion.rejection import Rejection
 from ddo_cli.diffusion.trace import Denoiser, Trace, filled, rows_of
 from ddo_cli.diffusion.vp_sde import NoiseDistribution
 from ddo_cli.errors import NumericsError, UsageError
@@ -170,13 +172,33 @@ class DiffusionModel(LikelihoodModel):
         else:
             start = sampling_plan.start_of(spec, self.precond, sigmas[0])
             x = latent * start if x0 is None else x0.to(latent) + latent * sigmas[0]
+            if self.rejection is not None:
+                return self._rejected(self.rejection, x, sigmas, start, label, rng, spec, churn)
             x = samplers.find(spec.sampler).integrate(denoise, x, sigmas, churn)
-        if not bool(x.isfinite().all()):
-            raise NumericsError(
-                f"{int((~x.isfinite().flatten(1).all(1)).sum())} of {len(x)} samples are not finite; the model or a "
-                "guide diverges: lower the weights of guidance, narrow its window, or take more steps"
-            )
+        _check_finite(x)
         return Sampled(x, trace.nfe, trace.disc_nfe)
+
+    def _rejected(
+        self,
+        rejection: Rejection,
+        x: Tensor,
+        sigmas: Tensor,
+        start: Tensor,
+        label: Tensor,
+        rng: RowRng,
+        spec: SamplingRecipe,
+        churn: Churn,
+    ) -> Sampled:
+        """Samples of states x at sigmas[0], by single steps that are tested."""
+        integrate, num_steps = samplers.find(spec.sampler).integrate, len(sigmas) - 1
+
+        def step(x: Tensor, k: int, rows: Tensor) -> Tensor:
+            part = replace(churn, rng=rng.of(rows), num_steps=num_steps)
+            return integrate(self.steered(label[rows], spec, Trace()), x, sigmas[k : k + 2], part)
+
+        x, cost = rejection.sample(step, self._costs(sigmas, spec), start, x, sigmas, label, rng)
+        _check_finite(x)
+        return Sampled(x, int(cost.nfe.max()), int(cost.disc_nfe.max()), cost)
 
     def steered(self, label: Tensor, spec: SamplingRecipe, trace: Trace) -> Denoiser:
         """The denoiser of a batch with classifier-free guidance and all guides; counts evaluations in `trace`."""
@@ -223,11 +245,25 @@ class DiffusionModel(LikelihoodModel):
 
     def passes(self, spec: SamplingRecipe) -> int:
         """NFE without guides, counted by sampling with a zero network."""
+        return self._counted().sample(torch.full((1,), NO_LABEL), RowRng([0]), spec).nfe
+
+    def _counted(self) -> "DiffusionModel":
+        """This model with a zero network and without guides."""
         counted = copy.copy(self)
         counted.guides = ()
         counted.evaluate = lambda x, sigma, label: (torch.zeros_like(x), torch.zeros_like(x))  # type: ignore
         counted.denoise = lambda x, sigma, label: torch.zeros_like(x)  # type: ignore[method-assign]
-        return counted.sample(torch.full((1,), NO_LABEL), RowRng([0]), spec).nfe
+        return counted
+
+    def _costs(self, sigmas: Tensor, spec: SamplingRecipe) -> list[int]:
+        """NFE of each step without guides, counted likewise."""
+        counted, costs = self._counted(), []
+        for pair in sigmas.unfold(0, 2, 1):
+            trace = Trace()
+            denoise = counted.steered(torch.full((1,), NO_LABEL), spec, trace)
+            samplers.find(spec.sampler).integrate(denoise, sigmas.new_zeros((1, *self.codec.state_shape)), pair, None)
+            costs.append(trace.nfe)
+        return costs
 
     def units(self) -> Sequence[nn.Module]:
         units = getattr(self.net, "units", None)
@@ -262,6 +298,29 @@ class DiffusionModel(LikelihoodModel):
         if self.boost and not samplers.find(spec.sampler).churns:
             churned = samplers.names(lambda sampler: sampler.churns)
             raise UsageError(f"boost churns samples, which sampler {spec.sampler} cannot do; use {churned}")
+        if self.rejection is not None:
+            self._check_rejection(self.rejection, spec)
+
+    def _check_rejection(self, rejection: Rejection, spec: SamplingRecipe) -> None:
+        """Raises UsageError for sampling that cannot go back by single steps, or only at a cost beyond the bound."""
+        sampler = samplers.find(spec.sampler)
+        if not sampler.churns:  # the others have a memory of steps, or noise of their own
+            possible = samplers.names(lambda sampler: sampler.churns)
+            raise UsageError(f"DiffRS repeats single steps, which sampler {sampler.name} cannot do; use {possible}")
+        if sampling_plan.generalised_choice(spec) is not None:
+            raise UsageError(f"DiffRS needs a plain sampler; remove {sampling_plan.generalised_keys(spec)}")
+        if spec.rng == "cuda":
+            raise UsageError("sampling.rng = cuda counts the numbers of all images alike, and DiffRS does not; use cpu")
+        if rejection.max_nfe < (least := self.passes(spec)):
+            raise UsageError(
+                f"DiffRS: a bound of {rejection.max_nfe} evaluations is below the {least} of an image without "
+                "rejection; raise it"
+            )
+        if not rejection.tested(self.sigmas(spec)):
+            raise UsageError(
+                f"DiffRS: none of the sampler's noise levels lies between time_min = {rejection.time_min} and time_max "
+                f"= {rejection.time_max}; widen the window"
+            )
 
     def _check_interval(self, what: str, interval: Interval, spec: SamplingRecipe) -> None:
         sampling_plan.check_interval(what, interval, spec, self.sigmas(spec)[:-1])
@@ -283,6 +342,11 @@ class DiffusionModel(LikelihoodModel):
         """Discriminator guidance's boosting, if a guide asks for it."""
         return next((boost for guide in self.guides if (boost := getattr(guide, "boost", None))), None)
 
+    @property
+    def rejection(self) -> Rejection | None:
+        """DiffRS, if a guide asks for it."""
+        return next((guide for guide in self.guides if isinstance(guide, Rejection)), None)
+
     def bounds(self, spec: SamplingRecipe) -> tuple[float, float]:
         """Smallest and largest noise level of a sampling run."""
         return sampling_plan.bounds(spec, (self.options.sigma_min, self.options.sigma_max), self.precond)
@@ -297,6 +361,14 @@ def as_diffusion(model: LikelihoodModel, refusal: str) -> DiffusionModel:
     if not isinstance(model, DiffusionModel):
         raise UsageError(refusal)
     return model
+
+
+def _check_finite(x: Tensor) -> None:
+    if not bool(x.isfinite().all()):
+        raise NumericsError(
+            f"{int((~x.isfinite().flatten(1).all(1)).sum())} of {len(x)} samples are not finite; the model or a "
+            "guide diverges: lower the weights of guidance, narrow its window, or take more steps"
+        )
 
 
 def _cfg_interval(spec: SamplingRecipe) -> Interval:

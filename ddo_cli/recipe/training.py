@@ -284,7 +284,10 @@ class DiscriminatorRecipe(TrainRecipe):
     images: int = key(500_000, "Most real images to train on, counting repeats; as many generated ones.", ge=1)
     eval_every: int = key(25_000, "Images between checkpoints, each with its held-out loss.", ge=1)
     patience: int = key(4, "Stop after this many checkpoints in a row without a better loss.", ge=1)
-    select: Literal["bce", "fid"] = key("bce", "Final checkpoint: by held-out bce, or by fid of guided samples.")
+    select: Literal["bce", "gain", "fid"] = key(
+        "bce", "Final checkpoint: by held-out bce, by the held-out gain in nats, or by fid of guided samples."
+    )
+    control: bool = key(False, "Keep and measure the untrained network, too: untrained.safetensors.")
     lr: float = Field(3e-4, gt=0)
     weight_decay: float = Field(1e-7, ge=0)
     ema_half_life: float = Field(0.0, ge=0)

@@ -124,6 +124,15 @@ def curves(panels: dict[str, list[Curve]], path: Path, x_label: str) -> None:
     _save(figure, path)
 
 
+def gain_curve(name: str, levels: Sequence[dict[str, Any]], key: str, error: str) -> Curve:
+    """The gain per unit of ln sigma over log10 sigma, from the levels of `metrics.gain`, with its standard error."""
+    x = [math.log10(level["sigma_min"] * level["sigma_max"]) / 2 for level in levels]
+    width = math.log(levels[0]["sigma_max"] / levels[0]["sigma_min"])
+    y = [level[key] / width for level in levels]
+    band = [[y_ + sign * level[error] / width for y_, level in zip(y, levels, strict=True)] for sign in (-1, 1)]
+    return Curve(name, x, y, "o", (band[0], band[1]))
+
+
 def histograms(values: dict[str, np.ndarray], path: Path, xlabel: str, bins: int = 80) -> None:
     """Densities of several sets of numbers (N,) on one axis and on the same bins; a dashed line marks each median."""
     finite = np.concatenate([numbers[np.isfinite(numbers)] for numbers in values.values()])

@@ -61,17 +61,10 @@ def gain(subject: Subject, settings: Settings) -> Finding:
 
 
 def _draw_gain(levels: list[dict[str, Any]], content: dict[str, Any], path: Path) -> None:
-    x = [math.log10(level["sigma_min"] * level["sigma_max"]) / 2 for level in levels]
-    width = math.log(levels[0]["sigma_max"] / levels[0]["sigma_min"])
-
-    def curve(name: str, key: str, error: str) -> Curve:
-        y = [level[key] / width for level in levels]
-        band = [[y_ + sign * level[error] / width for y_, level in zip(y, levels, strict=True)] for sign in (-1, 1)]
-        return Curve(name, x, y, "o", (band[0], band[1]))
-
-    shown = [curve("weight 1", "gain_weight_1", "error_weight_1")]
+    shown = [pictures.gain_curve("weight 1", levels, "gain_weight_1", "error_weight_1")]
     if content["weight"] != 1:
-        shown.append(curve(f"weight {content['weight']:g}", "gain", "error"))
+        shown.append(pictures.gain_curve(f"weight {content['weight']:g}", levels, "gain", "error"))
+    x = shown[0].x
     known = {at: level["best_weight"] for at, level in zip(x, levels, strict=True) if level["best_weight"] is not None}
     best = Curve("", list(known), [min(max(weight, -2), 6) for weight in known.values()], "o")
     panels = {"gain per unit of ln sigma, nats": shown, "best weight, cut at -2 and 6": [best]}

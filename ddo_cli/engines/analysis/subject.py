@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ddo_cli import console, dist
 from ddo_cli.data.items import ItemSet
-from ddo_cli.diffusion import samplers, vp_sde
+from ddo_cli.diffusion import samplers
 from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.diffusion.guidance import GradientGuide
+from ddo_cli.engines.sampling import guides
 from ddo_cli.generation import encoded
 from ddo_cli.likelihood import NO_LABEL
 from ddo_cli.recipe.schema import Recipe, SamplingRecipe
@@ -62,10 +63,7 @@ class Subject(NamedTuple):
 
     def window(self) -> tuple[float, float]:
         """The lowest and highest noise level with guidance; not increasing if there is none."""
-        times = torch.tensor([self.guide.time_min, self.guide.time_max], dtype=torch.float64)
-        first, last = vp_sde.sigma_of(times).tolist()
-        low, high = self.base.bounds(self.spec)
-        return max(low, first), min(high, last)
+        return guides.window(self.base, self.guide, self.spec)
 
 
 class Finding(NamedTuple):

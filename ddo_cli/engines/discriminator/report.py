@@ -24,6 +24,25 @@ def table(levels: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, ...]
     return columns, rows
 
 
+def compared(state: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Column names and rows of the held-out figures of the trained network and of its control, if there is one."""
+    trained = {
+        "bce": state["heldout_bce"], "accuracy": state["heldout_accuracy"],
+        "calibration_error": state["calibration_error"], "gain": state["gain"],
+    }  # fmt: skip
+    sides = {"trained": trained, **({"untrained (control)": state["control"]} if state.get("control") else {})}
+    weight = (trained["gain"] or {"weight": 1.0})["weight"]
+    columns = ["", "cross-entropy", "accuracy", "calibration error", f"gain at weight {weight:g}, nats", "at weight 1"]
+    return columns, [(name, *_figures(figures)) for name, figures in sides.items()]
+
+
+def _figures(figures: dict[str, Any]) -> list[str]:
+    gain = figures["gain"]
+    pairs = [("gain", "error"), ("gain_weight_1", "error_weight_1")]
+    gains = ["-" if gain is None else f"{gain[key]:.3g} ± {gain[error]:.2g}" for key, error in pairs]
+    return [f"{figures['bce']:.4f}", f"{figures['accuracy']:.3f}", f"{figures['calibration_error']:.3f}", *gains]
+
+
 def write(run_dir: rundir.RunDir, recipe: Recipe, evaluations: Evaluations, chosen: int, state: dict[str, Any]) -> None:
     """Draws training.png and levels.png and writes report.html."""
     path, batch = run_dir.path, recipe.discriminator.batch
@@ -59,6 +78,11 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, evaluations: Evaluations, chos
         ]
         for title, key in (("cross-entropy, nats", "bce"), ("accuracy", "accuracy"))
     }
+    gains = {"weight {weight:g}": state["gain"], "untrained": state.get("control", {}).get("gain")}
+    if shown := {name.format(**gain): gain["levels"] for name, gain in gains.items() if gain is not None}:
+        by_level["held-out gain per unit of ln sigma, nats"] = [
+            pictures.gain_curve(name, found, "gain", "error") for name, found in shown.items()
+        ]
     pictures.curves(by_level, path / "levels.png", "log10 sigma")
     reliability = {
         f"sigma {level['sigma_min']:.2g} to {level['sigma_max']:.2g}": [
@@ -68,18 +92,20 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, evaluations: Evaluations, chos
         for level in levels[::2]
     }
     pictures.curves(reliability, path / "reliability.png", "predicted share of real images")
-    columns, rows = table(levels)
     settled = "settled" if state["settled"] else "NOT settled: still falling when the images were used up"
     summary = (
         f"Held-out cross-entropy {state['heldout_bce']:.4f} (log 2 = {math.log(2):.4f} is blind), accuracy "
         f"{state['heldout_accuracy']:.3f}, after {state['best_images']:,} images, selected by {state['selected_by']}; "
         f"{settled}."
     )
-    shown = [
+    pages = [
         html.Picture(path / "training.png", "training"),
         html.Picture(path / "levels.png", "by noise level"),
         html.Picture(path / "reliability.png", "reliability by noise level"),
     ]
     title = f"Discriminator: {recipe.name}"
     warnings = rundir.warnings_of(state)
-    html.write_report(path / "report.html", title, summary, columns, rows, shown, to_yaml(recipe), warnings=warnings)
+    by_noise_level = html.Table("By noise level", *table(levels))
+    html.write_report(
+        path / "report.html", title, summary, *compared(state), pages, to_yaml(recipe), [by_noise_level], warnings
+    )

@@ -7,7 +7,6 @@ model's score lacks. The model itself is not trained.
 
 import contextlib
 import math
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +22,15 @@ from ddo_cli.data.pairs import Examples, Pairs, Shuffled, split
 from ddo_cli.data.samples import manifest_of
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.diffusion.denoiser import DiffusionModel
+from ddo_cli.diffusion.guidance import GradientGuide
 from ddo_cli.engines import training_run
 from ddo_cli.engines.discriminator import data as disc_data
 from ddo_cli.engines.discriminator import report as disc_report
 from ddo_cli.engines.sampling import guides, sample
 from ddo_cli.engines.scoring import Scoring
-from ddo_cli.files import read_json, replacing, sha256, write_json
+from ddo_cli.files import read_json, sha256, write_json
 from ddo_cli.generation import check_labels, encoded
+from ddo_cli.metrics import gain as gains
 from ddo_cli.metrics.discrimination import HeldOut, noisy
 from ddo_cli.models import registry
 from ddo_cli.models.discriminators import registry as discriminators
@@ -43,6 +44,8 @@ from ddo_cli.training.state import drop_state
 # The held-out loss counts as settled where the second half of the images gained at most this share of the total,
 # log 2 - BCE. Half, because the end of a learning rate's decay is always flat. Our choice; the paper gives none.
 STILL_FALLING = 0.2
+
+WRITTEN_LAST = ("best.safetensors", "final.safetensors", "untrained.safetensors")
 
 
 def run(
@@ -69,8 +72,7 @@ def run(
     config = discriminators.config_of(
         "discriminator", settings.name, base.codec.state_shape, label_use, settings.options
     )
-    torch.manual_seed(seed_from("init", recipe.seed))  # weights are the only thing drawn from the global generator
-    network = discriminators.build("discriminator", config).to(device)
+    network = _untrained(config, recipe, device)
     loop.check(network, settings)
     scoring = Scoring(recipe, real, spec, device) if settings.select == "fid" else None
     guide = guides.discriminator_guide(network, recipe.guidance, len(base.codec.state_shape))
@@ -91,24 +93,39 @@ def run(
             "out": str(out), "dry_run": True, "model": recipe.model.ckpt, "data": real.name,
             "discriminator": settings.name, "parameters": sum(p.numel() for p in network.parameters()),
             "fake": settings.fake or f"{settings.num_fake} to draw", "images": settings.images, "batch": settings.batch,
+            **({"control": "the untrained network: held-out figures and no training"} if settings.control else {}),
         }  # fmt: skip
     with training_run.claimed("train-disc", recipe, out, identity, _needed) as (run_dir, state):
-        best = run_dir.path / "best.safetensors"
-        if not run_dir.is_finished(state, run_dir.final, best):
+        best, untrained = run_dir.path / "best.safetensors", run_dir.path / "untrained.safetensors"
+        if not run_dir.is_finished(state, run_dir.final, best, *([untrained] if settings.control else [])):
             fake = given or disc_data.draw(recipe, spec, run_dir, label_use, real, device)
             header = _header(recipe, loaded, config, spec, real, fake)
-            training = _Training(recipe, run_dir, base, network, real, fake, header, device)
+            training = _Training(recipe, run_dir, base, network, real, fake, header, spec, device)
             if not state.get("finished") or len(training.evaluations) < state["evaluations"]:
                 training.run()  # else only a file written at the end was lost
-            state = _finish(training, scoring)
+            state = _finish(training, scoring, _untrained(config, recipe, device) if settings.control else None)
         keys = ("heldout_bce", "heldout_accuracy", "calibration_error", "settled", "best_images", "selected_by")
-        return {**training_run.result(run_dir, state, *keys), "best": str(best)}
+        result = {**training_run.result(run_dir, state, *keys), "gain": _brief(state["gain"]), "best": str(best)}
+        if state.get("control"):
+            result["control"] = {"file": str(untrained), **state["control"], "gain": _brief(state["control"]["gain"])}
+        return result
+
+
+def _untrained(config: dict[str, Any], recipe: Recipe, device: torch.device) -> Trainable:
+    """The network before its first step, equal in every process and call."""
+    torch.manual_seed(seed_from("init", recipe.seed))  # weights are the only thing drawn from the global generator
+    return discriminators.build("discriminator", config).to(device)
+
+
+def _brief(gain: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Figures of the gain without those of each noise level."""
+    return gain and {key: value for key, value in gain.items() if key != "levels"}
 
 
 def _needed(run_dir: rundir.RunDir, state: dict[str, Any], name: str) -> str | None:
     """For `RunDir.inspect`: the checkpoints, from which the best one is chosen, and their held-out figures."""
     path, checkpoints = run_dir.path / name, run_dir.path / "checkpoints"
-    if path.name in ("best.safetensors", "final.safetensors", "guided-scores.json") or "samples" in path.parts:
+    if path.name in (*WRITTEN_LAST, "guided-scores.json") or "samples" in path.parts:
         return ""
     if not state.get("finished") and (path.parent == checkpoints or path.name == "metrics.json"):
         # To remove the directory is a user's way to train again on the same generated set.
@@ -126,6 +143,11 @@ def default_out(recipe: Recipe, ckpt: str | None) -> Path:
 def table_of(out: Path) -> tuple[list[str], list[tuple[str, ...]]]:
     """The final checkpoint's held-out figures by noise level, for people."""
     return disc_report.table(rundir.RunDir(out).state()["levels"])
+
+
+def compared(out: Path) -> tuple[list[str], list[tuple[str, ...]]]:
+    """... those of all levels together, beside the control's."""
+    return disc_report.compared(rundir.RunDir(out).state())
 
 
 # --- Training
@@ -154,8 +176,10 @@ class _Training:
         real: ItemSet,
         fake: ItemSet,
         header: dict[str, Any],
+        spec: SamplingRecipe,
         device: torch.device,
     ):
+        self.spec = spec
         self.recipe, self.settings, self.run_dir, self.device = recipe, recipe.discriminator, run_dir, device
         self.base, self.network, self.header = base, network, header
         draw = base.draw_options
@@ -170,6 +194,7 @@ class _Training:
             x0 = encoded(base, items.items, rows.held_out, side, recipe.seed, device=device)
             held.append((x0, torch.from_numpy(items.labels[rows.held_out])))
         self.pairs = Pairs(*streams)
+        self.real_held_out = held[0]
         self.held_out = HeldOut(held[0], held[1], self.law, recipe.seed, device, self.settings.micro_batch or 256)
         self.file = run_dir.path / "metrics.json"
         self.evaluations: dict[str, dict[str, Any]] = dist.from_main(self._known() if dist.is_main() else {})
@@ -230,11 +255,49 @@ class _Training:
             self.network.load_state_dict(live)
             self.evaluations[str(step)] = figures
             if dist.is_main():
-                held_out = {key: figures[key] for key in ("bce", "accuracy", "calibration_error")}
-                checkpoint.save(self.candidate(step), ema, {**self.header, "step": step, "heldout": held_out})
+                self.keep(f"checkpoints/{self.candidate(step).name}", ema, step, figures)
                 write_json(self.file, {"evaluations": self.evaluations})
         figures = self.evaluations[str(step)]
         return f"held-out {figures['bce']:.4f}, accuracy {figures['accuracy']:.3f}"
+
+    def guide(self, step: int) -> GradientGuide:
+        """The guide of a step's checkpoint, whose weights the network takes."""
+        self.network.load_state_dict(checkpoint.load(self.candidate(step)).tensors)
+        return self.guide_of(self.network)
+
+    def guide_of(self, network: Trainable) -> GradientGuide:
+        """Guidance by a network with the recipe's settings."""
+        network = network.eval().requires_grad_(False)
+        return guides.discriminator_guide(network, self.recipe.guidance, len(self.base.codec.state_shape))
+
+    def gain(self, guide: GradientGuide) -> dict[str, Any] | None:
+        """The gain on the held-out real items at the recipe's weight, see `metrics.gain`; None if it is not finite, or
+        if the guide never acts at the sampler's noise levels.
+        """
+        bounds = guides.window(self.base, guide, self.spec)
+        if bounds[0] >= bounds[1]:
+            return None
+        x0, label = self.real_held_out
+        seed, weight = self.recipe.seed, guide.weight or 1.0  # at weight 0 there is nothing to measure
+        found = gains.measure(self.base, guide, x0, label, self.spec, bounds, seed=seed, device=self.device)
+        figures = {"weight": weight, **found.figures(weight)}
+        return figures if all(math.isfinite(level["gain"]) for level in figures["levels"]) else None
+
+    def gain_of(self, step: int) -> dict[str, Any] | None:
+        """... of a step's checkpoint, measured once."""
+        figures = self.evaluations[str(step)]
+        if "gain" not in figures:
+            figures["gain"] = self.gain(self.guide(step))
+            if dist.is_main():
+                write_json(self.file, {"evaluations": self.evaluations})
+        gain: dict[str, Any] | None = figures["gain"]
+        return gain
+
+    def keep(self, name: str, tensors: dict[str, Tensor], step: int, figures: dict[str, Any]) -> None:
+        """Writes a weight file of the run with its held-out figures."""
+        held_out = {key: figures[key] for key in ("bce", "accuracy", "calibration_error")}
+        held_out |= {"gain": _brief(figures["gain"])} if "gain" in figures else {}
+        checkpoint.save(self.run_dir.path / name, tensors, {**self.header, "step": step, "heldout": held_out})
 
     def candidate(self, step: int) -> Path:
         """The file of a step's averaged weights, which `guide-sample --disc` takes as well."""
@@ -258,13 +321,18 @@ def by_step(evaluations: dict[str, dict[str, Any]]) -> list[tuple[int, dict[str,
     return sorted((int(step), figures) for step, figures in evaluations.items())
 
 
-def _finish(training: _Training, scoring: Scoring | None) -> dict[str, Any]:
-    """Writes best, final, pictures and report; returns the run's state."""
+def _finish(training: _Training, scoring: Scoring | None, untrained: Trainable | None) -> dict[str, Any]:
+    """Writes best, final, untrained, pictures and report; returns the run's state."""
     recipe, run_dir, settings = training.recipe, training.run_dir, training.settings
     evaluations, settled = dict(by_step(training.evaluations)), training.has_settled()
     best = min(evaluations, key=lambda step: evaluations[step]["bce"])
     scores = _scores(training, scoring) if scoring is not None else {}
-    chosen = min(scores, key=lambda step: scores[step]) if scores else best
+    if settings.select == "gain":
+        gained = {step: (training.gain_of(step) or {"gain": -math.inf})["gain"] for step in evaluations}
+        chosen = max(gained, key=lambda step: gained[step])
+    else:
+        chosen = min(scores, key=lambda step: scores[step]) if scores else best
+    gain = {step: training.gain_of(step) for step in (best, chosen)}[chosen]
     if evaluations[best]["accuracy"] < 0.51:
         console.warn(
             "held-out accuracy is at chance: guidance has nothing to correct, or the discriminator needs more training "
@@ -275,15 +343,26 @@ def _finish(training: _Training, scoring: Scoring | None) -> dict[str, Any]:
             f"the held-out loss was still falling after {settings.images} images (discriminator.images): the "
             "discriminator is not trained to the end, and guidance may help less or do harm; raise --images"
         )
+    if warning := guides.harm(gain):
+        console.warn(warning)
     if dist.is_main():
         for name, step in (("best", best), ("final", chosen)):
-            with replacing(run_dir.path / f"{name}.safetensors") as temporary:
-                shutil.copyfile(training.candidate(step), temporary)
+            tensors = checkpoint.load(training.candidate(step)).tensors
+            training.keep(f"{name}.safetensors", tensors, step, evaluations[step])
+    control: dict[str, Any] = run_dir.state().get("control", {})
+    if untrained is not None:
+        guide = training.guide_of(untrained)
+        control = {**training.held_out.evaluate(untrained), "gain": training.gain(guide)}
+        if dist.is_main():
+            training.keep("untrained.safetensors", untrained.state_dict(), 0, control)
+        control = {key: control[key] for key in ("bce", "accuracy", "calibration_error", "gain")}
     figures = {
         "heldout_bce": evaluations[chosen]["bce"],
         "heldout_accuracy": evaluations[chosen]["accuracy"],
         "calibration_error": evaluations[chosen]["calibration_error"],
+        "gain": gain,
         "levels": evaluations[chosen]["levels"],
+        **({"control": control} if control else {}),
         "settled": settled,
         "best_images": chosen * settings.batch,
         "batch": settings.batch,
@@ -304,10 +383,7 @@ def _scores(training: _Training, scoring: Scoring) -> dict[int, float]:
     for step, _ in by_step(training.evaluations):
         if str(step) in scores:
             continue
-        training.network.load_state_dict(checkpoint.load(training.candidate(step)).tensors)
-        network = training.network.eval().requires_grad_(False)
-        guide = guides.discriminator_guide(network, training.recipe.guidance, len(training.base.codec.state_shape))
-        scores[str(step)] = scoring.run(training.base.guided_by([guide]), 0)[scoring.key]
+        scores[str(step)] = scoring.run(training.base.guided_by([training.guide(step)]), 0)[scoring.key]
         console.info(f"guided by step {step}: {scoring.key} {scores[str(step)]:.4g}")
         if dist.is_main():
             write_json(file, scores)
@@ -324,7 +400,9 @@ def _header(
         "model": recipe.model.ckpt, "model_sha256": loaded.checkpoint.sha256, "data_sha256": digest(real),
         "fake_sha256": digest(fake), "num_fake": len(fake.items), "sampling": drawn,
     }  # fmt: skip
-    link = {"command": "train-disc", "recipe": recipe.model_dump(mode="json"), **trained_on}
+    made_by = recipe.model_dump(mode="json")
+    del made_by["discriminator"]["control"]  # may be added to a finished run, whose weights stay as they are
+    link = {"command": "train-disc", "recipe": made_by, **trained_on}
     return {
         "kind": "discriminator", "config": config, "process": discriminators.PROCESS,
         "trained_on": trained_on, "guidance": recipe.guidance.model_dump(mode="json"),

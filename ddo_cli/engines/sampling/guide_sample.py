@@ -43,6 +43,8 @@ def run(
     spec = sample.spec_of(chosen.model.checkpoint, **(sampling or {}))
     _check_effect(settings, given, spec.sampler)
     guides.warn_of_other_sampler(chosen.discriminator, spec)
+    if warning := guides.harm(file.header.get("heldout", {}).get("gain")):
+        console.warn(warning)
     inner, record = guides.other_guides(others, base, device)
     guide = guides.discriminator_guide(chosen.discriminator.network, settings, len(base.codec.state_shape))
     guides.check_acts(base, guide, spec)

@@ -156,6 +156,29 @@ def check_acts(base: DiffusionModel, guide: GradientGuide, spec: SamplingRecipe)
         )
 
 
+def window(base: DiffusionModel, guide: GradientGuide, spec: SamplingRecipe) -> tuple[float, float]:
+    """The lowest and highest noise level with guidance; not increasing if there is none."""
+    times = torch.tensor([guide.time_min, guide.time_max], dtype=torch.float64)
+    first, last = vp_sde.sigma_of(times).tolist()
+    low, high = base.bounds(spec)
+    return max(low, first), min(high, last)
+
+
+def harm(gain: dict[str, Any] | None) -> str | None:
+    """A warning of a discriminator that leads the score away from held-out data, beyond two standard errors.
+
+    A good cross-entropy does not exclude it (arXiv 2503.16117). At weight 1, since larger ones go beyond the data on
+    purpose. gain: of `train-disc`, see `metrics.gain`; None: not measured.
+    """
+    if gain is None or gain["gain_weight_1"] >= -2 * gain["error_weight_1"]:
+        return None
+    return (
+        f"guidance of weight 1 leads the score away from held-out data: gain {gain['gain_weight_1']:.3g} ± "
+        f"{gain['error_weight_1']:.2g} nats. The discriminator is overfitted (give more images, or --select gain), or "
+        "corrects errors of few sampling steps, which the gain does not count"
+    )
+
+
 class Others(NamedTuple):
     """Guides in addition to the discriminator; those whose path is None are off."""
 
