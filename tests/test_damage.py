@@ -50,7 +50,14 @@ def _sampled(form: str) -> Callable[[Path, Path], object]:
 
 # Command: what it does with weights in a place and a directory; the step (or batch) at which it is killed.
 COMMANDS: dict[str, tuple[Callable[[Path, Path], object], int]] = {
-    "finetune-ddo": (lambda place, out: finetune.run(tiny_recipe(str(place / "m.safetensors")), out, device=CPU), 11),
+    "finetune-ddo": (  # killed in the control, when DDO's round is finished
+        lambda place, out: finetune.run(
+            tiny_recipe(str(place / "m.safetensors"), "diffusion", "finetune.control=true", "finetune.rounds=1"),
+            out,
+            device=CPU,
+        ),
+        11,
+    ),
     "sweep": (
         lambda place, out: finetune.run(
             tiny_recipe(str(place / "m.safetensors"), "diffusion", "finetune.beta=[0.05, 0.1]", "finetune.rounds=1"),

@@ -87,7 +87,7 @@ def workloads(inputs: Path) -> dict[str, Workload]:
         "guide-sample": Workload(guided),
         "finetune-ddo": Workload(training("finetune-ddo", "ddo")),
         "more-rounds": Workload(
-            training("finetune-ddo", "one-round", "--rounds", "2"), [training("finetune-ddo", "one-round")]
+            training("finetune-ddo", "one-round", "--rounds", "2", "--control"), [training("finetune-ddo", "one-round")]
         ),
         "sweep": Workload(training("finetune-ddo", "sweep")),
         "pretrain": Workload(training("pretrain", "model")),

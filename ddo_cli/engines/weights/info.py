@@ -76,7 +76,10 @@ def _run_directory(run_dir: rundir.RunDir) -> dict[str, Any]:
     of_finetuning = {
         "reference_sha256": state.get("reference_sha256"),
         "reference_score": (state.get("reference") or {}).get("score"),
-        "rounds": [{key: record[key] for key in ("round", "score", "promoted")} for record in state.get("rounds", [])],
+        **{
+            name: [{key: record[key] for key in ("round", "score", "promoted")} for record in state.get(name, [])]
+            for name in ("rounds", "control")
+        },
     }
     return {
         "holds": f"run of {state.get('command', 'an unknown command')}",
