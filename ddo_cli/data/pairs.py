@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddo_cli.errors import DataError
 from ddo_cli.rng import coins, permutation
 
 
@@ -43,15 +44,22 @@ class Shuffled:
 
     def rows(self, start: int, stop: int) -> Examples:
         """Positions start..stop - 1 of the stream."""
+        index, mirrored = self._index(start, stop)
+        items = self.items[index]  # a copy, (stop - start, C, H, W)
+        if self.hflip:
+            items[mirrored] = items[mirrored][..., ::-1]
+        return Examples(torch.from_numpy(items), torch.from_numpy(self.labels[index]))
+
+    def row_numbers(self, start: int, stop: int) -> np.ndarray:
+        """Which rows of the set lie at these positions."""
+        return self._index(start, stop)[0]
+
+    def _index(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the set at these positions, and which of them are mirrored (empty without hflip)."""
         epochs = range(start // len(self), (stop - 1) // len(self) + 1)
         parts = [self._slice(epoch, start, stop) for epoch in epochs]
         index = np.concatenate([order for order, _ in parts])
-        index = index if self.only is None else self.only[index]
-        items = self.items[index]  # a copy, (stop - start, C, H, W)
-        if self.hflip:
-            mirrored = np.concatenate([flags for _, flags in parts])
-            items[mirrored] = items[mirrored][..., ::-1]
-        return Examples(torch.from_numpy(items), torch.from_numpy(self.labels[index]))
+        return index if self.only is None else self.only[index], np.concatenate([flags for _, flags in parts])
 
     def _slice(self, epoch: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """An epoch's part of these positions: rows, and which of them are mirrored (empty without hflip)."""
@@ -73,6 +81,60 @@ class Pairs(NamedTuple):
     def rows(self, start: int, stop: int) -> tuple[Examples, Examples]:
         """Real and fake examples of stream positions start..stop - 1."""
         return self.real.rows(start, stop), self.fake.rows(start, stop)
+
+
+class Relabelled(NamedTuple):
+    """Real examples, and their items again under the label of the example that follows in the stream: CCA's negatives.
+
+    The official code shifts the labels of a batch by one; along the stream no row depends on how batches are cut.
+    """
+
+    real: Shuffled
+
+    def rows(self, start: int, stop: int) -> tuple[Examples, tuple[None, Tensor]]:
+        """Real examples of stream positions start..stop - 1, and their other labels."""
+        following = self.real.row_numbers(start + 1, stop + 1)
+        return self.real.rows(start, stop), (None, torch.from_numpy(self.real.labels[following]))
+
+
+class OfOneClass:
+    """Real and fake examples in pairs of one class; each class's fake examples come in random order, epoch by epoch."""
+
+    def __init__(self, real: Shuffled, fake: np.ndarray, labels: np.ndarray, *key: int | str):
+        """fake, labels: the fake set. Raises DataError for a class that has real items only."""
+        self.real, self.items, self.labels = real, fake, labels
+        self.classes, self.counts = np.unique(real.labels, return_counts=True)
+        if missing := set(self.classes.tolist()) - set(labels.tolist()):
+            raise DataError(
+                f"no generated image has class {min(missing)}, which real images have; raise finetune.num_fake, or set "
+                "sampling.labels = balanced"
+            )
+        self.streams = [
+            Shuffled(fake, labels, *key, int(number), only=np.flatnonzero(labels == number)) for number in self.classes
+        ]
+        self._epoch, self._partners = -1, np.empty(0, dtype=np.int64)
+
+    def rows(self, start: int, stop: int) -> tuple[Examples, Examples]:
+        """Real and fake examples of stream positions start..stop - 1."""
+        positions = np.arange(start, stop)
+        epochs = positions // len(self.real)
+        index = np.concatenate(
+            [self._of_epoch(epoch)[positions[epochs == epoch] % len(self.real)] for epoch in np.unique(epochs)]
+        )
+        fake = Examples(torch.from_numpy(self.items[index]), torch.from_numpy(self.labels[index]))
+        return self.real.rows(start, stop), fake
+
+    def _of_epoch(self, epoch: int) -> np.ndarray:
+        """The fake row beside each position of an epoch of real ones."""
+        if epoch != self._epoch:
+            first, size = epoch * len(self.real), len(self.real)
+            labels = self.real.labels[self.real.row_numbers(first, first + size)]
+            by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(self.counts)[:-1])  # positions
+            partners = np.empty(size, dtype=np.int64)
+            for places, stream, count in zip(by_class, self.streams, self.counts.tolist(), strict=True):
+                partners[places] = stream.row_numbers(epoch * count, (epoch + 1) * count)
+            self._epoch, self._partners = epoch, partners
+        return self._partners
 
 
 class Split(NamedTuple):

@@ -7,13 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ddo_cli.recipe.training import ObjectiveName
+
 
 class DdoSettings(NamedTuple):
-    """Coefficients of the loss."""
+    """Which loss, and its coefficients."""
 
-    alpha: float  # weight of the fake term
+    alpha: float | None  # weight of the fake term; None: the objective has none
     beta: float  # scale of the log-ratio
     divide_by_alpha: bool = False  # loss / max(alpha, 1), so that a sweep of alpha does not sweep the learning rate
+    objective: ObjectiveName = "ddo"
 
 
 class DdoLoss(NamedTuple):
@@ -46,25 +49,33 @@ def ddo_loss(
     """
     if alpha <= 0 or beta <= 0:
         raise ValueError(f"alpha = {alpha} and beta = {beta} must be positive")
-    r_real, r_fake = r_real.to(_at_least_float32(r_real)), r_fake.to(_at_least_float32(r_fake))
+    r_real, r_fake = at_least_float32(r_real), at_least_float32(r_fake)
     real_term = -logsigmoid(beta * r_real).mean()
     fake_rows = -logsigmoid(-beta * r_fake)  # (B,)
     fake_term = (fake_rows if fake_weight is None else fake_rows * fake_weight).mean()
     loss = real_term + alpha * fake_term
     if divide_by_alpha:
         loss = loss / max(alpha, 1.0)
-    with torch.no_grad():
-        right = torch.cat([r_real, -r_fake]).sign()  # 1 right, -1 wrong, 0 tie
-        return DdoLoss(
-            loss=loss,
-            real_term=real_term.detach(),
-            fake_term=fake_term.detach(),
-            r_real=r_real.mean(),
-            r_fake=r_fake.mean(),
-            margin=r_real.mean() - r_fake.mean(),
-            r_square=torch.cat([r_real, r_fake]).square().mean(),
-            accuracy=(right + 1).mean() / 2,
-        )
+    found = ratios(r_real, r_fake, torch.cat([r_real, -r_fake]))
+    return DdoLoss(loss, real_term.detach(), fake_term.detach(), *found)
+
+
+class Ratios(NamedTuple):
+    """What every objective logs of its log-ratios: the last fields of its result."""
+
+    r_real: Tensor
+    r_fake: Tensor
+    margin: Tensor
+    r_square: Tensor
+    accuracy: Tensor
+
+
+@torch.no_grad()
+def ratios(r_real: Tensor, r_fake: Tensor, right: Tensor) -> Ratios:
+    """r_real, r_fake: (B,). right: of any length; positive where the discriminator is right, negative where wrong."""
+    r_square = torch.cat([r_real, r_fake]).square().mean()
+    means = r_real.mean(), r_fake.mean()
+    return Ratios(*means, means[0] - means[1], r_square, (right.sign() + 1).mean() / 2)
 
 
 def r_std(r_real: float, r_fake: float, r_square: float) -> float:
@@ -75,5 +86,6 @@ def r_std(r_real: float, r_fake: float, r_square: float) -> float:
     return math.sqrt(max(r_square - ((r_real + r_fake) / 2) ** 2, 0.0))
 
 
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is if that is more."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

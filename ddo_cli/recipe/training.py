@@ -16,6 +16,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 Precision = Literal["auto", "float32", "tf32", "bf16", "fp16"]
+ObjectiveName = Literal["ddo", "cca", "spin", "dpo"]
 MAX_STD = 0.289  # of a power-function average: that of the plain mean over all of training is 0.28868
 T = TypeVar("T", bound="TrainRecipe")
 
