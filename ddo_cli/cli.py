@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ddo_cli import __version__, console
-from ddo_cli.commands import data, evaluate, sample, train, weights
+from ddo_cli.commands import about, data, evaluate, sample, train, weights
 from ddo_cli.commands.options import Command
 from ddo_cli.errors import DdoError
 
@@ -57,7 +57,8 @@ COMMANDS = {  # in the order of the help text
     "convert": weights.convert,
     "export": weights.export,
     "info": weights.info,
-    "recipes": weights.recipes,
+    "recipes": about.recipes,
+    "doctor": about.doctor,
 }
 for name, function in COMMANDS.items():
     app.command(name, cls=Command.of(function), help=function.__doc__)(lambda: None)

@@ -1,6 +1,5 @@
-"""Commands about weight files and recipes: `convert`, `export`, `ema`, `info`, `recipes`; `encode` for data."""
+"""Commands about weight files: `convert`, `export`, `ema`, `info`; `encode` for data."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -111,21 +110,3 @@ def info(
     from ddo_cli.engines.weights import info
 
     return info.run(path)
-
-
-def recipes(
-    keys: Annotated[bool, Option("--keys", help="Every key of a recipe instead: default, type, meaning.")] = False,
-) -> options.Result:
-    """The recipes that come with the program."""
-    from ddo_cli.recipe.keys import described
-    from ddo_cli.recipe.load import recipe_names
-
-    if not keys:
-        headers = {name: path.read_text(encoding="utf-8").splitlines() for name, path in recipe_names().items()}
-        return options.Result({
-            name: next((line.lstrip("# ") for line in lines if line.startswith("#")), "")
-            for name, lines in headers.items()
-        })  # fmt: skip
-    known = {key.name: key for key in described()}
-    lines = [f"{key.name:<36} {json.dumps(key.default):<14} {key.type}; {key.meaning}" for key in known.values()]
-    return options.Result({name: key._asdict() for name, key in known.items()}, {}, text="\n".join(lines))
