@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, KINDS, kinds, make_checkpoint, tiny_recipe
+from conftest import CPU, KINDS, make_checkpoint, tiny_recipe
 
 from ddo_cli import checkpoint, files
 from ddo_cli.engines.ddo import finetune, promotion, report
@@ -195,7 +195,9 @@ def content(place) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("kind", kinds("autoregressive"))
+@pytest.mark.parametrize(
+    "kind", ["autoregressive", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("diffusion", "var"))]
+)
 def test_a_control_may_come_later_and_changes_nothing(runs_of, tmp_path, kind, capsys):
     ckpt, plain, both = runs_of(kind)
     shutil.copytree(plain, tmp_path / "run")
