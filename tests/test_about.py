@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.main import get_command
 
-from ddo_cli import __version__
+from ddo_cli import __version__, cli
 from ddo_cli.engines import doctor
 from ddo_cli.metrics.extractors import weights
 from ddo_cli.recipe.load import load, recipe_names
@@ -89,3 +90,31 @@ def test_doctor_lists_gpus_with_the_precisions_of_their_hardware(monkeypatch, ma
     assert fits(shown), shown
     assert "H100 80GB HBM3" in shown
     assert "8 in all" in shown
+
+
+def test_help_shows_what_the_default_recipe_has():
+    shown = {p.name: p.show_default for p in get_command(cli.app).commands["finetune-ddo"].whole.params}
+    assert shown["lr"] == f"recipe, {load('quickstart').finetune.lr:g} in quickstart"
+    assert shown["ckpt"] == "recipe, embedded:digits16 in quickstart"
+    assert shown["control"] == "recipe, false in quickstart"
+    assert shown["model_file"] == "recipe"  # which has none
+
+
+@pytest.mark.parametrize(
+    ("line", "section", "keys"),
+    [
+        (["finetune-ddo", "--no-measure", "--alpha", "3"], "finetune", ("alpha", "beta", "lr")),
+        (["pretrain", "--no-measure"], "pretrain", ("lr",)),
+        (["train-disc"], "discriminator", ("lr",)),
+        (["train-classifier"], "classifier", ("lr",)),
+    ],
+)
+def test_a_dry_run_shows_the_coefficients_and_the_recipe(ddo, line, section, keys):
+    small = ["data.num=200", f"{section}.lr=0.0025", "--dry-run"]
+    found = json.loads(ddo(*line, *small, "--json").stdout)
+    given = {"finetune.alpha": 3.0} if section == "finetune" else {}
+    assert found["recipe"] == load("quickstart", small[:2], given).model_dump(mode="json")
+    shown = ddo(*line, *small).stdout
+    for key in keys:
+        assert f"\n{key:<18} {found[key]:g}" in shown
+    assert "recipe" not in shown

@@ -8,7 +8,7 @@ NamedTuple. Options that stand for recipe keys take name, type and help from the
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Optional, TypeVar
 
 import typer
@@ -198,16 +198,20 @@ class _KeyOptions:
         from ddo_cli.recipe.keys import described
 
         known = {key.name: key for key in described()}
-        parameters = [self._parameter(name, known[key]) for name, key in self.keys.items()]
+        if self.source == "recipe":
+            defaults = _defaults_of_recipe(self.keys.values())
+        else:
+            defaults = dict.fromkeys(self.keys.values(), self.source)
+        parameters = [self._parameter(name, known[key], defaults[key]) for name, key in self.keys.items()]
         return inspect.Signature([*list(inspect.signature(self.read).parameters.values())[1:], *parameters])
 
-    def _parameter(self, name: str, key: Any) -> inspect.Parameter:
+    def _parameter(self, name: str, key: Any, default: str) -> inspect.Parameter:
         kind = key.type.removesuffix(" | null")
         option = Option(
             *_FLAGS.get(key.name, ()),
             help=key.meaning,
             metavar=_METAVARS.get(kind, kind.replace(" ", "") if "|" in kind else None),
-            show_default=f"recipe, else {key.default}" if self.source == "recipe" and key.default else self.source,
+            show_default=default,
             rich_help_panel=_TITLES.get(key.name.partition(".")[0], "Training"),
         )
         annotation: Any = Annotated[Optional[_TYPES.get(kind, str)], option]  # noqa: UP045
@@ -215,6 +219,26 @@ class _KeyOptions:
 
     def __call__(self, **values: Any) -> Any:
         return self.read({key: values.pop(name) for name, key in self.keys.items()}, **values)
+
+
+def _defaults_of_recipe(keys: Iterable[str]) -> dict[str, str]:
+    """For --help: that the recipe has the default, and which, for the recipe that is read where none is given."""
+    from ddo_cli.recipe.load import load
+    from ddo_cli.recipe.schema import DEFAULT_RECIPE
+
+    recipe = load(DEFAULT_RECIPE)
+    values = {key: reduce(getattr, key.split("."), recipe) for key in keys}
+    return {
+        key: "recipe" if value is None else f"recipe, {_as_typed(value)} in {DEFAULT_RECIPE}"
+        for key, value in values.items()
+    }
+
+
+def _as_typed(value: Any) -> str:
+    """A value of a recipe as it is typed."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def of_recipe(*keys: str, check_model: bool = False) -> Callable[..., Any]:

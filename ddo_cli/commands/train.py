@@ -37,8 +37,8 @@ def finetune_ddo(
     figures = finetune.run(recipe, out or Path("runs") / recipe.name, device=device, dry_run=dry_run, measure=measure)
     if dry_run:
         by_round = figures.get("settings_by_round")
-        shown = {key: value for key, value in figures.items() if key != "settings_by_round"}
-        return options.Result(figures, shown, console.table(*report.settings_table(by_round)) if by_round else None)
+        table = console.table(*report.settings_table(by_round)) if by_round else None
+        return _plan(recipe, recipe.finetune, figures, table)
     columns, rows = report.table_of(rundir.RunDir(Path(figures["out"])), figures["metric"])
     counted = ""
     if figures["metric_images"]:
@@ -51,6 +51,15 @@ def finetune_ddo(
     if "sweep_cost" in figures:
         shown["sweep cost"] = f"{figures['sweep_cost']:.2f} of the full grid"
     return options.Result(figures, shown, console.table(title, columns, rows))
+
+
+def _plan(recipe: "Recipe", section: Any, figures: dict[str, Any], table: Any = None) -> options.Result:
+    """What --dry-run prints: the plan, then the loss's and optimizer's settings; with --json the whole recipe."""
+    settings = {key: getattr(section, key) for key in ("alpha", "beta", "lr") if hasattr(section, key)}
+    shown = {key: value for key, value in figures.items() if key != "settings_by_round"}
+    return options.Result(
+        {**figures, **settings, "recipe": recipe.model_dump(mode="json")}, {**shown, **settings}, table
+    )
 
 
 @options.add(
@@ -82,7 +91,7 @@ def train_disc(
     out = out or train.default_out(recipe, typed.get("ckpt"))
     figures = train.run(recipe, out, device=device, force=force, dry_run=dry_run)
     if dry_run:
-        return options.Result(figures)
+        return _plan(recipe, recipe.discriminator, figures)
     table = console.table("Held-out images by noise level", *train.table_of(Path(figures["out"])))
     return options.Result(figures, {**figures, "report": str(Path(figures["out"]) / "report.html")}, table)
 
@@ -106,7 +115,8 @@ def pretrain(
     from ddo_cli.engines.pretrain import model
 
     out = out or Path("runs") / f"{recipe.name}-pretrain"
-    return options.Result(model.run(recipe, out, device=device, dry_run=dry_run, measure=measure))
+    figures = model.run(recipe, out, device=device, dry_run=dry_run, measure=measure)
+    return _plan(recipe, recipe.pretrain, figures) if dry_run else options.Result(figures)
 
 
 @options.add(
@@ -121,12 +131,13 @@ def train_classifier(
     device: "torch.device",
     out: Annotated[Path | None, Option(help="Directory of the run. Default: runs/<recipe>-classifier.")] = None,
     dry_run: options.DryRun = False,
-) -> dict[str, Any]:
+) -> options.Result:
     """Train a classifier of noisy images, for classifier guidance or under a discriminator. Run again to continue."""
     from ddo_cli.engines.discriminator import classifier
 
     out = out or Path("runs") / f"{recipe.name}-classifier"
-    return classifier.run(recipe, out, device=device, dry_run=dry_run)
+    figures = classifier.run(recipe, out, device=device, dry_run=dry_run)
+    return _plan(recipe, recipe.classifier, figures) if dry_run else options.Result(figures)
 
 
 @options.add(device=options.device_of)
