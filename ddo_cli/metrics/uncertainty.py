@@ -23,8 +23,15 @@ class Mean(NamedTuple):
     std_error: float | None
 
     def __str__(self) -> str:
-        spread = "" if self.std_error is None else f" ± {self.std_error:.2g}"
-        return f"{self.value:.4g}{spread}"
+        """With two digits of the error, or as many decimals as four digits of the value have."""
+        if not self.std_error or not self.value or not math.isfinite(self.std_error):
+            return f"{self.value:.4g}"
+        decimals = min(1 - _exponent(self.std_error), 3 - _exponent(self.value))
+        return f"{self.value:.{max(decimals, 0)}f} ± {self.std_error:.{max(decimals, 0)}f}"
+
+
+def _exponent(value: float) -> int:
+    return math.floor(math.log10(abs(value)))
 
 
 def mean(scores: Sequence[float]) -> Mean:

@@ -28,7 +28,7 @@ def table(state: dict[str, Any], key: str) -> tuple[list[str], list[Row]]:
         if "nodes" in record:
             outcome += f", {_setting(record).title}"
         if not record["promoted"]:
-            outcome = f"kept; best candidate {better(Mean(**record['improvement']))}"
+            outcome = f"kept; candidate {better(Mean(**record['improvement']))}"
         if record.get("ended_early"):
             outcome += f"; ended at {record['trained_images']:,}"
         ratio = f"{record['score'] / start['score']:.3f}" if start["score"] else "-"
