@@ -28,6 +28,7 @@ from PIL import Image
 
 from ddo_cli import cli
 from ddo_cli.models.adm.published import Told
+from ddo_cli.models.dit import files as dit_files
 from ddo_cli.recipe.load import recipe_names
 from ddo_cli.recipe.schema import SamplingRecipe, all_keys
 
@@ -295,5 +296,5 @@ def test_options_and_keys_of_the_lines_exist(name, hooks):
             for option in parameter.opts + parameter.secondary_opts
         }
         assert {word for word in words[2:] if word.startswith("--")} <= options, words
-        keys = set(Told._fields) if words[1] == "convert" else known
+        keys = {*Told._fields, *dit_files.Told._fields} if words[1] == "convert" else known
         assert {word.partition("=")[0] for word in words[2:] if "=" in word} <= keys, words

@@ -71,7 +71,10 @@ def test_weights_are_found(name, zipped, tmp_path):
     ("content", "message"),
     [
         ({"a": net(), "b": net()}, r"holds several networks \(a, b\); save the one"),
-        ({"model": {"x_embedder.proj.weight": torch.zeros(1)}, "opt": optimizer()}, "holds a DiT or SiT; give another"),
+        (
+            {"model": {"map_layer0.weight": torch.zeros(1)}, "opt": optimizer()},
+            r"holds EDM's tensors without their configuration; give its network-snapshot-\*.pkl; give another",
+        ),
         (optimizer(), "is the state of an optimizer, not of a network; give the file of the averaged weights"),
         ({"opt": optimizer()}, "is the state of an optimizer"),
         ({"epoch": 3}, "holds epoch, not a bare state dict of a known network; give another"),

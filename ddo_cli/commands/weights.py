@@ -17,7 +17,7 @@ FileSettings = Annotated[
         metavar="[KEY=VALUE]...",
         help="What the file does not tell. ADM .pt: size=, qkv=legacy|new, heads= or head_channels=, "
         "schedule=linear|cosine, steps=, rescale=true|false; updown= and scale_shift= are checked. "
-        "VAR .pth: patch_nums=1,2,3,...",
+        "DiT or SiT .pt: arch=dit|sit|repa, heads=. VAR .pth: patch_nums=1,2,3,...",
         show_default=False,
     ),
 ]
@@ -26,7 +26,7 @@ FileSettings = Annotated[
 def convert(
     source: Annotated[
         Path,
-        Argument(help="EDM or EDM2 .pkl; ADM diffusion model, ADM classifier or DG .pt; VAR .pth; diffusers folder."),
+        Argument(help="EDM or EDM2 .pkl; ADM, ADM classifier, DG, DiT or SiT .pt; VAR .pth; diffusers folder."),
     ],
     out: Annotated[Path, Option(help="The safetensors file to write.")],
     settings: FileSettings = None,

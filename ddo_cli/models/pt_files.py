@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddo_cli import checkpoint, torch_files
 from ddo_cli.errors import CheckpointError, printable
+from ddo_cli.safe_pickle import Record
 
 # Within names of tensors: torch.compile, FSDP and activation checkpointing wrap modules at any depth.
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -22,7 +23,6 @@ _AVERAGED = re.compile(r"(^|[._])ema(?![a-z])|averag")
 _PLAIN = {"", "module", "model", "net", "network", "state_dict", "model_state_dict"}
 # Networks that are often tried, by a tensor's name in them.
 _OTHERS = {
-    "x_embedder.proj.weight": "a DiT or SiT",
     "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight": "the network of Stable Diffusion",
     "time_embedding.linear_1.weight": "a network of diffusers; give its folder",
     "map_layer0.weight": "EDM's tensors without their configuration; give its network-snapshot-*.pkl",
@@ -31,11 +31,15 @@ _OTHERS = {
 
 
 class Weights(NamedTuple):
-    """The tensors of a network. place: where in the file they lie, "" = they are all that it holds."""
+    """The tensors of a network. place: where in the file they lie, "" = they are all that it holds.
+
+    settings: what the trainer was called with (an argparse.Namespace called args), by name.
+    """
 
     tensors: dict[str, Tensor]
     place: str
     left_out: list[str]
+    settings: dict[str, Any] = {}  # noqa: RUF012
 
     @property
     def notes(self) -> dict[str, str]:
@@ -66,11 +70,17 @@ def read(path: str | Path, expected: str, marks: Sequence[str]) -> Weights:
         [network for network in found if set(network.place.split(".")) <= _PLAIN],
     ]
     if chosen := next((group[0] for group in groups if len(group) == 1), None):
-        return chosen._replace(tensors=_apart(chosen.tensors))
+        return chosen._replace(tensors=_apart(chosen.tensors), settings=_settings(content))
     places = _listed([network.place or "its top" for network in found])
     raise CheckpointError(
         f"{path} holds several networks ({places}); save the one to convert by itself, by torch.save of its tensors"
     )
+
+
+def _settings(content: Any) -> dict[str, Any]:
+    args = content.get("args") if isinstance(content, dict) else None
+    state = args.state if isinstance(args, Record) and args.class_name == "Namespace" else None
+    return {key: value for key, value in (state or {}).items() if isinstance(key, str)}
 
 
 def _networks(content: Any, mark: str) -> Iterator[Weights]:

@@ -12,6 +12,7 @@ import torch
 import var_models
 from families import FAMILIES
 from test_diffusers import make_folder
+from test_dit_files import official, trained
 from test_edm2_files import random_model as edm2_model
 from test_edm2_files import snapshot, stored_tensors
 from test_foreign import network, official_names, official_tensors, random_model
@@ -22,7 +23,7 @@ from ddo_cli.models.discriminators import registry as discriminators
 
 @functools.cache
 def seeds() -> dict[str, bytes]:
-    """Contents by name: networks of EDM and EDM2, and state dicts of ADM, of Discriminator Guidance and of VAR."""
+    """Contents by name: networks of EDM and EDM2, and state dicts of ADM, Discriminator Guidance, VAR and DiT."""
     with pytest.MonkeyPatch.context() as patch:
         names = official_names(patch, Path("ran"))
         edm = {"ema": network(names, official_tensors(random_model()))}
@@ -37,7 +38,7 @@ def seeds() -> dict[str, bytes]:
     var, vae = var_models.official_files(var_models.build())
     states = {
         "adm.pt": {key.removeprefix("net."): tensor for key, tensor in adm.items()}, "classifier.pt": classifier,
-        "var.pth": var, "vae.pth": vae,
+        "var.pth": var, "vae.pth": vae, "dit.pt": official("sit"), "trained-dit.pt": trained("dit", model="DiT-XL/2"),
         "nested.pth": {"trainer": {"var_wo_ddp": var, "vae_local": vae}}, "other.pt": {"x": torch.zeros(3)},
     }  # fmt: skip
     pickles |= {name: _saved(content) for name, content in states.items()}

@@ -148,13 +148,20 @@ def reference(place: Path) -> None:
 # --- Files of other programs
 
 
-def of_pickles() -> Inputs:
-    return st.one_of(*(files(**{name: near([content])}) for name, content in foreign_files.seeds().items()))
+def of_pickles(*names: str) -> Inputs:
+    """Files near these seeds, all of them unless names are given."""
+    seeds = foreign_files.seeds()
+    return st.one_of(*(files(**{name: near([seeds[name]])}) for name in names or seeds))
 
 
 def converted(place: Path) -> None:
     """What `ddo convert` makes of a file, without writing it."""
     convert.run(next(place.iterdir()), place / "out.safetensors", dry_run=True)
+
+
+def converted_dit(place: Path) -> None:
+    """Likewise, with what a file of DiT does not tell."""
+    convert.run(next(place.iterdir()), place / "out.safetensors", settings=("arch=sit", "heads=4"), dry_run=True)
 
 
 def of_diffusers() -> Inputs:
@@ -181,5 +188,6 @@ TARGETS = (
     Target("published", of_published, read_published),
     Target("references", of_references, reference),
     Target("pickles", of_pickles, converted),
+    Target("dit", lambda: of_pickles("dit.pt"), converted_dit),
     Target("diffusers", of_diffusers, converted),
 )

@@ -17,6 +17,8 @@ from ddo_cli.models.adm import published as adm_published
 from ddo_cli.models.diffusers import files as diffusers_files
 from ddo_cli.models.discriminators import files as dg_files
 from ddo_cli.models.discriminators import registry as discriminators
+from ddo_cli.models.dit import diffusers as dit_diffusers
+from ddo_cli.models.dit import files as dit_files
 from ddo_cli.models.edm import files as edm_files
 from ddo_cli.models.edm2 import files as edm2_files
 from ddo_cli.models.var import files as var_files
@@ -58,10 +60,11 @@ def run(
 ) -> dict[str, Any]:
     """Writes `out` and returns the object that `convert --json` prints.
 
-    source: a .pkl of EDM or EDM2 (the averaged weights); a .pt or .pth of an ADM diffusion model, an ADM classifier
-    or a published discriminator; a .pth of VAR or its tokenizer; or a folder of diffusers with a UNet2DModel and its
-    scheduler. model, trunk: the model that a discriminator guides, and the converted classifier under it.
-    settings: KEY=VALUE texts, see `parse_settings`, for what a file of ADM's, DG's or VAR does not contain.
+    source: a .pkl of EDM or EDM2 (the averaged weights); a .pt or .pth of an ADM diffusion model, an ADM classifier or
+    a published discriminator; a .pt of a DiT or SiT; a .pth of VAR or its tokenizer; or a folder of diffusers with a
+    UNet2DModel or a DiTTransformer2DModel and its scheduler. model, trunk: the model that a discriminator guides, and
+    the converted classifier under it.
+    settings: KEY=VALUE texts, see `parse_settings`, for what a file of ADM's, DG's, DiT's or VAR does not contain.
     vae: the tokenizer of a VAR. verify: read the written file again and compare every tensor.
     Raises CheckpointError if the file cannot be used, UsageError where an option does not fit it.
     """
@@ -75,7 +78,7 @@ def run(
     if out.suffix in FORMATS:
         raise UsageError(f"--out {out} would be taken for a file of another format; name it {out.stem}.safetensors")
     given = parse_settings(settings)
-    digest = diffusers_files.digest(source) if source.is_dir() else sha256(source)
+    digest = _digest(source) if source.is_dir() else sha256(source)
     link = {"command": "convert", "source": source.resolve().name, "source_sha256": digest}
     if vae is not None:
         link |= {"vae": vae.resolve().name, "vae_sha256": sha256(vae)}
@@ -127,6 +130,12 @@ def run(
     return result
 
 
+def _digest(folder: Path) -> str:
+    """One SHA-256 of the files of a folder of diffusers that are read."""
+    found = dit_diffusers.find(folder)
+    return diffusers_files.digest_of(diffusers_files.find(folder) if found is None else found)
+
+
 def _is_of(out: Path, link: dict[str, Any]) -> bool:
     """Whether a file was converted from the same one."""
     try:
@@ -136,7 +145,7 @@ def _is_of(out: Path, link: dict[str, Any]) -> bool:
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """The KEY=VALUE texts: values of `adm_published.Told`, or patch_nums, the sides of a VAR's token maps.
+    """The KEY=VALUE texts: values of `adm_published.Told`, of `dit.files.Told`, or patch_nums, a VAR's sides.
 
     Raises UsageError for anything else, and for a key that comes twice.
     """
@@ -167,6 +176,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
 
 _TRUTHS = {"true": True, "false": False}
 _WORDS: dict[str, dict[str, Any]] = {
+    "arch": {arch: arch for arch in dit_files.MEANINGS},
     "qkv": {"legacy": "legacy", "new": "new"},
     "schedule": {"linear": "linear", "cosine": "cosine"},
     "rescale": _TRUTHS,
@@ -188,7 +198,10 @@ def _sides(text: str) -> tuple[int, ...]:
 def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, Any], vae: Path | None) -> Content:
     """The file's content, of any family."""
     if given and source.suffix not in (".pt", ".pth"):
-        raise UsageError(f"{source} tells its configuration itself; KEY=VALUE is for ADM's .pt and VAR's .pth")
+        raise UsageError(f"{source} tells its configuration itself; KEY=VALUE is for .pt and .pth files")
+    if source.is_dir() and (found := dit_diffusers.find(source)) is not None:
+        dit = dit_diffusers.read(source, found)
+        return Content("diffusers", dit.config, dit.tensors, dit_files.SAMPLING["dit"], dit.notes)
     if source.is_dir():
         folder = diffusers_files.read(source)
         return Content("diffusers", folder.config, folder.tensors, folder.sampling, folder.notes)
@@ -199,21 +212,28 @@ def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, A
     if source.suffix == ".pkl":
         snapshot = snapshots.open_snapshot(source)
         return _edm2(source, snapshot) if edm2_files.is_edm2(snapshot) else _edm(source, snapshot)
-    weights = pt_files.read(source, adm_files.EXPECTED, (var_files.MARK, adm_files.MARK, var_files.MARK_OF_VAE))
-    content = _of_tensors(source, weights.tensors, model, trunk, given, vae)
+    weights = pt_files.read(
+        source, adm_files.EXPECTED, (var_files.MARK, adm_files.MARK, dit_files.MARK, var_files.MARK_OF_VAE)
+    )
+    content = _of_tensors(source, weights, model, trunk, given, vae)
     return content._replace(notes={**weights.notes, **_averaged_beside(source), **content.notes})
 
 
 def _of_tensors(
     source: Path,
-    stored: dict[str, Tensor],
+    weights: pt_files.Weights,
     model: str | None,
     trunk: str | None,
     given: dict[str, Any],
     vae: Path | None,
 ) -> Content:
     """What the tensors of a .pt or .pth make, of any family."""
+    stored = weights.tensors
     pt_files.check_size(stored.values(), source)
+    if dit_files.is_dit(stored):
+        return _dit(source, weights, given)
+    if "arch" in given:
+        raise UsageError(f"{source} is no file of DiT or SiT, and arch is for those; leave it out")
     if var_files.is_var(stored) or var_files.is_vae(stored):
         return _var(source, stored, given, vae)
     if "patch_nums" in given:
@@ -273,6 +293,15 @@ def _adm(source: Path, stored: dict[str, Tensor], told: adm_published.Told) -> C
 def _assumed(assumed: dict[str, Any]) -> dict[str, str]:
     """What neither the file nor the user tells, for the user to check."""
     return {"assumed": ", ".join(f"{key}={str(value).lower()}" for key, value in assumed.items())} if assumed else {}
+
+
+def _dit(source: Path, weights: pt_files.Weights, given: dict[str, Any]) -> Content:
+    """A DiT or SiT, with the way of sampling of its published figure."""
+    if unknown := given.keys() - set(dit_files.Told._fields):
+        raise UsageError(f"{source} is a DiT or SiT, of which arch and heads can be told; leave {min(unknown)} out")
+    file = dit_files.read(weights.tensors, source, dit_files.Told(**given), weights.settings)
+    notes = {**file.notes, "stored_tensors": len(weights.tensors)}
+    return Content("dit", file.config, file.tensors, dit_files.SAMPLING[file.arch], notes)
 
 
 def _var(source: Path, stored: dict[str, Tensor], given: dict[str, Any], vae: Path | None) -> Content:

@@ -25,6 +25,7 @@ from ddo_cli.models.adm import files as adm_files
 from ddo_cli.models.adm import keys as adm_keys
 from ddo_cli.models.adm import published as adm_published
 from ddo_cli.models.diffusers import files as diffusers_files
+from ddo_cli.models.dit import files as dit_files
 from ddo_cli.models.edm.files import read_edm
 from ddo_cli.models.edm2 import files as edm2_files
 from ddo_cli.models.var import files as var_files
@@ -39,7 +40,7 @@ class Original(NamedTuple):
     family: str
     config: dict[str, Any]  # of our model of it
     stored: dict[str, Tensor]  # its tensors, in its order and types
-    to_theirs: Callable[[str, Tensor], tuple[str, Tensor]]  # from our name and tensor to the file's
+    to_theirs: Callable[[dict[str, Tensor]], dict[str, Tensor]]  # from our names and tensors to the file's
     write: Callable[[dict[str, Tensor], Path], None]  # new values of `stored` into a file
     read: Callable[[Path], dict[str, Tensor]]  # the tensors of such a file
 
@@ -65,7 +66,7 @@ def run(
     file = checkpoint.load(ckpt, kind="model")
     original = _original(like, settings)
     _check_config(registry.check_config(file.header.get("config"), ckpt), original.config, ckpt, like)
-    new = dict(original.to_theirs(key, tensor) for key, tensor in file.tensors.items())
+    new = original.to_theirs(file.tensors)
     if odd := [key for key, tensor in new.items() if getattr(original.stored.get(key), "shape", None) != tensor.shape]:
         raise CheckpointError(f"{ckpt}: tensors{_listed(odd)} have no place of their shape in {like}")
     fitted = {key: tensor.to(original.stored[key].dtype) for key, tensor in new.items()}
@@ -118,11 +119,9 @@ def _original(like: Path, settings: Sequence[str]) -> Original:
     given = parse_settings(settings)
     if like.suffix == ".pkl":
         if given:
-            raise UsageError(
-                f"{like} tells its configuration itself; KEY=VALUE is for the .pt of an ADM diffusion model"
-            )
+            raise UsageError(f"{like} tells its configuration itself; KEY=VALUE is for the .pt of an ADM, DiT or SiT")
         return _edm(like)
-    weights = pt_files.read(like, adm_files.EXPECTED, (var_files.MARK, adm_files.MARK))
+    weights = pt_files.read(like, adm_files.EXPECTED, (var_files.MARK, adm_files.MARK, dit_files.MARK))
     if weights.place or weights.left_out:
         raise UsageError(
             f"--like {like} holds more than a network's tensors, and such files are not written; leave --like out of a "
@@ -132,6 +131,8 @@ def _original(like: Path, settings: Sequence[str]) -> Original:
     pt_files.check_size(stored.values(), like)
     if var_files.is_var(stored) or "patch_nums" in given:
         raise UsageError(f"{like} is of VAR, whose files are not written; the safetensors file is the model to share")
+    if dit_files.is_dit(stored):
+        return _dit(like, stored, given)
     return _adm(like, stored, adm_published.Told(**given))
 
 
@@ -159,7 +160,9 @@ def _edm(like: Path) -> Original:
                 stream.seek(offset)
                 stream.write(values.view(torch.uint8).numpy().data if len(values) else b"")
 
-    return Original("edm", file.config, file.stored, file.names.to_edm, write, lambda path: read_edm(path).stored)
+    return Original(
+        "edm", file.config, file.stored, _each(file.names.to_edm), write, lambda path: read_edm(path).stored
+    )
 
 
 def _adm(like: Path, stored: dict[str, Tensor], told: adm_published.Told) -> Original:
@@ -169,10 +172,30 @@ def _adm(like: Path, stored: dict[str, Tensor], told: adm_published.Told) -> Ori
         "adm",
         file.config,
         stored,
-        partial(adm_keys.to_openai, order=file.described.order, options=adm_files.options_of(file.config)),
+        _each(partial(adm_keys.to_openai, order=file.described.order, options=adm_files.options_of(file.config))),
         _write_pt,
         lambda path: pt_files.read(path, adm_files.EXPECTED, (adm_files.MARK,)).tensors,
     )
+
+
+def _dit(like: Path, stored: dict[str, Tensor], given: dict[str, Any]) -> Original:
+    """A DiT or SiT, a bare state dict."""
+    if unknown := given.keys() - set(dit_files.Told._fields):
+        raise UsageError(f"{like} is a DiT or SiT, of which arch and heads can be told; leave {min(unknown)} out")
+    config = dit_files.read(stored, like, dit_files.Told(**given)).config
+    return Original(
+        "dit",
+        config,
+        stored,
+        lambda tensors: dit_files.to_official(tensors, dit_files.options_of(config)),
+        _write_pt,
+        lambda path: pt_files.read(path, adm_files.EXPECTED, (dit_files.MARK,)).tensors,
+    )
+
+
+def _each(to_theirs: Callable[[str, Tensor], tuple[str, Tensor]]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """The map of all tensors, from that of one."""
+    return lambda tensors: dict(to_theirs(name, tensor) for name, tensor in tensors.items())
 
 
 def _write_pt(tensors: dict[str, Tensor], path: Path) -> None:

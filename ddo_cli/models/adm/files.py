@@ -13,7 +13,7 @@ from ddo_cli.models.adm import published as adm_published
 from ddo_cli.models.adm.published import Described
 from ddo_cli.models.adm.unet import AdmUnetOptions
 
-EXPECTED = "this program reads the published ADM diffusion models, ADM classifiers, DG discriminators and VARs"
+EXPECTED = "this program reads the published ADMs, ADM classifiers, DG discriminators, VARs, DiTs and SiTs"
 MARK = "input_blocks.0.0.weight"  # a tensor of every file of this kind, see `pt_files.read`
 
 

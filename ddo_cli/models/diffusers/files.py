@@ -36,6 +36,14 @@ DDPM_STEPS, DDIM_STEPS = 250, 50  # of the default sampling: ADM's number (arXiv
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
+class Found(NamedTuple):
+    """The files of a folder: configurations of network and scheduler, and the weights in one file or in shards."""
+
+    network: Path
+    scheduler: Path | None  # a UNet2DModel always has one
+    weights: list[Path]
+
+
 class Folder(NamedTuple):
     """What a folder holds: configuration and tensors of our model, defaults of sampling, and what to tell the user."""
 
@@ -54,7 +62,8 @@ def read(folder: Path) -> Folder:
     Raises CheckpointError if it is no UNet2DModel that we can use, UsageError where the library is missing.
     """
     unet_path, scheduler_path, weights = find(folder)
-    unet, scheduler = _public(_json(unet_path)), _public(_json(scheduler_path))
+    assert scheduler_path is not None, "see find"
+    unet, scheduler = _public(json_of(unet_path)), _public(json_of(scheduler_path))
     try:
         config = diffusers_unet.config_of(unet, scheduler)
         with torch.device("meta"):
@@ -63,22 +72,21 @@ def read(folder: Path) -> Folder:
         expected = model.state_dict()
     except (ValueError, RecipeError) as error:
         raise CheckpointError(f"{folder} cannot be converted: {error}") from None
-    tensors = {PREFIX + name: tensor for path in weights for name, tensor in _tensors(path).items()}
+    tensors = {PREFIX + name: tensor for path in weights for name, tensor in tensors_of(path).items()}
     _check_fit(tensors, expected, weights[0].parent)
     notes = {**_choices(folder, weights[0]), **_notes(scheduler, tensors)}
     return Folder(config, tensors, _sampling(scheduler, config["shape"][1]), notes)
 
 
-def digest(folder: Path) -> str:
-    """One SHA-256 of the files that `read` reads. Raises CheckpointError if one is missing."""
-    unet, scheduler, weights = find(folder)
+def digest_of(found: Found) -> str:
+    """One SHA-256 of the files that `read` reads."""
     total = hashlib.sha256()
-    for path in (unet, scheduler, *weights):
+    for path in (found.network, *([found.scheduler] if found.scheduler else []), *found.weights):
         total.update(f"{path.name} {sha256(path)}\n".encode())
     return total.hexdigest()
 
 
-def find(folder: Path) -> tuple[Path, Path, list[Path]]:
+def find(folder: Path) -> Found:
     """The files of a folder: both configurations, and the weights in one file or in shards.
 
     Raises CheckpointError if one is missing, or if the pipeline has parts beside the two.
@@ -105,11 +113,11 @@ def find(folder: Path) -> tuple[Path, Path, list[Path]]:
             f"{folder} has no scheduler/{name}, which says at which noise levels the network was trained; give the "
             "pipeline's folder"
         )
-    return unet, schedulers[0], _weights(unet_folder)
+    return Found(unet, schedulers[0], weights_of(unet_folder))
 
 
 def _check_parts(index: Path) -> None:
-    parts = {key: value for key, value in _json(index).items() if not key.startswith("_")}
+    parts = {key: value for key, value in json_of(index).items() if not key.startswith("_")}
     if others := sorted(key for key, value in parts.items() if key not in ("unet", "scheduler") and value):
         raise CheckpointError(
             f"{index} names {printable(', '.join(others), 60)} beside unet and scheduler: its network works on latents "
@@ -117,7 +125,7 @@ def _check_parts(index: Path) -> None:
         )
 
 
-def _weights(folder: Path) -> list[Path]:
+def weights_of(folder: Path) -> list[Path]:
     """The file of the tensors, or its shards; safetensors where both are there, another precision where it is alone."""
     variants = {
         match[1]
@@ -147,7 +155,7 @@ class _Index(BaseModel):
 def _shards(index: Path) -> list[Path]:
     """The files that an index names, which lie beside it."""
     try:
-        names = sorted(set(_Index.model_validate(_json(index)).weight_map.values()))
+        names = sorted(set(_Index.model_validate(json_of(index)).weight_map.values()))
     except ValidationError:
         raise CheckpointError(f"{index} has no weight_map from tensors to files; copy the folder again") from None
     if missing := [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]:
@@ -168,7 +176,8 @@ def _choices(folder: Path, weights: Path) -> dict[str, str]:
     return notes
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of weights by today's names, float32."""
     content = torch_files.read_tensors(path, str(path), "copy it again, or give the network's own weights")
     old = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.")
     return {old.sub(lambda m: f"{m[1]}{_OLD_NAMES[m[2]]}.", name): tensor.float() for name, tensor in content.items()}
@@ -228,7 +237,8 @@ def _notes(scheduler: Config, tensors: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _json(path: Path) -> dict[str, Any]:
+def json_of(path: Path) -> Config:
+    """A configuration. Raises CheckpointError if the file is damaged."""
     try:
         content: dict[str, Any] = read_json(path)
     except RunError as error:
