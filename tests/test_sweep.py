@@ -340,7 +340,7 @@ def test_a_diverging_node_leaves_the_sweep(finished, tmp_path, monkeypatch, caps
     diverging(monkeypatch, winner)
     recipe = sweep_recipe(ckpt, "finetune.rounds=1")
     record = finetune.run(recipe, tmp_path / "run", device=CPU)["rounds"][0]
-    assert "leaves the sweep: the gradient of step 0 is not finite" in capsys.readouterr().err.replace("\n", " ")
+    assert "drops out: the gradient of step 0 is not finite" in capsys.readouterr().err.replace("\n", " ")
     nodes = {(node["alpha"], node["beta"]): node for node in record["nodes"]}
     assert (nodes[winner]["outcome"], nodes[winner]["stopped_at"], nodes[winner]["rungs"]) == ("diverged", 1, [])
     assert "is not finite" in nodes[winner]["reason"]

@@ -179,7 +179,8 @@ _FLAGS = {
     "discriminator.conditional": ["--conditional/--unconditional"], "discriminator.control": ["--control/--no-control"],
 }  # fmt: skip
 _TYPES = {"integer": int, "number": float, "true | false": bool}  # by `Key.type`; all others are text
-_METAVARS = {"true | false": None, "number | list of number": "NUMBER[,...]"}
+_METAVARS = {"true | false": None, "number | list of number": "NUMBER[,...]",
+             "number | list of number | auto": "NUMBER[,...]|auto"}  # fmt: skip
 _TITLES = {"data": "Data and model", "model": "Data and model", "metric": "Score", "sampling": "Sampling",
            "guidance": "Discriminator guidance"}  # fmt: skip
 
@@ -256,7 +257,8 @@ def of_recipe(*keys: str, check_model: bool = False) -> Callable[..., Any]:
         from ddo_cli.recipe import load
 
         for key in given.keys() & {"finetune.alpha", "finetune.beta"}:
-            given[key] = coefficient(f"--{key.split('.')[-1]}", given[key])
+            if key != "finetune.beta" or given[key] != "auto":
+                given[key] = coefficient(f"--{key.split('.')[-1]}", given[key])
         if problems := load.repeated(overrides or [], given):
             raise RecipeError("\n".join(problems))
 
@@ -418,5 +420,6 @@ def interval_of(text: str | None) -> Any:
 
 def coefficient(option: str, text: str | None) -> float | list[float] | None:
     """The number, or those of a sweep, of --alpha and --beta. Raises UsageError."""
-    values = parsed(option, text, floats, "write a number such as 4, or those of a sweep such as 1,2,4")
+    auto = ", or auto" if option == "--beta" else ""
+    values = parsed(option, text, floats, f"write a number such as 4, or those of a sweep such as 1,2,4{auto}")
     return values[0] if values and len(values) == 1 else values

@@ -14,7 +14,7 @@ import torch
 from ddo_cli import console, dist
 from ddo_cli.data.items import ItemSet
 from ddo_cli.data.pairs import Pairs, Shuffled
-from ddo_cli.engines.ddo import reference, sweep
+from ddo_cli.engines.ddo import auto, reference, sweep
 from ddo_cli.engines.ddo.round import ddo_task
 from ddo_cli.engines.sampling import sample
 from ddo_cli.engines.scoring import Scoring
@@ -55,7 +55,10 @@ def of_finetuning(
         pairs = Pairs(
             Shuffled(real.items, real.labels, "real", recipe.seed), Shuffled(fake, labels, "fake", recipe.seed)
         )
-        objective = ddo_task(ref, pairs, settings, None).objective(model, plans[0].settings[0])
+        setting = plans[0].settings[0]
+        if plans[0].is_auto:
+            setting = setting._replace(beta=1.0)  # a step takes as long with any
+        objective = ddo_task(ref, pairs, settings, None).objective(model, setting)
         figures["seconds_per_step"] = two_steps(model, objective, pairs, settings, (recipe.seed, 1), device)
     work = _work_of_rounds(recipe, plans, scoring)
     of_reference = 0 if scoring.density is not None else 2 * scoring.images
@@ -97,9 +100,12 @@ def _work_of_rounds(recipe: Recipe, plans: Sequence[sweep.Plan], scoring: Scorin
     at_rungs = sum(
         len(node["rungs"]) * plan.images for plan, nodes in zip(plans, rounds, strict=True) for node in nodes
     )
+    searching = [plan for plan in plans if plan.is_auto]  # each for as long as it may take
+    at_rungs += auto.MOST_TRIALS * sum(plan.images for plan in searching)
+    short = sum(auto.PROBE_STEPS + auto.MOST_TRIALS * plan.short for plan in searching)
     per_score = recipe.metric.num_images
     return Work(
-        steps=sum(node["stopped_at"] for nodes in rounds for node in nodes),
+        steps=sum(node["stopped_at"] for nodes in rounds for node in nodes) + short,
         scored=0 if scoring.density is not None else scores * per_score + at_rungs,  # densities are of points
         fake=sum(settings.of_round(number).num_fake for number in range(1, settings.rounds + 1)),
         stored=stored * max(len(settings.ema_widths), 1) + len(rounds) + 1,

@@ -143,7 +143,16 @@ def _coefficient(value: Any) -> float | tuple[float, ...]:
     return values if len(values) > 1 else values[0]
 
 
+def _coefficient_or_auto(value: Any) -> float | tuple[float, ...] | str:
+    if not isinstance(value, str):
+        return _coefficient(value)
+    if value != "auto":
+        raise PydanticCustomError("coefficient", "must be a number, a list of numbers, or auto")
+    return value
+
+
 Coefficient = Annotated[float | tuple[float, ...], BeforeValidator(_coefficient)]
+CoefficientOrAuto = Annotated[float | tuple[float, ...] | Literal["auto"], BeforeValidator(_coefficient_or_auto)]
 
 
 # Keys that are the same in all rounds of a run.
@@ -175,7 +184,11 @@ class FinetuneRecipe(TrainRecipe):
 
     rounds: int = key(4, "Rounds of self-play.", ge=1)
     alpha: Coefficient = key(4.0, "Weight of the fake term. Several values, such as 1,2,4, are swept.")
-    beta: Coefficient = key(0.05, "Scale of the log-ratio, about 1 / dimension. Several values are swept.")
+    beta: CoefficientOrAuto = key(
+        0.05,
+        "Scale of the log-ratio, about 1 / dimension. Several values are swept; auto: each round finds its own by "
+        "short trainings.",
+    )
     divide_by_alpha: bool = key(False, "Divide the loss by max(alpha, 1), as VAR's trainer does.")
     images_per_round: int = key(7680, "Real images per round.", ge=1)
     control: bool = key(
@@ -234,6 +247,13 @@ class FinetuneRecipe(TrainRecipe):
     @property
     def compilable(self) -> bool:
         return super().compilable and self.reference_precision != "bf16"
+
+    @model_validator(mode="after")
+    def _auto_has_one_alpha(self) -> "FinetuneRecipe":
+        if self.beta == "auto" and isinstance(self.alpha, tuple):
+            text = "does not go with several values of alpha; give one alpha, or the values of beta, too"
+            raise ValidationError.from_exception_data("FinetuneRecipe", [_problem(["beta"], self.beta, text)])
+        return self
 
     @model_validator(mode="after")
     def _reference_compiles(self) -> "FinetuneRecipe":

@@ -20,9 +20,10 @@ from ddo_cli.data.items import ItemSet, check_enough, check_fits
 from ddo_cli.data.items import identity as identity_of
 from ddo_cli.engines import dry_run as dry_runs
 from ddo_cli.engines import training_run
-from ddo_cli.engines.ddo import promotion, sweep
+from ddo_cli.engines.ddo import auto, promotion, sweep
 from ddo_cli.engines.ddo import report as finetune_report
 from ddo_cli.engines.ddo.round import FIRST_FAKE_SEED, Chain, Round, copy_weights
+from ddo_cli.engines.ddo.sweep import Setting
 from ddo_cli.engines.ddo.trial import Trial, better_half
 from ddo_cli.engines.sampling import sample
 from ddo_cli.engines.scoring import Scoring
@@ -115,7 +116,9 @@ def _train(chain: Chain, real: ItemSet, state: dict[str, Any]) -> dict[str, Any]
     while not _is_done(chain, state):
         this = Round(len(records) + 1, chain)
         networks = this.networks(real)
-        trials = [Trial(this, networks, setting) for setting in this.plan.settings]
+        found = auto.find(this, networks, records) if this.plan.is_auto else {}
+        settings = [Setting(found["alpha"], found["beta"])] if found else this.plan.settings
+        trials = [Trial(this, networks, setting) for setting in settings]
         alive, reached = trials, 0
         for step, num_trials in this.plan.rungs:  # without a sweep one rung, the end of the round
             if reached:
@@ -124,6 +127,7 @@ def _train(chain: Chain, real: ItemSet, state: dict[str, Any]) -> dict[str, Any]
                 trial.train(step)
             reached = step
         record = promotion.promote(this, trials, records[-1] if records else state["reference"])
+        record |= found
         if networks.precision_error is not None:
             record["precision_error"] = networks.precision_error
         records = [*records, record]
@@ -219,7 +223,7 @@ def _result(recipe: Recipe, chain: Chain, state: dict[str, Any]) -> dict[str, An
 
 
 def _rounds(chain: Chain, state: dict[str, Any]) -> list[dict[str, Any]]:
-    kept = ("round", "score", "best_images", "promoted", "improvement", "alpha", "beta", "nodes")
+    kept = ("round", "score", "best_images", "promoted", "improvement", "alpha", "beta", "nodes", "auto")
     return [
         {
             **{name: record[name] for name in kept if name in record},
@@ -247,6 +251,7 @@ def _dry_run(recipe: Recipe, out: Path, model: LikelihoodModel, plan: sweep.Plan
             **({"control_forward_backward": settings.batch} if settings.control else {}),
         },
         **(plan.forecast() if plan.is_sweep else {}),
+        **(auto.forecast(plan) if plan.is_auto else {}),
         **finetune_report.early_stop(settings),
         **finetune_report.settings_by_round(recipe),
     }

@@ -128,13 +128,23 @@ def check_precision(recipe: Recipe, file: str | Path, real: ItemSet, number: int
     """Says what the run's precision does to the log-ratio, and returns that figure; None where all is float32.
 
     Raises UsageError if it is too much, before the first round. Later rounds warn: their predecessors are done.
+    A beta that the round finds is checked once it is known.
     """
     settings = recipe.finetune
     precision, in_bf16 = resolved(settings.precision, device), settings.reference_precision == "bf16"
     if precision == "float32" and not in_bf16:
         return None
     error = precision_error(recipe, file, real, number, device)
-    beta = max(settings.beta) if isinstance(settings.beta, tuple) else settings.beta
+    if settings.beta != "auto":
+        beta = max(settings.beta) if isinstance(settings.beta, tuple) else settings.beta
+        check_error(recipe, error, beta, number, device)
+    return error
+
+
+def check_error(recipe: Recipe, error: float, beta: float, number: int, device: torch.device) -> None:
+    """Says what this error of the log-ratio does at this beta; raises UsageError as `check_precision`."""
+    settings = recipe.finetune
+    precision, in_bf16 = resolved(settings.precision, device), settings.reference_precision == "bf16"
     names, remedies = [], []
     if precision != "float32":
         names.append(f"precision {precision}")
@@ -152,4 +162,3 @@ def check_precision(recipe: Recipe, file: str | Path, real: ItemSet, number: int
         console.warn(remedy)
     else:
         console.info(f"round {number}: {effect}{'; r does not start at exactly 0' if in_bf16 else ''}")
-    return error

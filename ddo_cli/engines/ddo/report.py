@@ -25,7 +25,7 @@ def table(state: dict[str, Any], key: str) -> tuple[list[str], list[Row]]:
     of_rounds = [("after round", record) for record in state["rounds"]]
     for title, record in of_rounds + [("control, round", record) for record in control]:
         outcome = f"promoted after {record['best_images']:,} images"
-        if "nodes" in record:
+        if "alpha" in record:
             outcome += f", {_setting(record).title}"
         if not record["promoted"]:
             outcome = f"kept; candidate {better(Mean(**record['improvement']))}"
@@ -91,6 +91,14 @@ def sweep_table(record: dict[str, Any], recipe: Recipe, key: str) -> html.Table:
             outcome += ", best of the round"
         rows.append((_setting(node).title, *(scores.get(step, "-") for step in rungs), *figures, outcome))
     return html.Table(f"Round {record['round']}: {key} of every node (lower is better)", columns, rows)
+
+
+def auto_table(record: dict[str, Any], key: str) -> html.Table:
+    """The short trainings by which a round found its beta."""
+    tried = record["auto"]["tried"]
+    rows: list[Row] = [(f"{e['beta']:g}", "diverged" if e["score"] is None else f"{e['score']:.4g}") for e in tried]
+    title = f"Round {record['round']}: beta {record['beta']:g}, by {key} of short trainings"
+    return html.Table(title, ["beta", key], rows)
 
 
 def ending(recipe: Recipe, rounds: list[dict[str, Any]]) -> str:
@@ -172,7 +180,7 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any], key: st
     """Draws the curves and writes report.html."""
     path, rounds = run_dir.path, state["rounds"]
     log = meter.read(run_dir.log_file, "round", "r_real", "r_fake", "accuracy", "denoising_ratio")
-    chosen = {record["round"]: _setting(record) for record in rounds if "nodes" in record}
+    chosen = {record["round"]: _setting(record) for record in rounds if "alpha" in record}
     log = [
         line
         for line in log
@@ -238,6 +246,7 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any], key: st
     if cost:
         summary += f" {cost.capitalize()}; curves are of each round's best node."
     sweeps = [sweep_table(record, recipe, key) for record in rounds if "nodes" in record]
+    sweeps += [auto_table(record, key) for record in rounds if "auto" in record]
     title = f"DDO: {recipe.name}"
     warnings = rundir.warnings_of(state)
     html.write_report(path / "report.html", title, summary, columns, rows, shown, to_yaml(recipe), sweeps, warnings)

@@ -17,7 +17,7 @@ class Setting(NamedTuple):
     """What a node of the sweep trains with."""
 
     alpha: float
-    beta: float
+    beta: float  # NaN: not found yet (finetune.beta = auto)
 
     @property
     def title(self) -> str:
@@ -60,9 +60,19 @@ class Plan(NamedTuple):
         """Whether there is anything to choose from."""
         return len(self.settings) > 1
 
+    @property
+    def is_auto(self) -> bool:
+        """Whether the round has to find its beta."""
+        return math.isnan(self.settings[0].beta)
+
+    @property
+    def short(self) -> int:
+        """Steps of the trainings by which a round finds its beta."""
+        return -(-self.steps // 4)
+
     def of_control(self) -> "Plan":
         """The same steps and candidates, with no coefficients to sweep."""
-        return self._replace(settings=self.settings[:1], rungs=[Rung(self.steps, 1)])
+        return self._replace(settings=[Setting(0.0, 0.0)], rungs=[Rung(self.steps, 1)])
 
     def forecast(self) -> dict[str, Any]:
         """What `--dry-run` tells of a sweep."""
@@ -85,13 +95,21 @@ def plan_of(recipe: Recipe, passes: Callable[[int], int]) -> Plan:
     steps, every = -(-finetune.images_per_round // finetune.batch), max(finetune.eval_every // finetune.batch, 1)
     candidates_at = [*range(every, steps, every), steps]
     images = finetune.sweep_images or max(num_images // 2, 2)
-    if len(settings) == 1:
-        return Plan(settings, steps, candidates_at, [Rung(steps, 1)], images, Costs(0, 0, 0))
+    alone = Plan(settings, steps, candidates_at, [Rung(steps, 1)], images, Costs(0, 0, 0))
+    if len(settings) == 1 and not alone.is_auto:
+        return alone
     if images > num_images:
         raise UsageError(
             f"finetune.sweep_images = {images} is more than metric.num_images = {num_images}, on which the sweep's "
             "last nodes are scored; lower it"
         )
+    if alone.is_auto:
+        if alone.short == steps:
+            raise UsageError(
+                f"a round of {steps} steps is too short for finetune.beta = auto, which trains for a quarter of it; "
+                "raise finetune.images_per_round"
+            )
+        return alone
     rungs = rungs_of(len(settings), steps, finetune.sweep_rungs)
     rows = 2 * finetune.batch  # real and fake
     training = 3 * rows + rows  # the model's forward and backward pass, the reference's forward pass
@@ -100,6 +118,9 @@ def plan_of(recipe: Recipe, passes: Callable[[int], int]) -> Plan:
 
 def settings_of(recipe: FinetuneRecipe) -> list[Setting]:
     """Every pair of an alpha and a beta, in the recipe's order; one pair: no sweep."""
+    if recipe.beta == "auto":
+        assert isinstance(recipe.alpha, float), "the recipe's check"
+        return [Setting(recipe.alpha, math.nan)]
     alphas, betas = (value if isinstance(value, tuple) else (value,) for value in (recipe.alpha, recipe.beta))
     return [Setting(*pair) for pair in itertools.product(alphas, betas)]
 

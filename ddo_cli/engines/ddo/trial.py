@@ -25,14 +25,16 @@ TRAIN_STATE = "train-state.safetensors"
 class Trial:
     """One setting. Its scores are kept in `metrics.json` of its directory, so a killed run does nothing twice."""
 
-    def __init__(self, of_round: Round, networks: Networks, setting: Setting):
+    def __init__(self, of_round: Round, networks: Networks, setting: Setting, is_node: bool | None = None):
+        """is_node: one of several settings that are compared; by default, of a sweep's."""
+        self.is_node = of_round.plan.is_sweep if is_node is None else is_node
         self.round, self.networks, self.setting = of_round, networks, setting
         self.settings, self.scoring = of_round.recipe.finetune, of_round.chain.scoring
         self.title, self.path = of_round.title, of_round.path
-        self.tags: dict[str, Any] = {}  # of log, checkpoints and saved state
-        if of_round.plan.is_sweep:
+        # Of log, checkpoints and saved state: settings that the recipe does not tell.
+        self.tags: dict[str, Any] = setting._asdict() if self.is_node or of_round.plan.is_auto else {}
+        if self.is_node:
             self.title, self.path = f"{self.title} {setting.title}", self.path / "nodes" / setting.directory
-            self.tags = setting._asdict()
         self.file = self.path / "metrics.json"
         known = dist.from_main(read_json(self.file) if self.file.is_file() else {})
         self.candidates: dict[str, dict[str, float]] = known.get("candidates", {})  # step -> figures, first seed range
@@ -71,7 +73,7 @@ class Trial:
                             self._write()
         except NumericsError as error:
             # Samples that are not finite are met by one process only: the others wait for its share of the score.
-            if not self.tags or (self.is_scoring and dist.world_size() > 1):
+            if not self.is_node or (self.is_scoring and dist.world_size() > 1):
                 raise
             self._drop_out(error)
 
@@ -159,7 +161,7 @@ class Trial:
 
     def _drop_out(self, error: NumericsError) -> None:
         what, _, _ = str(error).partition(";")  # the rest is how to mend a run of this setting alone
-        console.warn(f"{self.title} leaves the sweep: {what.removeprefix(f'{self.title}: ')}")
+        console.warn(f"{self.title} drops out: {what.removeprefix(f'{self.title}: ')}")
         self.diverged = {"step": error.step or self.reached, "reason": what}
         self._write()
 
