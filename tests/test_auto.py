@@ -1,0 +1,194 @@
+"""`finetune.beta = auto`: the search on known curves, its first guess by hand, and whole runs that find their beta."""
+
+import json
+import math
+import os
+
+import pytest
+from conftest import CPU, make_checkpoint, tiny_recipe
+
+from ddo_cli import checkpoint, files
+from ddo_cli.commands.options import coefficient
+from ddo_cli.engines.ddo import auto, finetune
+from ddo_cli.engines.ddo.sweep import plan_of
+from ddo_cli.errors import NumericsError, RecipeError, UsageError
+from ddo_cli.recipe.load import load
+
+AUTO = ("finetune.beta=auto", "finetune.alpha=2.0", "metric.repeats=1", "finetune.lr=0.01")
+
+
+class KilledError(BaseException):
+    """Stands in for SIGKILL: nothing catches it."""
+
+
+def curve(best: float, width: float = 1.0):
+    """A score whose logarithm is a parabola over log beta."""
+    return lambda beta: math.exp((math.log(beta / best) / width) ** 2)
+
+
+def test_the_lowest_point_of_a_parabola_is_found_exactly():
+    scores = {beta: curve(0.03)(beta) for beta in (0.0125, 0.025, 0.05, 0.1)}
+    assert auto.lowest(scores) == pytest.approx(0.03, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        {0.1: 1.0, 0.2: 2.0, 0.4: 3.0},  # the best one is at an end
+        {0.05: math.inf, 0.1: 1.0, 0.2: 2.0},  # a neighbour diverged
+        {0.05: 1.0, 0.1: 1.0, 0.2: 1.0},
+        {0.05: 2.0, 0.1: 0.0, 0.2: 2.0},  # a logarithm of 0
+    ],
+)
+def test_otherwise_it_is_the_best_one(scores):
+    assert auto.lowest(scores) == min(scores, key=scores.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (0.1, [0.05, 0.1, 0.2]),
+        (0.03, [0.025, 0.05, 0.1, 0.2, 0.0125]),
+        (0.5, [0.05, 0.1, 0.2, 0.4, 0.8]),
+        (1e-6, [0.05, 0.1, 0.2, 0.025, 0.0125, 0.00625, 0.00313]),  # as many as there may be
+    ],
+)
+def test_trials_go_on_while_the_best_one_is_at_an_end(monkeypatch, best, tried):
+    asked = []
+
+    def score(this, networks, setting):
+        assert setting.alpha == 4.0
+        asked.append(setting.beta)
+        return curve(best)(setting.beta)
+
+    monkeypatch.setattr(auto, "_score", score)
+    scores = auto._scores(None, None, 4.0, 0.1)
+    assert sorted(asked) == sorted(scores) == sorted(tried)
+    assert auto.is_at_end(scores) == (best == 1e-6)
+
+
+def test_the_first_beta_by_hand():
+    """r with mean -30 and deviation 40 has the root mean square 50; a round is to settle at half of it."""
+    figures = {"r_real": -28.0, "r_fake": -32.0, "r_std": 40.0, "margin": 4.0}
+    found = auto._first(4.0, figures)
+    assert found["probe_r_rms"] == pytest.approx(50.0)
+    assert found["first"] == pytest.approx(math.sqrt(math.log(4) ** 2 + 0.08**2) / 25, rel=5e-3)
+    assert auto._first(1.0, figures)["first"] == pytest.approx(0.08 / 25, rel=5e-3)
+    assert auto._first(0.25, figures) == found
+    for useless in ({"r_real": 0.0, "r_fake": 0.0, "r_std": 0.0, "margin": 0.0}, {**figures, "r_std": math.nan}):
+        with pytest.raises(NumericsError, match="the probe does not move the model"):
+            auto._first(4.0, useless)
+
+
+def test_words():
+    assert load("quickstart", ["finetune.beta=auto"]).finetune.beta == "auto"
+    for text in ("atuo", "AUTO"):
+        with pytest.raises(RecipeError, match=rf"finetune\.beta = '{text}': must be a number, .* or auto"):
+            load("quickstart", [f"finetune.beta={text}"])
+        with pytest.raises(UsageError, match="such as 1,2,4, or auto"):
+            coefficient("--beta", text)
+    with pytest.raises(RecipeError, match=r"finetune\.alpha = 'auto'"):
+        load("quickstart", ["finetune.alpha=auto"])
+    with pytest.raises(RecipeError, match=r"finetune\.beta = 'auto': does not go with several values of alpha"):
+        load("quickstart", ["finetune.beta=auto", "finetune.alpha=[1, 2]"])
+    with pytest.raises(UsageError, match=r"a round of 1 steps is too short for finetune\.beta = auto"):
+        plan_of(load("quickstart", ["finetune.beta=auto", "finetune.images_per_round=64"]), lambda images: images)
+    with pytest.raises(UsageError, match=r"finetune\.sweep_images = 9000 is more"):
+        plan_of(load("quickstart", ["finetune.beta=auto", "finetune.sweep_images=9000"]), lambda images: images)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """A run of two rounds with a control: (reference, directory, result)."""
+    path = tmp_path_factory.mktemp("auto")
+    ckpt = make_checkpoint(path / "ref.safetensors")
+    recipe = tiny_recipe(ckpt, "diffusion", *AUTO, "finetune.control=true")
+    return ckpt, path / "run", finetune.run(recipe, path / "run", device=CPU)
+
+
+def test_beta_is_told_everywhere(found):
+    _, out, result = found
+    rounds = json.loads((out / "state.json").read_text())["rounds"]
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    page = (out / "report.html").read_text()
+    for record, shown in zip(rounds, result["rounds"], strict=True):
+        number, beta = record["round"], record["beta"]
+        assert (record["alpha"], beta, record["auto"]) == (2.0, shown["beta"], shown["auto"])
+        scores = {each["beta"]: each["score"] for each in record["auto"]["tried"]}
+        assert len(scores) >= 3
+        assert beta == auto._rounded(auto.lowest(scores))
+        assert f"beta {beta:g}" in page
+        lines = [line["step"] for line in log if (line["round"], line["beta"]) == (number, beta)]
+        assert lines == [2, 4, 6]
+        assert not list((out / f"round-{number:02d}").rglob("train-state*"))
+        if record["promoted"]:
+            best = checkpoint.read_header(out / f"round-{number:02d}" / "best.safetensors")
+            assert best["provenance"][-1]["beta"] == beta
+    assert rounds[0]["auto"]["probe_r_rms"] > 0
+    assert rounds[1]["auto"]["first"] == rounds[0]["beta"]
+    assert "probe_r_rms" not in rounds[1]["auto"]
+    assert "beta" not in result["control"]["rounds"][0]
+
+
+def test_it_trains_as_with_that_beta_given(found, tmp_path):
+    ckpt, out, _ = found
+    (first, _) = json.loads((out / "state.json").read_text())["rounds"]
+    given = tiny_recipe(ckpt, "diffusion", *AUTO[1:], f"finetune.beta={first['beta']}", "finetune.rounds=1")
+    finetune.run(given, tmp_path / "run", device=CPU)
+    (alone,) = json.loads((tmp_path / "run" / "state.json").read_text())["rounds"]
+    assert alone["candidates"] == first["candidates"]
+
+
+def test_dry_run_tells_the_most_that_it_takes(found, tmp_path):
+    ckpt, _, _ = found
+    recipe = tiny_recipe(ckpt, "diffusion", *AUTO)
+    told = finetune.run(recipe, tmp_path / "run", device=CPU, dry_run=True)
+    assert told["beta_auto"] == {"probe_steps": 40, "trials_at_most": 7, "steps_of_a_trial": 2}
+    given = tiny_recipe(ckpt, "diffusion", *AUTO[1:])
+    fixed = finetune.run(given, tmp_path / "run", device=CPU, dry_run=True)
+    steps = [
+        each["measured"]["hours"]["training"] * 3600 / each["measured"]["seconds_per_step"] for each in (told, fixed)
+    ]
+    assert steps == pytest.approx([2 * (6 + 40 + 7 * 2), 2 * 6])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [19, 41])
+def test_resume_equals_uninterrupted(found, tmp_path, monkeypatch, every):
+    """Killed at every so-many-th write, before and after its rename in turns, until it ends."""
+    ckpt, reference, _ = found
+    recipe = tiny_recipe(ckpt, "diffusion", *AUTO, "finetune.control=true")
+    count, kills, rename = 0, 0, os.replace
+
+    def replace(source, target):
+        nonlocal count, kills
+        count += 1
+        if count % every:
+            return rename(source, target)
+        kills += 1
+        if kills % 2:
+            rename(source, target)
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", replace)
+        while True:
+            try:
+                finetune.run(recipe, tmp_path / "run", device=CPU)
+                break
+            except KilledError:
+                assert kills < 100
+    assert kills >= 3
+    for name in ("final.safetensors", "log.jsonl"):
+        ours, theirs = (path / name for path in (tmp_path / "run", reference))
+        if name == "log.jsonl":
+            assert [strip(line) for line in ours.open()] == [strip(line) for line in theirs.open()]
+        else:
+            assert ours.read_bytes() == theirs.read_bytes()
+    ours, theirs = (json.loads((path / "state.json").read_text())["rounds"] for path in (tmp_path / "run", reference))
+    assert ours == theirs
+
+
+def strip(line: str) -> dict[str, float]:
+    """Without what depends on the machine."""
+    return {key: value for key, value in json.loads(line).items() if key != "images_per_second"}
