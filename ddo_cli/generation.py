@@ -28,6 +28,7 @@ class Batch(NamedTuple):
     seeds: Tensor  # (b,)
     nfe: int
     disc_nfe: int = 0
+    cost: Tensor | None = None  # (b, columns of `diffusion.rejection.Cost`), where it differs between items
 
 
 @torch.no_grad()
@@ -74,7 +75,8 @@ def generate(
             sampled = model.sample(to_device(label, device), seeded(padded, spec.rng), spec)
         with inference_precision(decoding_precision(spec, device), device):
             items = (sampled.x if as_latents else model.codec.decode(sampled.x)).cpu()[: len(kept)]
-        yield Batch(number, items, label[: len(kept)], torch.tensor(kept), sampled.nfe, sampled.disc_nfe)
+        cost = None if sampled.cost is None else torch.stack(sampled.cost, dim=1)[: len(kept)]
+        yield Batch(number, items, label[: len(kept)], torch.tensor(kept), sampled.nfe, sampled.disc_nfe, cost)
 
 
 def num_batches(num_seeds: int, batch: int) -> int:

@@ -8,6 +8,7 @@ from typer import Option
 
 from ddo_cli import console
 from ddo_cli.commands import options
+from ddo_cli.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,25 @@ class Classifier(NamedTuple):
     classifier_weight: Annotated[float, Option(help="Classifier-guidance weight.")] = 1.0
 
 
+class Rejection(NamedTuple):
+    """Diffusion rejection sampling."""
+
+    diffrs: Annotated[
+        bool,
+        Option(
+            "--diffrs", help="Reject states on the way by the discriminator, instead of guiding (arXiv 2405.17880)."
+        ),
+    ] = False
+    diffrs_percentile: Annotated[
+        float | None,
+        Option(min=0, max=1, help="Percentile of log-ratios that counts as the largest.", show_default="0.75"),
+    ] = None
+    diffrs_max_nfe: Annotated[
+        int | None,
+        Option(min=1, help="Most evaluations for one image.", show_default="3 times those without rejection"),
+    ] = None
+
+
 @options.add(
     discriminator=options.Pair,
     guidance=options.of_guidance(
@@ -61,6 +81,7 @@ class Classifier(NamedTuple):
     ),
     second_network=options.second_network,
     classifier=Classifier,
+    rejection=Rejection,
     seeds=options.seeds_of,
     classes=options.classes_of,
     sampling=options.of_sampling(*SAMPLING),
@@ -71,6 +92,7 @@ def guide_sample(
     guidance: dict[str, Any],
     second_network: "guides.Others",
     classifier: Classifier,
+    rejection: Rejection,
     seeds: Sequence[int],
     classes: list[int] | None,
     sampling: dict[str, Any],
@@ -80,12 +102,17 @@ def guide_sample(
     dry_run: options.DryRun = False,
 ) -> dict[str, Any]:
     """Draw samples with discriminator guidance. Same seeds as `ddo sample`. Run again to continue."""
-    from ddo_cli.engines.sampling import guide_sample
+    from ddo_cli.engines.sampling import diffrs, guide_sample
 
+    given = {key: value for key, value in rejection._asdict().items() if value is not None and key != "diffrs"}
+    for key, value in given.items():
+        if not rejection.diffrs:
+            raise UsageError(f"--{key.replace('_', '-')} {value:g} has no effect without --diffrs; add it")
+    by_rejection = diffrs.Options(**{key.removeprefix("diffrs_"): value for key, value in given.items()})
     return guide_sample.run(
         discriminator.disc, discriminator.ckpt, seeds, out, form=form, classes=classes, sampling=sampling,
-        guidance=guidance, others=second_network._replace(**classifier._asdict()), force=discriminator.force,
-        device=device, dry_run=dry_run,
+        guidance=guidance, others=second_network._replace(**classifier._asdict()),
+        rejection=by_rejection if rejection.diffrs else None, force=discriminator.force, device=device, dry_run=dry_run,
     )  # fmt: skip
 
 

@@ -26,13 +26,14 @@ from ddo_cli.checkpoint import write_tensors
 from ddo_cli.data import cache
 from ddo_cli.data.items import count_classes
 from ddo_cli.data.readers import TENSOR_ERRORS, Contents, join_tensors
+from ddo_cli.diffusion.rejection import Cost
 from ddo_cli.errors import DataError, reason
 from ddo_cli.files import parse_json, read_bounded, read_json, remove, replacing, write_json
 from ddo_cli.generation import Batch, num_batches
 
 Format = Literal["png", "npz", "shards"]
 MANIFEST = "manifest.json"
-RESULTS = ("complete", "nfe", "disc_nfe", "labels")  # keys of a manifest that are no settings
+RESULTS = ("complete", "nfe", "disc_nfe", "cost", "labels")  # keys of a manifest that are no settings
 _WRITERS = 16  # threads: images are encoded on all cores, and file systems sync those that wait together in one go
 MAX_SEED = 2**32 - 1  # generators keep 32 bits
 MAX_SEEDS = 5_000_000  # of a set; our choice, four times ImageNet
@@ -82,6 +83,8 @@ class Writer:
             with ThreadPoolExecutor(_WRITERS) as pool:
                 list(pool.map(self._write_png, batch.items, batch.seeds.tolist()))  # raises the first error
         tensors = {"labels": batch.label, "seeds": batch.seeds, "nfe": torch.tensor([batch.nfe, batch.disc_nfe])}
+        if batch.cost is not None:
+            tensors["cost"] = batch.cost
         if self.form != "png":
             # Samplers use wider types; stored as float32 / int32.
             dtype = {torch.float64: torch.float32, torch.int64: torch.int32}.get(batch.items.dtype, batch.items.dtype)
@@ -102,6 +105,11 @@ class Writer:
             labels = torch.cat([shard["labels"] for shard in shards])
             passes = torch.stack([shard["nfe"] for shard in shards]).amax(0)
             self.manifest |= {"complete": True, "nfe": int(passes[0]), "disc_nfe": int(passes[1])}
+            if all("cost" in shard for shard in shards):
+                columns = torch.cat([shard["cost"] for shard in shards]).T  # in the order of the seeds
+                cost = dict(zip(Cost._fields, columns.tolist(), strict=True))
+                means = {key: round(sum(cost[key]) / len(self.seeds), 2) for key in ("nfe", "disc_nfe")}
+                self.manifest |= {"cost": cost, **means}
             if self.form == "npz":
                 items = torch.cat([shard["items"] for shard in shards]).numpy()
                 with replacing(self.out / "samples.npz") as temporary, open(temporary, "wb") as file:

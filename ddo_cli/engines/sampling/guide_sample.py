@@ -9,9 +9,10 @@ import torch
 from ddo_cli import console
 from ddo_cli.data.samples import Format
 from ddo_cli.diffusion import samplers
-from ddo_cli.engines.sampling import guides, sample
+from ddo_cli.engines.sampling import diffrs, guides, sample
 from ddo_cli.engines.sampling.guides import Others
 from ddo_cli.errors import UsageError
+from ddo_cli.precision import settled
 from ddo_cli.recipe.schema import GuidanceRecipe
 
 
@@ -26,6 +27,7 @@ def run(
     sampling: dict[str, Any] | None = None,
     guidance: dict[str, Any] | None = None,
     others: Others = Others(),  # noqa: B008 (immutable)
+    rejection: diffrs.Options | None = None,
     force: bool = False,
     device: torch.device,
     dry_run: bool = False,
@@ -34,6 +36,7 @@ def run(
 
     disc: None: the newest discriminator below runs/; ckpt: None: the model that it was trained against.
     guidance: values of GuidanceRecipe that override those stored with the discriminator.
+    rejection: DiffRS in place of guidance by the gradient.
     With weight 0 and no other guide the items are those of `ddo sample`, bit for bit.
     """
     given = guidance or {}
@@ -41,10 +44,26 @@ def run(
     base = guides.diffusion_model(chosen.model)
     file, settings = chosen.discriminator.checkpoint, chosen.settings
     spec = sample.spec_of(chosen.model.checkpoint, **(sampling or {}))
-    _check_effect(settings, given, spec.sampler)
+    if rejection is not None:
+        diffrs.check(given, others != Others())
+    else:
+        _check_effect(settings, given, spec.sampler)
     guides.warn_of_other_sampler(chosen.discriminator, spec)
     if warning := guides.harm(file.header.get("heldout", {}).get("gain")):
         console.warn(warning)
+    if rejection is not None:
+        network, ndim = chosen.discriminator.network, len(base.codec.state_shape)
+        by_rejection, figures = diffrs.guide(
+            base, guides.discriminator_guide(network, settings, ndim).potential, settings, rejection,
+            settled(spec, device), out, classes=classes, device=device, dry_run=dry_run,
+        )  # fmt: skip
+        record = {"discriminator_sha256": file.sha256, "diffrs": figures}
+        console.info(f"{chosen.model.checkpoint.path} with states rejected by {file.path}")
+        drawn = sample.run(
+            chosen.model._replace(model=base.guided_by([by_rejection])), seeds, out, form=form, classes=classes,
+            sampling=sampling, guidance=record, device=device, title="sampling with rejection", dry_run=dry_run,
+        )  # fmt: skip
+        return {**drawn, "discriminator": file.path, "guidance": record}
     inner, record = guides.other_guides(others, base, device)
     guide = guides.discriminator_guide(chosen.discriminator.network, settings, len(base.codec.state_shape))
     guides.check_acts(base, guide, spec)

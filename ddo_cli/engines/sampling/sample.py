@@ -105,10 +105,19 @@ def run(
         **result,
         "nfe": manifest["nfe"],
         **({"disc_nfe": manifest["disc_nfe"]} if {"discriminator_sha256", "classifier"} & set(guidance or ()) else {}),
+        **(_summary(manifest["cost"]) if "cost" in manifest else {}),
         "images_per_second": round(speed, 2),
         "seeds": manifest["seeds"],
         "grid": str(grid),
     }
+
+
+def _summary(cost: dict[str, list[int]]) -> dict[str, Any]:
+    """What images have cost where it differs: the largest number of evaluations, rejections of an image on average, and
+    images at the bound. The manifest has it for each image.
+    """
+    rejections = sum(cost["rejections"]) / len(cost["rejections"])
+    return {"nfe_max": max(cost["nfe"]), "rejections": round(rejections, 2), "at_bound": sum(cost["at_bound"])}
 
 
 def spec_of(file: Checkpoint, **given: Any) -> SamplingRecipe:
