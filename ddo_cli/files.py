@@ -67,8 +67,7 @@ def replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
     An OSError of the block, such as a full disk, names `path`, unless it is about another file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for place in _abandoned(path.parent).get(path.name, ()):
-        _remove(place)
+    remove_abandoned(path)
     # Machine and process keep two writers apart.
     stem = f".{path.name}.{_MACHINE}-{os.getpid()}."
     directory, whole = path.with_name(f"{stem}part"), path.with_name(f"{stem}whole")
@@ -135,6 +134,12 @@ def unfinished(directory: Path) -> list[Path]:
 def is_being_written(path: Path) -> bool:
     """Whether a killed process has left a temporary file that was to get this name."""
     return any(_TEMPORARY.fullmatch(place.name) for place in path.parent.glob(f".{glob.escape(path.name)}.*.whole"))
+
+
+def remove_abandoned(path: Path) -> None:
+    """Removes what killed processes have left of writing `path`."""
+    for place in _abandoned(path.parent).get(path.name, ()):
+        _remove(place)
 
 
 @functools.cache

@@ -201,6 +201,9 @@ def change(path: Path, **values) -> None:
         ),
         ("unet/config.json", {"norm_num_groups": [4]}, r"norm_num_groups = \[4\]: input should be a valid integer"),
         ("unet/config.json", {"layers_per_block": 10**9}, "layers_per_block = 1000000000: .* less than or equal to 64"),
+        ("unet/config.json", {"layers_per_block": 64}, "it has 128 layers .* its weights are .* tensors"),
+        # 100,000 would take n^2 operations
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 100_000}, "less than or equal to 10000"),
         ("scheduler/scheduler_config.json", {"_class_name": ["DDPM"]}, r"_class_name = \['DDPM'\]: .* a valid string"),
         ("scheduler/scheduler_config.json", {"beta_end": 3.0}, "its betas are not all between 0 and 1"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, "num_train_timesteps = 1000000000: "),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddo_cli import files
 from ddo_cli.commands.options import size_of
 from ddo_cli.data.images import open_images
 from ddo_cli.data.pictures import Header, Preparation
@@ -245,6 +247,31 @@ def test_nothing_is_overwritten(mixed, tmp_path, monkeypatch):
         prepare.run(str(mixed), out, size=(16, 16))
     assert out.read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my pictures", "set.zip"]
+
+
+def test_the_same_line_again_finds_its_archive(mixed, tmp_path, monkeypatch, capsys):
+    (tmp_path / "made").mkdir()
+    out = tmp_path / "made" / "set.zip"
+    left = out.with_name(f".set.zip.{files._MACHINE}-{2**22 + 1}.part")  # beyond the largest number of a process
+    left.mkdir()
+    (out.parent / ".set.zip.part").write_text("mine")
+    room = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: room._replace(free=0 if left.exists() else room.free))
+    first = prepare.run(str(mixed), out, size=(16, 16))  # there is room once the part is removed
+    content = out.read_bytes()
+    again = prepare.run(str(mixed), out, size=(16, 16))
+    assert "is finished; nothing to do" in capsys.readouterr().err
+    assert again | {"images_per_second": 0} == first | {"images_per_second": 0}
+    for options in ({"size": (8, 8)}, {"size": (16, 16), "crop": "none"}, {"size": (16, 16), "dry_run": True}):
+        with pytest.raises(UsageError, match="exists, and nothing is overwritten"):
+            prepare.run(str(mixed), out, **options)
+    assert out.read_bytes() == content
+    damaged = bytearray(content)
+    damaged[200] ^= 1  # of the first image
+    out.write_bytes(damaged)
+    with pytest.raises(UsageError, match="exists, and nothing is overwritten"):
+        prepare.run(str(mixed), out, size=(16, 16))
+    assert sorted(path.name for path in out.parent.iterdir()) == [".set.zip.part", "set.zip"]
 
 
 def test_no_whole_image(tmp_path):

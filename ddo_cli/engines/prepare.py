@@ -9,6 +9,7 @@ import json
 import shutil
 import time
 import zipfile
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +27,7 @@ from ddo_cli.data.prepared import Prepared, header_of, name_of
 from ddo_cli.data.sources import Source, open_source
 from ddo_cli.data.stream import available_cores, check_images
 from ddo_cli.errors import DataError, RunError, UsageError, printable
-from ddo_cli.files import replacing
+from ddo_cli.files import remove_abandoned, replacing
 
 STAMP = (1980, 1, 1, 0, 0, 0)  # of every entry: the earliest that a zip can hold
 ENTRY, END = 76, 22  # bytes of a zip's entry beside its content and names, and of its end
@@ -49,9 +50,10 @@ def run(
     size: width and height; None: those of all images, which must be equal. mode: None: grey where all are grey, else
     RGB. background: below transparent pixels and around padded images; None: white and black. upscale: whether small
     images are enlarged; else they are an error: blurred images teach blur, and nothing tells them from others later.
-    Files that cannot be read are left out, with a warning. Raises DataError, UsageError or RunError.
+    Files that cannot be read are left out, with a warning. An archive that is there already is compared and kept.
+    Raises DataError, UsageError or RunError.
     """
-    _check(out, size, crop)
+    _check(out, size, crop, dry_run)
     images = open_source(source, None, in_memory=False, is_prepared=True)
     check_images(source, images.reader)
     for note in images.notes:
@@ -70,7 +72,8 @@ def run(
     made = _Made(survey.rows, survey.problems)
     speed = None
     if not dry_run:
-        if size_of["bytes"] > (free := shutil.disk_usage(_existing(out)).free):
+        remove_abandoned(out)
+        if not out.exists() and size_of["bytes"] > (free := shutil.disk_usage(_existing(out)).free):
             raise RunError(f"{out}: {size_of['bytes']:,} bytes are to be written, and {free:,} are free; make room")
         start = time.monotonic()
         made = _make(images, survey, preparation, out, max(1, min(64, CHUNK // image_size)))
@@ -94,10 +97,11 @@ def _hex(colour: Colour) -> str:
     return "#" + bytes(colour).hex()
 
 
-def _check(out: Path, size: tuple[int, int] | None, crop: Crop) -> None:
+def _check(out: Path, size: tuple[int, int] | None, crop: Crop, dry_run: bool) -> None:
     if out.suffix.lower() != ".zip":
         raise UsageError(f"--out {out} must be a file that ends in .zip, such as {out.with_suffix('')}.zip")
-    _check_free(out)
+    if dry_run or not _is_archive(out):
+        _check_free(out)
     if not _existing(out).is_dir():
         raise UsageError(f"--out {out}: {_existing(out)} is a file; choose another place")
     if crop != "center" and size is None:
@@ -212,23 +216,55 @@ class _Made(NamedTuple):
 def _make(images: Source, survey: _Survey, preparation: Preparation, out: Path, chunk: int) -> _Made:
     prepared = Prepared(images.name, images.reader, preparation)
     rows, problems = list[int](), dict(survey.problems)
-    with replacing(out) as temporary:
-        with (
-            console.progress(f"preparing {images.name}", len(survey.rows), "images") as bar,
-            zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
-        ):
+
+    def entries() -> Iterator[tuple[str, bytes]]:
+        with console.progress(f"preparing {images.name}", len(survey.rows), "images") as bar:
             for row, content in _ahead(lambda row: _png(prepared.item(row)), survey.rows.tolist(), chunk):
                 if isinstance(content, bytes):
-                    _add(archive, _name(len(rows)), content)
+                    yield _name(len(rows)), content
                     rows.append(row)
                 else:
                     problems[row] = content
                 bar.advance()
-            if not rows:
-                raise DataError(f"{images.name}: no file holds a whole image: {_named(images, problems)}; replace them")
-            _add(archive, INDEX, _index(images, np.array(rows)))
+        if not rows:
+            raise DataError(f"{images.name}: no file holds a whole image: {_named(images, problems)}; replace them")
+        yield INDEX, _index(images, np.array(rows))
+
+    if out.exists():
+        if not _holds(out, entries()):
+            _check_free(out)
+        console.info(f"{out} is finished; nothing to do")
+        return _Made(np.array(rows), problems)
+    with replacing(out) as temporary:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            for name, content in entries():
+                _add(archive, name, content)
         _check_free(out)  # another process may have written it meanwhile
     return _Made(np.array(rows), problems)
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file can be an archive of this command."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()[:1] == [_name(0)]
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return False
+
+
+def _holds(path: Path, entries: Iterator[tuple[str, bytes]]) -> bool:
+    """Whether an archive has exactly these entries. Asks for no more of them than up to the first difference."""
+    with zipfile.ZipFile(path) as archive:
+        names = iter(archive.namelist())
+        for name, content in entries:
+            if next(names, None) != name or archive.getinfo(name).file_size != len(content):
+                return False
+            try:
+                if archive.read(name) != content:
+                    return False
+            except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, EOFError):  # damaged
+                return False
+        return next(names, None) is None
 
 
 class _Problem(str):

@@ -102,6 +102,7 @@ def workloads(inputs: Path) -> dict[str, Workload]:
             ["encode", given("folder"), "--ckpt", given("var.safetensors"), "--out", "out", "--shard", "8",
              "--workers", "1"]
         ),
+        "data": Workload(["data", given("folder"), "--size", "16", "--out", "set.zip"]),
         "convert": Workload(["convert", given("adm.pt"), *ADM_SETTINGS, "qkv=legacy", "--out", "c.safetensors"]),
         "export-pt": Workload(
             ["export", "c.safetensors", *ADM_SETTINGS, "qkv=legacy", "--like", given("adm.pt"), "--out", "e.pt"],

@@ -66,14 +66,14 @@ def read(folder: Path) -> Folder:
     unet, scheduler = _public(json_of(unet_path)), _public(json_of(scheduler_path))
     try:
         config = diffusers_unet.config_of(unet, scheduler)
+        tensors = {PREFIX + name: tensor for path in weights for name, tensor in tensors_of(path).items()}
+        diffusers_unet.check_layers(unet, len(tensors))
         with torch.device("meta"):
             model = registry.build(config)
+        _check_fit(tensors, model.state_dict(), weights[0].parent)
         diffusers_unet.check_pass(model)
-        expected = model.state_dict()
     except (ValueError, RecipeError) as error:
         raise CheckpointError(f"{folder} cannot be converted: {error}") from None
-    tensors = {PREFIX + name: tensor for path in weights for name, tensor in tensors_of(path).items()}
-    _check_fit(tensors, expected, weights[0].parent)
     notes = {**_choices(folder, weights[0]), **_notes(scheduler, tensors)}
     return Folder(config, tensors, _sampling(scheduler, config["shape"][1]), notes)
 

@@ -46,7 +46,9 @@ def library() -> ModuleType:
 
 # --- What the two configurations say
 
-# Far above what any network of the library has; our choice, so that a damaged configuration builds nothing huge.
+# Far above what any network of the library has; our choice, so that a damaged configuration builds nothing huge. Some
+# schedulers take steps^2 operations.
+_Steps = Annotated[int, Field(ge=1, le=10_000)]
 _Size = Annotated[int, Field(ge=1, le=1 << 16)]
 _Level = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -68,18 +70,18 @@ class _Unet(_Values):
     norm_num_groups: _Size | None = 32
     attention_head_dim: _Size | None = None
     num_class_embeds: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
-    num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    num_train_timesteps: _Steps | None = None
     act_fn: str = ""
     time_embedding_type: str = ""
 
 
 class _Scheduler(_Values):
     class_name: str = Field(alias="_class_name")
-    num_train_timesteps: int = Field(1000, ge=1, le=100_000)
+    num_train_timesteps: _Steps = 1000
     beta_start: _Level = 1e-4
     beta_end: _Level = 0.02
     beta_schedule: str = ""
-    trained_betas: Annotated[list[_Level], Field(max_length=100_000)] | None = None
+    trained_betas: Annotated[list[_Level], Field(max_length=10_000)] | None = None
     prediction_type: str = ""
     variance_type: str | None = None
     timestep_type: str | None = None
@@ -150,6 +152,14 @@ def unet_arguments(unet: Config) -> Config:
             f"{len(full['block_out_channels']) - 1} times; correct it to the side of the images that it was trained on"
         )
     return full
+
+
+def check_layers(unet: Config, num_tensors: int) -> None:
+    """Raises ValueError for more layers than so many tensors can be of, before they are built."""
+    full = unet_arguments(unet)
+    layers = full["layers_per_block"] * len(full["down_block_types"])
+    if 16 * layers > num_tensors:  # on the way down and up each has two norms and two convolutions, with biases
+        raise ValueError(f"it has {layers} layers of layers_per_block, and its weights are {num_tensors} tensors")
 
 
 def process(scheduler: Config) -> Process:
