@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ddo_cli import rundir
 from ddo_cli.errors import CheckpointError, printable, problem_of, reason
 from ddo_cli.files import parse_json, replacing, sha256
 from ddo_cli.ledger import damage
@@ -102,7 +103,10 @@ def embedded_names() -> list[str]:
 
 
 def resolve(path: str | Path) -> Path:
-    """The file of a path or of "embedded:<name>". Raises CheckpointError if there is none."""
+    """The file of a path, of a run's directory (its final weights) or of "embedded:<name>".
+
+    Raises CheckpointError if there is none.
+    """
     name = str(path)
     if name.startswith(EMBEDDED):
         file = ASSETS / f"{name.removeprefix(EMBEDDED)}.safetensors"
@@ -112,7 +116,7 @@ def resolve(path: str | Path) -> Path:
         return file
     file = Path(name)
     if file.is_dir():
-        raise CheckpointError(f"{name} is a directory; give the weight file inside it")
+        return rundir.weights_of(file)
     if not file.is_file():
         remedy = "give the path of a weight file (`ddo convert` makes one of published weights)"
         raise CheckpointError(f"{name} does not exist; {remedy}")

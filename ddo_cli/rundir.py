@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ddo_cli import console, dist, ledger
-from ddo_cli.errors import RunError, problem_of, reason
+from ddo_cli.errors import CheckpointError, RunError, problem_of, reason
 from ddo_cli.files import DAMAGED, LOCK, json_text, parse_json, read_json, remove, sweep, write_json, write_text
 from ddo_cli.ledger import LEDGER
 from ddo_cli.recipe import syntax
@@ -373,6 +373,30 @@ def _check_directory(path: Path) -> None:
     there = next((place for place in (path, *path.absolute().parents) if place.exists()), path)
     if there.exists() and not there.is_dir():
         raise RunError(f"{there} is a file; choose another --out")
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory is one that `RunDir.claim` has taken."""
+    run = RunDir(path)
+    return run.recipe_file.is_file() and (run.state_file.is_file() or run.state_before.is_file())
+
+
+def weights_of(path: Path) -> Path:
+    """The final weights of a run's directory. Raises CheckpointError without any, naming the newest that there are."""
+    run = RunDir(path)
+    if run.final.is_file():
+        return run.final
+    if not is_run(path):
+        raise CheckpointError(f"{path} is a directory without final.safetensors; give the weight file inside it")
+    state = run.state()
+    promoted = [path / f"round-{record['round']:02d}" for record in state.get("rounds", []) if record["promoted"]]
+    files = [file for place in promoted if (file := place / "best.safetensors").is_file()]
+    files = files or sorted(path.glob("checkpoints/step-*.safetensors"))
+    kind = "promoted" if promoted else "checkpoint"
+    newest = f"its newest {kind} weights are {files[-1]}: give these" if files else "it has no weights yet"
+    raise CheckpointError(
+        f"{path} is an unfinished run of {state.get('command', 'ddo')}; {newest}, or run its command again"
+    )
 
 
 @contextlib.contextmanager

@@ -90,7 +90,7 @@ def fid(
     passes: Passes,
     device: "torch.device",
     source: Annotated[
-        str, Argument(help="Images (folder, zip, npz, sample set), or a run or weight file to draw them.")
+        str, Argument(help="Images (folder, zip, npz, sample set), or a run directory or weight file to draw them.")
     ],
     ref: Annotated[
         str | None, Option(help="Images, or statistics of EDM, EDM2, ADM or `ddo stats`. Default: embedded:digits16.")

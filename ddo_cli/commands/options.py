@@ -358,7 +358,9 @@ def classes_of(
 class Pair(NamedTuple):
     """A discriminator and the model that it guides."""
 
-    disc: Annotated[str | None, Option(help="Of `ddo train-disc`. Default: the newest below runs/.")] = None
+    disc: Annotated[
+        str | None, Option(help="File or run directory of `ddo train-disc`. Default: the newest below runs/.")
+    ] = None
     ckpt: Annotated[str | None, Option(help="Model to guide. Default: the one that --disc was trained for.")] = None
     force: Force = False
 

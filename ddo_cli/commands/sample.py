@@ -31,7 +31,7 @@ def sample(
     sampling: dict[str, Any],
     second_network: "guides.Others",
     device: "torch.device",
-    ckpt: Annotated[str, Option(help="Model: a weight file or embedded:<name>.")] = "embedded:digits16",
+    ckpt: Annotated[str, Option(help="Model: a weight file, run directory or embedded:<name>.")] = "embedded:digits16",
     out: Annotated[Path, Option(help="Directory of the sample set.")] = Path("samples"),
     form: options.Form = None,
     dry_run: options.DryRun = False,

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import ddo_cli
+from ddo_cli import rundir
 from ddo_cli.checkpoint import EMBEDDED
 from ddo_cli.data import arrays, cache, cifar, image_files, latents, samples
 from ddo_cli.data.embedded import embedded_names, open_embedded
@@ -109,6 +110,11 @@ def _contents(source: str, path: Path, num: int | None, in_memory: bool, zip_cla
 
 
 def _directory(source: str, path: Path, in_memory: bool) -> Contents:
+    if rundir.is_run(path):  # whose pictures are of curves and contact sheets
+        raise DataError(
+            f"{source} is the directory of a run, not of images; draw some with `ddo sample --ckpt {source}`, and give "
+            "their directory"
+        )
     manifest = samples.read_manifest(path)
     form = manifest.get("format")
     if form in ("png", "npz"):

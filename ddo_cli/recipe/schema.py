@@ -50,7 +50,7 @@ class ModelRecipe(Section):
     file: str | None = key(None, "Python file that registers your own model.")
     options: dict[str, Any] = key({}, "Constructor options of the model.")
     draw: dict[str, Any] = key({}, "Randomness of pretraining: p_mean, label_dropout, ...")
-    ckpt: str = key("embedded:digits16", "Model to improve or guide: a weight file or embedded:<name>.")
+    ckpt: str = key("embedded:digits16", "Model to improve or guide: a weight file, run directory or embedded:<name>.")
 
 
 def _respacing(value: Any) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddo_cli import dist
+from ddo_cli import dist, rundir
 from ddo_cli.data.inspection import Inspection
 from ddo_cli.data.pictures import Preparation, spelled
 from ddo_cli.data.samples import MAX_SEED
@@ -27,7 +27,6 @@ from ddo_cli.metrics.uncertainty import merged
 from ddo_cli.models import registry
 from ddo_cli.recipe.schema import SamplingRecipe
 
-FINAL = "final.safetensors"  # of a run directory
 PUBLISHED_NUM = 50_000  # images behind a published FID; its bias grows as their number falls
 
 
@@ -93,8 +92,8 @@ def open_sources(
     preparation: of images of mixed sizes.
     """
     path = Path(source)
-    if path.is_dir() and (path / FINAL).is_file():
-        path = path / FINAL
+    if path.is_dir() and (rundir.RunDir(path).final.is_file() or rundir.is_run(path)):
+        path = rundir.weights_of(path)
     if path.suffix == ".safetensors":
         if preparation is not None:
             size = preparation.protocol["size"]
