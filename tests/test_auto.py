@@ -3,6 +3,8 @@
 import json
 import math
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import CPU, make_checkpoint, tiny_recipe
@@ -10,7 +12,7 @@ from conftest import CPU, make_checkpoint, tiny_recipe
 from ddo_cli import checkpoint, files
 from ddo_cli.commands.options import coefficient
 from ddo_cli.engines.ddo import auto, finetune
-from ddo_cli.engines.ddo.sweep import plan_of
+from ddo_cli.engines.ddo.sweep import Setting, plan_of
 from ddo_cli.errors import NumericsError, RecipeError, UsageError
 from ddo_cli.recipe.load import load
 
@@ -41,7 +43,7 @@ def test_the_lowest_point_of_a_parabola_is_found_exactly():
     ],
 )
 def test_otherwise_it_is_the_best_one(scores):
-    assert auto.lowest(scores) == min(scores, key=scores.__getitem__)
+    assert auto.lowest(scores) == min(scores, key=lambda beta: (scores[beta], -beta))
 
 
 @pytest.mark.parametrize(
@@ -63,6 +65,7 @@ def test_trials_go_on_while_the_best_one_is_at_an_end(monkeypatch, best, tried):
 
     monkeypatch.setattr(auto, "_score", score)
     scores = auto._scores(None, None, 4.0, 0.1)
+    assert len(asked) == len(set(asked))
     assert sorted(asked) == sorted(scores) == sorted(tried)
     assert auto.is_at_end(scores) == (best == 1e-6)
 
@@ -95,6 +98,24 @@ def test_words():
         plan_of(load("quickstart", ["finetune.beta=auto", "finetune.images_per_round=64"]), lambda images: images)
     with pytest.raises(UsageError, match=r"finetune\.sweep_images = 9000 is more"):
         plan_of(load("quickstart", ["finetune.beta=auto", "finetune.sweep_images=9000"]), lambda images: images)
+
+
+def test_a_search_goes_away_from_what_diverges(monkeypatch):
+    def score(this, networks, setting):
+        return math.inf if setting.beta < limit else curve(0.5)(setting.beta)
+
+    monkeypatch.setattr(auto, "_score", score)
+    limit = 0.3
+    assert sorted(auto._scores(None, None, 4.0, 0.1)) == [0.05, 0.1, 0.2, 0.4, 0.8]
+    limit = math.inf
+    assert max(auto._scores(None, None, 4.0, 0.1)) == 3.2  # the last of seven
+    this = SimpleNamespace(
+        path=Path("nowhere"), plan=SimpleNamespace(settings=[Setting(4.0, math.nan)]), title="round 2/2",
+        recipe=load("quickstart"),
+    )  # fmt: skip
+    monkeypatch.setattr(auto, "_write", lambda file, content: None)
+    with pytest.raises(NumericsError, match=r"round 2/2: training diverges with every beta from 0\.05 to 3\.2"):
+        auto.find(this, None, [{"beta": 0.1}])
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from ddo_cli.training.meter import Meter
 
 PROBE_STEPS = 40  # a few dozen; the learning rate rises over the first half
 MOST_TRIALS = 7  # 3 at least; 7 span a factor of 64
-SHARE = 0.5  # of the probe's last r that a round is to settle at. Measured on two U-Nets and a transformer of digits
+SHARE = 0.5  # of the probe's last r that a round is to settle at. Right for the quickstart; it only places the search
 FILE = "auto.json"
 
 
@@ -45,6 +45,11 @@ def find(this: Round, networks: Networks, before: Sequence[dict[str, Any]]) -> d
         known |= {"first": beta} if beta is not None else _first(alpha, _probe(this, networks))
         _write(file, known)
     scores = _scores(this, networks, alpha, known["first"])
+    if min(scores.values()) == math.inf:
+        raise NumericsError(
+            f"{this.title}: training diverges with every beta from {min(scores):g} to {max(scores):g}; lower "
+            f"finetune.lr = {this.recipe.finetune.lr:g}, or set beta, and choose another --out"
+        )
     beta = _rounded(lowest(scores))
     if networks.precision_error is not None:
         reference.check_error(this.recipe, networks.precision_error, beta, this.number, this.chain.device)
@@ -122,7 +127,8 @@ def _score(this: Round, networks: Networks, setting: Setting) -> float:
 
 
 def _best(scores: Mapping[float, float]) -> float:
-    return min(scores, key=lambda beta: scores[beta])
+    """Of equal ones the largest: where all diverge, the search goes on upwards, to smaller changes of the model."""
+    return min(scores, key=lambda beta: (scores[beta], -beta))
 
 
 def is_at_end(scores: Mapping[float, float]) -> bool:
