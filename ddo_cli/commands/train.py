@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 @options.add(
     recipe=options.of_recipe(
-        "model.ckpt", "data.source", "finetune.rounds", "finetune.alpha", "finetune.beta", "finetune.lr",
+        "model.ckpt", "data.source", "data.rejected", "finetune.objective",
+        "finetune.rounds", "finetune.alpha", "finetune.beta", "finetune.lr",
         "finetune.batch", "finetune.images_per_round", "finetune.eval_every", "finetune.num_fake", "finetune.control",
         "metric.num_images", "finetune.precision", "finetune.compile", "seed", "model.file",
     ),
@@ -25,15 +26,23 @@ if TYPE_CHECKING:
 )  # fmt: skip
 def finetune_ddo(
     recipe: "Recipe",
+    typed: dict[str, Any],
     device: "torch.device",
     out: Annotated[Path | None, Option(help="Directory of the run. Default: runs/<recipe>.")] = None,
     dry_run: options.MeasuredDryRun = False,
     measure: options.Measure = True,
 ) -> options.Result:
-    """Finetune a model in rounds of self-play with the DDO loss. Run again to continue."""
+    """Finetune a model in rounds of self-play with the DDO loss or a relative. Run again to continue."""
     from ddo_cli import rundir
     from ddo_cli.engines.ddo import finetune, report
 
+    for name in recipe.finetune.unread:
+        texts = [f"--{name.replace('_', '-')} {typed[name]}"] if name in typed else []
+        texts += [text for text in typed.get("overrides", []) if text.startswith(f"finetune.{name}=")]
+        if texts:
+            raise UsageError(
+                f"{texts[0]} has no effect with finetune.objective = {recipe.finetune.objective}; leave it out"
+            )
     figures = finetune.run(recipe, out or Path("runs") / recipe.name, device=device, dry_run=dry_run, measure=measure)
     if dry_run:
         by_round = figures.get("settings_by_round")
@@ -43,7 +52,7 @@ def finetune_ddo(
     counted = ""
     if figures["metric_images"]:
         counted = f" of {figures['metric_images']:,} images on seeds that no selection saw"
-    title = f"DDO by round: {figures['metric']}{counted} (lower is better)"
+    title = f"{recipe.finetune.objective.upper()} by round: {figures['metric']}{counted} (lower is better)"
     shown = {"final": figures["final"], **report.told(figures)}
     if published := [f"{p['method']} {p['value']:g} (arXiv {p['arxiv']})" for p in figures.get("published", [])]:
         shown["published"] = ", ".join(published)

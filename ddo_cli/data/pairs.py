@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ddo_cli.errors import DataError
+from ddo_cli.recipe.training import ObjectiveName
 from ddo_cli.rng import coins, permutation
 
 
@@ -135,6 +136,28 @@ class OfOneClass:
                 partners[places] = stream.row_numbers(epoch * count, (epoch + 1) * count)
             self._epoch, self._partners = epoch, partners
         return self._partners
+
+
+def compared(
+    objective: ObjectiveName,
+    images: Shuffled,
+    other: tuple[np.ndarray, np.ndarray] | None,
+    num_classes: int,
+    *key: int | str,
+) -> Pairs | Relabelled | OfOneClass:
+    """What an objective of `finetune-ddo` compares, row by row.
+
+    images: the real ones. other: items and labels of generated or rejected ones, which cca does without. num_classes:
+    of the model.
+    """
+    if objective == "cca":
+        return Relabelled(images)
+    assert other is not None, "given for the others"
+    if objective == "dpo":  # the same order and the same mirroring: the other half of each pair
+        return Pairs(images, Shuffled(*other, *images.key, hflip=images.hflip))
+    if objective == "spin" and num_classes:
+        return OfOneClass(images, *other, "fake", *key)
+    return Pairs(images, Shuffled(*other, "fake", *key))
 
 
 class Split(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 
 from ddo_cli import console, dist
 from ddo_cli.data.items import ItemSet
-from ddo_cli.data.pairs import Pairs, Shuffled
+from ddo_cli.data.pairs import Shuffled, compared
 from ddo_cli.engines.ddo import auto, reference, sweep
 from ddo_cli.engines.ddo.round import ddo_task
 from ddo_cli.engines.sampling import sample
@@ -42,24 +42,31 @@ class Work(NamedTuple):
 
 
 def of_finetuning(
-    recipe: Recipe, loaded: registry.Loaded, plans: Sequence[sweep.Plan], real: ItemSet, scoring: Scoring
+    recipe: Recipe,
+    loaded: registry.Loaded,
+    plans: Sequence[sweep.Plan],
+    real: ItemSet,
+    rejected: ItemSet | None,
+    scoring: Scoring,
 ) -> dict[str, Any]:
-    """Measures `finetune-ddo`: two steps of its first round, whose fakes are the batch of samples."""
+    """Measures `finetune-ddo`: two steps of its first round, whose fakes are the batch of samples. rejected: of dpo."""
     settings, model, device = recipe.of_round(1).finetune, loaded.model, scoring.device
     keep = sample.kept_of_fakes(model, settings.fake_as, scoring.spec)
     with _measured(device) as figures:
         ref = reference.load(recipe.model.ckpt, settings, device).model
         scratch = registry.load_model(recipe.model.ckpt, device).model  # holds averages while they are scored
         fake, figures["images_per_second"] = _one_batch(scratch, scoring.spec, keep, device)
-        labels = np.resize(real.labels, len(fake))
-        pairs = Pairs(
-            Shuffled(real.items, real.labels, "real", recipe.seed), Shuffled(fake, labels, "fake", recipe.seed)
-        )
+        other = None if rejected is None else (rejected.items, rejected.labels)
+        like = settings.objective
+        if settings.num_drawn:  # paired as for ddo: a few samples may lack a class
+            other, like = (fake, np.resize(real.labels, len(fake))), "ddo"
+        images = Shuffled(real.items, real.labels, "real", recipe.seed)
+        rows = compared(like, images, other, model.num_classes, recipe.seed)
         setting = plans[0].settings[0]
         if plans[0].is_auto:
             setting = setting._replace(beta=1.0)  # a step takes as long with any
-        objective = ddo_task(ref, pairs, settings, None).objective(model, setting)
-        figures["seconds_per_step"] = two_steps(model, objective, pairs, settings, (recipe.seed, 1), device)
+        objective = ddo_task(ref, rows, settings, None).objective(model, setting)
+        figures["seconds_per_step"] = two_steps(model, objective, rows, settings, (recipe.seed, 1), device)
     work = _work_of_rounds(recipe, plans, scoring)
     of_reference = 0 if scoring.density is not None else 2 * scoring.images
     control = None
@@ -107,7 +114,7 @@ def _work_of_rounds(recipe: Recipe, plans: Sequence[sweep.Plan], scoring: Scorin
     return Work(
         steps=sum(node["stopped_at"] for nodes in rounds for node in nodes) + short,
         scored=0 if scoring.density is not None else scores * per_score + at_rungs,  # densities are of points
-        fake=sum(settings.of_round(number).num_fake for number in range(1, settings.rounds + 1)),
+        fake=sum(settings.of_round(number).num_drawn for number in range(1, settings.rounds + 1)),
         stored=stored * max(len(settings.ema_widths), 1) + len(rounds) + 1,
     )
 

@@ -37,6 +37,11 @@ class DataRecipe(Section):
         "embedded:digits16",
         "Real images: a folder, zip, npz, CIFAR-10's .tar.gz, embedded:<name>, or what `ddo encode` made.",
     )
+    rejected: str | None = key(
+        None,
+        "For finetune.objective = dpo: the worse image beside each one of data.source, by file name where both are "
+        "image files, else by position.",
+    )
     num: int | None = key(None, "Use this many images. Default: all.", ge=1)
     hflip: bool = key(False, "Mirror each real training image left to right with probability 1/2.")
     # Excluded since it changes no result, so a run may continue with another value.
@@ -258,6 +263,18 @@ class Recipe(Section):
     discriminator: DiscriminatorRecipe = DiscriminatorRecipe()
     guidance: GuidanceRecipe = GuidanceRecipe()
     classifier: ClassifierRecipe = ClassifierRecipe()
+
+    @model_validator(mode="after")
+    def _has_pairs(self) -> "Recipe":
+        objective, rejected = self.finetune.objective, self.data.rejected
+        if objective == "dpo" and rejected is None:
+            raise ValueError("finetune.objective = dpo compares pairs; give the worse image of each as data.rejected")
+        if objective != "dpo" and rejected is not None:
+            raise ValueError(
+                f"data.rejected = {printable(rejected, 80)} is read by finetune.objective = dpo alone, which is "
+                f"{objective} here; leave it out, or set dpo"
+            )
+        return self
 
     def of_round(self, number: int) -> "Recipe":
         """The recipe of round `number` of a finetuning."""

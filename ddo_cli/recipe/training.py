@@ -157,6 +157,7 @@ CoefficientOrAuto = Annotated[float | tuple[float, ...] | Literal["auto"], Befor
 
 # Keys that are the same in all rounds of a run.
 _OF_THE_RUN = (
+    "objective",
     "rounds",
     "patience_rounds",
     "from_round",
@@ -176,12 +177,26 @@ def _numbers(value: Any) -> Any:
     return {int(key) if isinstance(key, str) and key.isdecimal() else key: inner for key, inner in value.items()}
 
 
+# Keys that an objective does not read: a pair has no weight of its fake side; cca and dpo draw no samples.
+_UNREAD: dict[ObjectiveName, tuple[str, ...]] = {
+    "ddo": (),
+    "cca": ("num_fake", "fake_as"),
+    "spin": ("alpha", "divide_by_alpha"),
+    "dpo": ("alpha", "divide_by_alpha", "num_fake", "fake_as"),
+}
+
+
 class FinetuneRecipe(TrainRecipe):
-    """Direct Discriminative Optimization (arXiv 2503.01103)."""
+    """Direct Discriminative Optimization (arXiv 2503.01103), and relatives."""
 
     prefix: ClassVar[str] = "finetune."
     dropout: ClassVar[bool] = False  # with it, r is not 0 for equal weights
 
+    objective: ObjectiveName = key(
+        "ddo",
+        "Loss: ddo; cca, against real images under other labels; spin, in pairs of a real image and a sample; dpo, in "
+        "pairs of data.source and data.rejected.",
+    )
     rounds: int = key(4, "Rounds of self-play.", ge=1)
     alpha: Coefficient = key(4.0, "Weight of the fake term. Several values, such as 1,2,4, are swept.")
     beta: CoefficientOrAuto = key(
@@ -243,6 +258,16 @@ class FinetuneRecipe(TrainRecipe):
                 draw = {**self.draw, **given.get("draw", {}), **draw}
             given |= values | ({"draw": draw} if "draw" in values else {})
         return given
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Keys of this section that the objective does not read."""
+        return _UNREAD[self.objective]
+
+    @property
+    def num_drawn(self) -> int:
+        """Samples that a round draws from its reference to train against."""
+        return 0 if "num_fake" in self.unread else self.num_fake
 
     @property
     def compilable(self) -> bool:

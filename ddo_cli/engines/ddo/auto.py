@@ -91,21 +91,22 @@ def _probe(this: Round, networks: Networks) -> dict[str, float]:
     return figures
 
 
-def _first(alpha: float, figures: Mapping[str, float]) -> dict[str, float]:
+def _first(alpha: float | None, figures: Mapping[str, float]) -> dict[str, float]:
     """beta at which training settles at SHARE of the probe's root mean square of r.
 
     Where all images move alike, alpha shifts r to -log(alpha) / beta. At alpha = 1 the loss is, for small beta r,
     -beta margin / 2 + beta^2 r^2 / 4: lowest, along one direction of the weights, where beta rms(r) = margin / rms(r).
     """
     rms = math.hypot(figures["r_std"], (figures["r_real"] + figures["r_fake"]) / 2)
-    settled = math.hypot(math.log(alpha), figures["margin"] / rms) if rms > 0 else math.nan
+    shift = math.log(alpha) if alpha is not None else 0.0  # pairs: what moves both images alike cancels
+    settled = math.hypot(shift, figures["margin"] / rms) if rms > 0 else math.nan
     first = settled / (SHARE * rms) if rms > 0 else math.nan
     if not (math.isfinite(first) and first > 0):
         raise NumericsError("finetune.beta = auto: the probe does not move the model; set beta, or raise finetune.lr")
     return {"first": _rounded(first), "probe_r_rms": rms, "probe_margin": figures["margin"]}
 
 
-def _scores(this: Round, networks: Networks, alpha: float, first: float) -> dict[float, float]:
+def _scores(this: Round, networks: Networks, alpha: float | None, first: float) -> dict[float, float]:
     """Scores of short trainings by beta: `first`, half and twice of it, and on while the best one is at an end."""
     scores: dict[float, float] = {}
     betas = [_rounded(first * factor) for factor in (0.5, 1, 2)]

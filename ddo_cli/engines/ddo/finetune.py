@@ -1,4 +1,4 @@
-"""`ddo finetune-ddo`: rounds of Direct Discriminative Optimization by self-play (arXiv 2503.01103).
+"""`ddo finetune-ddo`: rounds of Direct Discriminative Optimization by self-play (arXiv 2503.01103), or of a relative.
 
 Round k: the reference draws a fake set to disk; a copy of it is trained to tell data from that set by its own
 log-likelihood ratio; candidates are scored on a fixed schedule; the best one, if it beats the reference, is the
@@ -16,12 +16,13 @@ import torch
 
 from ddo_cli import checkpoint, console, dist, rundir
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import ItemSet, check_enough, check_fits
+from ddo_cli.data.items import ItemSet, check_enough, check_fits, digest
 from ddo_cli.data.items import identity as identity_of
 from ddo_cli.engines import dry_run as dry_runs
 from ddo_cli.engines import training_run
 from ddo_cli.engines.ddo import auto, promotion, sweep
 from ddo_cli.engines.ddo import report as finetune_report
+from ddo_cli.engines.ddo.rejected import open_rejected
 from ddo_cli.engines.ddo.round import FIRST_FAKE_SEED, Chain, Round, copy_weights
 from ddo_cli.engines.ddo.sweep import Setting
 from ddo_cli.engines.ddo.trial import Trial, better_half
@@ -50,17 +51,20 @@ def run(
     real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache, loaded.model.codec)
     check_fits(real, loaded.model, recipe.data.hflip, every_class=True)
     spec = _sampling(recipe, loaded)
+    _check_objective(recipe, loaded.model)
+    rejected = None if recipe.data.rejected is None else open_rejected(recipe, real, loaded.model)
     scoring = Scoring(recipe, real, spec, device)
     plans = _plans(recipe, loaded, scoring, real)
     identity = {
         "reference_sha256": loaded.checkpoint.sha256, **identity_of(real), **scoring.identity,
+        **({} if rejected is None else {"rejected_sha256": digest(rejected)}),
         **training_run.precision_of(recipe.finetune, spec, device),
     }  # fmt: skip
     run_dir = rundir.RunDir(out)
     run_dir.check("finetune-ddo", recipe, **identity)
     if dry_run:
         plan = _dry_run(recipe, out, loaded.model, plans[0])
-        return plan | dry_runs.of_finetuning(recipe, loaded, plans, real, scoring) if measure else plan
+        return plan | dry_runs.of_finetuning(recipe, loaded, plans, real, rejected, scoring) if measure else plan
     chains = [Chain("rounds", recipe, plans, run_dir, scoring, device)]
     if recipe.finetune.control:
         chains.append(Chain("control", recipe, [plan.of_control() for plan in plans], run_dir, scoring, device))
@@ -82,7 +86,7 @@ def run(
         console.info(f"reference: {scoring.key} {state['reference']['score']:.4g}")
         del loaded  # each round loads its own
         for chain in chains:
-            state = _train(chain, real, state)
+            state = _train(chain, real, rejected, state)
         if dist.is_main():
             finetune_report.write(run_dir, recipe, state, scoring.key)
         state = training_run.finish(run_dir)
@@ -107,7 +111,7 @@ def _is_over(recipe: Recipe, rounds: list[dict[str, Any]]) -> bool:
     return all(settings.of_round(number) == following for number in last)
 
 
-def _train(chain: Chain, real: ItemSet, state: dict[str, Any]) -> dict[str, Any]:
+def _train(chain: Chain, real: ItemSet, rejected: ItemSet | None, state: dict[str, Any]) -> dict[str, Any]:
     """Goes through the rounds of a chain that are left; returns the state of the run."""
     records = chain.records(state)
     if dist.is_main():
@@ -115,7 +119,7 @@ def _train(chain: Chain, real: ItemSet, state: dict[str, Any]) -> dict[str, Any]
     promotion.drop_candidates(chain, records)
     while not _is_done(chain, state):
         this = Round(len(records) + 1, chain)
-        networks = this.networks(real)
+        networks = this.networks(real, rejected)
         found = auto.find(this, networks, records) if this.plan.is_auto else {}
         settings = [Setting(found["alpha"], found["beta"])] if found else this.plan.settings
         trials = [Trial(this, networks, setting) for setting in settings]
@@ -163,6 +167,25 @@ def _sampling(recipe: Recipe, reference: registry.Loaded) -> SamplingRecipe:
     return spec
 
 
+def _check_objective(recipe: Recipe, model: LikelihoodModel) -> None:
+    """Says which keys that are set the objective does not read. Raises UsageError for a model that it does not fit."""
+    settings = recipe.finetune
+    if settings.objective == "cca" and model.num_classes < 2:
+        kind = "has one class" if model.num_classes else "is unconditional"
+        raise UsageError(
+            f"finetune.objective = cca compares images under right and wrong labels, and {recipe.model.ckpt} {kind}; "
+            "use ddo or spin, or a model of several classes"
+        )
+    if settings.objective == "spin" and settings.num_fake < model.num_classes:
+        raise UsageError(
+            f"finetune.objective = spin compares images of one class, and finetune.num_fake = {settings.num_fake} is "
+            f"less than the model's {model.num_classes} classes; raise it"
+        )
+    if unread := [name for name in settings.unread if name in settings.model_fields_set]:
+        names = ", ".join(f"finetune.{name} = {getattr(settings, name)}" for name in unread)
+        console.info(f"not read by finetune.objective = {settings.objective}: {names}")
+
+
 def _plans(recipe: Recipe, reference: registry.Loaded, scoring: Scoring, real: ItemSet) -> list[sweep.Plan]:
     """The plan of each round. Raises RecipeError, DataError or UsageError if one of them cannot be run."""
     config, plans = reference.checkpoint.header["config"], []
@@ -172,11 +195,12 @@ def _plans(recipe: Recipe, reference: registry.Loaded, scoring: Scoring, real: I
         place = f"round {number}: finetune.draw"
         if problems := registry.problems(config["name"], config["options"], draw, place):
             raise RecipeError("\n".join(problems))
-        sample.kept_of_fakes(reference.model, settings.fake_as, scoring.spec)
-        check_labels(scoring.spec, reference.model.num_classes, settings.num_fake)
         loop.check(reference.model, settings)
-        for name, num in ((real.name, len(real.items)), ("a fake set (finetune.num_fake)", settings.num_fake)):
-            check_enough(name, num, settings.batch, "finetune.batch")
+        check_enough(real.name, len(real.items), settings.batch, "finetune.batch")
+        if settings.num_drawn:
+            sample.kept_of_fakes(reference.model, settings.fake_as, scoring.spec)
+            check_labels(scoring.spec, reference.model.num_classes, settings.num_fake)
+            check_enough("a fake set (finetune.num_fake)", settings.num_fake, settings.batch, "finetune.batch")
         if settings.margin and scoring.density is None and scoring.repeats == 1:
             raise UsageError(
                 f"finetune.margin = {settings.margin:g} counts standard errors, which one range of seeds does not "
@@ -244,7 +268,7 @@ def _dry_run(recipe: Recipe, out: Path, model: LikelihoodModel, plan: sweep.Plan
         "rounds": settings.rounds,
         "steps_per_round": plan.steps,
         "pairs_per_step": settings.batch,
-        "fake_images_per_round": settings.num_fake,
+        "fake_images_per_round": settings.num_drawn,
         "network_rows_per_step": {
             "model_forward_backward": 2 * settings.batch,
             "reference_forward": 2 * settings.batch,

@@ -187,7 +187,7 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any], key: st
         if 1 <= line["round"] <= len(rounds) and _setting_or_none(line) == chosen.get(line["round"])
     ]
     settings = [recipe.finetune.of_round(number) for number in range(1, recipe.finetune.rounds + 1)]
-    control = state.get("control", [])
+    control, method = state.get("control", []), recipe.finetune.objective.upper()
 
     def images_before(records: list[dict[str, Any]]) -> list[int]:
         """Of a chain: images of the rounds before, by round."""
@@ -210,7 +210,7 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any], key: st
 
     by_round = {
         label: [state["reference"]["score"], *(record["score"] for record in records)]
-        for label, records in {"DDO": rounds, "control": control}.items()
+        for label, records in {method: rounds, "control": control}.items()
         if records
     }
     drawn = [Curve(label, range(len(scores)), scores, "o") for label, scores in by_round.items()]
@@ -218,7 +218,7 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any], key: st
     of_controls = [of_candidates("control", control)] if control else []
     pictures.curves(
         {
-            f"{key} of candidates": [of_candidates("DDO", rounds), *of_controls],
+            f"{key} of candidates": [of_candidates(method, rounds), *of_controls],
             "log-ratio, nats": [Curve(name, at, [record[name] for record in log]) for name in ("r_real", "r_fake")],
             "discriminator accuracy": [Curve("accuracy", at, [record["accuracy"] for record in log])],
             "plain loss on data / reference's": [Curve("ratio", at, [record["denoising_ratio"] for record in log])],
@@ -247,6 +247,6 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any], key: st
         summary += f" {cost.capitalize()}; curves are of each round's best node."
     sweeps = [sweep_table(record, recipe, key) for record in rounds if "nodes" in record]
     sweeps += [auto_table(record, key) for record in rounds if "auto" in record]
-    title = f"DDO: {recipe.name}"
+    title = f"{method}: {recipe.name}"
     warnings = rundir.warnings_of(state)
     html.write_report(path / "report.html", title, summary, columns, rows, shown, to_yaml(recipe), sweeps, warnings)

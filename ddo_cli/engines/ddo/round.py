@@ -13,7 +13,7 @@ import torch
 
 from ddo_cli import checkpoint, rundir
 from ddo_cli.data.items import ItemSet
-from ddo_cli.data.pairs import Pairs, Shuffled
+from ddo_cli.data.pairs import Shuffled, compared
 from ddo_cli.data.samples import open_samples
 from ddo_cli.engines.ddo import reference
 from ddo_cli.engines.ddo.sweep import Plan, Setting
@@ -132,8 +132,8 @@ class Round(NamedTuple):
             device=self.chain.device, title=f"{self.title} fake set",
         )  # fmt: skip
 
-    def networks(self, real: ItemSet) -> "Networks":
-        """What every trial of the round trains with; the fake set is drawn first.
+    def networks(self, real: ItemSet, rejected: ItemSet | None) -> "Networks":
+        """What every trial of the round trains with; the fake set is drawn first. rejected: of dpo.
 
         Raises UsageError if the precision is too low for round 1's log-ratios.
         """
@@ -144,11 +144,14 @@ class Round(NamedTuple):
             task, precision_error = Task(images, lambda model, _: plain_objective(model), dict), None
         else:
             precision_error = reference.check_precision(recipe, file, real, self.number, device)
-            self.draw_fakes()
-            fake = open_samples(self.path / "samples")
-            pairs = Pairs(images, Shuffled(fake.items, fake.labels, "fake", recipe.seed, self.number))
+            other = None if rejected is None else (rejected.items, rejected.labels)
+            if recipe.finetune.num_drawn:
+                self.draw_fakes()
+                fake = open_samples(self.path / "samples")
+                other = fake.items, fake.labels
             ref = reference.load(file, recipe.finetune, device).model
-            task = ddo_task(ref, pairs, recipe.finetune, precision_error)
+            rows = compared(recipe.finetune.objective, images, other, ref.num_classes, recipe.seed, self.number)
+            task = ddo_task(ref, rows, recipe.finetune, precision_error)
         scratch, start = registry.load_model(file, device, recipe.finetune.draw)
         link = {
             "command": "finetune-ddo",
@@ -175,13 +178,13 @@ class Task(NamedTuple):
     figures: Callable[[dict[str, float]], dict[str, float]]  # means of what the loss logs -> a line of the log
 
 
-def ddo_task(ref: LikelihoodModel, pairs: Pairs, settings: FinetuneRecipe, precision_error: float | None) -> Task:
-    """To tell real images from samples of the frozen `ref`."""
+def ddo_task(ref: LikelihoodModel, rows: Stream, settings: FinetuneRecipe, precision_error: float | None) -> Task:
+    """To tell real images from what `rows` has beside them, by the log-ratio to the frozen `ref`."""
 
     def objective(model: LikelihoodModel, setting: Setting) -> Objective:
-        return ddo_objective(model, ref, DdoSettings(*setting, settings.divide_by_alpha))
+        return ddo_objective(model, ref, DdoSettings(*setting, settings.divide_by_alpha, settings.objective))
 
-    return Task(pairs, objective, partial(_ddo_figures, precision_error))
+    return Task(rows, objective, partial(_ddo_figures, precision_error))
 
 
 def _ddo_figures(precision_error: float | None, means: dict[str, float]) -> dict[str, float]:

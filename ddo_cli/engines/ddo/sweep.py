@@ -16,13 +16,14 @@ from ddo_cli.recipe.schema import FinetuneRecipe, Recipe
 class Setting(NamedTuple):
     """What a node of the sweep trains with."""
 
-    alpha: float
+    alpha: float | None  # None: the objective has none
     beta: float  # NaN: not found yet (finetune.beta = auto)
 
     @property
     def title(self) -> str:
         """For people: "alpha 4 beta 0.05"."""
-        return f"alpha {_short(self.alpha)} beta {_short(self.beta)}"
+        alpha = "" if self.alpha is None else f"alpha {_short(self.alpha)} "
+        return f"{alpha}beta {_short(self.beta)}"
 
     @property
     def directory(self) -> str:
@@ -118,10 +119,10 @@ def plan_of(recipe: Recipe, passes: Callable[[int], int]) -> Plan:
 
 def settings_of(recipe: FinetuneRecipe) -> list[Setting]:
     """Every pair of an alpha and a beta, in the recipe's order; one pair: no sweep."""
-    if recipe.beta == "auto":
-        assert isinstance(recipe.alpha, float), "the recipe's check"
-        return [Setting(recipe.alpha, math.nan)]
-    alphas, betas = (value if isinstance(value, tuple) else (value,) for value in (recipe.alpha, recipe.beta))
+    alpha = None if "alpha" in recipe.unread else recipe.alpha
+    beta = math.nan if recipe.beta == "auto" else recipe.beta
+    alphas = alpha if isinstance(alpha, tuple) else (alpha,)
+    betas = beta if isinstance(beta, tuple) else (beta,)
     return [Setting(*pair) for pair in itertools.product(alphas, betas)]
 
 
