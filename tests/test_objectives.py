@@ -1,16 +1,27 @@
 """Relatives of DDO: values, gradients and optima in closed form; the rows that they compare; tiny runs."""
 
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from conftest import CPU, make_checkpoint, tiny_recipe
 from families import build, frozen
+from PIL import Image
 from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 
+from ddo_cli import checkpoint
+from ddo_cli.data.embedded import open_embedded
+from ddo_cli.data.images import open_images
 from ddo_cli.data.pairs import Examples, OfOneClass, Pairs, Relabelled, Shuffled
-from ddo_cli.errors import DataError
+from ddo_cli.engines.ddo import finetune
+from ddo_cli.engines.ddo.rejected import open_rejected
+from ddo_cli.engines.ddo.trial import Trial
+from ddo_cli.errors import DataError, UsageError
+from ddo_cli.models import registry
 from ddo_cli.objectives.ddo import DdoSettings
 from ddo_cli.objectives.ddo_step import ddo_batch, ddo_step
 from ddo_cli.objectives.relatives import cca_loss, pairwise_loss
@@ -188,3 +199,154 @@ def test_a_step(family, objective):
     pairs = -logsigmoid(0.01 * (r[0] - r[1] * torch.tensor([1, 0, 1]))).mean()
     expected = -logsigmoid(0.01 * r[0]).mean() + second[objective] if objective in second else pairs
     assert_close(found.loss, expected, rtol=1e-4, atol=1e-5)
+
+
+# --- Runs
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("ref") / "ref.safetensors", "autoregressive")
+
+
+def twenty_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Two of each class."""
+    digits, labels = open_embedded("embedded:digits8", None)
+    rows = np.concatenate([np.flatnonzero(labels == number)[:2] for number in range(10)])
+    return digits[rows], labels[rows]
+
+
+@pytest.fixture(scope="module")
+def users_pairs(tmp_path_factory):
+    """Two folders of 20 digits, images of a pair under one name, in a subfolder for each class."""
+    path = tmp_path_factory.mktemp("pairs")
+    digits, labels = twenty_digits()
+    for side, shift, suffix in (("better", 0, "png"), ("worse", 1, "bmp")):
+        for number, (image, label) in enumerate(zip(digits, labels, strict=True)):
+            folder = path / side / f"{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.roll(image[0], shift, 1)).save(folder / f"{number:02d}.{suffix}")
+    return path
+
+
+def recipe_of(ckpt, objective, *overrides):
+    return tiny_recipe(ckpt, "autoregressive", "finetune.rounds=1", "finetune.eval_every=24", "metric.repeats=1",
+                       f"finetune.objective={objective}", *overrides)  # fmt: skip
+
+
+def keys_of(objective, users_pairs):
+    sides = {"source": users_pairs / "better", "rejected": users_pairs / "worse"}
+    return [f"data.{key}={path}" for key, path in sides.items()] if objective == "dpo" else []
+
+
+@pytest.mark.parametrize("objective", ["cca", "spin", "dpo"])
+def test_a_run(ckpt, users_pairs, tmp_path, objective, capsys):
+    recipe = recipe_of(ckpt, objective, *keys_of(objective, users_pairs))
+    result = finetune.run(recipe, tmp_path / "run", device=CPU)
+    assert math.isfinite(result["final_score"])
+    first, *_ = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    assert {"loss", "r_real", "r_fake", "margin", "r_std", "accuracy"} <= first.keys()
+    assert (tmp_path / "run" / "round-01" / "samples").exists() == (objective == "spin")
+    assert f"{objective.upper()}: quickstart" in (tmp_path / "run" / "report.html").read_text()
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"not read by finetune.objective = {objective}" in said
+    assert ("finetune.num_fake = 16" in said) == (objective != "spin")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["cca", "spin", "dpo"])
+def test_a_killed_sweep_of_beta_ends_as_in_one_go(ckpt, users_pairs, tmp_path, objective):
+    keys = keys_of(objective, users_pairs)
+    recipe = recipe_of(ckpt, objective, "finetune.beta=[0.01,0.1]", "finetune.sweep_rungs=1", *keys)
+    plan = finetune.run(recipe, tmp_path / "run", device=CPU, dry_run=True)
+    assert plan["fake_images_per_round"] == (16 if objective == "spin" else 0)
+    result = finetune.run(recipe, tmp_path / "run", device=CPU)
+    alpha = 1.0 if objective == "cca" else None
+    assert [(node["alpha"], node["beta"]) for node in result["rounds"][0]["nodes"]] == [(alpha, 0.01), (alpha, 0.1)]
+    nodes = ["alpha-1-beta-0.01", "alpha-1-beta-0.1"] if alpha else ["beta-0.01", "beta-0.1"]
+    assert sorted(path.name for path in (tmp_path / "run" / "round-01" / "nodes").iterdir()) == nodes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trial, "_keep", killed)
+        with pytest.raises(KilledError):
+            finetune.run(recipe, tmp_path / "again", device=CPU)
+    finetune.run(recipe, tmp_path / "again", device=CPU)
+    for name in ("final.safetensors", f"round-01/nodes/{nodes[1]}/checkpoints/step-000006.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
+class KilledError(BaseException):
+    """Stands in for SIGKILL."""
+
+
+def killed(*args):
+    raise KilledError
+
+
+def test_pairs_that_do_not_match(ckpt, users_pairs, tmp_path):
+    def refusal(better, worse) -> str:
+        recipe = recipe_of(ckpt, "dpo", f"data.source={better}", f"data.rejected={worse}")
+        with pytest.raises(DataError) as caught:
+            finetune.run(recipe, tmp_path / "run", device=CPU)
+        assert not (tmp_path / "run").exists()
+        return str(caught.value)
+
+    better, worse = users_pairs / "better", tmp_path / "worse"
+    shutil.copytree(users_pairs / "worse", worse)
+    first = sorted(worse.rglob("*.bmp"))[0]
+    first.rename(first.with_name("zz.bmp"))
+    assert "images have no counterpart of their name" in refusal(better, worse)
+    first.with_name("zz.bmp").unlink()
+    assert "holds 20 images and data.rejected" in refusal(better, worse)
+    digits, labels = twenty_digits()
+    np.savez(tmp_path / "better.npz", images=digits, labels=labels)
+    np.savez(tmp_path / "worse.npz", images=255 - digits, labels=labels[::-1])
+    count = np.count_nonzero(labels != labels[::-1])
+    assert f"{count} of 20 pairs have two labels" in refusal(tmp_path / "better.npz", tmp_path / "worse.npz")
+
+
+def test_pairs_by_position_have_the_label_of_the_better_image(ckpt, tmp_path, capsys):
+    digits, labels = twenty_digits()
+    np.savez(tmp_path / "worse.npz", images=255 - digits)
+    recipe = recipe_of(ckpt, "dpo", "data.source=embedded:digits8", f"data.rejected={tmp_path}/worse.npz")
+    with pytest.raises(DataError, match=r"holds 1797 images and data\.rejected"):
+        finetune.run(recipe, tmp_path / "run", device=CPU)
+    np.savez(tmp_path / "better.npz", images=digits, labels=labels)
+    recipe = recipe_of(ckpt, "dpo", f"data.source={tmp_path}/better.npz", f"data.rejected={tmp_path}/worse.npz")
+    finetune.run(recipe, tmp_path / "run", device=CPU, dry_run=True)
+    real, model = open_images(f"{tmp_path}/better.npz"), registry.load_model(ckpt, CPU).model
+    rejected = open_rejected(recipe, real, model)
+    np.testing.assert_array_equal(rejected.labels, labels)
+    assert "are by position" in " ".join(capsys.readouterr().err.split())
+
+
+def test_cca_needs_classes(tmp_path):
+    for classes, text in ((0, "is unconditional"), (1, "has one class")):
+        config = registry.config_of("pixel-transformer", (1, 8, 8), classes, {"width": 16, "depth": 1, "heads": 2}, {})
+        model = registry.build(config)
+        header = {"kind": "model", "config": config, "sampling": {}, "provenance": []}
+        checkpoint.save(tmp_path / "ref.safetensors", model.state_dict(), header)
+        np.savez(tmp_path / "data.npz", images=open_embedded("embedded:digits8", 20)[0], labels=np.zeros(20, np.int64))
+        recipe = recipe_of(str(tmp_path / "ref.safetensors"), "cca", f"data.source={tmp_path}/data.npz")
+        with pytest.raises(UsageError, match=rf"cca compares .* {text}; use ddo or spin"):
+            finetune.run(recipe, tmp_path / "run", device=CPU)
+
+
+def test_spin_needs_samples_of_every_class(ckpt, tmp_path):
+    with pytest.raises(UsageError, match=r"num_fake = 9 is less than the model's 10 classes"):
+        finetune.run(recipe_of(ckpt, "spin", "finetune.num_fake=9"), tmp_path / "run", device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--objective", "spin", "--alpha", "2"], "--alpha 2 has no effect with finetune.objective = spin"),
+        (["--objective", "cca", "finetune.num_fake=64"], "finetune.num_fake=64 has no effect"),
+        (["--objective", "dpo"], "give the worse image of each as data.rejected"),
+        (["--rejected", "worse"], "data.rejected = worse is read by finetune.objective = dpo alone"),
+        (["--objective", "gan"], "finetune.objective = 'gan'"),
+        (["finetune.from_round={2: {objective: spin}}"], "is of all rounds"),
+    ],
+)
+def test_refused_options(ddo, arguments, message):
+    found = " ".join(ddo("finetune-ddo", *arguments, code=2).stderr.split())
+    assert message in found
