@@ -6,8 +6,8 @@ MINUTES ?= 5
 
 .PHONY: quickstart test test-all lint format bench fuzz gpu assets docs clean
 
-quickstart: $(VENV)/.installed  ## install, then four rounds of DDO on the embedded default
-	$(BIN)/ddo finetune-ddo --rounds 4 --alpha 4 --beta 0.05
+quickstart: $(VENV)/.installed  ## install, then four rounds of DDO on the embedded default, and as many of its control
+	$(BIN)/ddo finetune-ddo --rounds 4 --alpha 4 --beta 0.05 --control
 
 test: $(VENV)/.installed-dev lint  ## lint, types and the quick tests, which cover every line: at most 5 minutes on 2 cores
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow"

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, KINDS, make_checkpoint, tiny_recipe
+from conftest import CPU, KINDS, make_checkpoint, tiny_recipe, torchrun
 
 from ddo_cli import checkpoint, files
 from ddo_cli.engines.ddo import finetune, promotion, report
@@ -282,3 +282,13 @@ def test_a_dry_run_names_the_price(tmp_path):
     assert figures["hours"]["total"] == pytest.approx(
         sum(figures["hours"][key] for key in ("training", "sampling", "control"))
     )
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_control_of_one(runs_of, tmp_path):
+    *_, both = runs_of("autoregressive")
+    (tmp_path / "recipe.yaml").write_text((both / "recipe.yaml").read_text())
+    options = ["--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run"), "--device", "cpu", "--json"]
+    found = json.loads(torchrun("-m", "ddo_cli", "finetune-ddo", *options).stdout)
+    (one,) = json.loads((both / "state.json").read_text())["control"]
+    assert found["control"]["final_score"] == pytest.approx(one["score"], rel=1e-3)  # sums of two round differently
