@@ -189,3 +189,13 @@ def test_a_header_of_the_wrong_shape_is_one_message(tmp_path, ddo, key):
     message = " ".join(done.stderr.split())
     assert message.startswith("error:")
     assert len(message) < 600
+
+
+def test_a_step_of_provenance_without_settings_is_told(tmp_path, ddo):
+    file = tmp_path / "m.safetensors"
+    make_checkpoint(file)
+    whole = checkpoint.load(file)
+    header = {**whole.header, "provenance": [{"command": "pretrain", "recipe": {"name": "mine", "pretrain": 3}}]}
+    checkpoint.save(file, whole.tensors, header)
+    told = json.loads(ddo("info", file, "--json").stdout)
+    assert told["provenance"] == [{"command": "pretrain", "recipe": "mine"}]

@@ -119,7 +119,8 @@ def overrides(place: Path) -> None:
     try:
         parse_sampling(lines, {})
     except RecipeError as error:
-        console.warn(str(error))
+        for line in str(error).split("\n"):
+            console.warn(line)
     load(overrides=lines)
 
 

@@ -96,6 +96,7 @@ def _link(link: dict[str, Any]) -> dict[str, Any]:
     short = {key: value for key, value in link.items() if key != "recipe"}
     recipe = link.get("recipe", {})
     sections = {"finetune-ddo": "finetune", "pretrain": "pretrain", "train-disc": "discriminator"}
-    section = recipe.get(sections.get(link["command"], ""), {})
+    section = recipe.get(sections.get(link["command"], ""))
     keys = ("alpha", "beta", "lr", "batch", "images", "images_per_round")
-    return {**short, "recipe": recipe.get("name"), **{key: section[key] for key in keys if key in section}}
+    settings = {key: section[key] for key in keys if key in section} if isinstance(section, dict) else {}
+    return {**short, "recipe": recipe.get("name"), **settings}
