@@ -8,9 +8,11 @@ import torch
 from conftest import CPU, TINY_EDM2, tiny_recipe
 
 from ddo_cli import checkpoint
+from ddo_cli.data.images import open_images
+from ddo_cli.data.items import check_fits
 from ddo_cli.engines import encode
 from ddo_cli.engines.ddo import finetune
-from ddo_cli.errors import CheckpointError, UsageError
+from ddo_cli.errors import CheckpointError, DataError, UsageError
 from ddo_cli.models import registry, vae_codec
 from ddo_cli.models.vae_codec import EMA_VAE, STABLE, VARIABLE, StabilityCodec
 from ddo_cli.rng import RowRng
@@ -238,3 +240,20 @@ def test_each_model_takes_its_decoder_of_a_folder_of_both(tmp_path, monkeypatch,
     assert "a folder called sd-vae-ft-mse, and this model's figures are of sd-vae-ft-ema" in capsys.readouterr().err
     assert vae_codec.place_of(vae_codec.DEFAULT_VAE) == str(tmp_path / "sd-vae-ft-mse")
     assert not capsys.readouterr().err
+
+
+def test_a_set_for_dit_is_no_set_for_edm2(vae, tmp_path):
+    """Both have the same autoencoder, and it sees other numbers."""
+    options = {"width": 16, "depth": 1, "heads": 2, "precond": "ddpm"}
+    config = registry.config_of("dit", (3, 32, 32), 10, options, {})
+    model = registry.build(config)
+    checkpoint.save(tmp_path / "dit.safetensors", model.state_dict(), {"kind": "model", "config": config})
+    found = encode.run("embedded:digits32", tmp_path / "dit.safetensors", tmp_path / "set", num=16, device=CPU)
+    assert (found["shape"], found["encoder"]) == ([8, 4, 4], model.codec.encoder_id())
+    assert found["encoder"].startswith("sd-vae[-1,1]:")
+    assert found["encoder"] != CODEC.encoder_id()
+    items = open_images(str(tmp_path / "set"))
+    check_fits(items, model)
+    edm2 = registry.build(registry.config_of("edm2-unet", (3, 32, 32), 10, {**TINY_EDM2, "codec": "sd-vae"}, {}))
+    with pytest.raises(DataError, match="encode"):
+        check_fits(items, edm2)
