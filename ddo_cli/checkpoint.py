@@ -5,6 +5,7 @@ The header's only metadata entry is "ddo", JSON with sorted keys, so that equal 
 `provenance` (reference, recipe and round) and `sampling` (defaults of `ddo sample`).
 """
 
+import errno
 import json
 import os
 import re
@@ -185,15 +186,32 @@ def tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
     yield from _tensors_of(resolve(path))
 
 
+def open_tensors(file: Path, framework: str = "pt") -> Any:
+    """A safetensors file, opened. Raises OSError with the system's reason, which the library does not tell."""
+    try:
+        return safe_open(file, framework=framework)
+    except (FileNotFoundError, RuntimeError) as error:  # the second by torch, which opens it once more
+        with open(file, "rb"):
+            pass
+        number = re.search(r"\((\d+)\)$", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(file)) from None
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """Tensors by name. Raises what `open_tensors` does."""
+    return dict(_tensors_of(file))
+
+
 def _tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(file, framework="pt") as content:
+    with open_tensors(file) as content:
         for name in content.keys():  # noqa: SIM118
             yield name, content.get_tensor(name)
 
 
 def _open(file: Path, name: str, kind: str | None, tensors: bool) -> Checkpoint:
     try:
-        with safe_open(file, framework="pt") as content:
+        with open_tensors(file) as content:
             metadata = content.metadata() or {}
             loaded = {key: content.get_tensor(key) for key in content.keys()} if tensors else {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:

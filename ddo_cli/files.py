@@ -1,6 +1,7 @@
 """Atomic files: written in a temporary directory, then moved. Readers see the old or the new content, never a part."""
 
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -103,10 +104,17 @@ def replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
 
 
 def system_error(error: BaseException | None) -> OSError | None:
-    """The error of the system behind that of a library."""
-    while error is not None and not isinstance(error, OSError):
+    """The error of the system behind that of a library, or behind a message of ours."""
+    while error is not None and not (isinstance(error, OSError) and error.errno):
         error = error.__cause__ or error.__context__
     return error
+
+
+def raise_disk_error(error: BaseException) -> None:
+    """Raises the error of the system behind this one, unless there is none or it says that no file is there."""
+    failed = system_error(error)
+    if failed is not None and failed.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        raise failed from None
 
 
 def _remove(place: Path) -> None:

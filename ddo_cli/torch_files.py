@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ddo_cli import checkpoint
@@ -56,7 +55,7 @@ def read_tensors(file: Path, name: str, remedy: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{name} is {what}")
     if file.suffix == ".safetensors":
         try:
-            return load_file(file)
+            return checkpoint.load_tensors(file)
         except Exception as error:  # the library has errors of its own kinds for damaged bytes
             reason = printable(str(error), 80)
             raise CheckpointError(f"{name} is not a whole file of tensors ({reason}); {remedy}") from None

@@ -199,3 +199,31 @@ def test_a_step_of_provenance_without_settings_is_told(tmp_path, ddo):
     checkpoint.save(file, whole.tensors, header)
     told = json.loads(ddo("info", file, "--json").stdout)
     assert told["provenance"] == [{"command": "pretrain", "recipe": "mine"}]
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [  # what the library makes of an error of the disk, and of torch's when it opens the file once more
+        (FileNotFoundError("No such file or directory: a.safetensors"), "Input/output error"),
+        (
+            RuntimeError("unable to open file <a.safetensors> in read-only mode: Too many open files (24)"),
+            "Too many open",
+        ),
+    ],
+)
+def test_a_disk_error_keeps_its_reason(raised, said, tmp_path, monkeypatch):
+    file = tmp_path / "a.safetensors"
+    checkpoint.save(file, {"x": torch.zeros(2)}, {"kind": "model"})
+
+    def fails(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(checkpoint, "safe_open", fails)
+    with pytest.raises(OSError, match=said) as error:
+        checkpoint.load_tensors(file)
+    assert error.value.filename == str(file)
+    with pytest.raises(CheckpointError, match=rf"a\.safetensors is not a whole safetensors file \({said}"):
+        checkpoint.load(file)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="No such file"):
+        checkpoint.load_tensors(file)

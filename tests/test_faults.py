@@ -87,6 +87,7 @@ CAMPAIGNS = [
     ("--fault", "kill", "--at", "renames", "--count", "1"),
     ("--fault", "full", "--at", "all", "--count", "1"),
     ("--fault", "io", "--at", "all", "--count", "1"),
+    ("--fault", "io", "--at", "reads", "--count", "2", "--only", "encode,export-pt,export-folder,ema"),
     ("--fault", "term", "--at", "random", "--count", "1", "--only", "sample-png,encode,finetune-ddo"),
     ("--fault", "int", "--at", "random", "--count", "1", "--only", "sample-png,encode,finetune-ddo"),
 ]

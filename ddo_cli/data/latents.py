@@ -15,12 +15,10 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ddo_cli import ledger, npz
-from ddo_cli.checkpoint import write_tensors
+from ddo_cli.checkpoint import load_tensors, open_tensors, write_tensors
 from ddo_cli.data import cache, image_files, samples
 from ddo_cli.data.items import INDEX, Encoded, count_classes, hashed
 from ddo_cli.data.readers import TENSOR_ERRORS, ZIP_ERRORS, Contents, FolderBytes, ItemFiles, ZipBytes, join_tensors
@@ -109,7 +107,7 @@ def content_hash(tensors: dict[str, Tensor]) -> str:
 def read_info(file: Path) -> ShardInfo:
     """The header of a shard, without reading its latents. Raises DataError if the file is damaged."""
     try:
-        with safe_open(file, framework="np") as content:  # checks that the file is as long as its header says
+        with open_tensors(file, "np") as content:  # checks that the file is as long as its header says
             header, shape = parse_json(content.metadata()["ddo"]), content.get_slice("latents").get_shape()
         return ShardInfo(shape[0], header["sha256"], header["notes"])
     except TENSOR_ERRORS as error:
@@ -148,7 +146,7 @@ def _open_shards(source: str, path: Path, manifest: dict[str, Any]) -> Contents:
         if read_info(file).sha256 != sha256:
             raise _damaged(file, ValueError(f"it is not the shard that {MANIFEST} names"))
     try:
-        if content_hash(load_file(files[0])) != hashes[0]:
+        if content_hash(load_tensors(files[0])) != hashes[0]:
             raise ValueError("its content has changed")
     except TENSOR_ERRORS as error:
         raise _damaged(files[0], error) from None

@@ -18,8 +18,9 @@ from types import MappingProxyType
 from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from ddo_cli.checkpoint import open_tensors
 from ddo_cli.data.items import Encoded
 from ddo_cli.errors import DataError, reason
 from ddo_cli.npz import local_header_size, read_header
@@ -181,7 +182,7 @@ def join_tensors(files: Sequence[Path], key: str) -> Joined:
 
 
 def _tensor(path: Path, key: str) -> ArrayFile:
-    with safe_open(path, framework="np"):  # checks that the file is as long as its header says
+    with open_tensors(path, "np"):  # checks that the file is as long as its header says
         pass
     with open(path, "rb") as file:
         header_size = int.from_bytes(file.read(8), "little")

@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ddo_cli import dist, ledger, rundir
-from ddo_cli.checkpoint import write_tensors
+from ddo_cli.checkpoint import load_tensors, write_tensors
 from ddo_cli.data import cache
 from ddo_cli.data.items import count_classes
 from ddo_cli.data.readers import TENSOR_ERRORS, Contents, join_tensors
@@ -146,8 +145,8 @@ class Writer:
     def _read(self, number: int) -> dict[str, Tensor]:
         """A part. If damaged, it is removed, so that the same command draws it again."""
         try:
-            return load_file(self._shard(number))
-        except (SafetensorError, OSError) as error:
+            return load_tensors(self._shard(number))
+        except SafetensorError as error:
             remove(self._shard(number))
             raise DataError(
                 f"{self._shard(number)} was damaged ({reason(error)}) and is removed; run the same command again"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ddo_cli import checkpoint, npz
@@ -221,7 +221,7 @@ def _read_own(path: Path) -> ReferenceFile:
     if not isinstance(metric, str) or not isinstance(protocol, dict) or type(num) is not int or num < 2:
         raise DataError(f"{path}: its header does not say what made it (metric, protocol, data); compute it again")
     assert isinstance(data, dict)  # it had a number of images
-    with safe_open(path, framework="pt") as content:
+    with checkpoint.open_tensors(path) as content:
         shapes = {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
     kinds = {}
     for kind in ("pool", "spatial"):
@@ -236,7 +236,7 @@ def _read_own(path: Path) -> ReferenceFile:
 
 def _tensor(path: Path, name: str) -> Tensor:
     try:
-        with safe_open(path, framework="pt") as content:
+        with checkpoint.open_tensors(path) as content:
             tensor: Tensor = content.get_tensor(name)
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"{path} has no whole '{name}' ({reason(error)}); compute it again with `ddo stats`") from None

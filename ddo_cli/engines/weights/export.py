@@ -19,7 +19,7 @@ from torch import Tensor
 from ddo_cli import checkpoint, console
 from ddo_cli.engines.weights.convert import FORMAT_NAMES, FORMATS, parse_settings
 from ddo_cli.errors import CheckpointError, UsageError
-from ddo_cli.files import replacing, sha256, system_error
+from ddo_cli.files import raise_disk_error, replacing, sha256, system_error
 from ddo_cli.models import pt_files, registry, snapshots
 from ddo_cli.models.adm import files as adm_files
 from ddo_cli.models.adm import keys as adm_keys
@@ -98,7 +98,8 @@ def _holds(original: Original, path: Path, expected: dict[str, Tensor]) -> bool:
     """Whether a file like the original has these tensors, in their order and types."""
     try:
         held = original.read(path)
-    except (CheckpointError, OSError):
+    except (CheckpointError, OSError) as error:
+        raise_disk_error(error)
         return False
     return list(held) == list(expected) and all(_same(held[key], tensor) for key, tensor in expected.items())
 

@@ -22,7 +22,7 @@ from ddo_cli import checkpoint, console, torch_files
 from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.diffusion.precond import Discrete
 from ddo_cli.errors import CheckpointError, DdoError, RecipeError, RunError, UsageError, printable
-from ddo_cli.files import DAMAGED, read_json, replacing, sha256, write_json
+from ddo_cli.files import DAMAGED, raise_disk_error, read_json, replacing, sha256, write_json
 from ddo_cli.models import registry
 from ddo_cli.models.diffusers import from_adm as diffusers_adm
 from ddo_cli.models.diffusers import unet as diffusers_unet
@@ -298,7 +298,8 @@ def _holds(folder: Path, unet: Config, scheduler: Config, tensors: dict[str, Ten
     try:
         held = read(folder).tensors
         configs = [read_json(folder / name) for name in ("unet/config.json", "scheduler/scheduler_config.json")]
-    except DdoError:
+    except DdoError as error:
+        raise_disk_error(error)
         return False
     same = held.keys() == {PREFIX + name for name in tensors} and configs == json.loads(json.dumps([unet, scheduler]))
     return same and all(torch.equal(held[PREFIX + name], tensor.cpu().float()) for name, tensor in tensors.items())
