@@ -1,4 +1,4 @@
-"""`finetune.beta = auto`: the search on known curves, its first guess by hand, and whole runs that find their beta."""
+"""`finetune.beta = auto`: the search on known curves, where it begins, and whole runs that find their beta."""
 
 import json
 import math
@@ -70,17 +70,11 @@ def test_trials_go_on_while_the_best_one_is_at_an_end(monkeypatch, best, tried):
     assert auto.is_at_end(scores) == (best == 1e-6)
 
 
-def test_the_first_beta_by_hand():
-    """r with mean -30 and deviation 40 has the root mean square 50; a round is to settle at half of it."""
-    figures = {"r_real": -28.0, "r_fake": -32.0, "r_std": 40.0, "margin": 4.0}
-    found = auto._first(4.0, figures)
-    assert found["probe_r_rms"] == pytest.approx(50.0)
-    assert found["first"] == pytest.approx(math.sqrt(math.log(4) ** 2 + 0.08**2) / 25, rel=5e-3)
-    assert auto._first(1.0, figures)["first"] == pytest.approx(0.08 / 25, rel=5e-3)
-    assert auto._first(0.25, figures) == found
-    for useless in ({"r_real": 0.0, "r_fake": 0.0, "r_std": 0.0, "margin": 0.0}, {**figures, "r_std": math.nan}):
-        with pytest.raises(NumericsError, match="the probe does not move the model"):
-            auto._first(4.0, useless)
+def test_where_a_search_begins_by_hand():
+    """Training settles at log(4) / 0.0361 = 38.4 nats, 0.05 for each of 16 x 16 x 3 numbers."""
+    assert auto.first(4.0, 768) == auto.first(0.25, 768) == 0.0361
+    assert auto.first(4.0, 4 * 768) == pytest.approx(0.0361 / 4, rel=5e-3)
+    assert auto.first(1.0, 768) == 0.0026
 
 
 def test_words():
@@ -113,7 +107,6 @@ def test_a_search_goes_away_from_what_diverges(monkeypatch):
         path=Path("nowhere"), plan=SimpleNamespace(settings=[Setting(4.0, math.nan)]), title="round 2/2",
         recipe=load("quickstart"),
     )  # fmt: skip
-    monkeypatch.setattr(auto, "_write", lambda file, content: None)
     with pytest.raises(NumericsError, match=r"round 2/2: training diverges with every beta from 0\.05 to 3\.2"):
         auto.find(this, None, [{"beta": 0.1}])
 
@@ -134,8 +127,8 @@ def test_beta_is_told_everywhere(found):
     page = (out / "report.html").read_text()
     for record, shown in zip(rounds, result["rounds"], strict=True):
         number, beta = record["round"], record["beta"]
-        assert (record["alpha"], beta, record["auto"]) == (2.0, shown["beta"], shown["auto"])
-        scores = {each["beta"]: each["score"] for each in record["auto"]["tried"]}
+        assert (record["alpha"], beta, record["tried"]) == (2.0, shown["beta"], shown["tried"])
+        scores = {each["beta"]: each["score"] for each in record["tried"]}
         assert len(scores) >= 3
         assert beta == auto._rounded(auto.lowest(scores))
         assert f"beta {beta:g}" in page
@@ -145,9 +138,10 @@ def test_beta_is_told_everywhere(found):
         if record["promoted"]:
             best = checkpoint.read_header(out / f"round-{number:02d}" / "best.safetensors")
             assert best["provenance"][-1]["beta"] == beta
-    assert rounds[0]["auto"]["probe_r_rms"] > 0
-    assert rounds[1]["auto"]["first"] == rounds[0]["beta"]
-    assert "probe_r_rms" not in rounds[1]["auto"]
+    starts = (auto.first(2.0, 3 * 32 * 32), rounds[0]["beta"])
+    assert all(
+        start in [each["beta"] for each in record["tried"]] for start, record in zip(starts, rounds, strict=True)
+    )
     assert "beta" not in result["control"]["rounds"][0]
 
 
@@ -164,13 +158,13 @@ def test_dry_run_tells_the_most_that_it_takes(found, tmp_path):
     ckpt, _, _ = found
     recipe = tiny_recipe(ckpt, "diffusion", *AUTO)
     told = finetune.run(recipe, tmp_path / "run", device=CPU, dry_run=True)
-    assert told["beta_auto"] == {"probe_steps": 40, "trials_at_most": 7, "steps_of_a_trial": 2}
+    assert told["beta_auto"] == {"trials_at_most": 7, "steps_of_a_trial": 3}
     given = tiny_recipe(ckpt, "diffusion", *AUTO[1:])
     fixed = finetune.run(given, tmp_path / "run", device=CPU, dry_run=True)
     steps = [
         each["measured"]["hours"]["training"] * 3600 / each["measured"]["seconds_per_step"] for each in (told, fixed)
     ]
-    assert steps == pytest.approx([2 * (6 + 40 + 7 * 2), 2 * 6])
+    assert steps == pytest.approx([2 * (6 + 7 * 3), 2 * 6])
 
 
 @pytest.mark.slow

@@ -109,7 +109,7 @@ def _work_of_rounds(recipe: Recipe, plans: Sequence[sweep.Plan], scoring: Scorin
     )
     searching = [plan for plan in plans if plan.is_auto]  # each for as long as it may take
     at_rungs += auto.MOST_TRIALS * sum(plan.images for plan in searching)
-    short = sum(auto.PROBE_STEPS + auto.MOST_TRIALS * plan.short for plan in searching)
+    short = auto.MOST_TRIALS * sum(plan.short for plan in searching)
     per_score = recipe.metric.num_images
     return Work(
         steps=sum(node["stopped_at"] for nodes in rounds for node in nodes) + short,

@@ -247,7 +247,7 @@ def _result(recipe: Recipe, chain: Chain, state: dict[str, Any]) -> dict[str, An
 
 
 def _rounds(chain: Chain, state: dict[str, Any]) -> list[dict[str, Any]]:
-    kept = ("round", "score", "best_images", "promoted", "improvement", "alpha", "beta", "nodes", "auto")
+    kept = ("round", "score", "best_images", "promoted", "improvement", "alpha", "beta", "nodes", "tried")
     return [
         {
             **{name: record[name] for name in kept if name in record},

@@ -95,7 +95,7 @@ def sweep_table(record: dict[str, Any], recipe: Recipe, key: str) -> html.Table:
 
 def auto_table(record: dict[str, Any], key: str) -> html.Table:
     """The short trainings by which a round found its beta."""
-    tried = record["auto"]["tried"]
+    tried = record["tried"]
     rows: list[Row] = [(f"{e['beta']:g}", "diverged" if e["score"] is None else f"{e['score']:.4g}") for e in tried]
     title = f"Round {record['round']}: beta {record['beta']:g}, by {key} of short trainings"
     return html.Table(title, ["beta", key], rows)
@@ -246,7 +246,7 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any], key: st
     if cost:
         summary += f" {cost.capitalize()}; curves are of each round's best node."
     sweeps = [sweep_table(record, recipe, key) for record in rounds if "nodes" in record]
-    sweeps += [auto_table(record, key) for record in rounds if "auto" in record]
+    sweeps += [auto_table(record, key) for record in rounds if "tried" in record]
     title = f"{method}: {recipe.name}"
     warnings = rundir.warnings_of(state)
     html.write_report(path / "report.html", title, summary, columns, rows, shown, to_yaml(recipe), sweeps, warnings)

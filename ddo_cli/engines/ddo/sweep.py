@@ -69,7 +69,7 @@ class Plan(NamedTuple):
     @property
     def short(self) -> int:
         """Steps of the trainings by which a round finds its beta."""
-        return -(-self.steps // 4)
+        return -(-self.steps // 2)
 
     def of_control(self) -> "Plan":
         """The same steps and candidates, with no coefficients to sweep."""
@@ -107,7 +107,7 @@ def plan_of(recipe: Recipe, passes: Callable[[int], int]) -> Plan:
     if alone.is_auto:
         if alone.short == steps:
             raise UsageError(
-                f"a round of {steps} steps is too short for finetune.beta = auto, which trains for a quarter of it; "
+                f"a round of {steps} steps is too short for finetune.beta = auto, which trains for half of it; "
                 "raise finetune.images_per_round"
             )
         return alone
