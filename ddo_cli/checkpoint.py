@@ -103,8 +103,16 @@ def embedded_names() -> list[str]:
     return sorted(path.stem for path in ASSETS.glob("*.safetensors"))
 
 
-def resolve(path: str | Path) -> Path:
-    """The file of a path, of a run's directory (its final weights) or of "embedded:<name>".
+_MAKERS = {  # commands that write a kind of file
+    "model": "`ddo pretrain`, `ddo finetune-ddo` and, of published weights, `ddo convert` write them",
+    "discriminator": "`ddo train-disc` writes them",
+    "classifier": "`ddo train-classifier` writes them",
+    "extractor": "`ddo train-extractor` writes them",
+}
+
+
+def resolve(path: str | Path, kind: str = "model") -> Path:
+    """The file of a path, of a run's directory (its final weights) or of "embedded:<name>". kind: for messages.
 
     Raises CheckpointError if there is none.
     """
@@ -119,8 +127,8 @@ def resolve(path: str | Path) -> Path:
     if file.is_dir():
         return rundir.weights_of(file)
     if not file.is_file():
-        remedy = "give the path of a weight file (`ddo convert` makes one of published weights)"
-        raise CheckpointError(f"{name} does not exist; {remedy}")
+        made_by = f" ({_MAKERS[kind]})" if kind in _MAKERS else ""
+        raise CheckpointError(f"{name} does not exist; give the path of a weight file{made_by}")
     if what := disguise(file):
         raise CheckpointError(f"{name} is {what}")
     return file
@@ -167,7 +175,7 @@ def write_tensors(
 
 def read_header(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     """The header alone, without reading tensors. Raises CheckpointError as `load` does."""
-    return _open(resolve(path), str(path), kind, tensors=False).header
+    return _open(resolve(path, kind or ""), str(path), kind, tensors=False).header
 
 
 def load(path: str | Path, kind: str | None = None) -> Checkpoint:
@@ -175,9 +183,10 @@ def load(path: str | Path, kind: str | None = None) -> Checkpoint:
 
     In a run's directory its content must be what the run has written.
     """
-    if (problem := damage(resolve(path))) is not None:
+    file = resolve(path, kind or "")
+    if (problem := damage(file)) is not None:
         raise CheckpointError(f"{path} {problem} since it was written; restore it from a copy")
-    return _open(resolve(path), str(path), kind, tensors=True)
+    return _open(file, str(path), kind, tensors=True)
 
 
 def tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:

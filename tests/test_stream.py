@@ -388,7 +388,9 @@ def test_balance():
     moved[0] = 9
     message = balance(moved, 10)
     assert "2 of 10 do not have 5 images: 0 (4), 9 (6)" in message
-    assert "1 of 10 do not have 5 images: 3 (4)" in balance(np.delete(even, 15), 10)
+    assert balance(np.delete(even, 15), 10) is None  # 49 images cannot be balanced better
+    assert balance(np.arange(4096) % 10, 10) is None
+    assert "1 of 10 do not have 5 images: 3 (3)" in balance(np.delete(even, [15, 16]), 10)
     assert "1 of 11 do not have 5 images: 10 (0)" in balance(even, 11)
     assert "labels go up to 9 where there are 9" in balance(even, 9)
     assert "1 of 51 images have no label" in balance(np.append(even, -1), 10)

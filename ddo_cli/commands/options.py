@@ -100,7 +100,11 @@ def _flat(command: Callable[..., Any]) -> Callable[..., None]:
         for name, parameters in read.items():
             made[name] = readers[name](**{parameter.name: values[parameter.name] for parameter in parameters})
         values |= made
-        output = command(**{name: values[name] for name in arguments})
+        try:
+            output = command(**{name: values[name] for name in arguments})
+        except DdoError as error:
+            options = {name: value for name, value in made["typed"].items() if name in are_options}
+            raise _naming_key(error, options, made.get("recipe")) from None
         result = output if isinstance(output, Result) else Result(output)
         lines = lines_of(result.figures if result.shown is None else result.shown)
         console.result(result.figures, lines + result.text, result.table)
@@ -109,11 +113,26 @@ def _flat(command: Callable[..., Any]) -> Callable[..., None]:
 
     json_ = inspect.Parameter("json_", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
     everything = [*direct, *(parameter for group in read.values() for parameter in group), json_]
+    are_options = {each.name for each in everything if isinstance(each.annotation.__metadata__[0], OptionInfo)}
     everything.sort(key=lambda parameter: parameter.annotation.__metadata__[0].rich_help_panel == "Run")  # these last
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in everything]
     )
     return run
+
+
+def _naming_key(error: DdoError, options: Mapping[str, Any], recipe: Any) -> DdoError:
+    """The error of a missing file, with the option or the recipe key that names the file."""
+    value, separator, _ = str(error).partition(" does not exist")
+    if not separator:
+        return error
+    named = {f"--{name.replace('_', '-')}": given for name, given in options.items()}
+    if recipe is not None:
+        from ddo_cli.recipe.schema import all_keys
+
+        named |= {key: reduce(getattr, key.split("."), recipe) for key in all_keys()}
+    key = next((key for key, given in named.items() if str(given) == value), None)
+    return error if key is None else type(error)(f"{key} {error}")
 
 
 def lines_of(figures: Mapping[str, Any], indent: str = "") -> str:

@@ -49,6 +49,7 @@ class Scoring:
                 check_distance(real)
             self.reference = real if metric.ref is None else open_reference(metric.ref, self.extractor)
             self.key = self.extractor.key
+            _check_suits(self.reference, metric.extractor is None and self.extractor.key == "fd_embedded")
             self.identity = {"extractor_sha256": self.extractor.sha256}
 
     @cached_property
@@ -97,7 +98,8 @@ class Scoring:
         numbers = dist.shard(range(num_batches(len(seeds), self.spec.batch)))
         batches = generate(model, seeds, self.spec, batch=self.spec.batch, only=numbers, device=self.device)
         title = f"{self.key}, seeds {seeds.start} to {seeds.stop - 1}"
-        with console.progress(title, len(numbers), "batches") as bar:
+        num_here = sum(min(self.spec.batch, len(seeds) - number * self.spec.batch) for number in numbers)
+        with console.progress(title, num_here, "images") as bar:
             return self.frechet.score(_counted(batches, bar))
 
     def passes(self, model: LikelihoodModel, images: int | None = None) -> int:
@@ -122,7 +124,17 @@ class Scoring:
 def _counted(batches: Iterator[Batch], bar: console.Bar) -> Iterator[Tensor]:
     for batch in batches:
         yield batch.items
-        bar.advance()
+        bar.advance(len(batch.items))
+
+
+def _check_suits(reference: ItemSet | stats.Statistics, is_embedded: bool) -> None:
+    """Warns where the embedded extractor, a classifier of digits, judges other images. (Statistics name their own.)"""
+    if not is_embedded or not isinstance(reference, ItemSet) or reference.name.startswith("embedded:digits"):
+        return
+    remedy = "set metric.name to fid or fd_dinov2, and metric.weights to the path of their weights"
+    if reference.num_classes:
+        remedy = "give one made by `ddo train-extractor` as metric.extractor, or " + remedy
+    console.warn(f"{reference.name} is scored by features of a digit classifier, which mean little here; {remedy}")
 
 
 def open_reference(ref: str, extractor: Extractor) -> ItemSet | stats.Statistics:

@@ -60,7 +60,9 @@ def load_file(path: str | None) -> None:
     if path is None:
         return
     if not Path(path).is_file():
-        raise UsageError(f"model.file {path} does not exist; give the Python file that registers the model")
+        raise UsageError(
+            f"--model-file (model.file) {path} does not exist; give the Python file that registers the model"
+        )
     name = f"ddo_user_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

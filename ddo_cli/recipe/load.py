@@ -65,6 +65,7 @@ def load(
     content = {key: value for key, value in content.items() if value is not None}  # a section without keys
     values, problems = _parse_overrides(overrides)
     values |= {key: value for key, value in (given or {}).items() if value is not None}
+    _drop_options_of_others(content, values)
     for key, value in values.items():
         try:
             _set(content, key, value)
@@ -99,8 +100,7 @@ def to_yaml(recipe: Recipe) -> str:
 def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Values by key of "key=value" strings, and messages about the others.
 
-    A section as a whole, finetune={lr: 1e-4}, sets the keys that it gives; the recipe's others stay, except for options
-    and draw where it names another network.
+    A section as a whole, finetune={lr: 1e-4}, sets the keys that it gives; the recipe's others stay.
     """
     values: dict[str, Any] = {}
     problems = []
@@ -115,9 +115,6 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str
             if key.count(".") > _DEEPEST_KEY or not all(key.split(".")):
                 raise syntax.SyntaxFaultError("a key is a section and a name, such as finetune.lr")
             if key in Recipe.model_fields and isinstance(value, dict):
-                of_name: set[str] = {"options", "draw"} if "name" in value else set()
-                known = getattr(Recipe.model_fields[key].annotation, "model_fields", {})
-                value = {**{name: {} for name in of_name & known.keys()}, **value}
                 values |= {f"{key}.{name}": inner for name, inner in value.items()}
             else:
                 values[key] = value
@@ -152,6 +149,18 @@ def _set(content: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(content, dict):
             raise TypeError(f"'{section}' is a value, not a section; write {section}.<key>=value")
     content[last] = value
+
+
+def _drop_options_of_others(content: dict[str, Any], values: dict[str, Any]) -> None:
+    """Removes from a recipe's content the options and draw of a network in place of which `values` name another."""
+    for key, name in values.items():
+        section, _, last = key.partition(".")
+        of_section, schema = content.get(section), Recipe.model_fields.get(section)
+        if last != "name" or schema is None or not isinstance(of_section, dict):
+            continue
+        if name != of_section.get("name", schema.default.name):
+            of_section.pop("options", None)
+            of_section.pop("draw", None)
 
 
 def _flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

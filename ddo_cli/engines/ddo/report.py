@@ -247,6 +247,6 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any], key: st
         summary += f" {cost.capitalize()}; curves are of each round's best node."
     sweeps = [sweep_table(record, recipe, key) for record in rounds if "nodes" in record]
     sweeps += [auto_table(record, key) for record in rounds if "tried" in record]
-    title = f"{method}: {recipe.name}"
+    title = f"{method}: {path.name}" + (f" (recipe {recipe.name})" if path.name != recipe.name else "")
     warnings = rundir.warnings_of(state)
     html.write_report(path / "report.html", title, summary, columns, rows, shown, to_yaml(recipe), sweeps, warnings)

@@ -103,7 +103,7 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, evaluations: Evaluations, chos
         html.Picture(path / "levels.png", "by noise level"),
         html.Picture(path / "reliability.png", "reliability by noise level"),
     ]
-    title = f"Discriminator: {recipe.name}"
+    title = f"Discriminator: {path.name}"
     warnings = rundir.warnings_of(state)
     by_noise_level = html.Table("By noise level", *table(levels))
     html.write_report(

@@ -134,7 +134,8 @@ def _draw(
     if compilation.is_on(spec.compile, device):
         compilation.compile_network(model)
     numbers = dist.shard(dist.from_main(writer.missing()))
-    with console.progress(way.title, len(numbers) * spec.batch, "images") as bar:
+    num_here = sum(min(spec.batch, total - number * spec.batch) for number in numbers)
+    with console.progress(way.title, num_here, "images") as bar:
         for number in numbers:
             rows = list(range(number * spec.batch, min((number + 1) * spec.batch, total)))
             padded = rows + [rows[-1]] * (min(spec.batch, total) - len(rows))
@@ -146,5 +147,5 @@ def _draw(
             items = model.codec.decode(sampled.x).cpu()[: len(rows)]
             batch = Batch(number, items, label[: len(rows)], torch.tensor(rows), sampled.nfe, sampled.disc_nfe)
             writer.write(batch)
-            bar.advance(spec.batch)
+            bar.advance(len(rows))
     return writer.finish()

@@ -56,24 +56,31 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
         evaluations = f", {figure['nfe']} evaluations" if figure["nfe"] else ""
         text = f"{figure['method']} {figure['value']:g} (arXiv {figure['arxiv']}{evaluations})"
         beside.setdefault(figure["metric"], []).append(text)
-    rows = list[tuple[str, ...]]()
+    rows = list[tuple[str, ...]]()  # of four cells, the last of which is left out where nothing was published
     for key, value in scores.items():
         if any(key.endswith(end) and key.removesuffix(end) in scores for end in DETAILS):
             continue
         spread = next((scores[key + end] for end in ("_std_error", "_std") if key + end in scores), None)
-        text = f"{value:.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
+        text = shown(value) + (f" ± {shown(spread, 2)}" if spread is not None else "")
         if (least := scores.get(f"{key}_min")) is not None:
-            text += f" (least {least:.4g})"
+            text += f" (least {shown(least)})"
         if (limit := scores.get(f"{key}_infinity")) is not None:
-            text += f", {limit:.4g} for infinitely many images"
+            text += f", {shown(limit)} for infinitely many images"
         direction = "higher" if key.split("_")[0] in HIGHER_IS_BETTER else "lower"
         rows.append((NAMES.get(key, key), text, direction, "\n".join(beside.get(key, []))))
     for key, values in result.items():
         if key.endswith("_per_class"):
             name = NAMES.get(key.removesuffix("_per_class"), key.removesuffix("_per_class"))
             known = [(number, value) for number, value in enumerate(values) if value is not None]
-            rows += [(f"{name} of class {number}", f"{value:.4g}", "lower", "") for number, value in known]
-    return ["metric", "value", "better", "published"], rows
+            rows += [(f"{name} of class {number}", shown(value), "lower", "") for number, value in known]
+    columns = ["metric", "value", "better", "published"]
+    return (columns, rows) if beside else (columns[:-1], [row[:-1] for row in rows])
+
+
+def shown(value: float, digits: int = 4) -> str:
+    """A number of so many digits, without an exponent for large ones: 52,351 and not 5.235e+04."""
+    text = f"{value:.{digits}g}"
+    return f"{value:,.0f}" if "e+" in text and abs(value) < 1e9 else text
 
 
 def published(benchmark: str, result: Mapping[str, Any]) -> dict[str, Any]:
