@@ -28,34 +28,17 @@ def curve(best: float, width: float = 1.0):
     return lambda beta: math.exp((math.log(beta / best) / width) ** 2)
 
 
-def test_the_lowest_point_of_a_parabola_is_found_exactly():
-    scores = {beta: curve(0.03)(beta) for beta in (0.0125, 0.025, 0.05, 0.1)}
-    assert auto.lowest(scores) == pytest.approx(0.03, rel=1e-12)
-
-
 @pytest.mark.parametrize(
-    "scores",
+    ("best", "tried", "found"),
     [
-        {0.1: 1.0, 0.2: 2.0, 0.4: 3.0},  # the best one is at an end
-        {0.05: math.inf, 0.1: 1.0, 0.2: 2.0},  # a neighbour diverged
-        {0.05: 1.0, 0.1: 1.0, 0.2: 1.0},
-        {0.05: 2.0, 0.1: 0.0, 0.2: 2.0},  # a logarithm of 0
+        (0.1, [0.05, 0.1, 0.2, 0.0707, 0.141], 0.1),
+        (0.135, [0.05, 0.1, 0.2, 0.0707, 0.141], 0.141),
+        (0.03, [0.025, 0.05, 0.1, 0.2, 0.0125, 0.0177, 0.0354], 0.0354),
+        (0.5, [0.05, 0.1, 0.2, 0.4, 0.8, 0.283, 0.566], 0.566),
+        (1e-6, [0.05, 0.1, 0.2, 0.025, 0.0125, 0.00625, 0.00313, 0.00221, 0.00443], 0.00221),  # as many as may be
     ],
 )
-def test_otherwise_it_is_the_best_one(scores):
-    assert auto.lowest(scores) == min(scores, key=lambda beta: (scores[beta], -beta))
-
-
-@pytest.mark.parametrize(
-    ("best", "tried"),
-    [
-        (0.1, [0.05, 0.1, 0.2]),
-        (0.03, [0.025, 0.05, 0.1, 0.2, 0.0125]),
-        (0.5, [0.05, 0.1, 0.2, 0.4, 0.8]),
-        (1e-6, [0.05, 0.1, 0.2, 0.025, 0.0125, 0.00625, 0.00313]),  # as many as there may be
-    ],
-)
-def test_trials_go_on_while_the_best_one_is_at_an_end(monkeypatch, best, tried):
+def test_trials_go_on_while_the_best_one_is_at_an_end(monkeypatch, best, tried, found):
     asked = []
 
     def score(this, networks, setting):
@@ -67,6 +50,7 @@ def test_trials_go_on_while_the_best_one_is_at_an_end(monkeypatch, best, tried):
     scores = auto._scores(None, None, 4.0, 0.1)
     assert len(asked) == len(set(asked))
     assert sorted(asked) == sorted(scores) == sorted(tried)
+    assert auto._best(scores) == found
     assert auto.is_at_end(scores) == (best == 1e-6)
 
 
@@ -100,14 +84,14 @@ def test_a_search_goes_away_from_what_diverges(monkeypatch):
 
     monkeypatch.setattr(auto, "_score", score)
     limit = 0.3
-    assert sorted(auto._scores(None, None, 4.0, 0.1)) == [0.05, 0.1, 0.2, 0.4, 0.8]
+    assert sorted(auto._scores(None, None, 4.0, 0.1)) == [0.05, 0.1, 0.2, 0.283, 0.4, 0.566, 0.8]
     limit = math.inf
-    assert max(auto._scores(None, None, 4.0, 0.1)) == 3.2  # the last of seven
+    assert max(auto._scores(None, None, 4.0, 0.1)) == 4.53  # the last of nine
     this = SimpleNamespace(
         path=Path("nowhere"), plan=SimpleNamespace(settings=[Setting(4.0, math.nan)]), title="round 2/2",
         recipe=load("quickstart"),
     )  # fmt: skip
-    with pytest.raises(NumericsError, match=r"round 2/2: training diverges with every beta from 0\.05 to 3\.2"):
+    with pytest.raises(NumericsError, match=r"round 2/2: training diverges with every beta from 0\.05 to 4\.53"):
         auto.find(this, None, [{"beta": 0.1}])
 
 
@@ -129,8 +113,8 @@ def test_beta_is_told_everywhere(found):
         number, beta = record["round"], record["beta"]
         assert (record["alpha"], beta, record["tried"]) == (2.0, shown["beta"], shown["tried"])
         scores = {each["beta"]: each["score"] for each in record["tried"]}
-        assert len(scores) >= 3
-        assert beta == auto._rounded(auto.lowest(scores))
+        assert len(scores) >= 5
+        assert beta == min(scores, key=scores.__getitem__)
         assert f"beta {beta:g}" in page
         lines = [line["step"] for line in log if (line["round"], line["beta"]) == (number, beta)]
         assert lines == [2, 4, 6]
@@ -158,13 +142,13 @@ def test_dry_run_tells_the_most_that_it_takes(found, tmp_path):
     ckpt, _, _ = found
     recipe = tiny_recipe(ckpt, "diffusion", *AUTO)
     told = finetune.run(recipe, tmp_path / "run", device=CPU, dry_run=True)
-    assert told["beta_auto"] == {"trials_at_most": 7, "steps_of_a_trial": 3}
+    assert told["beta_auto"] == {"trials_at_most": 9, "steps_of_a_trial": 3}
     given = tiny_recipe(ckpt, "diffusion", *AUTO[1:])
     fixed = finetune.run(given, tmp_path / "run", device=CPU, dry_run=True)
     steps = [
         each["measured"]["hours"]["training"] * 3600 / each["measured"]["seconds_per_step"] for each in (told, fixed)
     ]
-    assert steps == pytest.approx([2 * (6 + 7 * 3), 2 * 6])
+    assert steps == pytest.approx([2 * (6 + 9 * 3), 2 * 6])
 
 
 @pytest.mark.slow

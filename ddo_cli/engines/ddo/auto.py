@@ -6,7 +6,7 @@ wrong the reference is (docs/explanation/alpha-and-beta.md), and no figure of tr
 1. A round begins at the beta of the round before, round 1 at one that goes as 1 / dimension.
 2. That beta, half and twice of it are each trained for half of the round and scored; while the best one is at an end,
    one more beyond it.
-3. The round's beta is the lowest point of a parabola through the best one and its neighbours.
+3. So are the best one divided by and times the root of 2. The round's beta is the best one of all.
 
 Scores are kept on disk as those of a sweep's nodes: a killed run comes to the same beta.
 """
@@ -22,7 +22,7 @@ from ddo_cli.engines.ddo.sweep import Plan, Setting, rank
 from ddo_cli.engines.ddo.trial import Trial
 from ddo_cli.errors import NumericsError
 
-MOST_TRIALS = 7  # 3 at least; 7 span a factor of 64
+MOST_TRIALS = 9  # 5 at least; 7 span a factor of 64, then 2 finer ones
 # Where the search begins: the log-ratio at which training settles, in nats per dimension, and the least |log alpha|
 # that counts. They give the quickstart's best betas, and decide how many trials are needed, not where they end.
 SETTLED, LEAST = 0.05, 0.1
@@ -40,7 +40,7 @@ def find(this: Round, networks: Networks, before: Sequence[dict[str, Any]]) -> d
             f"{this.title}: training diverges with every beta from {min(scores):g} to {max(scores):g}; lower "
             f"finetune.lr = {this.recipe.finetune.lr:g}, or set beta, and choose another --out"
         )
-    beta = _rounded(lowest(scores))
+    beta = _best(scores)
     if networks.precision_error is not None:
         reference.check_error(this.recipe, networks.precision_error, beta, this.number, this.chain.device)
     tried = [{"beta": each, "score": score if score < math.inf else None} for each, score in sorted(scores.items())]
@@ -62,16 +62,21 @@ def first(alpha: float | None, dimensions: int) -> float:
 
 
 def _scores(this: Round, networks: Networks, alpha: float | None, start: float) -> dict[float, float]:
-    """Scores of short trainings by beta: `start`, half and twice of it, and on while the best one is at an end."""
+    """Scores of short trainings by beta: `start`, half and twice of it, on while the best one is at an end, and closer
+    around it.
+    """
     scores: dict[float, float] = {}
-    betas = [_rounded(start * factor) for factor in (0.5, 1, 2)]
-    while True:
-        for beta in betas:
-            scores[beta] = _score(this, networks, Setting(alpha, beta))
-        if not is_at_end(scores) or len(scores) >= MOST_TRIALS:
-            return scores
+
+    def score(beta: float, *factors: float) -> None:
+        for value in (_rounded(beta * factor) for factor in factors):
+            scores[value] = _score(this, networks, Setting(alpha, value))
+
+    score(start, 0.5, 1, 2)
+    while is_at_end(scores) and len(scores) < MOST_TRIALS - 2:
         best = _best(scores)
-        betas = [_rounded(best / 2 if best == min(scores) else best * 2)]
+        score(best, 0.5 if best == min(scores) else 2)
+    score(_best(scores), math.sqrt(0.5), math.sqrt(2))
+    return scores
 
 
 def _score(this: Round, networks: Networks, setting: Setting) -> float:
@@ -90,25 +95,6 @@ def _best(scores: Mapping[float, float]) -> float:
 def is_at_end(scores: Mapping[float, float]) -> bool:
     """Whether the best beta is the smallest or the largest of those tried."""
     return _best(scores) in (min(scores), max(scores))
-
-
-def lowest(scores: Mapping[float, float]) -> float:
-    """The beta of the lowest point of the parabola through the best one and its neighbours, in logarithms.
-
-    Where the best one has a neighbour on one side only, or one that diverged, it is the best one itself.
-    """
-    betas, best = sorted(scores), _best(scores)
-    at = betas.index(best)
-    near = betas[max(at - 1, 0) : at + 2]
-    if len(near) < 3 or not all(0 < scores[beta] < math.inf for beta in near):
-        return best
-    x0, x1, x2 = (math.log(beta) for beta in near)
-    y0, y1, y2 = (math.log(scores[beta]) for beta in near)
-    left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)  # slopes between: at most 0, at least 0
-    if left == right:
-        return best
-    middle, further = (x0 + x1) / 2, (x1 + x2) / 2
-    return math.exp(middle - left * (further - middle) / (right - left))
 
 
 def _rounded(beta: float) -> float:
