@@ -91,6 +91,8 @@ def command_lines(block: Block) -> list[list[str]]:
 def shortened(words: list[str]) -> list[str]:
     """The arguments of `ddo` that carry out a line quickly."""
     short = SHORT.get(words[0], {}) | {name: value for name, value in SHORT_IF_GIVEN.items() if name in words}
+    if {"cca", "dpo"} & set(words):  # objectives without samples
+        short = {name: value for name, value in short.items() if name != "finetune.num_fake"}
     kept = []
     for before, word in itertools.pairwise(["", *words]):
         if word.partition("=")[0] not in short and before not in short:
