@@ -150,6 +150,21 @@ def test_interruption_says_so(ckpt, tmp_path):
     assert "Traceback" not in err
 
 
+def test_ctrl_c_while_the_program_is_imported():
+    code = """
+import sys
+class Interrupts:
+    def find_spec(self, name, path, target=None):
+        if name == "ddo_cli.cli":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupts())
+from ddo_cli.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "error: interrupted\n", "")
+
+
 def test_names_reach_json_unchanged(ddo, ckpt):
     done = ddo("sample", "--ckpt", ckpt, "--num-images", "1", "--out", ":fire: [x]", "--json")
     assert json.loads(done.stdout)["out"] == ":fire: [x]"

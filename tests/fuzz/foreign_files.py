@@ -3,6 +3,7 @@
 import functools
 import io
 import pickle
+import random
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,21 @@ from typing import Any
 import pytest
 import torch
 import var_models
+from conftest import make_checkpoint
 from families import FAMILIES
+from mutations import ODD
+from test_adm_encoder import TINY, tiny_classifier, tiny_discriminator
+from test_convert import openai_file, random_adm
 from test_diffusers import make_folder
 from test_dit_files import official, trained
+from test_edm2_files import THEIRS, snapshot, stored_tensors
 from test_edm2_files import random_model as edm2_model
-from test_edm2_files import snapshot, stored_tensors
-from test_foreign import network, official_names, official_tensors, random_model
+from test_foreign import ADM, KINDS, NETWORK, network, official_names, official_tensors, pickled_network, random_model
 
 from ddo_cli.models import registry
 from ddo_cli.models.discriminators import registry as discriminators
+
+ODDITIES = 12  # networks of odd arguments
 
 
 @functools.cache
@@ -41,9 +48,47 @@ def seeds() -> dict[str, bytes]:
         "var.pth": var, "vae.pth": vae, "dit.pt": official("sit"), "trained-dit.pt": trained("dit", model="DiT-XL/2"),
         "nested.pth": {"trainer": {"var_wo_ddp": var, "vae_local": vae}}, "other.pt": {"x": torch.zeros(3)},
     }  # fmt: skip
-    pickles |= {name: _saved(content) for name, content in states.items()}
-    pickles["old.pt"] = _saved(states["other.pt"], _use_new_zipfile_serialization=False)
+    pickles |= {name: saved(content) for name, content in states.items()}
+    pickles["old.pt"] = saved(states["other.pt"], _use_new_zipfile_serialization=False)
     return pickles
+
+
+@functools.cache
+def pickled_networks(kind: str) -> list[bytes]:
+    """EDM's pickles of each preconditioner around its network of this kind, then such of odd arguments."""
+    with pytest.MonkeyPatch.context() as patch:
+        names, rng = official_names(patch, Path("ran")), random.Random(0)
+        if kind == "edm2":
+            tensors = stored_tensors(edm2_model())
+            contents = [snapshot(names, tensors), snapshot(names, tensors, encoder="StabilityVAEEncoder")]
+            for _ in range(ODDITIES):
+                odd = {rng.choice((*THEIRS, "img_resolution", "label_dim")): rng.choice(ODD)}
+                contents.append(snapshot(names, tensors, **{rng.choice(("side", "classes")): rng.choice(ODD)}))
+                contents.append(snapshot(names, tensors, given={**THEIRS, **odd}))
+        else:
+            contents = [pickled_network(names, precond, kind)[0] for precond in KINDS]
+            model = random_model()
+            base = NETWORK if kind == "SongUNet" else ADM
+            for _ in range(2 * ODDITIES):
+                odd = {rng.choice((*base, "img_resolution", "img_channels", "label_dim")): rng.choice(ODD)}
+                contents.append({"ema": network(names, official_tensors(model), base={**base, **odd}, inner=kind)})
+        return [pickle.dumps(content, 4) for content in contents]
+
+
+@functools.cache
+def state_dicts() -> dict[str, tuple[dict[str, torch.Tensor], dict[str, bytes]]]:
+    """State dicts by kind, with files of ours that their conversion needs."""
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        adm = torch.load(openai_file(random_adm(), place / "a.pt"))
+        wide = {**TINY, "width": 64, "num_head_channels": 64}
+        classifier = discriminators.load("classifier", tiny_classifier(place / "trunk.st", **wide), torch.device("cpu"))
+        _, discriminator = tiny_discriminator(str(place / "trunk.st"), 0, width=64, num_head_channels=64)
+        trunk, model = (place / "trunk.st").read_bytes(), Path(make_checkpoint(place / "m.st")).read_bytes()
+    return {
+        "adm": (adm, {}), "classifier": (dict(classifier.network.state_dict()), {}),
+        "discriminator": (dict(discriminator.head.state_dict()), {"trunk.safetensors": trunk, "m.safetensors": model}),
+    }  # fmt: skip
 
 
 @functools.cache
@@ -54,7 +99,8 @@ def diffusers_folder() -> dict[str, bytes]:
         return {str(file.relative_to(place)): file.read_bytes() for file in Path(place).rglob("*") if file.is_file()}
 
 
-def _saved(content: Any, **options: Any) -> bytes:
+def saved(content: Any, **options: Any) -> bytes:
+    """As torch.save writes it."""
     file = io.BytesIO()
     torch.save(content, file, **options)
     return file.getvalue()

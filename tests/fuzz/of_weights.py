@@ -17,7 +17,7 @@ import torch
 from families import FAMILIES
 from harness import Target
 from hypothesis import strategies as st
-from mutations import Inputs, files, json_near, near
+from mutations import NAMES, ODD, Inputs, files, json_near, near
 from seeds import (
     CPU,
     EXTRACTOR,
@@ -164,6 +164,64 @@ def converted_dit(place: Path) -> None:
     convert.run(next(place.iterdir()), place / "out.safetensors", settings=("arch=sit", "heads=4"), dry_run=True)
 
 
+def of_networks(kind: str) -> Callable[[], Inputs]:
+    """Pickles near those of this kind of network."""
+    return lambda: files(**{"a.pkl": near(foreign_files.pickled_networks(kind), 2)})
+
+
+TYPES = (torch.float16, torch.bfloat16, torch.int64, torch.complex64, torch.bool)
+
+
+def of_states(kind: str) -> Inputs:
+    """State dicts of this kind with other names, shapes, types and values, in both formats of torch.save."""
+
+    @st.composite
+    def changed(draw: Any) -> bytes:
+        content: dict[Any, Any] = dict(foreign_files.state_dicts()[kind][0])
+        for _ in range(draw(st.integers(0, 3))):
+            name = draw(st.sampled_from(sorted(content, key=str))) if content else "x"
+            tensor = content.get(name)
+            match draw(st.integers(0, 7)):
+                case 0:
+                    content.pop(name, None)
+                case 1:
+                    content[draw(st.sampled_from((*NAMES, name.replace("0", "9"), f"module.{name}")))] = tensor
+                case 2:
+                    content[name] = draw(st.sampled_from(ODD))
+                case 3:
+                    shape = draw(st.lists(st.sampled_from((0, 1, 2, 3, 64, 65, 2**20)), max_size=3))
+                    content[name] = torch.zeros(()).expand(shape)  # one number, of whatever shape
+                case 4 if isinstance(tensor, torch.Tensor):
+                    content[name] = torch.cat([tensor] * draw(st.integers(2, 3))) if tensor.ndim else tensor[None]
+                case 5 if isinstance(tensor, torch.Tensor):
+                    content[name] = tensor[: draw(st.integers(0, 2))] if tensor.ndim else tensor
+                case 6 if isinstance(tensor, torch.Tensor):
+                    content[name] = tensor.to(draw(st.sampled_from(TYPES)))
+                case 7 if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                    content[name] = torch.full_like(tensor, draw(st.sampled_from((float("nan"), float("inf"), 0.0))))
+        if draw(st.integers(0, 9)) == 9:
+            content = {draw(st.sampled_from(("ema", "model", "state_dict", "x"))): content}
+        return foreign_files.saved(content, _use_new_zipfile_serialization=draw(st.integers(0, 2)) < 2)
+
+    whole = changed()
+    others = foreign_files.state_dicts()[kind][1]
+    return files(**{**others, "a.pth": whole | whole.flatmap(lambda content: near([content]))})
+
+
+def converted_state(place: Path) -> None:
+    """Likewise, with all that the file does not tell."""
+    options: dict[str, Any] = {}
+    if (place / "trunk.safetensors").exists():
+        options = {"trunk": str(place / "trunk.safetensors"), "model": str(place / "m.safetensors")}
+    convert.run(place / "a.pth", place / "out.safetensors", dry_run=True, **options)
+
+
+def converted_adm(place: Path) -> None:
+    """Likewise, with what a file of ADM does not tell."""
+    settings = ("qkv=legacy", "schedule=linear", "size=8", "head_channels=64")
+    convert.run(place / "a.pth", place / "out.safetensors", settings=settings, dry_run=True)
+
+
 def of_diffusers() -> Inputs:
     folder = foreign_files.diffusers_folder()
     configs = {name: json.loads(content) for name, content in folder.items() if name.endswith(".json")}
@@ -189,5 +247,11 @@ TARGETS = (
     Target("references", of_references, reference),
     Target("pickles", of_pickles, converted),
     Target("dit", lambda: of_pickles("dit.pt"), converted_dit),
+    *(
+        Target(name, of_networks(kind), converted)
+        for name, kind in (("edm", "SongUNet"), ("edm-adm", "DhariwalUNet"), ("edm2", "edm2"))
+    ),
+    Target("adm", lambda: of_states("adm"), converted_adm),
+    *(Target(kind, functools.partial(of_states, kind), converted_state) for kind in ("classifier", "discriminator")),
     Target("diffusers", of_diffusers, converted),
 )

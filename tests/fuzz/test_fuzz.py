@@ -15,7 +15,11 @@ INPUTS = 12  # of each parser
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is measured as Linux counts it")
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+LARGE = ("edm", "edm-adm", "adm", "classifier")  # whose networks cannot be small
+OF_ALL = [pytest.param(each, id=each.name, marks=[pytest.mark.slow] * (each.name in LARGE)) for each in TARGETS]
+
+
+@pytest.mark.parametrize("target", OF_ALL)
 def test_what_is_near_valid_is_read_or_refused(target, tmp_path):
     tally = harness.fuzz(target, INPUTS, 0, tmp_path)
     assert not tally.failures, f"{tally.failures}; inputs and tracebacks are in {tmp_path / 'failures'}"
