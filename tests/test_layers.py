@@ -7,7 +7,12 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "ddo_cli"
 BASE, MATHS, PARTS, ENGINES, CLI = range(5)
 PART_PACKAGES = {"models", "data", "training", "metrics"}
-SAMPLERS = ("samplers", "trace", "churn")  # of diffusion; base, because recipes read the table of samplers
+SAMPLERS = (
+    "samplers",
+    "flow_samplers",
+    "trace",
+    "churn",
+)  # of diffusion; base, because recipes read the table of samplers
 
 
 def place(module: str) -> tuple[int, str]:

@@ -113,7 +113,7 @@ def analytic_as(dtype):
     return lambda x, sigma, stage="predictor": analytic(x, sigma).to(dtype)
 
 
-@pytest.mark.parametrize("sampler", sorted(samplers.SAMPLERS))
+@pytest.mark.parametrize("sampler", sorted(name for name in samplers.SAMPLERS if not name.startswith("flow")))
 def test_every_sampler_and_guide_keeps_the_type(sampler):
     guide = GradientGuide(lambda x_vp, t, label: x_vp.flatten(1).sum(1), 0.1, 0.1, time_min=0.0)
     spec = SamplingRecipe(sampler=sampler, steps=6)

@@ -72,6 +72,7 @@ SAMPLING_FIELDS = (
     "sampler", "steps", "spacing", "respacing", "sigma_min", "sigma_max", "rho", "dtype", "clip_denoised",
     "ddpm_variance", "s_churn", "s_min", "s_max", "s_noise", "discretization", "schedule", "scaling", "step_ratio",
     "cfg_scale", "cfg_sigma_min", "cfg_sigma_max", "cfg_scale_low", "cfg_sigma_low", "cfg_channels",
+    *samplers.CHOICES,
 )  # fmt: skip
 
 
@@ -174,7 +175,7 @@ class DiffusionModel(LikelihoodModel):
             x = latent * start if x0 is None else x0.to(latent) + latent * sigmas[0]
             if self.rejection is not None:
                 return self._rejected(self.rejection, x, sigmas, start, label, rng, spec, churn)
-            x = samplers.find(spec.sampler).integrate(denoise, x, sigmas, churn)
+            x = sampling_plan.integrator(spec)(denoise, x, sigmas, churn)
         _check_finite(x)
         return Sampled(x, trace.nfe, trace.disc_nfe)
 
@@ -190,7 +191,7 @@ class DiffusionModel(LikelihoodModel):
         churn: Churn,
     ) -> Sampled:
         """Samples of states x at sigmas[0], by single steps that are tested."""
-        integrate, num_steps = samplers.find(spec.sampler).integrate, len(sigmas) - 1
+        integrate, num_steps = sampling_plan.integrator(spec), len(sigmas) - 1
 
         def step(x: Tensor, k: int, rows: Tensor) -> Tensor:
             part = replace(churn, rng=rng.of(rows), num_steps=num_steps)

@@ -23,6 +23,9 @@ DECAYS: dict[Decay, Callable[[Tensor], Tensor]] = {  # share of the weight at VP
 }
 
 
+INFINITE_NOISE = 1.5  # VP time of sigma 8e4, beyond every trained level; 1.94 is that of 1e8, see `precond.Flow`
+
+
 class Potential(Protocol):
     """The function whose gradient guides: (B,) of x_vp = x / sqrt(1 + sigma^2), VP time t (B,) float64, label (B,).
 
@@ -197,9 +200,10 @@ class GradientGuide(NamedTuple):
     def holds(self, t: Tensor) -> Tensor:
         """Whether each time lies in the window, of t's shape.
 
-        An end at 1 is open: times of a discrete model's noisiest steps lie beyond, 1.0034 for ADM's linear schedule.
+        An end at 1 is open: times of a discrete model's noisiest steps lie beyond, 1.0034 for ADM's linear schedule,
+        1.41 for the cosine one. But from infinite noise, where a flow model's samplers start, no gradient comes.
         """
-        return (t >= self.time_min) & (t <= (self.time_max if self.time_max < 1 else math.inf))
+        return (t >= self.time_min) & (t <= (self.time_max if self.time_max < 1 else INFINITE_NOISE))
 
 
 def potential_at(potential: Potential, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:

@@ -10,11 +10,13 @@ that needs a function of torch imports it in its body.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from ddo_cli.diffusion import flow_samplers as flow
 from ddo_cli.diffusion.trace import Denoiser, Trace, rows_of
 
 if TYPE_CHECKING:
@@ -176,7 +178,7 @@ def _integrals(h: float, intervals: int) -> tuple[float, float]:
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 
-Integrator = Callable[[Denoiser, "Tensor", "Tensor", "Churn | None"], "Tensor"]
+Integrator = Callable[..., "Tensor"]  # (denoise, x, sigmas, churn) and its `choices` by name
 
 
 class Sampler(NamedTuple):
@@ -187,11 +189,13 @@ class Sampler(NamedTuple):
     evaluations: int = 1  # network evaluations per step; 2: a predictor and a corrector, but one in a step to level 0
     steps: int = 18  # default number; EDM's for 32x32 images
     # Spacing of levels where the recipe gives none. steps: those that a discrete model was trained at, vp for other
-    # models. snapped: the sampler takes no other spacing; its levels end in sigma_min, all others in 0.
-    spacing: Literal["karras", "steps", "snapped"] = "karras"
+    # models. snapped, flow: the sampler takes no other spacing; snapped levels end in sigma_min, all others in 0.
+    spacing: Literal["karras", "steps", "snapped", "flow"] = "karras"
+    sigma_min: float | None = None  # default smallest level; None: that of model and spacing
     churns: bool = False  # reads s_churn, and takes part in boosting
     generalised: bool = False  # a special case of EDM's generalised sampler
     ode: Integrator | None = None  # solver of its probability-flow ODE; None: `integrate`
+    choices: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # values of the recipe keys that it alone reads
 
     @property
     def has_corrector(self) -> bool:
@@ -199,6 +203,8 @@ class Sampler(NamedTuple):
         return self.evaluations > 1
 
 
+flow_euler = partial(flow.ode, order=1)
+SDE_CHOICES = {"diffusion_form": ("sigma", "decreasing"), "last_step": ("mean", "euler")}  # the first is the default
 SAMPLERS = {
     sampler.name: sampler
     for sampler in (
@@ -208,9 +214,24 @@ SAMPLERS = {
         Sampler("dpm-v3", dpm_v3, steps=25, spacing="snapped"),  # steps: DDO's for 512x512 images
         Sampler("ddim", partial(ancestral, eta=0.0), spacing="steps", ode=euler),
         Sampler("ddpm", partial(ancestral, eta=1.0), spacing="steps", ode=euler),  # has no ODE; euler is that of ddim
+        # Default steps: SiT's, 250 evaluations.
+        Sampler("flow-euler", flow_euler, steps=250, spacing="flow"),
+        Sampler("flow-heun", flow.ode, 2, steps=125, spacing="flow", choices={"last_step": ("heun", "euler")}),
+        Sampler("flow-sde", flow.sde, 1, 250, "flow", flow.SDE_LAST_SIGMA, ode=flow_euler, choices=SDE_CHOICES),
+        Sampler(
+            "flow-sde-heun",
+            partial(flow.sde, order=2),
+            evaluations=2,
+            steps=125,
+            spacing="flow",
+            sigma_min=flow.SDE_LAST_SIGMA,
+            ode=flow_euler,
+            choices=SDE_CHOICES,
+        ),
     )
 }
 DEFAULT = "heun"
+CHOICES = tuple(sorted({key for sampler in SAMPLERS.values() for key in sampler.choices}))  # recipe keys
 
 
 def find(name: str | None) -> Sampler:

@@ -1,11 +1,13 @@
 """Noise levels of a sampling run: recipe settings clipped to the network's range."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ddo_cli.diffusion import generalised_sampler, samplers, schedules
 from ddo_cli.diffusion.guidance import Interval
-from ddo_cli.diffusion.precond import Discrete, Preconditioner
+from ddo_cli.diffusion.precond import Discrete, Flow, Preconditioner
 from ddo_cli.errors import UsageError
 from ddo_cli.recipe.schema import GENERALISED, SamplingRecipe
 
@@ -27,6 +29,8 @@ def sigmas(spec: SamplingRecipe, span: tuple[float, float], known: Preconditione
         levels = schedules.snapped_sigmas(n, low, high, rho)
     elif spacing == "steps":
         levels = _trained_levels(spec, known, low, high)
+    elif spacing == "flow":
+        levels = schedules.flow_sigmas(n, high, spec.sigma_min or sampler.sigma_min)[:-1]
     elif spacing == "vp":
         levels = schedules.vp_sigmas(n, low, high)[:-1]
     else:
@@ -68,6 +72,12 @@ def dtype_of(spec: SamplingRecipe) -> torch.dtype:
     return torch.float32 if spec.dtype == "float32" else torch.float64
 
 
+def integrator(spec: SamplingRecipe) -> samplers.Integrator:
+    """The sampler's function, with the recipe's values of the keys that it alone reads."""
+    sampler = samplers.find(spec.sampler)
+    return partial(sampler.integrate, **{key: getattr(spec, key) for key in sampler.choices if getattr(spec, key)})
+
+
 def steps_of(spec: SamplingRecipe) -> int:
     """The number of steps."""
     return spec.steps or samplers.find(spec.sampler).steps
@@ -76,7 +86,7 @@ def steps_of(spec: SamplingRecipe) -> int:
 def spacing_of(spec: SamplingRecipe, known: Preconditioner) -> str:
     """The spacing of levels, unless EDM's generalised sampler is asked for."""
     default = samplers.find(spec.sampler).spacing
-    if default == "snapped":
+    if default in ("snapped", "flow"):
         return default
     if spec.spacing is None and default == "steps" and not isinstance(known, Discrete):
         return "vp"
@@ -91,7 +101,8 @@ def bounds(spec: SamplingRecipe, defaults: tuple[float, float], known: Precondit
     if (choice := generalised_choice(spec)) is not None:
         low, high = generalised_sampler.default_range(choice.discretization)
     else:
-        low, high = (known.sigma_min, known.sigma_max) if spacing_of(spec, known) == "steps" else defaults
+        low, high = (known.sigma_min, known.sigma_max) if spacing_of(spec, known) in ("steps", "flow") else defaults
+        low = samplers.find(spec.sampler).sigma_min or low
     low = low if spec.sigma_min is None else spec.sigma_min
     high = high if spec.sigma_max is None else spec.sigma_max
     return max(low, known.sigma_min), min(high, known.sigma_max)
@@ -119,7 +130,16 @@ def check(spec: SamplingRecipe, span: tuple[float, float], known: Preconditioner
     if spec.s_churn and not sampler.churns:
         churned = samplers.names(lambda sampler: sampler.churns)
         raise UsageError(f"sampling.s_churn = {spec.s_churn} needs sampler {churned}; {sampler.name} has no churn")
-    if spacing == "snapped" and spec.spacing not in (None, "karras"):
+    if sampler.spacing == "flow" and not isinstance(known, Flow):
+        raise UsageError(
+            f"sampling.sampler = {sampler.name} moves in flow matching's time and needs a model of precond flow or "
+            "flow-reversed; use heun or another one"
+        )
+    if sampler.spacing == "flow" and spec.dtype == "float32":
+        raise UsageError(
+            f"sampling.dtype = float32: {sampler.name} is float64, as velocities near 0 noise; leave it out"
+        )
+    if spacing in ("snapped", "flow") and spec.spacing not in (None, "karras"):
         raise UsageError(f"sampling.spacing = {spec.spacing}: {sampler.name} has a spacing of its own; leave it out")
     if choice is not None:
         asked = generalised_keys(spec)
@@ -141,6 +161,12 @@ def check(spec: SamplingRecipe, span: tuple[float, float], known: Preconditioner
         )
     if spec.respacing is not None and spec.steps is not None:
         raise UsageError(f"sampling.respacing = {spec.respacing} and steps = {spec.steps} both count; leave one out")
+    for key in samplers.CHOICES:
+        value, known_values = getattr(spec, key), sampler.choices.get(key)
+        if value is not None and value not in (known_values or ()):
+            readers = samplers.names(lambda other, key=key: key in other.choices)  # type: ignore[misc]
+            remedy = f"it takes {' or '.join(known_values)}" if known_values else f"it is of {readers}; leave it out"
+            raise UsageError(f"sampling.{key} = {value} has no meaning for sampler {sampler.name}: {remedy}")
     try:
         sigmas(spec, span, known)
     except ValueError as error:

@@ -46,6 +46,17 @@ def vp_sigmas(n: int, sigma_min: float, sigma_max: float) -> Tensor:
     return torch.cat([vp_sde.sigma_of(first + ramp * (last - first)), torch.zeros(1, dtype=torch.float64)])
 
 
+def flow_sigmas(n: int, sigma_max: float, sigma_min: float | None = None) -> Tensor:
+    """Decreasing noise levels ending in 0, (n + 1,), float64, evenly spaced in the share of noise sigma / (1 + sigma).
+
+    sigma_min: the smallest but 0, which by default is as far from 0 as from the one before.
+    """
+    first = sigma_max / (1 + sigma_max)
+    last = first / n if sigma_min is None else sigma_min / (1 + sigma_min)
+    share = torch.linspace(first, last, n, dtype=torch.float64)
+    return torch.cat([share / (1 - share), torch.zeros(1, dtype=torch.float64)])
+
+
 def respaced_steps(num_steps: int, respacing: str) -> list[int]:
     """Increasing numbers of the training steps 0..num_steps - 1 that a sampler visits (arXiv 2102.09672, section 4).
 

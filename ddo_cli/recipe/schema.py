@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from ddo_cli.diffusion.samplers import SAMPLERS
+from ddo_cli.diffusion.samplers import CHOICES, SAMPLERS
 from ddo_cli.errors import RecipeError, printable
 from ddo_cli.recipe.training import (
     ClassifierRecipe,
@@ -136,6 +136,14 @@ class SamplingRecipe(Section):
         None,
         "Variance of ddpm's noise, where the model has not learned it: beta~ (small), or beta (large). Default: small.",
     )
+    last_step: Literal["heun", "euler", "mean"] | None = key(
+        None,
+        "Last step of flow-heun: heun (SiT) or euler (REPA); of flow-sde: mean, the SDE's without noise, or euler, the "
+        "ODE's. Default: heun, mean.",
+    )
+    diffusion_form: Literal["sigma", "decreasing"] | None = key(
+        None, "Noise of flow-sde over time, in SiT's names. Default: sigma (REPA's, too)."
+    )
     cfg_scale: float | None = key(None, "Scale of classifier-free guidance, 1 = off.", ge=0)
     cfg_sigma_min: float | None = key(None, "Guidance only above this noise level (arXiv 2404.07724).", ge=0)
     cfg_sigma_max: float | None = key(None, "Guidance only up to this noise level.", gt=0)
@@ -174,7 +182,9 @@ class SamplingRecipe(Section):
             (("steps", "respacing"), given.get("steps") or given.get("respacing")),  # both count steps
             (CHURN, sampler and not sampler.churns),
             (GENERALISED, sampler and not sampler.generalised),
-            (("spacing", "respacing"), sampler and sampler.spacing == "snapped"),
+            (("spacing", "respacing"), sampler and sampler.spacing in ("snapped", "flow")),
+            (("dtype",), sampler and sampler.spacing == "flow"),
+            *(((key,), sampler and getattr(self, key) not in sampler.choices.get(key, ())) for key in CHOICES),
             (("ddpm_variance",), sampler and sampler.name != "ddpm"),
             (CFG, given.get("cfg_scale") == 1),
         )

@@ -10,6 +10,7 @@ from fake_cuda import CUDA, fake_cuda, needs_cuda_support
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.diffusion.churn import Boost
 from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, Interval
+from ddo_cli.diffusion.precond import Flow
 from ddo_cli.diffusion.samplers import SAMPLERS
 from ddo_cli.engines.sampling.guides import _class_log_probability
 from ddo_cli.generation import generate
@@ -161,10 +162,17 @@ CHURN = {"s_churn": 4.0, "s_noise": 1.01}
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if not name.startswith("flow")])
 def test_no_step_of_a_sampler_waits(gpu, sampler, dtype):
     churn = CHURN if SAMPLERS[sampler].churns else {}
     assert per_step(gpu, build("diffusion"), sampler=sampler, dtype=dtype, **churn) == []
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name.startswith("flow")])
+def test_no_step_in_flow_matching_s_time_waits(gpu, sampler):
+    model = build("diffusion")
+    model.precond = Flow()
+    assert per_step(gpu, model, sampler=sampler) == []
 
 
 @pytest.mark.parametrize("schedule", ["vp", "ve", "linear"])
