@@ -8,6 +8,7 @@ MINUTES ?= 5
 
 quickstart: $(VENV)/.installed  ## install, then four rounds of DDO on the embedded default, and as many of its control
 	$(BIN)/ddo finetune-ddo --rounds 4 --alpha 4 --beta 0.05 --control
+	@echo "To type ddo in this shell: source $(BIN)/activate"
 
 test: $(VENV)/.installed-dev lint  ## lint, types and the quick tests, which cover every line: at most 5 minutes on 2 cores
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow"

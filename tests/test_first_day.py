@@ -1,15 +1,20 @@
 """What a new user meets: files that are missing, other networks, other data, and figures as people read them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import yaml
 from conftest import CPU
 
+from ddo_cli import __version__
 from ddo_cli.data.images import open_images
 from ddo_cli.engines.fid import report as fid_report
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.recipe.load import load
 from ddo_cli.recipe.schema import Recipe
 
+ROOT = Path(__file__).parent.parent
 MISSING = {
     "sample --ckpt no.safetensors": "--ckpt no.safetensors does not exist; give the path of a weight file (`ddo pre",
     "finetune-ddo model.ckpt=no.safetensors": "model.ckpt no.safetensors does not exist",
@@ -67,3 +72,13 @@ def test_large_figures_have_no_exponent_and_empty_columns_are_left_out():
     columns, rows = fid_report.table({"kid_embedded": 2.0, "published": {"figures": [figure]}})
     assert columns[3] == "published"
     assert rows[0][3] == "EDM 1.9 (arXiv 2206.00364, 35 evaluations)"
+
+
+def test_what_the_package_says_of_itself():
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'license = "Apache-2.0 AND CC-BY-4.0"' in settings  # the embedded digits are CC BY 4.0
+    assert (ROOT / "ddo_cli" / "py.typed").is_file()
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__
+    assert [entry["url"][-10:] for entry in citation["references"]] == ["2503.01103", "2211.17091"]
+    assert "source $(BIN)/activate" in (ROOT / "Makefile").read_text(encoding="utf-8")

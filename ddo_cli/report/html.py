@@ -59,7 +59,8 @@ def write_report(
             image = f'<img src="data:image/png;base64,{data}" alt="{caption}">'
             body.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
     body += ["<h2>Recipe</h2>", f"<pre>{text(recipe)}</pre>"]
-    head = f'<meta charset="utf-8"><title>{text(title)}</title><style>{STYLE}</style>'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head += f"<title>{text(title)}</title><style>{STYLE}</style>"
     write_text(path, f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n')
 
 
