@@ -193,6 +193,8 @@ def test_every_recipe_loads_and_its_model_builds(name):
         ("afhqv2-64", (3, 64, 64), 0, 61_805_571),
         ("imagenet64-adm", (3, 64, 64), 1000, 295_899_267),
         ("imagenet256-dit-xl", (3, 256, 256), 1000, 674_816_272),
+        ("imagenet256-sit-xl", (3, 256, 256), 1000, 674_816_272),
+        ("imagenet256-repa-xl", (3, 256, 256), 1000, 674_816_272),
         ("imagenet256-dit-dg", (3, 256, 256), 1000, 674_834_720),
     ],
 )

@@ -34,8 +34,8 @@ _PRECONDS: dict[Arch, str] = {"dit": "ddpm", "sit": "flow", "repa": "flow-revers
 # The figures that their papers are cited for: FID 2.27, 2.06 and 1.42, of 250 steps each.
 SAMPLING: dict[Arch, dict[str, Any]] = {
     "dit": {"sampler": "ddpm", "steps": 250, "cfg_scale": 1.5, "cfg_channels": 3},
-    "sit": {"sampler": "euler", "steps": 250, "cfg_scale": 1.5, "cfg_channels": 3},
-    "repa": {"sampler": "euler", "steps": 250, "cfg_scale": 1.8, "cfg_sigma_max": 0.7 / 0.3},  # up to its t = 0.7
+    "sit": {"sampler": "flow-sde", "steps": 250, "cfg_scale": 1.5, "cfg_channels": 3},
+    "repa": {"sampler": "flow-sde", "steps": 250, "cfg_scale": 1.8, "cfg_sigma_max": 0.7 / 0.3},  # up to its t = 0.7
 }
 _NEEDED = (
     MARK, "pos_embed", "t_embedder.mlp.0.weight", "y_embedder.embedding_table.weight", "blocks.0.attn.qkv.weight",
