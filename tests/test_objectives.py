@@ -247,7 +247,7 @@ def test_a_run(ckpt, users_pairs, tmp_path, objective, capsys):
     first, *_ = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
     assert {"loss", "r_real", "r_fake", "margin", "r_std", "accuracy"} <= first.keys()
     assert (tmp_path / "run" / "round-01" / "samples").exists() == (objective == "spin")
-    assert f"{objective.upper()}: quickstart" in (tmp_path / "run" / "report.html").read_text()
+    assert f"{objective.upper()}: run (recipe quickstart)" in (tmp_path / "run" / "report.html").read_text()
     said = " ".join(capsys.readouterr().err.split())
     assert f"not read by finetune.objective = {objective}" in said
     assert ("finetune.num_fake = 16" in said) == (objective != "spin")
