@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import CPU, make_checkpoint, make_discriminator
+from conftest import CPU, make_checkpoint, make_discriminator, torchrun
 from torch.testing import assert_close
 
 from ddo_cli.diffusion import vp_sde
@@ -237,3 +237,16 @@ def test_rejection_stands_alone(disc, tmp_path, options, message):
 def test_options_without_effect_are_refused(ddo, disc):
     done = ddo("guide-sample", "--disc", disc, "--diffrs-percentile", 0.5, code=2)
     assert "--diffrs-percentile 0.5 has no effect without --diffrs" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_set(ckpt, disc, tmp_path):
+    shared = ["--disc", disc, "--diffrs", "--num-images", "20", "--device", "cpu", "--json", "steps=3"]
+    sets = []
+    for processes in (1, 2):
+        place = ["--out", str(tmp_path / str(processes))]
+        sets.append(json.loads(torchrun("-m", "ddo_cli", "guide-sample", *shared, *place, processes=processes).stdout))
+    assert sets[0]["guidance"] == sets[1]["guidance"]
+    assert sets[0]["nfe"] == sets[1]["nfe"]
+    for image in (tmp_path / "1").glob("*.png"):
+        assert image.read_bytes() == (tmp_path / "2" / image.name).read_bytes()

@@ -30,7 +30,7 @@ def compared(state: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
         "bce": state["heldout_bce"], "accuracy": state["heldout_accuracy"],
         "calibration_error": state["calibration_error"], "gain": state["gain"],
     }  # fmt: skip
-    sides = {"trained": trained, **({"untrained (control)": state["control"]} if state.get("control") else {})}
+    sides = {"trained": trained, **({"untrained (control)": state["untrained"]} if state.get("untrained") else {})}
     weight = (trained["gain"] or {"weight": 1.0})["weight"]
     columns = ["", "cross-entropy", "accuracy", "calibration error", f"gain at weight {weight:g}, nats", "at weight 1"]
     return columns, [(name, *_figures(figures)) for name, figures in sides.items()]
@@ -78,7 +78,7 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, evaluations: Evaluations, chos
         ]
         for title, key in (("cross-entropy, nats", "bce"), ("accuracy", "accuracy"))
     }
-    gains = {"weight {weight:g}": state["gain"], "untrained": state.get("control", {}).get("gain")}
+    gains = {"weight {weight:g}": state["gain"], "untrained": state.get("untrained", {}).get("gain")}
     if shown := {name.format(**gain): gain["levels"] for name, gain in gains.items() if gain is not None}:
         by_level["held-out gain per unit of ln sigma, nats"] = [
             pictures.gain_curve(name, found, "gain", "error") for name, found in shown.items()

@@ -106,8 +106,12 @@ def run(
             state = _finish(training, scoring, _untrained(config, recipe, device) if settings.control else None)
         keys = ("heldout_bce", "heldout_accuracy", "calibration_error", "settled", "best_images", "selected_by")
         result = {**training_run.result(run_dir, state, *keys), "gain": _brief(state["gain"]), "best": str(best)}
-        if state.get("control"):
-            result["control"] = {"file": str(untrained), **state["control"], "gain": _brief(state["control"]["gain"])}
+        if state.get("untrained"):
+            result["control"] = {
+                "file": str(untrained),
+                **state["untrained"],
+                "gain": _brief(state["untrained"]["gain"]),
+            }
         return result
 
 
@@ -349,7 +353,7 @@ def _finish(training: _Training, scoring: Scoring | None, untrained: Trainable |
         for name, step in (("best", best), ("final", chosen)):
             tensors = checkpoint.load(training.candidate(step)).tensors
             training.keep(f"{name}.safetensors", tensors, step, evaluations[step])
-    control: dict[str, Any] = run_dir.state().get("control", {})
+    control: dict[str, Any] = run_dir.state().get("untrained", {})
     if untrained is not None:
         guide = training.guide_of(untrained)
         control = {**training.held_out.evaluate(untrained), "gain": training.gain(guide)}
@@ -362,7 +366,7 @@ def _finish(training: _Training, scoring: Scoring | None, untrained: Trainable |
         "calibration_error": evaluations[chosen]["calibration_error"],
         "gain": gain,
         "levels": evaluations[chosen]["levels"],
-        **({"control": control} if control else {}),
+        **({"untrained": control} if control else {}),
         "settled": settled,
         "best_images": chosen * settings.batch,
         "batch": settings.batch,
