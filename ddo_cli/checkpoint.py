@@ -225,8 +225,8 @@ def _open(file: Path, name: str, kind: str | None, tensors: bool) -> Checkpoint:
             loaded = {key: content.get_tensor(key) for key in content.keys()} if tensors else {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{name} is not a whole safetensors file ({reason(error)}); copy it again, or convert it if it is of "
-            "another format"
+            f"{name} is not a whole safetensors file ({reason(error, 60)}); "
+            + ("copy it again" if file.suffix == ".safetensors" else "`ddo convert` makes one of published weights")
         ) from None
     try:
         header = parse_json(metadata["ddo"])
@@ -235,8 +235,8 @@ def _open(file: Path, name: str, kind: str | None, tensors: bool) -> Checkpoint:
         raise CheckpointError(f"{name} has a damaged header ({problem_of(error)}); copy the file again") from None
     except (KeyError, ValueError):
         raise CheckpointError(
-            f"{name} is a safetensors file without this program's header, so its model is unknown; "
-            "give a file that ddo wrote"
+            f"{name} is a safetensors file without this program's header, so its model is unknown; give a file that "
+            "ddo wrote, such as by `ddo convert` of published weights"
         ) from None
     if kind is not None and actual != kind:
         raise CheckpointError(f"{name} holds a checkpoint of kind '{actual}' where a '{kind}' is needed; give one")

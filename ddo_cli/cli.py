@@ -129,6 +129,8 @@ _REMEDIES = {
     errno.EMFILE: f"raise the limit of open files (ulimit -n) {_AGAIN}",
     errno.EIO: f"check the disk {_AGAIN}",
     errno.EROFS: "choose another place",
+    errno.ENOLCK: "its file system has no locks; choose a place on another",
+    errno.ENOTSUP: "its file system has no locks; choose a place on another",
     errno.EACCES: "change its permissions, or choose another place",
 }
 _signals: list[int] = []  # that have ended the command; none: Ctrl-C

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
 from ddo_cli.errors import RunError, reason
 
 LOCK = ".lock"  # in a directory that one process at a time may write to
@@ -254,6 +256,20 @@ def read_json(path: Path, kind: type = dict) -> Any:
         raise RunError(f"{path} does not exist; is its directory one that ddo wrote?") from None
     except ValueError as error:
         raise RunError(f"{path} is damaged ({reason(error)}); {DAMAGED}") from None
+
+
+def lock(path: Path, timeout: float = -1) -> AcquireReturnProxy:
+    """A lock between processes, for `with`. timeout: in seconds, -1 for none.
+
+    Raises filelock.Timeout if another process holds it, and OSError with the file's name if it cannot be had at all.
+    """
+    try:
+        return FileLock(path).acquire(timeout=timeout)
+    except Timeout:
+        raise
+    except (OSError, NotImplementedError) as error:  # some network file systems have no locks
+        number = getattr(error, "errno", None) or errno.ENOLCK
+        raise OSError(number, os.strerror(number), str(path)) from None
 
 
 _SETTLED = 2.0  # seconds after which a change of a file shows in its time of change, on network file systems too

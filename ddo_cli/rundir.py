@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ddo_cli import console, dist, ledger
 from ddo_cli.errors import CheckpointError, RunError, problem_of, reason
-from ddo_cli.files import DAMAGED, LOCK, json_text, parse_json, read_json, remove, sweep, write_json, write_text
+from ddo_cli.files import DAMAGED, LOCK, json_text, lock, parse_json, read_json, remove, sweep, write_json, write_text
 from ddo_cli.ledger import LEDGER
 from ddo_cli.recipe import syntax
 from ddo_cli.recipe.load import differing_keys, to_yaml
@@ -386,6 +386,8 @@ def weights_of(path: Path) -> Path:
     run = RunDir(path)
     if run.final.is_file():
         return run.final
+    if (path / "model_index.json").is_file() or (path / "config.json").is_file():
+        raise CheckpointError(f"{path} is a folder of diffusers; give the file that `ddo convert` makes of it")
     if not is_run(path):
         raise CheckpointError(f"{path} is a directory without final.safetensors; give the weight file inside it")
     state = run.state()
@@ -414,10 +416,10 @@ def locked(path: Path) -> Iterator[RunDir]:
     _check_directory(path)
     path.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(path / LOCK).acquire(timeout=0)
+        held = lock(path / LOCK, timeout=0)
     except Timeout:
         raise RunError(f"{path} is in use by another process; wait for it, or choose another --out") from None
-    with lock:
+    with held:
         dist.barrier()
         with ledger.kept(path):
             yield run

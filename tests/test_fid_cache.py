@@ -265,3 +265,18 @@ def test_two_processes_share_the_cache_with_one(root, tmp_path, passed):
     assert figures(again) == pytest.approx(figures(found), rel=RTOL)
     shutil.copytree(root / "folder", tmp_path / "copy")
     assert by_two(tmp_path / "copy", ALL)["images_from_cache"] == NUM
+
+
+def test_a_lost_entry_is_written_anew_from_stored_features(root, cache, passed, monkeypatch):
+    options = {"metrics": ("fid", "precision")}
+    score(root / "folder", root / "ref.npz", **options)
+    entries = {path: path.read_bytes() for path in (cache / "features").glob("*.npz")}
+    lines: list[str] = []
+    monkeypatch.setattr(console, "warn", lines.append)
+    for path, content in entries.items():
+        path.write_bytes(b"junk")
+        for times in (1, 0):  # said once
+            lines.clear()
+            score(root / "folder", root / "ref.npz", **options)
+            assert sum("is damaged" in line for line in lines) == times
+        assert len(path.read_bytes()) == len(content)

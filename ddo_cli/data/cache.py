@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import AcquireReturnProxy, Timeout
 
 from ddo_cli import console, npz
 from ddo_cli.errors import reason
 from ddo_cli.files import cache_directory as directory
-from ddo_cli.files import replacing, sweep
+from ddo_cli.files import lock, replacing, sweep
 
 VERSION = 2  # of the entries: raised when images are decoded to other numbers
 MARGIN = 1 << 30  # bytes of the disk that an entry must leave free; our choice
@@ -79,7 +79,7 @@ def kept(
                 console.info(f"{source}: decoded images kept in {path} for later runs (data.cache)")
                 items = _mapped(path, num)
         return items
-    except (OSError, NotImplementedError) as error:  # the latter from filelock, if the file system has no locks
+    except OSError as error:  # such as a full disk, or a file system without locks
         _warn_once(
             f"{source}: its decoded images cannot be kept in {path.parent} ({reason(error)}) and are held in memory; "
             "make room, or set DDO_CACHE to another directory, or to off"
@@ -89,12 +89,12 @@ def kept(
 
 def _alone(source: str, path: Path) -> AcquireReturnProxy:
     """Lock of an entry, for `with`: one process of a run decodes, the others wait and share the result."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    place = path.with_name(f".{path.name}.lock")
     try:
-        return lock.acquire(timeout=0)
+        return lock(place, timeout=0)
     except Timeout:
         console.info(f"{source}: another process is decoding its images; waiting for it")
-        return lock.acquire()
+        return lock(place)
 
 
 def _mapped(path: Path, num: int) -> np.ndarray | None:

@@ -99,7 +99,8 @@ def _set_key(source: Source) -> str:
 def restore(images: Inspection, extractor: Extractor, accumulators: Sequence[Accumulator]) -> list[bool]:
     """Fills accumulators with what a pass over the images would give them; whether each one is.
 
-    Where the features of each image are stored, every accumulator of them can be served, whatever its metric.
+    Where the features of each image are stored, every accumulator of them can be served, whatever its metric. Its
+    state is then kept like that of a pass: an entry that was damaged or could not be written is there again.
     """
     if not extractor.is_fixed:
         return [False] * len(accumulators)
@@ -115,6 +116,7 @@ def restore(images: Inspection, extractor: Extractor, accumulators: Sequence[Acc
         for start in range(0, len(features), REPLAYED):
             part = torch.from_numpy(features[start : start + REPLAYED]).to(extractor.device)
             accumulator.update(np.arange(start, start + len(part)), {needs: part})
+        store(images, extractor, [accumulator])
         return True
 
     return list(map(is_filled, accumulators))

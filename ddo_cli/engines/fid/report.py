@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from ddo_cli.data.pictures import spelled
 from ddo_cli.engines.fid.cache import Source
 from ddo_cli.engines.fid.inputs import Reference, Side
 from ddo_cli.engines.fid.one_pass import Taken
 from ddo_cli.errors import UsageError, reason
-from ddo_cli.files import write_text
+from ddo_cli.files import lock, write_text
 from ddo_cli.metrics import published as tables
 from ddo_cli.metrics.nearest import nearest as nearest_rows
 from ddo_cli.recipe.schema import nearest
@@ -133,7 +132,7 @@ def append(log: Path, result: Mapping[str, Any]) -> None:
         row["resize"] = spelled(result["resize"])
     row |= {key: repr(value) for key, value in _scores(result).items()}
     place = log.with_name(f".{log.name}.lock")
-    with FileLock(place):
+    with lock(place):
         columns, rows = _header(log) if log.is_file() else ([], [])
         columns += [key for key in row if key not in columns]
         text = io.StringIO()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ddo_cli import checkpoint, console
@@ -195,6 +196,30 @@ def _sides(text: str) -> tuple[int, ...]:
     return sides if list(sides) == sorted(set(sides)) else ()
 
 
+_OTHERS = {
+    "lora_": "a LoRA, ",
+    "model.diffusion_model.": "a single file of Stable Diffusion, ",
+    "conv_in.": "a file of a diffusers folder (give that), ",
+}  # by what tensors' names begin with
+
+
+def _foreign(source: Path) -> str:
+    """What a file of another program is, for a message; empty if that cannot be told."""
+    if source.suffix == ".ckpt":
+        return "a checkpoint of PyTorch Lightning or TensorFlow by its name, "
+    if source.suffix == ".bin":
+        return "weights of a transformers or diffusers folder by its name, "
+    try:
+        with checkpoint.open_tensors(source) as content:
+            if "ddo" in (content.metadata() or {}):
+                return "a file that ddo wrote and needs no conversion, "
+            names = list(content.keys())
+    except (SafetensorError, OSError, ValueError):
+        return ""
+    told = (what for start, what in _OTHERS.items() if any(name.startswith(start) for name in names))
+    return next(told, "a safetensors file of another program, ")
+
+
 def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, Any], vae: Path | None) -> Content:
     """The file's content, of any family."""
     if given and source.suffix not in (".pt", ".pth"):
@@ -207,7 +232,8 @@ def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, A
         return Content("diffusers", folder.config, folder.tensors, folder.sampling, folder.notes)
     if source.suffix not in FORMATS:
         raise UsageError(
-            f"{source} is no file of published weights; give a {FORMAT_NAMES} file, or a folder of diffusers"
+            f"{source} is {_foreign(source)}no file of published weights; give a {FORMAT_NAMES} file, or a folder of "
+            "diffusers"
         )
     if source.suffix == ".pkl":
         snapshot = snapshots.open_snapshot(source)
