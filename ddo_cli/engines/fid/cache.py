@@ -99,8 +99,7 @@ def _set_key(source: Source) -> str:
 def restore(images: Inspection, extractor: Extractor, accumulators: Sequence[Accumulator]) -> list[bool]:
     """Fills accumulators with what a pass over the images would give them; whether each one is.
 
-    Where the features of each image are stored, every accumulator of them can be served, whatever its metric. Its
-    state is then kept like that of a pass: an entry that was damaged or could not be written is there again.
+    Where the features of each image are stored, every accumulator of them can be served, whatever its metric.
     """
     if not extractor.is_fixed:
         return [False] * len(accumulators)
@@ -116,24 +115,30 @@ def restore(images: Inspection, extractor: Extractor, accumulators: Sequence[Acc
         for start in range(0, len(features), REPLAYED):
             part = torch.from_numpy(features[start : start + REPLAYED]).to(extractor.device)
             accumulator.update(np.arange(start, start + len(part)), {needs: part})
-        store(images, extractor, [accumulator])
         return True
 
     return list(map(is_filled, accumulators))
 
 
-def store(images: Inspection, extractor: Extractor, accumulators: Sequence[Accumulator]) -> None:
-    """Keeps the state of the accumulators, after a pass over all images."""
+def store(images: Inspection, extractor: Extractor, accumulators: Sequence[Accumulator], restored: bool) -> None:
+    """Keeps the states of accumulators after a pass over all images.
+
+    restored: whether `restore` has looked at the entries: those still there are good, and stay. What it has computed
+    from stored features is written, so that an entry that was damaged or could not be written is there again.
+    """
     if not extractor.is_fixed:
         return
     # Moments of all images, too, where those of parts were asked for: an FID is asked for more often than its error.
     chunked = [each for each in accumulators if isinstance(each, ChunkedMoments) and each.kept != "set"]
     for accumulator in (*accumulators, *(moments.whole() for moments in chunked)):
+        key = _key(images, extractor, accumulator.kept, accumulator.kind)
+        if restored and feature_cache.holds(key):
+            continue
         state = accumulator.state()
         if accumulator.kept == "rows":
             order = _order(images)
             state = {name: array[order] for name, array in state.items()}
-        feature_cache.store(_key(images, extractor, accumulator.kept, accumulator.kind), state)
+        feature_cache.store(key, state)
 
 
 def _features(images: Inspection, extractor: Extractor, needs: str) -> np.ndarray | None:

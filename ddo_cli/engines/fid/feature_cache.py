@@ -54,8 +54,10 @@ def load(key: str, part: Part = "features") -> dict[str, np.ndarray] | None:
 
 
 def damaged(key: str, part: Part = "features") -> None:
-    """Warns of an entry that cannot be used; it is computed again, and replaced."""
+    """Warns of an entry that cannot be used and removes it, so that this is said once; it is computed again."""
     console.warn(f"{_path(key, part)} is damaged and is computed again")
+    with contextlib.suppress(OSError):  # a read-only cache
+        forget(key, part)
 
 
 def store(key: str, arrays: dict[str, np.ndarray], part: Part = "features") -> bool:
@@ -82,6 +84,12 @@ def store(key: str, arrays: dict[str, np.ndarray], part: Part = "features") -> b
             "DDO_CACHE to another directory, or to off"
         )
         return False
+
+
+def holds(key: str, part: Part = "features") -> bool:
+    """Whether there is an entry."""
+    path = _path(key, part)
+    return path is not None and path.is_file()
 
 
 def forget(key: str, part: Part = "features") -> None:

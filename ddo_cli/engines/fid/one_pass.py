@@ -107,8 +107,8 @@ def run(
     if uses_cache and dist.is_main():
         if known is None:
             fid_cache.keep_inspection(source, inspection)
-        for extractor, accumulators in missing:
-            fid_cache.store(inspection, extractor, accumulators)
+        for of_one in taken:
+            fid_cache.store(inspection, of_one.extractor, of_one.accumulators, restored=known is not None)
     return Passed(taken, inspection, is_cached)
 
 
