@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 OUT ?= gpu-figures
 MINUTES ?= 5
 
-.PHONY: quickstart test test-all lint format bench fuzz gpu assets docs clean
+.PHONY: quickstart test test-all lint format bench evidence fuzz gpu assets docs clean
 
 quickstart: $(VENV)/.installed  ## install, then four rounds of DDO on the embedded default, and as many of its control
 	$(BIN)/ddo finetune-ddo --rounds 4 --alpha 4 --beta 0.05 --control
@@ -27,6 +27,9 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev  ## ratios measured side by side
 	$(BIN)/python benchmarks/run.py
+
+evidence: $(VENV)/.installed-dev  ## every figure of the README by its commands, into docs/evidence; hours, resumable
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evidence.py $(if $(ONLY),--only $(ONLY))
 
 fuzz: $(VENV)/.installed-dev  ## mutated inputs for every parser, for MINUTES; what fails is kept in fuzz-failures
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/fuzz/run.py --minutes $(MINUTES) $(FUZZ)

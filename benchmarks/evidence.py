@@ -1,0 +1,281 @@
+"""`make evidence`: the figures of the README and of docs/evidence/figures.md, by the commands that users type.
+
+    python benchmarks/evidence.py                       # what is missing; one to two hours of a core
+    python benchmarks/evidence.py --only toy2d,dg       # some experiments
+    python benchmarks/evidence.py --page                # the page alone, from docs/evidence/figures.json
+
+Every command's answer (`--json`) is kept in the working directory and not asked for again, so that a stopped program
+continues. An experiment is in figures.json when all its seeds are done. `make evidence` computes on one thread:
+training rounds otherwise with another number of threads, and so do the last digits of the figures.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "evidence"
+FIGURES, PAGE = DOCS / "figures.json", DOCS / "figures.md"
+SEEDS = (0, 1, 2)
+
+
+class Experiment(NamedTuple):
+    """Lines of `ddo`, carried out for each training seed, and where their figures stand in the answers."""
+
+    # {seed} is the training seed, {place} the directory of this seed, {quickstart} the quickstart's of this seed,
+    # {shared} one for all seeds; a line without the others is carried out once.
+    lines: tuple[str, ...]
+    figures: dict[str, str]  # name -> number of the line, then keys of its JSON object
+    seeds: tuple[int, ...] = SEEDS
+
+
+class Row(NamedTuple):
+    """A line of a table: what was improved, and how much, beside its control. All are names of figures."""
+
+    title: str
+    experiment: str
+    before: str = "reference"
+    after: str = "improved"
+    control: str | None = "control"
+
+
+_FINETUNED = {
+    "reference": "{0} reference_score", "improved": "{0} final_score", "control": "{0} control final_score",
+    "gain": "{0} better_than_reference value", "error": "{0} better_than_reference std_error",
+    "beyond control": "{0} better_than_control value", "its error": "{0} better_than_control std_error",
+}  # fmt: skip
+SAMPLERS = ("heun 18", "heun 36", "dpmpp-2m 20", "dpm-v3 20")
+WEIGHTS = (1, 2, 4)
+_SEEDS_OF_SCORES = "--seeds 100000-112287"  # three ranges of 4096, which no run draws
+
+
+def _finetuned(line: int = 0) -> dict[str, str]:
+    return {name: path.format(line) for name, path in _FINETUNED.items()}
+
+
+def _scored(draw: str, out: str) -> tuple[str, str]:
+    """Draws a set and scores it."""
+    place = f"{{place}}/{out}" if "{" in draw else f"{{shared}}/{out}"
+    return f"{draw} {_SEEDS_OF_SCORES} --format npz --out {place}", f"fid {place} --repeat 3"
+
+
+def _samplers() -> Experiment:
+    lines, figures = list[str](), dict[str, str]()
+    for sampler in SAMPLERS:
+        name, steps = sampler.split()
+        for model, file in (("reference", "embedded:digits16"), ("improved", "{quickstart}/run/final.safetensors")):
+            draw = f"sample --ckpt {file} sampler={name} steps={steps}"
+            lines += _scored(draw, f"{model}-{name}-{steps}")
+            figures[f"{model}, {sampler}"] = f"{len(lines) - 1} fd_embedded"
+    return Experiment(tuple(lines), figures)
+
+
+def _guided(model: str, disc: str) -> Experiment:
+    """A discriminator against a model, and guidance by it at several weights; by an untrained one for a control."""
+    lines = [f"train-disc --ckpt {model} --control --seed {{seed}} --out {{place}}/{disc}"]
+    figures = {"gain": "0 gain gain", "error": "0 gain error", "accuracy": "0 heldout_accuracy"}
+    trained, untrained = f"{{place}}/{disc}/final.safetensors", f"{{place}}/{disc}/untrained.safetensors"
+    lines += _scored(f"sample --ckpt {model}", "plain")
+    figures["reference"] = f"{len(lines) - 1} fd_embedded"
+    for weight, file, name in ((1, untrained, "control"), *((w, trained, f"weight {w}") for w in WEIGHTS)):
+        lines += _scored(f"guide-sample --disc {file} --dg-weight {weight}", name.replace(" ", "-"))
+        figures[name] = f"{len(lines) - 1} fd_embedded"
+    return Experiment(tuple(lines), figures)
+
+
+_RUN = "--control --seed {seed} --out {place}/run"
+EXPERIMENTS = {
+    "quickstart": Experiment((f"finetune-ddo --rounds 4 --alpha 4 --beta 0.05 {_RUN}",), _finetuned()),
+    "samplers": _samplers(),
+    "dg": _guided("embedded:digits16", "disc"),
+    "dg-of-ddo": _guided("{quickstart}/run/final.safetensors", "disc"),
+    "toy2d": Experiment((f"finetune-ddo --recipe toy2d {_RUN}",), _finetuned()),
+    "digits8-ar": Experiment((f"finetune-ddo --recipe digits8-ar {_RUN}",), _finetuned()),
+    "digits32-var": Experiment(
+        (
+            "pretrain --recipe digits32-vqvae --seed {seed} --out {place}/digits32-vqvae",
+            "pretrain --recipe digits32-var --seed {seed} --out {place}/digits32-var "
+            "model.options.tokenizer={place}/digits32-vqvae/final.safetensors",
+            f"finetune-ddo --recipe digits32-var --ckpt {{place}}/digits32-var/final.safetensors {_RUN}",
+        ),
+        _finetuned(2),
+    ),
+    "digits32-edm2": Experiment(
+        (
+            "pretrain --recipe digits32-edm2 --seed {seed} --out {place}/digits32-edm2",
+            f"finetune-ddo --recipe digits32-edm2 --ckpt {{place}}/digits32-edm2/final.safetensors {_RUN}",
+        ),
+        _finetuned(1),
+    ),
+}  # fmt: skip
+README_ROWS = (
+    Row("DDO, four rounds (`--rounds 4 --alpha 4 --beta 0.05`)", "quickstart"),
+    *(Row(f"DG, `--dg-weight {weight}`", "dg", after=f"weight {weight}") for weight in WEIGHTS),
+)
+ROWS = (
+    *README_ROWS,
+    *(
+        Row(f"The quickstart's models, drawn with {sampler.replace(' ', ', ')} steps", "samplers",
+            f"reference, {sampler}", f"improved, {sampler}", None)
+        for sampler in SAMPLERS
+    ),
+    *(Row(f"DG of the DDO model, `--dg-weight {w}`", "dg-of-ddo", after=f"weight {w}") for w in WEIGHTS),
+    Row("DDO in the plane (`--recipe toy2d`), Jensen-Shannon in nats", "toy2d"),
+    Row("DDO, autoregressive (`--recipe digits8-ar`)", "digits8-ar"),
+    Row("DDO, VAR (`--recipe digits32-var`)", "digits32-var"),
+    Row("DDO, EDM2 (`--recipe digits32-edm2`)", "digits32-edm2"),
+)  # fmt: skip
+
+
+# --- Tables
+
+
+def shown(values: Iterable[float]) -> str:
+    """The mean over seeds and their standard deviation, both to the second digit of the deviation, at least three."""
+    values = [*values]
+    mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    digits = max(0, 2 - math.floor(math.log10(abs(mean)))) if mean else 2
+    return f"{mean:.{digits}f} ± {spread:.{digits}f}" if spread >= 0.5 * 10**-digits else f"{mean:.{digits}f}"
+
+
+def line(row: Row, figures: dict[str, Any]) -> str:
+    """A row of a table in Markdown: before, after, ratio (mean over seeds), control. figures: of all experiments."""
+    of_seed = figures[row.experiment]["figures"]
+    before, after = of_seed[row.before], of_seed[row.after]
+    ratio = shown([after[seed] / before[seed] for seed in after])
+    control = shown(of_seed[row.control].values()) if row.control else ""
+    return f"| {row.title} | {shown(before.values())} | {shown(after.values())} | {ratio} | {control} |"
+
+
+HEAD = ("| | reference | improved | ratio | control |", "|---|---|---|---|---|")
+
+
+def table(rows: Sequence[Row], figures: dict[str, Any]) -> str:
+    """Those rows whose experiment is there."""
+    return "\n".join([*HEAD, *(line(row, figures) for row in rows if row.experiment in figures)])
+
+
+def page(figures: dict[str, Any]) -> str:
+    """docs/evidence/figures.md."""
+    parts = [
+        "# Figures of one command\n",
+        "`make evidence` carries out every line below for three training seeds, on one thread, and writes this page. "
+        "Mean ± standard deviation over the seeds of training; `fd_embedded` (or what the line says), lower is better. "
+        "*Control*: plain training on the same images with the same selection; of DG, an untrained discriminator.\n",
+        table(ROWS, figures) + "\n",
+        "[Experiments](experiments.md) says what the figures mean, and what they do not show.",
+    ]
+    for name, told in figures.items():
+        names = list(told["figures"])
+        seeds = list(told["figures"][names[0]])
+        parts.append(f"\n## {name}\n")
+        parts.append("```text\n" + "\n".join(f"ddo {text}" for text in told["lines"]) + "\n```\n")
+        parts.append("\n".join([
+            f"| | {' | '.join(f'seed {seed}' for seed in seeds)} |", "|---|" + "---|" * len(seeds),
+            *(f"| {key} | {' | '.join(f'{value:.4g}' for value in told['figures'][key].values())} |" for key in names),
+        ]))  # fmt: skip
+        minutes = [seconds / 60 for seconds in told["seconds"].values()]
+        parts.append(f"\n{statistics.fmean(minutes):.1f} minutes a seed. {told['machine']}.")
+    return "\n".join(parts) + "\n"
+
+
+# --- Running
+
+
+def answer(words: Sequence[str], file: Path) -> dict[str, Any]:
+    """What `ddo WORDS --json` prints, and the seconds it took; kept in `file`."""
+    if file.is_file():
+        kept: dict[str, Any] = json.loads(file.read_text())
+        if kept["words"] == [*words]:
+            return kept
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "ddo_cli", *words, "--json"], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"`ddo {shlex.join(words)}` ended with {done.returncode}: {done.stdout}")
+    kept = {"words": [*words], "seconds": time.monotonic() - start, "answer": json.loads(done.stdout)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(kept, indent=1))
+    return kept
+
+
+def value_at(answers: Sequence[dict[str, Any]], path: str) -> float:
+    """A figure, by the number of the line and keys."""
+    number, *keys = path.split()
+    value: Any = answers[int(number)]["answer"]
+    for key in keys:
+        value = value[key]
+    return float(value)
+
+
+def run(name: str, root: Path) -> dict[str, Any]:
+    """All seeds of an experiment, as figures.json holds it."""
+    experiment = EXPERIMENTS[name]
+    figures: dict[str, dict[str, float]] = {figure: {} for figure in experiment.figures}
+    seconds = {}
+    for seed in experiment.seeds:
+        place, shared = root / name / f"seed-{seed}", root / name / "shared"
+        quickstart, answers = root / "quickstart" / f"seed-{seed}", []
+        for number, text in enumerate(experiment.lines):
+            words = shlex.split(text.format(seed=seed, place=place, shared=shared, quickstart=quickstart))
+            print(f"{name}, seed {seed}: ddo {shlex.join(words)}", flush=True)
+            is_of_seed = any(part in text for part in ("{seed}", "{place}", "{quickstart}"))
+            answers.append(answer(words, (place if is_of_seed else shared) / f"answer-{number}.json"))
+        seconds[str(seed)] = round(sum(each["seconds"] for each in answers), 1)
+        for figure, path in experiment.figures.items():
+            try:
+                figures[figure][str(seed)] = value_at(answers, path)
+            except KeyError as missing:
+                sys.exit(f"{name}, seed {seed}: the answer has no {missing} for '{figure}' ({path})")
+    return {"lines": told_lines(name), "figures": figures, "seconds": seconds, "machine": machine()}
+
+
+def told_lines(name: str) -> list[str]:
+    """The lines of an experiment, for people."""
+    lines = EXPERIMENTS[name].lines
+    return [text.format(seed="SEED", place=name, shared=name, quickstart="quickstart") for text in lines]
+
+
+def machine() -> str:
+    """For people: processor, threads, versions."""
+    import torch
+
+    model = next((row.partition(":")[2].strip() for row in _cpuinfo() if row.startswith("model name")), "")
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    return f"{model or platform.machine()}, {threads} thread(s), torch {torch.__version__.partition('+')[0]}"
+
+
+def _cpuinfo() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text().splitlines() if file.is_file() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="experiments, between commas")
+    parser.add_argument("--out", type=Path, default=Path("evidence"), help="working directory")
+    parser.add_argument("--page", action="store_true", help="write the page alone")
+    options = parser.parse_args()
+    names = options.only.split(",") if options.only else list(EXPERIMENTS)
+    if unknown := [name for name in names if name not in EXPERIMENTS]:
+        parser.error(f"unknown experiments {', '.join(unknown)}; known: {', '.join(EXPERIMENTS)}")
+    figures = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
+    for name in [] if options.page else names:
+        figures[name] = run(name, options.out)
+        figures = {known: figures[known] for known in EXPERIMENTS if known in figures}
+        FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
+        PAGE.write_text(page(figures), encoding="utf-8")
+    PAGE.write_text(page(figures), encoding="utf-8")
+    print(table(README_ROWS, figures))
+
+
+if __name__ == "__main__":
+    main()
