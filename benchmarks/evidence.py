@@ -1,6 +1,6 @@
 """`make evidence`: the figures of the README and of docs/evidence/figures.md, by the commands that users type.
 
-    python benchmarks/evidence.py                       # what is missing; one to two hours of a core
+    python benchmarks/evidence.py                       # what is missing; some hours of a core
     python benchmarks/evidence.py --only toy2d,dg       # some experiments
     python benchmarks/evidence.py --page                # the page alone, from docs/evidence/figures.json
 
@@ -18,7 +18,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,8 +57,10 @@ WEIGHTS = (1, 2, 4)
 _SEEDS_OF_SCORES = "--seeds 100000-112287"  # three ranges of 4096, which no run draws
 
 
-def _finetuned(line: int = 0) -> dict[str, str]:
-    return {name: path.format(line) for name, path in _FINETUNED.items()}
+def _finetuned(line: int = 0, has_errors: bool = True) -> dict[str, str]:
+    """has_errors: whether the score is of samples; a density has none."""
+    kept = (name for name in _FINETUNED if has_errors or "error" not in name)
+    return {name: _FINETUNED[name].format(line) for name in kept}
 
 
 def _scored(draw: str, out: str) -> tuple[str, str]:
@@ -98,7 +99,7 @@ EXPERIMENTS = {
     "samplers": _samplers(),
     "dg": _guided("embedded:digits16", "disc"),
     "dg-of-ddo": _guided("{quickstart}/run/final.safetensors", "disc"),
-    "toy2d": Experiment((f"finetune-ddo --recipe toy2d {_RUN}",), _finetuned()),
+    "toy2d": Experiment((f"finetune-ddo --recipe toy2d {_RUN}",), _finetuned(has_errors=False)),
     "digits8-ar": Experiment((f"finetune-ddo --recipe digits8-ar {_RUN}",), _finetuned()),
     "digits32-var": Experiment(
         (
@@ -183,8 +184,7 @@ def page(figures: dict[str, Any]) -> str:
             f"| | {' | '.join(f'seed {seed}' for seed in seeds)} |", "|---|" + "---|" * len(seeds),
             *(f"| {key} | {' | '.join(f'{value:.4g}' for value in told['figures'][key].values())} |" for key in names),
         ]))  # fmt: skip
-        minutes = [seconds / 60 for seconds in told["seconds"].values()]
-        parts.append(f"\n{statistics.fmean(minutes):.1f} minutes a seed. {told['machine']}.")
+        parts.append(f"\n{told['machine']}.")
     return "\n".join(parts) + "\n"
 
 
@@ -192,25 +192,24 @@ def page(figures: dict[str, Any]) -> str:
 
 
 def answer(words: Sequence[str], file: Path) -> dict[str, Any]:
-    """What `ddo WORDS --json` prints, and the seconds it took; kept in `file`."""
+    """What `ddo WORDS --json` prints, kept in `file`."""
     if file.is_file():
         kept: dict[str, Any] = json.loads(file.read_text())
         if kept["words"] == [*words]:
-            return kept
-    start = time.monotonic()
+            return dict(kept["answer"])
     done = subprocess.run([sys.executable, "-m", "ddo_cli", *words, "--json"], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"`ddo {shlex.join(words)}` ended with {done.returncode}: {done.stdout}")
-    kept = {"words": [*words], "seconds": time.monotonic() - start, "answer": json.loads(done.stdout)}
+    told: dict[str, Any] = json.loads(done.stdout)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(kept, indent=1))
-    return kept
+    file.write_text(json.dumps({"words": [*words], "answer": told}, indent=1))
+    return told
 
 
 def value_at(answers: Sequence[dict[str, Any]], path: str) -> float:
     """A figure, by the number of the line and keys."""
     number, *keys = path.split()
-    value: Any = answers[int(number)]["answer"]
+    value: Any = answers[int(number)]
     for key in keys:
         value = value[key]
     return float(value)
@@ -220,7 +219,6 @@ def run(name: str, root: Path) -> dict[str, Any]:
     """All seeds of an experiment, as figures.json holds it."""
     experiment = EXPERIMENTS[name]
     figures: dict[str, dict[str, float]] = {figure: {} for figure in experiment.figures}
-    seconds = {}
     for seed in experiment.seeds:
         place, shared = root / name / f"seed-{seed}", root / name / "shared"
         quickstart, answers = root / "quickstart" / f"seed-{seed}", []
@@ -229,13 +227,12 @@ def run(name: str, root: Path) -> dict[str, Any]:
             print(f"{name}, seed {seed}: ddo {shlex.join(words)}", flush=True)
             is_of_seed = any(part in text for part in ("{seed}", "{place}", "{quickstart}"))
             answers.append(answer(words, (place if is_of_seed else shared) / f"answer-{number}.json"))
-        seconds[str(seed)] = round(sum(each["seconds"] for each in answers), 1)
         for figure, path in experiment.figures.items():
             try:
                 figures[figure][str(seed)] = value_at(answers, path)
             except KeyError as missing:
                 sys.exit(f"{name}, seed {seed}: the answer has no {missing} for '{figure}' ({path})")
-    return {"lines": told_lines(name), "figures": figures, "seconds": seconds, "machine": machine()}
+    return {"lines": told_lines(name), "figures": figures, "machine": machine()}
 
 
 def told_lines(name: str) -> list[str]:

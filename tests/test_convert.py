@@ -134,7 +134,7 @@ def test_what_an_adm_file_does_not_tell(tmp_path):
         ("heads=99999999", "write heads=<number>"),
         ("updown=no", r"write updown=true\|false"),
         ("siez=8", "did you mean 'size'"),
-        ("nonsense", "known: qkv"),
+        ("nonsense", "known: arch, qkv"),
     ):
         with pytest.raises(UsageError, match=message):
             convert.run(path, out, settings=[wrong])

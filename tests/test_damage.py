@@ -122,17 +122,18 @@ def runs(tmp_path_factory):
     def made(command: str) -> tuple[Path, Path, Path]:
         act, last = COMMANDS[command]
         out = tmp_path_factory.mktemp(command.replace(" ", "-"))
-        for name in ("whole", "killed"):
-            (out / name).mkdir()
-        act(place, out / "whole")
+        whole, killed = out / "whole" / "run", out / "killed" / "run"  # of one name, which reports tell
+        for directory in (whole, killed):
+            directory.mkdir(parents=True)
+        act(place, whole)
         with pytest.MonkeyPatch.context() as patch:
             for owner, name in ((Meter, "count"), (Writer, "write"), (encode.latents, "write_shard")):
                 if owner is not Writer or command.startswith("sample"):
                     patch.setattr(owner, name, _killing(getattr(owner, name), last))
             if last > 0:
                 with pytest.raises(KilledError):
-                    act(place, out / "killed")
-        return place, out / "whole", out / "killed"
+                    act(place, killed)
+        return place, whole, killed
 
     return made
 
@@ -215,7 +216,7 @@ def check(runs, tmp_path, capsys, command: str, is_killed: bool, names: Callable
     for number, name in enumerate(filter(names, files_of(run))):
         found = []
         for damage in DAMAGE:
-            out = tmp_path / f"{number}-{damage}"
+            out = tmp_path / f"{number}-{damage}" / "run"
             found.append(outcome(command, run, name, damage, place, whole, out, capsys))
             shutil.rmtree(out)
         wrong += [
