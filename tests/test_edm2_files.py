@@ -283,6 +283,7 @@ def test_code_in_a_file_is_refused_and_not_run(official, tmp_path):  # noqa: F81
     assert not (tmp_path / "a.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_damaged_files_are_refused(official, tmp_path):  # noqa: F811
     content = snapshot(official, stored_tensors(random_model()))
     raw = write(tmp_path / "whole.pkl", content).read_bytes()

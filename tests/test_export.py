@@ -108,7 +108,7 @@ def shared_file(official, path, way):  # noqa: F811
     return write(path, {"ema": ema}), keys
 
 
-@pytest.mark.parametrize("way", ["tensor", "bytes"])
+@pytest.mark.parametrize("way", [pytest.param("tensor", marks=pytest.mark.slow), "bytes"])
 def test_shared_numbers_cannot_become_different(official, tmp_path, way):  # noqa: F811
     like, keys = shared_file(official, tmp_path / "a.pkl", way)
     ckpt, tensors = tuned(like, tmp_path / "t.safetensors")

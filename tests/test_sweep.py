@@ -282,7 +282,7 @@ def test_a_node_trains_as_it_would_alone(finished, tmp_path):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("every", [11, 17])
+@pytest.mark.parametrize("every", [pytest.param(11, marks=pytest.mark.slow), 17])
 def test_resume_equals_uninterrupted(finished, tmp_path, monkeypatch, every):
     """Killed at every so-many-th write, before and after its rename in turns, until it ends: 10 writes."""
     ckpt, reference, result = finished

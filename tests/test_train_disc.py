@@ -131,7 +131,13 @@ def test_guided_sampling_warns_of_a_discriminator_with_negative_gain(finished, c
     assert "leads the score away from held-out data" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [3, 9, 12, 14, 17, 20, 24])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(number, marks=() if number in (12, 20) else pytest.mark.slow)
+        for number in (3, 9, 12, 14, 17, 20, 24)
+    ],
+)
 def test_a_killed_run_ends_with_the_same_bytes(finished, ckpt, tmp_path, monkeypatch, number):
     out, _ = finished
     count, rename = 0, os.replace
@@ -188,6 +194,7 @@ def test_two_processes_agree_with_one(finished, ckpt, tmp_path):
     assert [line["loss"] for line in theirs] == pytest.approx([line["loss"] for line in ours], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_it_learns_to_tell_noise_from_digits(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_disc, "STILL_FALLING", -1.0)  # nothing counts as settled
     ckpt = make_checkpoint(tmp_path / "m.safetensors")  # random weights: samples look nothing like data
