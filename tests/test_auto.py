@@ -2,14 +2,14 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from conftest import CPU, make_checkpoint, tiny_recipe
+from kills import until_done
 
-from ddo_cli import checkpoint, files
+from ddo_cli import checkpoint
 from ddo_cli.commands.options import coefficient
 from ddo_cli.engines.ddo import auto, finetune
 from ddo_cli.engines.ddo.sweep import Setting, plan_of
@@ -17,10 +17,6 @@ from ddo_cli.errors import NumericsError, RecipeError, UsageError
 from ddo_cli.recipe.load import load
 
 AUTO = ("finetune.beta=auto", "finetune.alpha=2.0", "metric.repeats=1", "finetune.lr=0.01")
-
-
-class KilledError(BaseException):
-    """Stands in for SIGKILL: nothing catches it."""
 
 
 def curve(best: float, width: float = 1.0):
@@ -157,27 +153,7 @@ def test_resume_equals_uninterrupted(found, tmp_path, monkeypatch, every):
     """Killed at every so-many-th write, before and after its rename in turns, until it ends."""
     ckpt, reference, _ = found
     recipe = tiny_recipe(ckpt, "diffusion", *AUTO, "finetune.control=true")
-    count, kills, rename = 0, 0, os.replace
-
-    def replace(source, target):
-        nonlocal count, kills
-        count += 1
-        if count % every:
-            return rename(source, target)
-        kills += 1
-        if kills % 2:
-            rename(source, target)
-        raise KilledError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files.os, "replace", replace)
-        while True:
-            try:
-                finetune.run(recipe, tmp_path / "run", device=CPU)
-                break
-            except KilledError:
-                assert kills < 100
-    assert kills >= 3
+    until_done(lambda: finetune.run(recipe, tmp_path / "run", device=CPU), every)
     for name in ("final.safetensors", "log.jsonl"):
         ours, theirs = (path / name for path in (tmp_path / "run", reference))
         if name == "log.jsonl":

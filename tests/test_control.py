@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, KINDS, make_checkpoint, tiny_recipe, torchrun
+from kills import KilledError
 
 from ddo_cli import checkpoint, files
 from ddo_cli.engines.ddo import finetune, promotion, report
@@ -22,11 +23,6 @@ from ddo_cli.objectives.ddo import DdoSettings
 from ddo_cli.objectives.ddo_step import ddo_batch, ddo_step
 from ddo_cli.objectives.likelihood import likelihood_step, plain_batch
 from ddo_cli.rng import StepRng
-
-
-class KilledError(BaseException):
-    """Stands in for SIGKILL: nothing catches it."""
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CPU, TINY_UNET, make_checkpoint, tiny_disc_recipe, tiny_recipe
+from kills import KilledError
 from toy_latent import make_toy
 
 from ddo_cli.data.samples import Writer
@@ -36,10 +37,6 @@ PRETRAIN = [
 ]  # fmt: skip
 CLASSIFIER = [*FEW, "classifier={images: 24, batch: 4, held_out: 16, save_every: 2, log_every: 2}"]
 DISC = ["sampling={sampler: euler, steps: 2, batch: 16}", "discriminator.num_fake=48"]
-
-
-class KilledError(BaseException):
-    """Stands in for SIGKILL: nothing catches it."""
 
 
 def _sampled(form: str) -> Callable[[Path, Path], object]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, make_checkpoint, torchrun
+from kills import KilledError
 from safetensors.torch import load_file
 from toy_latent import make_toy
 
@@ -25,10 +26,6 @@ DATA = "embedded:digits32"
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory):
     return make_toy(tmp_path_factory.mktemp("toy") / "m.safetensors", std=0.25)
-
-
-class KilledError(BaseException):
-    """Stands in for SIGKILL: nothing catches it."""
 
 
 def encoded(ckpt, out, **options):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, KINDS, kinds, make_checkpoint, tiny_recipe, torchrun
+from kills import KilledError
 from launch import launch
 from PIL import Image
 
@@ -24,10 +25,6 @@ from ddo_cli.engines.scoring import Scoring
 from ddo_cli.errors import CheckpointError, NumericsError, RunError, UsageError
 from ddo_cli.objectives import ddo_step as objective
 from ddo_cli.objectives.ddo import ddo_loss
-
-
-class KilledError(BaseException):
-    """Stands in for SIGKILL: nothing catches it."""
 
 
 def kill_at_write(monkeypatch, number: int, before: bool) -> None:

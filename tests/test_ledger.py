@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from kills import KilledError
 
 from ddo_cli import files, ledger, rundir
 from ddo_cli.files import LOCK, write_text
@@ -39,10 +40,6 @@ def test_large_files_are_read_only_where_asked(place, monkeypatch):
     (place / "a.txt").write_text("content of A.txt")
     assert Ledger(place).problems(is_read=lambda name: False) == {}
     assert Ledger(place).problems(is_read=lambda name: name == "a.txt").keys() == {"a.txt"}
-
-
-class KilledError(BaseException):
-    """Stands in for SIGKILL: nothing catches it."""
 
 
 @pytest.mark.parametrize("is_gone", [True, False], ids=["interrupted", "killed"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import CPU, make_checkpoint, tiny_recipe
 from families import build, frozen
+from kills import KilledError
 from PIL import Image
 from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
@@ -272,10 +273,6 @@ def test_a_killed_sweep_of_beta_ends_as_in_one_go(ckpt, users_pairs, tmp_path, o
     finetune.run(recipe, tmp_path / "again", device=CPU)
     for name in ("final.safetensors", f"round-01/nodes/{nodes[1]}/checkpoints/step-000006.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
-
-
-class KilledError(BaseException):
-    """Stands in for SIGKILL."""
 
 
 def killed(*args):

@@ -2,14 +2,14 @@
 
 import json
 import math
-import os
 
 import pytest
 import torch
 import yaml
 from conftest import CPU, fit_events, make_checkpoint, tiny_recipe, torchrun
+from kills import KilledError, until_done
 
-from ddo_cli import checkpoint, files
+from ddo_cli import checkpoint
 from ddo_cli.commands.options import coefficient
 from ddo_cli.engines.ddo import finetune, sweep
 from ddo_cli.engines.ddo.sweep import Costs, Rung, Setting, is_past_best, plan_of, rungs_of, survivors
@@ -24,10 +24,6 @@ from ddo_cli.trainable import Loss, Trainable
 GRID = ("finetune.alpha=[1, 2]", "finetune.beta=[0.05, 0.1, 0.2]")
 # Six nodes: rungs at steps 2 and 3 of 6, candidates at 3 and 6.
 SMALL = ("metric={name: fd_embedded, num_images: 24, repeats: 1}", "finetune.lr=0.01")
-
-
-class KilledError(BaseException):
-    """Stands in for SIGKILL: nothing catches it."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,27 +283,7 @@ def test_resume_equals_uninterrupted(finished, tmp_path, monkeypatch, every):
     """Killed at every so-many-th write, before and after its rename in turns, until it ends: 10 writes."""
     ckpt, reference, result = finished
     recipe = sweep_recipe(ckpt, "finetune.rounds=1")
-    count, kills, rename = 0, 0, os.replace
-
-    def replace(source, target):
-        nonlocal count, kills
-        count += 1
-        if count % every:
-            return rename(source, target)
-        kills += 1
-        if kills % 2:
-            rename(source, target)
-        raise KilledError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files.os, "replace", replace)
-        while True:
-            try:
-                finetune.run(recipe, tmp_path / "run", device=CPU)
-                break
-            except KilledError:
-                assert kills < 100
-    assert kills >= 3
+    until_done(lambda: finetune.run(recipe, tmp_path / "run", device=CPU), every)
     found = finetune.run(recipe, tmp_path / "run", device=CPU)
     assert rounds_of(tmp_path / "run") == rounds_of(reference)[:1]
     keys = ("alpha", "beta", "nodes", "score")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, make_checkpoint, tiny_disc_recipe, torchrun
+from kills import KilledError
 
 from ddo_cli import checkpoint, cli, files
 from ddo_cli.data.images import open_images
@@ -24,10 +25,6 @@ from ddo_cli.metrics.discrimination import LEVELS, HeldOut, noisy
 from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.recipe.load import load
 from ddo_cli.trainable import Trainable
-
-
-class KilledError(BaseException):
-    """Stands in for SIGKILL."""
 
 
 @pytest.fixture(scope="module")
