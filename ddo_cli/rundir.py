@@ -299,7 +299,6 @@ class RunDir:
                 key in places
                 or key.rpartition(".")[2] in HARMLESS
                 or (key in ("finetune.rounds", "finetune.patience_rounds") and may_grow)
-                or key == "finetune.control"  # what there is of it is shown either way
                 or (key in ("metric.num_images", "metric.repeats") and not is_scored)
                 # What it comes to on this device is compared in the identity.
                 or (key.rpartition(".")[2] == "precision" and "precision" in identity)

@@ -73,9 +73,11 @@ def _loss(
     """
     alpha, beta, divide_by_alpha, objective = settings
     labelled = 1 - drop.to(r_real.dtype)
-    if objective in ("spin", "dpo"):
+    if objective in ("spin", "dpo"):  # L = -E[log sigmoid(beta (r_real - r_fake))]
         return pairwise_loss(r_real, r_fake, beta, fake_weight=labelled)
     assert alpha is not None, "given for these"
+    # DDO: L = -E_data[log sigmoid(beta r)] - alpha E_ref[log(1 - sigmoid(beta r))]  (eq. 12); CCA's is the same with
+    # images under other labels for fakes.
     if objective == "cca":
         return cca_loss(r_real, r_fake, drop | is_match, alpha, beta, divide_by_alpha)
     return ddo_loss(r_real, r_fake, alpha, beta, fake_weight=labelled, divide_by_alpha=divide_by_alpha)
