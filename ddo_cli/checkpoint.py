@@ -128,7 +128,7 @@ def resolve(path: str | Path, kind: str = "model") -> Path:
         return rundir.weights_of(file)
     if not file.is_file():
         made_by = f" ({_MAKERS[kind]})" if kind in _MAKERS else ""
-        raise CheckpointError(f"{name} does not exist; give the path of a weight file{made_by}")
+        raise CheckpointError(f"{name} does not exist; give the path of a weight file{made_by}", missing=name)
     if what := disguise(file):
         raise CheckpointError(f"{name} is {what}")
     return file

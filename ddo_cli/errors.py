@@ -77,13 +77,14 @@ def _without_objects(text: str) -> str:
 class DdoError(Exception):
     """A mistake of the user or a problem of the environment. The message says what, where, and what to do.
 
-    details: lines below the message.
+    details: lines below the message. missing: the file that does not exist, as given, where the message begins with it.
     """
 
     kind = "error"  # in the JSON of --json; of a subclass: its name without "Error"
     has_lines = False  # whether the message is a list of problems, one per line
 
-    def __init__(self, message: str, details: Sequence[str] = ()):
+    def __init__(self, message: str, details: Sequence[str] = (), missing: str | None = None):
+        self.missing = missing
         lines = [*(message.split("\n") if self.has_lines else [message]), *(f"  {line}" for line in details)]
         if len(lines) > MOST_LINES:
             lines = [*lines[: MOST_LINES - 1], f"  ... and {len(lines) - MOST_LINES + 1} more"]

@@ -123,15 +123,14 @@ def _flat(command: Callable[..., Any]) -> Callable[..., None]:
 
 def _naming_key(error: DdoError, options: Mapping[str, Any], recipe: Any) -> DdoError:
     """The error of a missing file, with the option or the recipe key that names the file."""
-    value, separator, _ = str(error).partition(" does not exist")
-    if not separator:
+    if error.missing is None:
         return error
     named = {f"--{name.replace('_', '-')}": given for name, given in options.items()}
     if recipe is not None:
         from ddo_cli.recipe.schema import all_keys
 
         named |= {key: reduce(getattr, key.split("."), recipe) for key in all_keys()}
-    key = next((key for key, given in named.items() if str(given) == value), None)
+    key = next((key for key, given in named.items() if str(given) == error.missing), None)
     return error if key is None else type(error)(f"{key} {error}")
 
 

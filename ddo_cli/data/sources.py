@@ -90,7 +90,8 @@ def _contents(source: str, path: Path, num: int | None, in_memory: bool, zip_cla
         return _directory(source, path, in_memory)
     if not path.is_file():
         raise DataError(
-            f"{source} does not exist; give a folder, a .zip, .npz or .tar.gz file, or one of {embedded_names()}"
+            f"{source} does not exist; give a folder, a .zip, .npz or .tar.gz file, or one of {embedded_names()}",
+            missing=source,
         )
     if path.suffix.lower() == ".zip":
         try:

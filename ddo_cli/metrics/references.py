@@ -136,7 +136,7 @@ def read_reference(path: str | Path) -> ReferenceFile:
     """Reads a file of statistics. Raises DataError or CheckpointError."""
     file = Path(path)
     if not file.is_file():
-        raise DataError(f"{path} does not exist; give {FORMATS}")
+        raise DataError(f"{path} does not exist; give {FORMATS}", missing=str(path))
     read = {".npz": _read_npz, ".pkl": _read_pickle, ".safetensors": _read_own}.get(file.suffix.lower())
     if read is None:
         raise DataError(f"{path} is no file of statistics; give {FORMATS}")

@@ -111,7 +111,7 @@ def find(network: Network, path: str | None = None, download: bool = False) -> W
         label = f"{published.variable}={path}"
     if path is not None:
         if not path.startswith(checkpoint.EMBEDDED) and not Path(path).exists():
-            raise CheckpointError(f"{label} does not exist; {published.remedy()}")
+            raise CheckpointError(f"{label} does not exist; {published.remedy()}", missing=label)
         return _checked(published, checkpoint.resolve(path), label)
     # The main process decides for all, since a slower process might already see the downloaded file.
     if download and dist.from_main(_cached(published) is None):
