@@ -5,7 +5,7 @@ import math
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ddo_cli.checkpoint import disguise
+from ddo_cli.data import captions
 from ddo_cli.data.items import INDEX, describe, prepared_by
 from ddo_cli.data.pictures import EXTENSIONS, Header, Unfit, flattened, open_picture
 from ddo_cli.data.readers import ZIP_ERRORS, ItemFiles
@@ -34,7 +35,8 @@ class Listing(NamedTuple):
     """The images of a set, sorted by name, with labels int64 (N,), -1 = none.
 
     notes: what is assumed or left out, for people; warnings: what speaks against comparing the set's scores; classes:
-    names of the folders by class number, where labels come from them.
+    names of the folders by class number, where labels come from them; captions: of each image, or (); with them an
+    image's label is its place, the number of its caption.
     """
 
     names: list[str]
@@ -42,6 +44,7 @@ class Listing(NamedTuple):
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     classes: Mapping[str, str] = MappingProxyType({})
+    captions: tuple[str, ...] = ()
 
 
 # Our choice of limits: of a dataset.json, bytes for each image, where published ones have 40; and pixels of an image,
@@ -62,7 +65,7 @@ def folder_entries(source: str, path: Path) -> Listing:
         if real not in seen:  # else a link to a parent folder would never end
             names += [Path(root, leaf).relative_to(path).as_posix() for leaf in leaves]
         seen.add(real)
-    return _listing(source, names, lambda index, num: folder_index(path / index, num), folders_are_classes=True)
+    return _listing(source, names, lambda name, num: folder_file(path / name, num), folders_are_classes=True)
 
 
 def zip_entries(source: str, archive: zipfile.ZipFile, folders_are_classes: bool = False) -> Listing:
@@ -70,7 +73,7 @@ def zip_entries(source: str, archive: zipfile.ZipFile, folders_are_classes: bool
 
     folders_are_classes: they are, as in EDM's tool that makes such zips. Raises DataError, or one of ZIP_ERRORS.
     """
-    return _listing(source, archive.namelist(), lambda index, num: zip_index(archive, num, index), folders_are_classes)
+    return _listing(source, archive.namelist(), lambda name, num: zip_file(archive, name, num), folders_are_classes)
 
 
 def broken_zip(source: str, error: Exception) -> DataError:
@@ -84,14 +87,26 @@ def broken_zip(source: str, error: Exception) -> DataError:
 def _listing(
     source: str, files: Sequence[str], read: Callable[[str, int], bytes | None], folders_are_classes: bool
 ) -> Listing:
-    names, notes, warnings = _images_of(source, files)
+    visible = [name for name in files if _is_visible(name)]
+    names = sorted(name for name in visible if name.lower().endswith(EXTENSIONS))
+    told = captions.find(source, visible, names, read)
+    notes, warnings = _left_out(source, visible, names, told.files if told else ())
     index = _index_of(source, files, names)
+    if told is not None and index is not None:
+        raise DataError(
+            f"{source} has labels in {index} and captions in {min(told.files)}; keep one of the two, as a row has one "
+            "label"
+        )
     if index is not None:
         root, text = index.removesuffix(INDEX), read(index, len(names))
         labels = indexed_labels(source, [name.removeprefix(root) for name in names], text, index)
         if root:
             notes.append(f"{source}: labels are those of {index}")
-        return Listing(names, labels, tuple(notes), tuple(warnings), _class_names(text))
+        texts = _indexed_captions(source, text, labels, index)
+        return Listing(names, labels, tuple(notes), tuple(warnings), _class_names(text), texts)
+    if told is not None:
+        texts = tuple(told.texts[name] for name in names)
+        return Listing(names, np.arange(len(names)), (*notes, *told.notes), tuple(warnings), captions=texts)
     listing = _folder_labels(source, names)
     if not folders_are_classes:
         if listing.classes:
@@ -104,24 +119,24 @@ def _listing(
     return listing._replace(notes=(*notes, *listing.notes), warnings=(*warnings, *listing.warnings))
 
 
-def _images_of(source: str, files: Iterable[str]) -> tuple[list[str], list[str], list[str]]:
-    """Names with an image's extension, sorted; and notes and warnings about the files that are left out.
+def _is_visible(name: str) -> bool:
+    """Whether a name is of a file that counts: hidden ones and macOS's resource forks are not worth a note."""
+    parts = name.split("/")
+    # "." and ".." are no hidden folders: some programs write ./a.png, and names in a zip are never paths here.
+    hidden = any(part.startswith(".") and part not in (".", "..") for part in parts)
+    return not (name.endswith("/") or hidden or "__MACOSX" in parts)
 
-    Hidden files and macOS's resource forks are no images, and not worth a note.
-    """
-    names, others = list[str](), Counter[str]()
-    for name in files:
-        parts = name.split("/")
-        # "." and ".." are no hidden folders: some programs write ./a.png, and names in a zip are never paths here.
-        hidden = any(part.startswith(".") and part not in (".", "..") for part in parts)
-        if name.endswith("/") or hidden or "__MACOSX" in parts:
-            continue
-        if name.lower().endswith(EXTENSIONS):
-            names.append(name)
-        elif parts[-1] != INDEX:
-            others[os.path.splitext(name)[1].lower() or "without extension"] += 1
+
+def _left_out(
+    source: str, files: Iterable[str], names: Collection[str], read: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """Notes and warnings about the files that are neither images, `names`, nor `read` for their captions."""
     if not names:
         raise DataError(f"{source} holds no images ({', '.join(EXTENSIONS)}); give the folder or zip that has them")
+    others, known = Counter[str](), {*names, *read}
+    for name in files:
+        if name not in known and name.rpartition("/")[2] != INDEX:
+            others[os.path.splitext(name)[1].lower() or "without extension"] += 1
     pictures = {kind: count for kind, count in others.items() if kind in OTHER_PICTURES}
     rest = {kind: count for kind, count in others.items() if kind not in OTHER_PICTURES}
     notes = [f"{source}: files that are no images are left out: {_counted(rest)}"] if rest else []
@@ -130,7 +145,7 @@ def _images_of(source: str, files: Iterable[str]) -> tuple[list[str], list[str],
         if pictures
         else []
     )
-    return sorted(names), notes, warnings
+    return notes, warnings
 
 
 def _counted(counts: Mapping[str, int]) -> str:
@@ -194,27 +209,27 @@ def _class_numbers(source: str, folders: Sequence[str]) -> dict[str, int]:
     return number
 
 
-def folder_index(index: Path, num: int) -> bytes | None:
-    """The content of the dataset.json of `num` images; None if there is none. Raises DataError."""
+def folder_file(file: Path, num: int) -> bytes | None:
+    """The content of a file that tells of `num` images, such as dataset.json; None without. Raises DataError."""
     try:
-        if not index.is_file():
+        if not file.is_file():
             return None
-        _check_index(str(index), index.stat().st_size, num)
-        return index.read_bytes()
+        _check_size(str(file), file.stat().st_size, num)
+        return file.read_bytes()
     except OSError as error:
-        raise DataError(f"{index} cannot be read ({error.strerror}); correct its permissions") from None
+        raise DataError(f"{file} cannot be read ({error.strerror}); correct its permissions") from None
 
 
-def zip_index(archive: zipfile.ZipFile, num: int, index: str = INDEX) -> bytes | None:
-    """The same of a zip. Raises DataError, or one of ZIP_ERRORS."""
-    if index not in archive.namelist():
+def zip_file(archive: zipfile.ZipFile, name: str, num: int) -> bytes | None:
+    """The same of a member of a zip. Raises DataError, or one of ZIP_ERRORS."""
+    if name not in archive.NameToInfo:
         return None
-    _check_index(f"{archive.filename}: {index}", archive.getinfo(index).file_size, num)
-    return archive.read(index)
+    _check_size(f"{archive.filename}: {name}", archive.getinfo(name).file_size, num)
+    return archive.read(name)
 
 
-def _check_index(where: str, size: int, num: int) -> None:
-    """Raises DataError for a dataset.json that would take memory and time for nothing."""
+def _check_size(where: str, size: int, num: int) -> None:
+    """Raises DataError for a file that would take memory and time for nothing."""
     if size > MAX_ENTRY * (1024 + num):
         raise DataError(f"{where} has {size >> 20:,} MB for {num:,} images; give the one of this set, or remove it")
 
@@ -244,6 +259,20 @@ def indexed_labels(source: str, names: Sequence[str], text: bytes | None, index:
             raise DataError(f"{where}: the label of {name} is {label!r}, not a class number; {remedy}")
         labels[row] = label
     return labels
+
+
+def _indexed_captions(source: str, text: bytes | None, labels: np.ndarray, index: str) -> tuple[str, ...]:
+    """The captions that `ddo data` stores in dataset.json, after its labels are read; () without. Raises DataError."""
+    texts = parse_json(text or b"{}").get("captions")
+    if texts is None:
+        return ()
+    are_texts = isinstance(texts, list) and all(isinstance(each, str) for each in texts)
+    if not are_texts or len(texts) != len(labels) or not np.array_equal(labels, np.arange(len(labels))):
+        raise DataError(
+            f"{source}: {index}: captions must be a list of {len(labels)} texts, and each image's label its place in "
+            "it; make the set again with `ddo data`"
+        )
+    return tuple(texts)
 
 
 def _class_names(text: bytes | None) -> Mapping[str, str]:

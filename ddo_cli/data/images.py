@@ -21,8 +21,9 @@ CHUNK = 256  # images per task of a thread
 def open_images(source: str, num: int | None = None, cache: bool = True, codec: Codec | None = None) -> ItemSet:
     """The items of a source.
 
-    source: a folder of images (sorted by name; labels from dataset.json, or else from two or more top-level subfolders
-    when every image lies in one); a zip of images (labels from dataset.json); an .npz (arr_0, samples or images: uint8,
+    source: a folder of images (sorted by name; labels from dataset.json, or else from captions, see `captions`, or else
+    from two or more top-level subfolders when every image lies in one); a zip of images (labels from dataset.json, or
+    from captions); an .npz (arr_0, samples or images: uint8,
     channels first or last, or float points (N, d); label, labels or arr_1: class numbers or one-hot rows); a folder of
     nothing but .npz files with the same arrays (their concatenation, sorted by name); cifar-10-python.tar.gz or the
     folder in it (its training images); a sample set that ddo wrote; latents or tokens of `ddo encode` or of EDM2's own
@@ -49,7 +50,7 @@ def open_images(source: str, num: int | None = None, cache: bool = True, codec: 
         items = opened.reader.items
     else:
         items = opened.reader.read(opened.positions)
-    return ItemSet(items, opened.labels, source, opened.num_classes, opened.encoded, opened.classes)
+    return ItemSet(items, opened.labels, source, opened.num_classes, opened.encoded, opened.classes, opened.captions)
 
 
 def _decoded(images: Source, keep: bool) -> np.ndarray:

@@ -36,7 +36,7 @@ class ItemSet(NamedTuple):
     or tokens, then read when indexed (`readers.Lazy`). labels: int64 (N,), -1 = none; name: as given by the user;
     num_classes: one more than the largest label, or the number of class folders or of one-hot columns; 0 = no labels.
     encoded: where latents or tokens come from; None for images and points. classes: names of the folders that gave the
-    labels, by class number.
+    labels, by class number. captions: of each item, or (); with them labels are 0, 1, ..., the numbers of the captions.
     """
 
     items: np.ndarray
@@ -45,6 +45,7 @@ class ItemSet(NamedTuple):
     num_classes: int
     encoded: Encoded | None = None
     classes: Mapping[str, str] = MappingProxyType({})
+    captions: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,8 +54,12 @@ class ItemSet(NamedTuple):
 
 
 def identity(items: ItemSet) -> dict[str, Any]:
-    """What a run stores of its data, and compares when it is continued: the hash, and names of classes where known."""
-    return {"data_sha256": digest(items), **({"classes": dict(items.classes)} if items.classes else {})}
+    """What a run stores of its data, and compares when it is continued: hashes, and names of classes where known."""
+    return {
+        "data_sha256": digest(items),
+        **({"classes": dict(items.classes)} if items.classes else {}),
+        **({"captions_sha256": hashed(*items.captions)} if items.captions else {}),
+    }
 
 
 def digest(items: ItemSet) -> str:
@@ -90,11 +95,18 @@ def check_fits(
     if items.encoded is not None:
         _check_encoder(items.name, items.encoded, codec)
     if not num_classes:
+        if items.captions:
+            console.info(f"{items.name}: captions are not read, since nothing here depends on labels")
         return
     if len(items.labels) and items.labels.min() < 0:
         raise DataError(
             f"{items.name} has items without label where the model has {num_classes} classes; add labels "
             f"({INDEX}, or a subfolder per class), or choose an unconditional model"
+        )
+    if items.captions and items.num_classes != num_classes:
+        raise DataError(
+            f"{items.name} has {len(items.captions)} images with captions where the model has {num_classes} classes; "
+            "give a text-to-image model, or move the captions elsewhere to train on classes"
         )
     if items.num_classes > num_classes:
         raise DataError(

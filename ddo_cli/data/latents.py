@@ -54,7 +54,7 @@ def open_latents(source: str, path: Path) -> Contents:
     if manifest.get("format") == FORMAT:
         return _open_shards(source, path, manifest)
     names = _entries(file.relative_to(path).as_posix() for file in path.rglob(f"{EDM2_NAME}*.npy"))
-    labels = image_files.indexed_labels(source, names, image_files.folder_index(path / INDEX, len(names)))
+    labels = image_files.indexed_labels(source, names, image_files.folder_file(path / INDEX, len(names)))
     stamp = cache.key_of(path, (path / name for name in names), names)
     return _edm2_set(source, names, FolderBytes(path, names), labels, stamp)
 
@@ -189,7 +189,7 @@ def _open_zip(source: str, path: Path) -> Contents:
     try:
         with zipfile.ZipFile(path) as archive:
             names = _entries(archive.namelist())
-            labels = image_files.indexed_labels(source, names, image_files.zip_index(archive, len(names)))
+            labels = image_files.indexed_labels(source, names, image_files.zip_file(archive, INDEX, len(names)))
             content = ZipBytes(path, archive, names)
     except ZIP_ERRORS as error:
         raise image_files.broken_zip(source, error) from None

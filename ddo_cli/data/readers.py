@@ -56,7 +56,8 @@ class Contents(NamedTuple):
 
     key: hash of names, sizes and times of the files; None for image files (of which only a part may be used), latents,
     and embedded sets. encoded: where latents come from. notes: what is assumed or left out, for people; warnings: what
-    speaks against comparing the set's scores; classes: names by class number, where folders have given the labels.
+    speaks against comparing the set's scores; classes: names by class number, where folders have given the labels;
+    captions: of each item, or (); with them an item's label is the number of its caption, which is its place.
     """
 
     reader: Reader
@@ -67,6 +68,7 @@ class Contents(NamedTuple):
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     classes: Mapping[str, str] = MappingProxyType({})
+    captions: tuple[str, ...] = ()
 
 
 class Memory:

@@ -25,7 +25,7 @@ class Source:
 
     positions: int64 (N,), rows of `reader`; labels: int64 (N,), -1 = none; num_classes, encoded: as in `items.ItemSet`;
     identity: changes with the path and with names, sizes and times of the files, not with labels; None if unknown;
-    notes, warnings, classes: as in `readers.Contents`.
+    notes, warnings, classes, captions: as in `readers.Contents`.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Source:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     classes: Mapping[str, str] = field(default_factory=dict)
+    captions: tuple[str, ...] = ()
 
     @property
     def num(self) -> int:
@@ -75,8 +76,11 @@ def open_source(source: str, num: int | None, in_memory: bool, is_prepared: bool
     notes = contents.notes
     if isinstance(reader, ImageFiles) and not is_prepared:
         notes = (*notes, *reader.peculiarities())
-    said = notes, contents.warnings, contents.classes
-    return Source(source, reader, rows, labels[rows], num_classes, identity, encoded, *said)
+    said, labels = (notes, contents.warnings, contents.classes), labels[rows]
+    captions = tuple(contents.captions[row] for row in rows) if contents.captions else ()
+    if captions:  # of fewer rows they are numbered anew
+        labels, num_classes = np.arange(len(rows)), len(rows)
+    return Source(source, reader, rows, labels, num_classes, identity, encoded, *said, captions)
 
 
 def _contents(source: str, path: Path, num: int | None, in_memory: bool, zip_classes: bool) -> Contents:
@@ -164,5 +168,4 @@ def _of_arrays(source: str, path: Path, files: Sequence[Path], in_memory: bool) 
 
 def _image_files(source: str, listing: image_files.Listing, content: FolderBytes | ZipBytes) -> Contents:
     files = ImageFiles(source, listing.names, content)
-    classes = count_classes(listing.labels)
-    return Contents(files, listing.labels, classes, None, None, listing.notes, listing.warnings, listing.classes)
+    return Contents(files, listing.labels, count_classes(listing.labels), None, None, *listing[2:])

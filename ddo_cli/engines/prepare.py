@@ -83,10 +83,12 @@ def run(
         more = f" and {len(made.problems) - 1} more" if len(made.problems) > 1 else ""
         console.warn(f"{source}: left out, since they cannot be used: {_named(images, made.problems)}{more}")
     labels = images.labels[made.rows]
+    num_classes = count_classes(labels) if _are_labelled(labels) and not images.captions else 0
     return {
         "out": str(out), "num_images": len(made.rows), "shape": list(shape), **preparation.protocol,
         "background": _hex(preparation.background or WHITE), "padding": _hex(preparation.padding),
-        "num_classes": count_classes(labels) if _are_labelled(labels) else 0, "classes": dict(images.classes),
+        "num_classes": num_classes, "classes": dict(images.classes),
+        **({"captions": len(made.rows)} if images.captions else {}),
         "effects": _effects(survey, made.rows, preparation), "left_out": len(made.problems),
         "problems": [_named(images, {row: made.problems[row]}) for row in sorted(made.problems)[:FEW_NAMES]],
         **size_of, **({"dry_run": True} if dry_run else {"images_per_second": speed}),
@@ -319,10 +321,12 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
 
 
 def _index(images: Source, rows: np.ndarray) -> bytes:
-    """dataset.json. EDM's code reads the labels, ours the names of the classes, too."""
-    labels = images.labels[rows]
+    """dataset.json. EDM's code reads the labels, ours names of classes and captions, too."""
+    labels = np.arange(len(rows)) if images.captions else images.labels[rows]
     pairs = [[_name(number), label] for number, label in enumerate(labels.tolist())] if _are_labelled(labels) else None
-    return json.dumps({"labels": pairs, **({"classes": dict(images.classes)} if images.classes else {})}).encode()
+    texts = [images.captions[row] for row in rows.tolist()] if images.captions else []
+    names = {"classes": dict(images.classes)} if images.classes else {}
+    return json.dumps({"labels": pairs, **names, **({"captions": texts} if texts else {})}).encode()
 
 
 def _are_labelled(labels: np.ndarray) -> bool:
