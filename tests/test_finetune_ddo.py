@@ -83,6 +83,8 @@ def test_layout_of_a_run(finished):
     header = checkpoint.read_header(out / "final.safetensors", kind="model")
     promoted = [record["round"] for record in result["rounds"] if record["promoted"]]
     assert [link["round"] for link in header["provenance"]] == promoted or not promoted
+    read = {"name", "seed", "data", "model", "sampling", "metric", "finetune"}  # of other sections weights know nothing
+    assert all(link["recipe"].keys() == read for link in header["provenance"])
     assert header["config"] == checkpoint.read_header(ckpt)["config"]
 
 

@@ -53,6 +53,7 @@ def test_a_tokenizer_is_trained_and_scored(trained):
     header = checkpoint.read_header(trained["final"], kind="tokenizer")
     assert header["config"]["shape"] == [3, 32, 32]
     assert header["provenance"][0]["steps"] == 12
+    assert header["provenance"][0]["recipe"].keys() == {"name", "seed", "data", "model", "pretrain"}
     items = torch.from_numpy(open_images("embedded:digits32", 64).items[:32].copy())
     model = tokenizer(trained["final"])
     back = model.decode(model.quantize.f_hat(model.encode(items)))

@@ -286,6 +286,10 @@ class Recipe(Section):
             )
         return self
 
+    def told(self, *sections: str) -> dict[str, Any]:
+        """Name, seed and these sections, JSON-ready: what provenance tells of a command that reads no others."""
+        return self.model_dump(mode="json", include={"name", "seed", *sections})
+
     def of_round(self, number: int) -> "Recipe":
         """The recipe of round `number` of a finetuning."""
         return self.model_copy(update={"finetune": self.finetune.of_round(number)})

@@ -153,13 +153,14 @@ class Round(NamedTuple):
             rows = compared(recipe.finetune.objective, images, other, ref.num_classes, recipe.seed, self.number)
             task = ddo_task(ref, rows, recipe.finetune, precision_error)
         scratch, start = registry.load_model(file, device, recipe.finetune.draw)
+        made_by = self.chain.recipe.told("data", "model", "sampling", "metric", "finetune")
+        del made_by["finetune"]["control"]  # it asks for a twin, and changes no weight of DDO
         link = {
             "command": "finetune-ddo",
             **({"control": True} if self.chain.is_control else {}),
             "round": self.number,
             "reference_sha256": start.sha256,
-            # Without the key that asks for a control: it changes no weight of DDO.
-            "recipe": self.chain.recipe.model_dump(mode="json", exclude={"finetune": {"control"}}),
+            "recipe": made_by,
         }
         header = {
             "kind": "model",

@@ -78,7 +78,7 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             labels = torch.from_numpy(real.labels[rows.held_out])
             levels = _accuracies(network.eval(), base, law, held_out, labels, device)
             if dist.is_main():
-                link = {"command": "train-classifier", "recipe": recipe.model_dump(mode="json")}
+                link = {"command": "train-classifier", "recipe": recipe.told("data", "model", "classifier")}
                 header = {"kind": "classifier", "config": config, "process": discriminators.PROCESS}
                 checkpoint.save(run_dir.final, network.state_dict(), {**header, "provenance": [link], "levels": levels})
             accuracy = sum(level["accuracy"] for level in levels) / len(levels)

@@ -404,7 +404,7 @@ def _header(
         "model": recipe.model.ckpt, "model_sha256": loaded.checkpoint.sha256, "data_sha256": digest(real),
         "fake_sha256": digest(fake), "num_fake": len(fake.items), "sampling": drawn,
     }  # fmt: skip
-    made_by = recipe.model_dump(mode="json")
+    made_by = recipe.told("data", "model", "sampling", "metric", "discriminator", "guidance")
     del made_by["discriminator"]["control"]  # may be added to a finished run, whose weights stay as they are
     link = {"command": "train-disc", "recipe": made_by, **trained_on}
     return {

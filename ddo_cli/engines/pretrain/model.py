@@ -74,7 +74,7 @@ def run(
             console.info(
                 f"pretrain {config['name']}: {parameters:,} parameters, {steps} steps of {settings.batch} images"
             )
-            link = {"command": "pretrain", "recipe": recipe.model_dump(mode="json"), "steps": steps}
+            link = {"command": "pretrain", "recipe": recipe.told("data", "model", "pretrain"), "steps": steps}
             sampling = recipe.sampling.model_dump(mode="json", exclude_none=True, exclude={"compile"})
             header = {"kind": "model", "config": config, "sampling": sampling, "provenance": [link]}
             snapshots = _Snapshots(settings, steps, out / "checkpoints", header)

@@ -154,7 +154,7 @@ def _finish(
             pictures.contact_sheet(torch.stack([some, back], 1).flatten(0, 1).numpy(), run_dir.path / "grid.png", 8)
     if dist.is_main():
         write_json(run_dir.path / "metrics.json", [figures])
-        provenance = [{"command": "pretrain", "recipe": recipe.model_dump(mode="json"), "steps": steps}]
+        provenance = [{"command": "pretrain", "recipe": recipe.told("data", "model", "pretrain"), "steps": steps}]
         config = vqvae.config_of(real.shape, model.options)
         checkpoint.save(run_dir.final, ema, {"kind": tokenizers.KIND, "config": config, "provenance": provenance})
     return figures
