@@ -182,7 +182,7 @@ def test_guidance_off_is_weight_0_is_no_discriminator(place, tmp_path):
 def test_a_guide_of_weight_0_changes_nothing(place):
     chosen = guides.choose(str(place / "d.safetensors"), None, {"dg_weight": 0.0}, device=CPU)
     base = guides.diffusion_model(chosen.model)
-    guide = guides.discriminator_guide(chosen.discriminator.network, chosen.settings)
+    guide = guides.discriminator_guide(chosen.discriminator.network, chosen.settings, base)
     x0, spec = torch.rand(4, 3, 32, 32), SamplingRecipe(steps=3, sigma_max=2.0)
     plain, weightless = (base.guided_by(g).sample(torch.arange(4), RowRng(range(4)), spec, x0) for g in ([], [guide]))
     assert torch.equal(plain.x, weightless.x)

@@ -5,21 +5,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_dit
 import torch
 from conftest import CPU, TINY_ENCODER, tiny_disc_recipe
+from test_flow import GoldenNoise
 from test_latents import DATA, encoded, ref, same
 from toy_latent import ToyCodec, make_toy
 
+from ddo_cli import checkpoint
 from ddo_cli.data.images import open_images
 from ddo_cli.data.samples import open_samples
 from ddo_cli.engines.analysis import analyze
 from ddo_cli.engines.discriminator import classifier as train_classifier
 from ddo_cli.engines.discriminator import train as train_disc
 from ddo_cli.engines.edit import edit
-from ddo_cli.engines.sampling import guide_sample, sample
+from ddo_cli.engines.sampling import guide_sample, guides, sample
 from ddo_cli.errors import UsageError
 from ddo_cli.models import registry
+from ddo_cli.models.discriminators import files as dg_files
+from ddo_cli.models.discriminators import registry as discriminators
+from ddo_cli.models.discriminators.adm_encoder import AdmClassifier
+from ddo_cli.models.discriminators.adm_head import AdmHead
 from ddo_cli.recipe.load import load
+from ddo_cli.recipe.schema import GuidanceRecipe, SamplingRecipe
 
 
 def test_a_discriminator_of_latents_guides(tmp_path):
@@ -97,3 +105,41 @@ def test_edit_starts_from_the_mean_latent(tmp_path):
         str(tmp_path / "source"), tmp_path / "edit", [0.0021], ckpt=ckpt, num=4, label=0, ref=ref(tmp_path), device=CPU
     )
     assert found["levels"][0]["psnr"] > 45
+
+
+def published_discriminator(folder, num_classes=10):
+    """A tiny discriminator of DG's latent kind from files in its names, filled by the rule of `test_dit`."""
+    layers = {"width": 64, "depth": 1, "channel_mult": [1]}
+    with torch.device("meta"):
+        trunk = AdmClassifier(in_channels=4, size=8, num_outputs=num_classes, **layers)
+        head = AdmHead(in_channels=64, size=8, num_outputs=1, num_labels=1000, **layers)
+    for name, network in (("trunk", trunk), ("head", head)):
+        shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
+        torch.save(test_dit.official_tensors(shapes), folder / f"{name}.pt")
+    found = dg_files.read(folder / "trunk.pt")
+    header = {"kind": "classifier", "config": found.config, "process": discriminators.PROCESS}
+    checkpoint.save(folder / "trunk.safetensors", found.tensors, header)
+    found = dg_files.read(folder / "head.pt", trunk=str(folder / "trunk.safetensors"), num_classes=num_classes)
+    network = discriminators.build("discriminator", found.config)
+    network.load_state_dict(found.tensors)
+    return network.eval().requires_grad_(False)
+
+
+def test_dgs_sampler_of_dit_equals_the_official_one(tmp_path):
+    """10 steps with both scales, the learned variance and the discriminator, which is told step / 999."""
+    base = test_dit.loaded(test_dit.build(precond="ddpm", learned_variance=True))
+    settings = GuidanceRecipe(dg_weight=100.0, time_min=0.1011)
+    guide = guides.discriminator_guide(published_discriminator(tmp_path), settings, base)
+    spec = SamplingRecipe(
+        sampler="ddpm", steps=10, cfg_channels=3, cfg_scale=1.25, cfg_scale_low=3.0, cfg_sigma_low=0.726
+    )
+    golden = {  # of the official code, CPU, float32; latents reach 1000, as nothing clips them
+        0.0: (64.0091019, 225.2626953, (-64.875885, -556.270386, -268.481476, 8.654218)),
+        100.0: (58.5619164, 230.9344940, (-51.857101, -534.488647, -315.086945, -4.769123)),
+    }
+    for weight, (mean, std, first) in golden.items():
+        with torch.no_grad():
+            found = base.guided_by([guide._replace(weight=weight)]).sample(torch.tensor([1, 3]), GoldenNoise(), spec)
+        assert found.disc_nfe == (9 if weight else 0)
+        assert (found.x.mean().item(), found.x.std(unbiased=False).item()) == pytest.approx((mean, std), rel=2e-6)
+        assert found.x[0, 0, 0, :4].tolist() == pytest.approx(first, abs=3e-3)

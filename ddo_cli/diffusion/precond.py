@@ -126,7 +126,7 @@ class Discrete(Preconditioner):
 
     sigmas: (M,) increasing, sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t). prediction: what F estimates: the noise,
     v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (arXiv 2202.00512), or the clean image. rescaled: the network is
-    told the step's number times 1000 / M.
+    told the step's number times 1000 / M. is_linear: whether the levels are those of DDPM's linear schedule.
     """
 
     def __init__(self, sigmas: Tensor, prediction: Prediction = "eps", rescaled: bool = False):
@@ -136,6 +136,8 @@ class Discrete(Preconditioner):
             raise ValueError("the noise levels of discrete steps must be two or more, finite, positive and increasing")
         self.sigmas, self.prediction = sigmas, prediction
         self.step_scale = NUM_STEPS / len(sigmas) if rescaled else 1.0
+        linear = linear_sigmas(len(sigmas)) if len(sigmas) > FEWEST_LINEAR else None
+        self.is_linear = linear is not None and torch.allclose(self.sigmas, linear.to(torch.float32), rtol=1e-4)
         self.sigma_min, self.sigma_max = self.sigmas[0].item(), self.sigmas[-1].item()
         self._table = functools.cache(functools.partial(to_device, self.sigmas))  # by device
 
@@ -157,6 +159,7 @@ class Discrete(Preconditioner):
 
 
 NUM_STEPS = 1000  # of every published discrete model
+FEWEST_LINEAR = 20  # up to so many steps the linear schedule's last beta is 1 or more
 IDDPM_C1, IDDPM_C2 = 0.001, 0.008  # largest shrinking of alpha_bar in a step; offset of the cosine
 
 

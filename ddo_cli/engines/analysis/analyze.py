@@ -61,7 +61,7 @@ def run(
     guides.warn_of_other_sampler(chosen.discriminator, spec)
     recipe = _recipe_of(file)
     real, rows = _held_out(recipe, data, file.header["trained_on"].get("data_sha256"), base, file.path)
-    guide = guides.discriminator_guide(chosen.discriminator.network, chosen.settings, len(base.codec.state_shape))
+    guide = guides.discriminator_guide(chosen.discriminator.network, chosen.settings, base)
     subject = Subject(base, guide, spec, recipe or Recipe(), real, rows, device)
     names = select(what, subject)
     _check(subject, settings, names)

@@ -75,7 +75,7 @@ def run(
     network = _untrained(config, recipe, device)
     loop.check(network, settings)
     scoring = Scoring(recipe, real, spec, device) if settings.select == "fid" else None
-    guide = guides.discriminator_guide(network, recipe.guidance, len(base.codec.state_shape))
+    guide = guides.discriminator_guide(network, recipe.guidance, base)
     if scoring is not None:
         scoring.check(boosts=guide.boost is not None)
         guides.check_acts(base, guide, spec)
@@ -272,7 +272,7 @@ class _Training:
     def guide_of(self, network: Trainable) -> GradientGuide:
         """Guidance by a network with the recipe's settings."""
         network = network.eval().requires_grad_(False)
-        return guides.discriminator_guide(network, self.recipe.guidance, len(self.base.codec.state_shape))
+        return guides.discriminator_guide(network, self.recipe.guidance, self.base)
 
     def gain(self, guide: GradientGuide) -> dict[str, Any] | None:
         """The gain on the held-out real items at the recipe's weight, see `metrics.gain`; None if it is not finite, or

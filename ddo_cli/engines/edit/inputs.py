@@ -34,7 +34,7 @@ class Editor(NamedTuple):
         """The model, guided if `is_guided` and there is a discriminator with a weight."""
         if not is_guided or self.disc is None or self.settings is None:
             return self.base
-        guide = guides.discriminator_guide(self.disc.network, self.settings, len(self.base.codec.state_shape))
+        guide = guides.discriminator_guide(self.disc.network, self.settings, self.base)
         return self.base.guided_by([guide])
 
     def guided_by(self) -> dict[str, Any]:

@@ -52,9 +52,9 @@ def run(
     if warning := guides.harm(file.header.get("heldout", {}).get("gain")):
         console.warn(warning)
     if rejection is not None:
-        network, ndim = chosen.discriminator.network, len(base.codec.state_shape)
+        network = chosen.discriminator.network
         by_rejection, figures = diffrs.guide(
-            base, guides.discriminator_guide(network, settings, ndim).potential, settings, rejection,
+            base, guides.discriminator_guide(network, settings, base).potential, settings, rejection,
             settled(spec, device), out, classes=classes, device=device, dry_run=dry_run,
         )  # fmt: skip
         record = {"discriminator_sha256": file.sha256, "diffrs": figures}
@@ -65,7 +65,7 @@ def run(
         )  # fmt: skip
         return {**drawn, "discriminator": file.path, "guidance": record}
     inner, record = guides.other_guides(others, base, device)
-    guide = guides.discriminator_guide(chosen.discriminator.network, settings, len(base.codec.state_shape))
+    guide = guides.discriminator_guide(chosen.discriminator.network, settings, base)
     guides.check_acts(base, guide, spec)
     record |= {"discriminator_sha256": file.sha256, **settings.model_dump(mode="json")}
     console.info(f"{chosen.model.checkpoint.path} guided by {file.path}, weight {settings.dg_weight:g}")

@@ -14,7 +14,7 @@ from ddo_cli import checkpoint, console, dist
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.diffusion.churn import Boost
 from ddo_cli.diffusion.denoiser import DiffusionModel, as_diffusion
-from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, Guide, Interval, Network
+from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, Guide, Interval, Network, Potential
 from ddo_cli.diffusion.precond import Discrete
 from ddo_cli.errors import CheckpointError, RunError, UsageError, printable
 from ddo_cli.likelihood import NO_LABEL
@@ -133,16 +133,32 @@ def warn_of_other_sampler(loaded: discriminators.Loaded, spec: SamplingRecipe) -
         )
 
 
-def discriminator_guide(network: nn.Module, settings: GuidanceRecipe, ndim: int = 3) -> GradientGuide:
-    """The guide of a discriminator. ndim: dimensions of one state, for the memory format of images."""
+def discriminator_guide(network: nn.Module, settings: GuidanceRecipe, base: DiffusionModel) -> GradientGuide:
+    """The guide of a discriminator for this model."""
     boost = None
     if settings.boost:
         boost = Boost(settings.boost_churn_period, settings.boost_weight_period, settings.boost_churn)
-    if ndim == 3:
+    if len(base.codec.state_shape) == 3:
         network = network.to(memory_format=torch.channels_last)
+    known = base.precond
+    potential = _told_steps(network, known) if isinstance(known, Discrete) and known.is_linear else network
     return GradientGuide(
-        network, settings.dg_weight, settings.dg_weight_2nd, settings.time_min, settings.time_max, settings.decay, boost
-    )
+        potential, settings.dg_weight, settings.dg_weight_2nd, settings.time_min, settings.time_max, settings.decay,
+        boost,
+    )  # fmt: skip
+
+
+def _told_steps(network: nn.Module, known: Discrete) -> Potential:
+    """The discriminator, told the index of the model's step, divided by the last one, in place of the VP time.
+
+    As DG's code for DiT does; the two are up to 0.0034 apart on the linear schedule.
+    """
+
+    def potential(x_vp: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        step = known.step_of(vp_sde.sigma_of(t)).to(torch.float64)
+        return network(x_vp, step / (len(known.sigmas) - 1), label)
+
+    return potential
 
 
 def check_acts(base: DiffusionModel, guide: GradientGuide, spec: SamplingRecipe) -> None:
