@@ -78,6 +78,13 @@ class _HeldOut(_Entries):
     gain: _Gain | None = None
 
 
+class _Base(_Entries):
+    """The file of the weights that an adapter changes."""
+
+    path: str
+    sha256: str
+
+
 class _Header(_Entries):
     kind: str
     config: _Config | None = None
@@ -85,6 +92,8 @@ class _Header(_Entries):
     guidance: dict[str, Any] = {}
     trained_on: _TrainedOn = _TrainedOn()
     heldout: _HeldOut = _HeldOut()
+    base: _Base | None = None  # of an adapter; None: the file is whole
+    adapter: dict[str, Any] = {}
     provenance: list[_Link] = []
     step: int = Field(0, ge=0)
 

@@ -273,6 +273,10 @@ class DiffusionModel(LikelihoodModel):
     def graphs(self) -> Sequence[nn.Module]:
         return (self.net,)
 
+    def adapter_targets(self) -> Sequence[str]:
+        """What the network names in its attribute of this name."""
+        return getattr(self.net, "adapter_targets", ())
+
     def check_sampling(self, spec: SamplingRecipe) -> None:
         """Raises UsageError for a sampler, noise levels or guides that do not go together or with the network."""
         check_fields(self, spec, SAMPLING_FIELDS)

@@ -20,7 +20,7 @@ from ddo_cli.engines.sampling import sample
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import LikelihoodModel
-from ddo_cli.models import registry
+from ddo_cli.models import adapters, registry
 from ddo_cli.recipe.schema import Recipe, SamplingRecipe, TrainRecipe
 from ddo_cli.trainable import Objective, Trainable
 from ddo_cli.training import loop
@@ -50,11 +50,13 @@ def of_finetuning(
     scoring: Scoring,
 ) -> dict[str, Any]:
     """Measures `finetune-ddo`: two steps of its first round, whose fakes are the batch of samples. rejected: of dpo."""
-    settings, model, device = recipe.of_round(1).finetune, loaded.model, scoring.device
+    settings, device = recipe.of_round(1).finetune, scoring.device
+    fresh = reference.copies_of(loaded, settings.draw)
+    model = fresh() if adapters.is_in(loaded.model) else loaded.model
     keep = sample.kept_of_fakes(model, settings.fake_as, scoring.spec)
     with _measured(device) as figures:
-        ref = reference.load(recipe.model.ckpt, settings, device).model
-        scratch = registry.load_model(recipe.model.ckpt, device).model  # holds averages while they are scored
+        ref = reference.frozen(fresh(), settings, device)
+        scratch = fresh()  # holds averages while they are scored
         fake, figures["images_per_second"] = _one_batch(scratch, scoring.spec, keep, device)
         other = None if rejected is None else (rejected.items, rejected.labels)
         like = settings.objective

@@ -26,6 +26,7 @@ from ddo_cli import checkpoint
 from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.errors import CheckpointError, RecipeError, UsageError, reason
 from ddo_cli.likelihood import LikelihoodModel
+from ddo_cli.models import adapters
 from ddo_cli.models.catalog import Catalog, option_problems
 from ddo_cli.models.loading import of_file
 from ddo_cli.models.var import tokenizers
@@ -120,9 +121,14 @@ class Loaded(NamedTuple):
 def load_model(path: str | Path, device: torch.device, draw: dict[str, Any] | None = None) -> Loaded:
     """A model from a weight file or "embedded:<name>". `draw` replaces its draw options.
 
-    Raises CheckpointError if the file does not hold a model of this program or its tensors do not fit.
+    Of an adapter's file the base is loaded, too. Raises CheckpointError if the file does not hold a model of this
+    program or its tensors do not fit.
     """
     file = checkpoint.load(path, kind="model")
+    if (base := adapters.base_of(file)) is not None:
+        model = load_model(base, device, draw).model
+        adapters.fill(model, file)
+        return Loaded(model, file._replace(tensors={}))
     config = check_config(file.header.get("config"), str(path))
     try:
         if config["name"] in BUILTIN:

@@ -28,6 +28,9 @@ class TokenModel(LikelihoodModel, ABC):
     def units(self) -> Sequence[nn.Module]:
         return list(self.blocks)
 
+    def adapter_targets(self) -> Sequence[str]:
+        return ("qkv", "out")
+
     def log_lik(self, prediction: Tensor, x: Tensor, draw: Any) -> Tensor:
         """log p(x), exact, (B,) nats: the sum over all tokens."""
         return prediction.sum(1)

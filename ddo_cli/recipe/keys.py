@@ -43,7 +43,7 @@ def spelled(annotation: Any) -> str:
 
 def markdown() -> str:
     """All keys as Markdown: a table for each section, and one for what the training sections share."""
-    sections = {name.partition(".")[0]: section for name, section, _ in fields() if "." in name}
+    sections = {name.rpartition(".")[0]: section for name, section, _ in fields() if "." in name}
     tables = [_table("Top level", Recipe), _table("Keys of every training section", TrainRecipe)]
     return "\n".join(tables + [_table(f"`{name}`", schema) for name, schema in sections.items()])
 

@@ -167,6 +167,7 @@ _OF_THE_RUN = (
     "fake_as",
     "keep_candidates",
     "control",
+    "adapter",
 )
 
 
@@ -184,6 +185,25 @@ _UNREAD: dict[ObjectiveName, tuple[str, ...]] = {
     "spin": ("alpha", "divide_by_alpha"),
     "dpo": ("alpha", "divide_by_alpha", "num_fake", "fake_as"),
 }
+
+
+class AdapterRecipe(Section):
+    """An adapter as the trained part, in place of all weights. Needs the extra `lora`."""
+
+    kind: Literal["lora"] | None = key(None, "lora: low-rank changes (arXiv 2106.09685). Default: train all weights.")
+    rank: int = key(16, "Rank of the changes.", ge=1, le=1024)
+    alpha: float = key(16.0, "Their scale is alpha / rank.", gt=0)
+    targets: list[Annotated[str, Field(min_length=1, max_length=200)]] = key(
+        [], "Layers that are changed, by the ends of their names. Default: the network's projections of attention."
+    )
+
+    @model_validator(mode="after")
+    def _has_kind(self) -> "AdapterRecipe":
+        for name, value in self:
+            if self.kind is None and value != type(self).model_fields[name].default:
+                text = "has no effect without an adapter; set kind = lora, or leave it out"
+                raise ValidationError.from_exception_data("AdapterRecipe", [_problem([name], value, text)])
+        return self
 
 
 class FinetuneRecipe(TrainRecipe):
@@ -223,6 +243,7 @@ class FinetuneRecipe(TrainRecipe):
         "float32", "Storage of the reference's weights. bf16 saves memory and changes the log-ratio a little."
     )
     draw: dict[str, Any] = key({}, "Randomness in place of the reference's, e.g. {p_std: 1.0}.")
+    adapter: AdapterRecipe = AdapterRecipe()
     eval_every: int = key(3840, "Images between candidates of a round.", ge=1)
     patience: int | None = key(
         None, "End a round after this many candidates in a row without a better score. Default: never.", ge=1
@@ -285,6 +306,15 @@ class FinetuneRecipe(TrainRecipe):
         if self.compile and self.reference_precision == "bf16":
             text = "does not go with reference_precision = bf16, whose blocks are upcast one by one; leave one out"
             raise ValidationError.from_exception_data("FinetuneRecipe", [_problem(["compile"], True, text)])
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_shares_its_base(self) -> "FinetuneRecipe":
+        base = "does not go with an adapter, beside whose frozen base there is little to"
+        odd = [("sharding", "fsdp", f"{base} shard; use ddp"), ("reference_precision", "bf16", f"{base} store anew")]
+        for name, value, text in odd:
+            if self.adapter.kind and getattr(self, name) == value:
+                raise ValidationError.from_exception_data("FinetuneRecipe", [_problem([name], value, text)])
         return self
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from ddo_cli.data.items import ItemSet, check_enough, check_fits, digest
 from ddo_cli.data.items import identity as identity_of
 from ddo_cli.engines import dry_run as dry_runs
 from ddo_cli.engines import training_run
-from ddo_cli.engines.ddo import auto, promotion, sweep
+from ddo_cli.engines.ddo import auto, promotion, reference, sweep
 from ddo_cli.engines.ddo import report as finetune_report
 from ddo_cli.engines.ddo.rejected import open_rejected
 from ddo_cli.engines.ddo.round import FIRST_FAKE_SEED, Chain, Round, copy_weights
@@ -47,7 +47,7 @@ def run(
     Raises NumericsError when the loss is not finite or the plain loss on data diverges.
     """
     registry.load_file(recipe.model.file)
-    loaded = registry.load_model(recipe.model.ckpt, device, recipe.finetune.draw)
+    loaded = reference.start_of(recipe, recipe.model.ckpt, device)
     real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache, loaded.model.codec)
     check_fits(real, loaded.model, recipe.data.hflip, every_class=True)
     spec = _sampling(recipe, loaded)
@@ -159,11 +159,11 @@ def _needed(chains: Sequence[Chain], run_dir: rundir.RunDir, state: dict[str, An
     return None if path.suffix == ".png" else ""
 
 
-def _sampling(recipe: Recipe, reference: registry.Loaded) -> SamplingRecipe:
+def _sampling(recipe: Recipe, start: registry.Loaded) -> SamplingRecipe:
     """The recipe's sampling; what it does not set is the reference's."""
     given = {key: getattr(recipe.sampling, key) for key in recipe.sampling.model_fields_set}
-    spec = sample.spec_of(reference.checkpoint, **given)
-    reference.model.check_sampling(spec)
+    spec = sample.spec_of(start.checkpoint, **given)
+    start.model.check_sampling(spec)
     return spec
 
 
@@ -186,27 +186,27 @@ def _check_objective(recipe: Recipe, model: LikelihoodModel) -> None:
         console.info(f"not read by finetune.objective = {settings.objective}: {names}")
 
 
-def _plans(recipe: Recipe, reference: registry.Loaded, scoring: Scoring, real: ItemSet) -> list[sweep.Plan]:
+def _plans(recipe: Recipe, start: registry.Loaded, scoring: Scoring, real: ItemSet) -> list[sweep.Plan]:
     """The plan of each round. Raises RecipeError, DataError or UsageError if one of them cannot be run."""
-    config, plans = reference.checkpoint.header["config"], []
+    config, plans = start.checkpoint.header["config"], []
     for number in range(1, recipe.finetune.rounds + 1):
         settings = recipe.finetune.of_round(number)
         draw = {**config["draw"], **settings.draw}
         place = f"round {number}: finetune.draw"
         if problems := registry.problems(config["name"], config["options"], draw, place):
             raise RecipeError("\n".join(problems))
-        loop.check(reference.model, settings)
+        loop.check(start.model, settings)
         check_enough(real.name, len(real.items), settings.batch, "finetune.batch")
         if settings.num_drawn:
-            sample.kept_of_fakes(reference.model, settings.fake_as, scoring.spec)
-            check_labels(scoring.spec, reference.model.num_classes, settings.num_fake)
+            sample.kept_of_fakes(start.model, settings.fake_as, scoring.spec)
+            check_labels(scoring.spec, start.model.num_classes, settings.num_fake)
             check_enough("a fake set (finetune.num_fake)", settings.num_fake, settings.batch, "finetune.batch")
         if settings.margin and scoring.density is None and scoring.repeats == 1:
             raise UsageError(
                 f"finetune.margin = {settings.margin:g} counts standard errors, which one range of seeds does not "
                 "tell; set metric.repeats to 2 or more, or leave the margin out"
             )
-        plans.append(sweep.plan_of(recipe.of_round(number), partial(scoring.passes, reference.model)))
+        plans.append(sweep.plan_of(recipe.of_round(number), partial(scoring.passes, start.model)))
     last = (scoring.table_ranges.stop * recipe.metric.num_images) - 1
     if scoring.density is None and last >= FIRST_FAKE_SEED:
         raise UsageError(

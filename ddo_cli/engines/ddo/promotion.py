@@ -18,7 +18,6 @@ from ddo_cli.errors import RunError
 from ddo_cli.files import read_json, remove, write_json
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.metrics.uncertainty import Mean, improvement, mean
-from ddo_cli.models import registry
 from ddo_cli.training.ema import snapshot_name
 from ddo_cli.training.state import drop_state
 
@@ -31,11 +30,12 @@ def promote(this: Round, trials: list[Trial], before: dict[str, Any]) -> dict[st
     before: the record of the reference. Returns the round's record: the figures of the model that the round leads to,
     the best candidate's improvement, and whether it was promoted.
     """
-    scoring, device = this.chain.scoring, this.chain.device
+    scoring = this.chain.scoring
     key = scoring.key
     trial, step = min(candidates_of(trials), key=lambda pair: sweep.rank(pair[0].candidates[str(pair[1])][key]))
     source, file = trial.candidate_file(step), this.path / "best-scores.json"
-    candidate, chosen_by = registry.load_model(source, device).model, {"0": trial.candidates[str(step)]}
+    candidate, chosen_by = trial.networks.scratch, {"0": trial.candidates[str(step)]}
+    candidate.load_state_dict(checkpoint.load(source, kind="model").tensors)
     promotion = scores_on(scoring.promotion_ranges, scoring, candidate, file, chosen_by)
     gain = improvement(_of(key, before["promotion"]), _of(key, promotion))
     promoted = is_better(gain, this.recipe.finetune.margin)

@@ -1,7 +1,8 @@
-"""The frozen reference of a round: kept in fewer bytes, or spread over processes, where the recipe asks."""
+"""What a round starts from, and its frozen reference: kept in fewer bytes, or spread over processes, if asked."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ddo_cli.data.items import ItemSet
 from ddo_cli.data.pairs import Shuffled
 from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import LikelihoodModel
-from ddo_cli.models import registry
+from ddo_cli.models import adapters, registry
 from ddo_cli.objectives.ddo_step import ddo_batch
 from ddo_cli.precision import inference_precision, resolved
 from ddo_cli.recipe.schema import FinetuneRecipe, Recipe
@@ -27,10 +28,34 @@ from ddo_cli.training import loop
 LARGEST_ERROR = 0.1
 
 
-def load(file: str | Path, settings: FinetuneRecipe, device: torch.device) -> registry.Loaded:
-    """The reference, frozen, as training uses it."""
-    loaded = registry.load_model(file, device, settings.draw)
-    model = loaded.model
+def start_of(recipe: Recipe, file: str | Path, device: torch.device) -> registry.Loaded:
+    """The model of a file as training begins with it: with the adapter that the recipe asks for.
+
+    Raises UsageError for an adapter's file without that, or with another adapter.
+    """
+    loaded, settings = registry.load_model(file, device, recipe.finetune.draw), recipe.finetune.adapter
+    if settings.kind:
+        # A whole file within a run is a copy of the one that it started from: no round was promoted yet.
+        own = adapters.add(loaded.model, loaded.checkpoint, settings, recipe.seed, recipe.model.ckpt)
+        return loaded._replace(checkpoint=own)
+    if adapters.is_in(loaded.model):
+        raise UsageError(
+            f"{file} is an adapter: train it on with finetune.adapter = {{kind: lora}} and its settings, or all "
+            "weights of what `ddo export --merge` makes of it"
+        )
+    return loaded
+
+
+def copies_of(loaded: registry.Loaded, draw: dict[str, Any]) -> Callable[[], LikelihoodModel]:
+    """Makes models equal to this one: anew of its file, or with an adapter twins that share its base."""
+    if adapters.is_in(loaded.model):
+        return partial(adapters.twin, loaded.model)
+    file, device = loaded.checkpoint.path, next(loaded.model.parameters()).device
+    return lambda: registry.load_model(file, device, draw).model
+
+
+def frozen(model: LikelihoodModel, settings: FinetuneRecipe, device: torch.device) -> LikelihoodModel:
+    """The model as the reference that training compares with."""
     model.before_step()  # as the model's first step does, so that r starts at exactly 0
     if settings.compilable and compilation.is_on(settings.compile, device):
         compilation.compile_network(model)
@@ -38,8 +63,7 @@ def load(file: str | Path, settings: FinetuneRecipe, device: torch.device) -> re
         keep_bf16(model)
     if settings.sharding == "fsdp":
         sharding.shard(model, model.units(), methods=("predict", "log_lik"))
-    model.requires_grad_(False)
-    return loaded
+    return model.requires_grad_(False)
 
 
 def keep_bf16(model: LikelihoodModel) -> None:
@@ -108,7 +132,8 @@ def precision_error(recipe: Recipe, file: str | Path, real: ItemSet, number: int
     exact.before_step()
     rounded = exact
     if settings.reference_precision == "bf16":
-        rounded = load(file, settings.model_copy(update={"sharding": "ddp"}), device).model
+        rounded = registry.load_model(file, device, settings.draw).model
+        frozen(rounded, settings.model_copy(update={"sharding": "ddp"}), device)
     pairs = Shuffled(real.items, real.labels, "real", seed, number, hflip=recipe.data.hflip)
     square = torch.zeros((), device=device, dtype=torch.float64)
     for start, stop in loop.local_rows(settings.batch, settings.micro_batch):

@@ -21,7 +21,7 @@ from ddo_cli.engines.sampling import sample
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.files import replacing
 from ddo_cli.likelihood import LikelihoodModel
-from ddo_cli.models import registry
+from ddo_cli.models import adapters, registry
 from ddo_cli.objectives.ddo import DdoSettings, r_std
 from ddo_cli.objectives.ddo_step import ddo_objective
 from ddo_cli.objectives.likelihood import plain_objective
@@ -140,19 +140,23 @@ class Round(NamedTuple):
         recipe, file, device = self.recipe, self.ref_file, self.chain.device
         # The same order of real images for DDO and its control.
         images = Shuffled(real.items, real.labels, "real", recipe.seed, self.number, hflip=recipe.data.hflip)
-        if self.chain.is_control:
-            task, precision_error = Task(images, lambda model, _: plain_objective(model), dict), None
-        else:
+        other = None if rejected is None else (rejected.items, rejected.labels)
+        precision_error = None
+        if not self.chain.is_control:
             precision_error = reference.check_precision(recipe, file, real, self.number, device)
-            other = None if rejected is None else (rejected.items, rejected.labels)
             if recipe.finetune.num_drawn:
                 self.draw_fakes()
                 fake = open_samples(self.path / "samples")
                 other = fake.items, fake.labels
-            ref = reference.load(file, recipe.finetune, device).model
+        loaded = reference.start_of(recipe, file, device)
+        start, fresh = loaded.checkpoint, reference.copies_of(loaded, recipe.finetune.draw)
+        scratch = fresh() if adapters.is_in(loaded.model) else loaded.model
+        if self.chain.is_control:
+            task = Task(images, lambda model, _: plain_objective(model), dict)
+        else:
+            ref = reference.frozen(fresh(), recipe.finetune, device)
             rows = compared(recipe.finetune.objective, images, other, ref.num_classes, recipe.seed, self.number)
             task = ddo_task(ref, rows, recipe.finetune, precision_error)
-        scratch, start = registry.load_model(file, device, recipe.finetune.draw)
         made_by = self.chain.recipe.told("data", "model", "sampling", "metric", "finetune")
         del made_by["finetune"]["control"]  # it asks for a twin, and changes no weight of DDO
         link = {
@@ -162,13 +166,14 @@ class Round(NamedTuple):
             "reference_sha256": start.sha256,
             "recipe": made_by,
         }
-        header = {
+        header: dict[str, Any] = {
             "kind": "model",
             "config": start.header["config"],
+            **{key: start.header[key] for key in ("adapter", "base") if key in start.header},
             "sampling": self.chain.scoring.spec.model_dump(mode="json", exclude_none=True, exclude={"compile"}),
             "provenance": [*start.header.get("provenance", []), link],
         }
-        return Networks(task, start.sha256, scratch, header, precision_error)
+        return Networks(task, start.sha256, fresh, scratch, header, precision_error)
 
 
 class Task(NamedTuple):
@@ -204,6 +209,7 @@ class Networks(NamedTuple):
 
     task: Task
     ref_sha256: str
+    fresh: Callable[[], LikelihoodModel]  # the model that each trial trains, equal to the reference
     scratch: LikelihoodModel  # holds averaged weights while they are scored
     header: dict[str, Any]  # of every checkpoint: the reference's configuration and a longer chain of provenance
     precision_error: float | None  # of r, in nats, on the first batch; None in float32

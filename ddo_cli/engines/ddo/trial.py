@@ -13,7 +13,6 @@ from ddo_cli.engines.ddo.round import Networks, Round
 from ddo_cli.engines.ddo.sweep import Setting, survivors
 from ddo_cli.errors import NumericsError
 from ddo_cli.files import read_json, remove, write_json
-from ddo_cli.models import registry
 from ddo_cli.training import loop
 from ddo_cli.training.ema import snapshot_name
 from ddo_cli.training.meter import Meter
@@ -55,7 +54,7 @@ class Trial:
         try:
             if is_last and self._score_kept():
                 return
-            model = registry.load_model(self.round.ref_file, self.round.chain.device, self.settings.draw).model
+            model = self.networks.fresh()
             task = self.networks.task
             objective = task.objective(model, self.setting)
             events = loop.fit(model, objective, task.stream, self._plan(until), self._meter())

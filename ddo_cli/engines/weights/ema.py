@@ -170,6 +170,8 @@ def combined(snapshots: Sequence[Snapshot], weights: np.ndarray) -> dict[str, Te
     with torch.device("meta"):
         network = registry.build(config)
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    if "base" in last.header:  # of an adapter, which is all that its file holds
+        trained = {name for name, _ in checkpoint.tensors(last.file)}
     sums: dict[str, Tensor] = {}
     for snapshot, weight in zip(snapshots, weights, strict=True):
         names = set()

@@ -10,7 +10,8 @@ from ddo_cli.errors import UsageError
 from ddo_cli.files import read_json, sha256
 
 DESCRIBING = (  # entries of a header that are shown unchanged
-    "config", "process", "trained_on", "guidance", "heldout", "sampling", "step", "owner", "metric", "protocol", "data",
+    "config", "adapter", "base", "process", "trained_on", "guidance", "heldout", "sampling", "step", "owner", "metric",
+    "protocol", "data",
 )  # fmt: skip
 
 

@@ -73,6 +73,8 @@ class AdmUnet(nn.Module):
     Raises ValueError if the sizes do not divide.
     """
 
+    adapter_targets = ("qkv", "proj_out")
+
     def __init__(
         self, in_channels: int, out_channels: int, size: int, num_classes: int, options: AdmUnetOptions
     ) -> None:

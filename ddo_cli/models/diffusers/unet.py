@@ -237,6 +237,8 @@ def config_of(unet: Config, scheduler: Config) -> Config:
 class DiffusersUnet(nn.Module):
     """net(x, c_noise, label) -> F around the library's network. unet: its configuration."""
 
+    adapter_targets = ("to_q", "to_k", "to_v", "to_out")
+
     def __init__(self, unet: Config):
         super().__init__()
         full = unet_arguments(unet)

@@ -124,6 +124,8 @@ class Dit(nn.Module):
     num_classes: 0 = unconditional, labels are then ignored. The last row of the label table is that of no label.
     """
 
+    adapter_targets = ("attn.qkv", "attn.proj")
+
     def __init__(self, channels: int, size: int, num_classes: int, options: DitOptions) -> None:
         super().__init__()
         width, patch, self.num_classes = options.width, options.patch, num_classes

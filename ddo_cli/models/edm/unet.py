@@ -62,6 +62,8 @@ class EdmUnet(nn.Module):
     num_classes: 0 = unconditional, labels are then ignored
     """
 
+    adapter_targets = ("qkv", "proj")
+
     def __init__(
         self, in_channels: int, out_channels: int, size: int, num_classes: int, options: EdmUnetOptions
     ) -> None:

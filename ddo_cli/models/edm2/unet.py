@@ -60,6 +60,8 @@ class Edm2Unet(nn.Module):
     num_classes: 0 = unconditional, labels are then ignored
     """
 
+    adapter_targets = ("attn_qkv", "attn_proj")
+
     def __init__(self, in_channels: int, out_channels: int, size: int, num_classes: int, options: Edm2Options) -> None:
         super().__init__()
         check_side(size, 2 ** (len(options.channel_mult) - 1), "channel_mult")

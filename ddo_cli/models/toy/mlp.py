@@ -28,6 +28,8 @@ class MLP(nn.Module):
 
     frequencies: Tensor
 
+    adapter_targets = ("hidden",)
+
     def __init__(self, *, dim: int, num_classes: int, width: int, depth: int) -> None:
         super().__init__()
         self.num_classes = num_classes

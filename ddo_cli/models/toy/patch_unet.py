@@ -102,6 +102,8 @@ class PatchUNet(PatchEncoder):
     num_classes: 0 = unconditional, labels are then ignored
     """
 
+    adapter_targets = ("conv1", "conv2")  # it has no attention
+
     def __init__(
         self,
         in_channels: int,

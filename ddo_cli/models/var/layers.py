@@ -13,13 +13,20 @@ NORM_EPS = 1e-6
 LARGEST_SCALE = 100.0  # of normalised queries
 
 
+class Qkv(nn.Linear):
+    """A linear map whose bias is made outside."""
+
+    def forward(self, h: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+        return F.linear(h, self.weight, bias)
+
+
 class Attention(nn.Module):
     """Self-attention. Queries and keys are unit vectors, queries times a learned scale per head (if l2_norm)."""
 
     def __init__(self, width: int, heads: int, l2_norm: bool):
         super().__init__()
         self.heads, self.l2_norm = heads, l2_norm
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = Qkv(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))  # keys have none: it would shift all logits of a query alike
         self.v_bias = nn.Parameter(torch.zeros(width))
         if l2_norm:
@@ -32,7 +39,7 @@ class Attention(nn.Module):
         cache: filled with these positions, `start` and on; every position in it so far is seen.
         """
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        split = F.linear(h, self.qkv.weight, bias).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        split = self.qkv(h, bias).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = split.unbind(0)  # (B, heads, l, C / heads) each
         scale = 0.25 / math.sqrt(query.shape[-1])
         if self.l2_norm:
