@@ -1,6 +1,7 @@
 """Adapters: every network of the package starts as its base, trains nothing else, and its files find their base."""
 
 import json
+from pathlib import Path
 
 import families
 import pytest
@@ -96,7 +97,7 @@ def test_a_run_trains_the_adapter_alone(finished):
     loaded = registry.load_model(candidate, CPU)
     assert loaded.checkpoint.sha256 == sha256(candidate)
     assert loaded.model.state_dict().keys() == file.tensors.keys()
-    assert sha256(ckpt) == base.sha256
+    assert sha256(Path(ckpt)) == base.sha256
     tensors = dict(loaded.model.named_parameters())
     for name, tensor in base.tensors.items():
         owner, _, last = name.rpartition(".")
