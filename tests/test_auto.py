@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -34,20 +33,47 @@ def curve(best: float, width: float = 1.0):
         (1e-6, [0.05, 0.1, 0.2, 0.025, 0.0125, 0.00625, 0.00313, 0.00221, 0.00443], 0.00221),  # as many as may be
     ],
 )
-def test_trials_go_on_while_the_best_one_is_at_an_end(monkeypatch, best, tried, found):
-    asked = []
-
-    def score(this, networks, setting):
-        assert setting.alpha == 4.0
-        asked.append(setting.beta)
-        return curve(best)(setting.beta)
-
-    monkeypatch.setattr(auto, "_score", score)
-    scores = auto._scores(None, None, 4.0, 0.1)
+def test_trials_go_on_while_the_best_one_is_at_an_end(best, tried, found):
+    scores, asked = explored(curve(best))
     assert len(asked) == len(set(asked))
     assert sorted(asked) == sorted(scores) == sorted(tried)
-    assert auto._best(scores) == found
-    assert auto.is_at_end(scores) == (best == 1e-6)
+    assert auto.best_of(scores) == found
+
+
+def explored(score):
+    """Of a search that begins at 0.1: scores by beta, and the betas that were asked for."""
+    asked = []
+    return auto.explored(0.1, lambda beta: asked.append(beta) or score(beta)), asked
+
+
+def test_an_end_that_was_not_worth_it_is_not_gone_beyond():
+    """The score falls by 1 % with each half of beta, as where the loss is linear; by 3 % it is worth it."""
+    for each, most in ((0.01, 5), (0.03, 9)):
+        scores, _ = explored(lambda beta, each=each: (1 - each) ** -math.log2(beta))
+        assert len(scores) == most
+
+
+@pytest.mark.parametrize(
+    ("best", "asked"),
+    [
+        (0.1, [0.1, 0.2]),  # short trainings were right; 0.2 was second there
+        (0.2, [0.1, 0.2, 0.4]),
+        (0.8, [0.1, 0.2, 0.4, 0.8]),  # as many as may be
+        (0.01, [0.1, 0.2]),  # on the side that looked worse
+    ],
+)
+def test_whole_trainings_go_downhill(best, asked):
+    short = {0.05: 3.0, 0.1: 1.0, 0.2: 2.0, 0.4: 4.0, 0.8: 5.0, 1.6: 6.0}
+    order = []
+    whole = auto.finished(short, lambda beta: order.append(beta) or curve(best)(beta))
+    assert order == asked == list(whole)
+    assert auto.best_of(whole) == min(asked, key=curve(best))
+
+
+def test_whole_trainings_leave_out_what_has_diverged():
+    whole = auto.finished({0.1: math.inf, 0.2: 1.0, 0.4: 2.0}, curve(0.01))
+    assert list(whole) == [0.2, 0.4]
+    assert list(auto.finished({0.1: math.inf, 0.2: 1.0}, curve(0.01))) == [0.2]
 
 
 def test_where_a_search_begins_by_hand():
@@ -75,20 +101,14 @@ def test_words():
 
 
 def test_a_search_goes_away_from_what_diverges(monkeypatch):
-    def score(this, networks, setting):
-        return math.inf if setting.beta < limit else curve(0.5)(setting.beta)
-
-    monkeypatch.setattr(auto, "_score", score)
-    limit = 0.3
-    assert sorted(auto._scores(None, None, 4.0, 0.1)) == [0.05, 0.1, 0.2, 0.283, 0.4, 0.566, 0.8]
-    limit = math.inf
-    assert max(auto._scores(None, None, 4.0, 0.1)) == 4.53  # the last of nine
+    scores, _ = explored(lambda beta: math.inf if beta < 0.3 else curve(0.5)(beta))
+    assert sorted(scores) == [0.05, 0.1, 0.2, 0.283, 0.4, 0.566, 0.8]
+    monkeypatch.setattr(auto, "Trial", lambda *_: SimpleNamespace(train=lambda _: None, score_at=lambda _: math.inf))
     this = SimpleNamespace(
-        path=Path("nowhere"), plan=SimpleNamespace(settings=[Setting(4.0, math.nan)]), title="round 2/2",
-        recipe=load("quickstart"),
-    )  # fmt: skip
+        plan=SimpleNamespace(settings=[Setting(4.0, math.nan)], short=3), title="round 2/2", recipe=load("quickstart")
+    )
     with pytest.raises(NumericsError, match=r"round 2/2: training diverges with every beta from 0\.05 to 4\.53"):
-        auto.find(this, None, [{"beta": 0.1}])
+        auto.search(this, None, [{"beta": 0.1}])  # 4.53 is the last of nine
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +127,11 @@ def test_beta_is_told_everywhere(found):
     page = (out / "report.html").read_text()
     for record, shown in zip(rounds, result["rounds"], strict=True):
         number, beta = record["round"], record["beta"]
-        assert (record["alpha"], beta, record["tried"]) == (2.0, shown["beta"], shown["tried"])
-        scores = {each["beta"]: each["score"] for each in record["tried"]}
-        assert len(scores) >= 5
-        assert beta == min(scores, key=scores.__getitem__)
+        assert (record["alpha"], beta, record["nodes"]) == (2.0, shown["beta"], shown["nodes"])
+        assert len(record["nodes"]) >= 5
+        ends = {node["beta"]: min(each["score"] for each in node["candidates"]) for node in finished_of(record)}
+        assert len(ends) >= 2
+        assert beta == min(ends, key=ends.__getitem__)
         assert f"beta {beta:g}" in page
         lines = [line["step"] for line in log if (line["round"], line["beta"]) == (number, beta)]
         assert lines == [2, 4, 6]
@@ -120,9 +141,14 @@ def test_beta_is_told_everywhere(found):
             assert best["provenance"][-1]["beta"] == beta
     starts = (auto.first(2.0, 3 * 32 * 32), rounds[0]["beta"])
     assert all(
-        start in [each["beta"] for each in record["tried"]] for start, record in zip(starts, rounds, strict=True)
+        start in [each["beta"] for each in record["nodes"]] for start, record in zip(starts, rounds, strict=True)
     )
     assert "beta" not in result["control"]["rounds"][0]
+    assert "sweep_cost" not in result
+
+
+def finished_of(record):
+    return [node for node in record["nodes"] if node["outcome"] == "finished"]
 
 
 def test_it_trains_as_with_that_beta_given(found, tmp_path):
@@ -132,19 +158,20 @@ def test_it_trains_as_with_that_beta_given(found, tmp_path):
     finetune.run(given, tmp_path / "run", device=CPU)
     (alone,) = json.loads((tmp_path / "run" / "state.json").read_text())["rounds"]
     assert alone["candidates"] == first["candidates"]
+    assert alone["repeats"] == first["repeats"]
 
 
 def test_dry_run_tells_the_most_that_it_takes(found, tmp_path):
     ckpt, _, _ = found
     recipe = tiny_recipe(ckpt, "diffusion", *AUTO)
     told = finetune.run(recipe, tmp_path / "run", device=CPU, dry_run=True)
-    assert told["beta_auto"] == {"trials_at_most": 9, "steps_of_a_trial": 3}
+    assert told["beta_auto"] == {"trials_at_most": 9, "whole_trials_at_most": 4, "steps_of_a_trial": 3}
     given = tiny_recipe(ckpt, "diffusion", *AUTO[1:])
     fixed = finetune.run(given, tmp_path / "run", device=CPU, dry_run=True)
     steps = [
         each["measured"]["hours"]["training"] * 3600 / each["measured"]["seconds_per_step"] for each in (told, fixed)
     ]
-    assert steps == pytest.approx([2 * (6 + 9 * 3), 2 * 6])
+    assert steps == pytest.approx([2 * (9 * 3 + 4 * 3), 2 * 6])
 
 
 @pytest.mark.slow

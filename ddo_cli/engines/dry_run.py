@@ -109,12 +109,16 @@ def _work_of_rounds(recipe: Recipe, plans: Sequence[sweep.Plan], scoring: Scorin
     at_rungs = sum(
         len(node["rungs"]) * plan.images for plan, nodes in zip(plans, rounds, strict=True) for node in nodes
     )
-    searching = [plan for plan in plans if plan.is_auto]  # each for as long as it may take
-    at_rungs += auto.MOST_TRIALS * sum(plan.images for plan in searching)
-    short = auto.MOST_TRIALS * sum(plan.short for plan in searching)
+    searching = [plan for plan in plans if plan.is_auto]  # each for as long as it may take, one training counted above
+    at_rungs += auto.MOST_SHORT * sum(plan.images for plan in searching)
+    more = (auto.MOST_WHOLE - 1) * sum(len(plan.candidates_at) for plan in searching)
+    scores, stored = scores + more, stored + more * (settings.keep_candidates == "all")
+    searched = sum(
+        (auto.MOST_SHORT - 1) * plan.short + (auto.MOST_WHOLE - 1) * (plan.steps - plan.short) for plan in searching
+    )
     per_score = recipe.metric.num_images
     return Work(
-        steps=sum(node["stopped_at"] for nodes in rounds for node in nodes) + short,
+        steps=sum(node["stopped_at"] for nodes in rounds for node in nodes) + searched,
         scored=0 if scoring.density is not None else scores * per_score + at_rungs,  # densities are of points
         fake=sum(settings.of_round(number).num_drawn for number in range(1, settings.rounds + 1)),
         stored=stored * max(len(settings.ema_widths), 1) + len(rounds) + 1,

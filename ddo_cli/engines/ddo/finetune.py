@@ -23,8 +23,7 @@ from ddo_cli.engines import training_run
 from ddo_cli.engines.ddo import auto, promotion, reference, sweep
 from ddo_cli.engines.ddo import report as finetune_report
 from ddo_cli.engines.ddo.rejected import open_rejected
-from ddo_cli.engines.ddo.round import FIRST_FAKE_SEED, Chain, Round, copy_weights
-from ddo_cli.engines.ddo.sweep import Setting
+from ddo_cli.engines.ddo.round import FIRST_FAKE_SEED, Chain, Networks, Round, copy_weights
 from ddo_cli.engines.ddo.trial import Trial, better_half
 from ddo_cli.engines.sampling import sample
 from ddo_cli.engines.scoring import Scoring
@@ -120,27 +119,30 @@ def _train(chain: Chain, real: ItemSet, rejected: ItemSet | None, state: dict[st
     while not _is_done(chain, state):
         this = Round(len(records) + 1, chain)
         networks = this.networks(real, rejected)
-        found = auto.find(this, networks, records) if this.plan.is_auto else {}
-        settings = [Setting(found["alpha"], found["beta"])] if found else this.plan.settings
-        trials = [Trial(this, networks, setting) for setting in settings]
-        alive, reached = trials, 0
-        for step, num_trials in this.plan.rungs:  # without a sweep one rung, the end of the round
-            if reached:
-                alive = better_half(trials, alive, reached, num_trials)
-            for trial in alive:
-                trial.train(step)
-            reached = step
+        trials = auto.search(this, networks, records) if this.plan.is_auto else _swept(this, networks)
         record = promotion.promote(this, trials, records[-1] if records else state["reference"])
-        record |= found
         if networks.precision_error is not None:
             record["precision_error"] = networks.precision_error
         records = [*records, record]
         state = chain.run_dir.advance(**{chain.name: records})
         promotion.drop_candidates(chain, records)
-        del networks, trials, alive, trial  # the next round's models take their memory
+        del networks, trials  # the next round's models take their memory
     if dist.is_main():
         copy_weights(chain.weights_after(len(records)), chain.final)
     return state
+
+
+def _swept(this: Round, networks: Networks) -> list[Trial]:
+    """Every setting of the plan, trained as far as its rungs let it; without a sweep one, to the end."""
+    trials = [Trial(this, networks, setting) for setting in this.plan.settings]
+    alive, reached = trials, 0
+    for step, num_trials in this.plan.rungs:
+        if reached:
+            alive = better_half(trials, alive, reached, num_trials)
+        for trial in alive:
+            trial.train(step)
+        reached = step
+    return trials
 
 
 def _needed(chains: Sequence[Chain], run_dir: rundir.RunDir, state: dict[str, Any], name: str) -> str | None:
@@ -247,7 +249,7 @@ def _result(recipe: Recipe, chain: Chain, state: dict[str, Any]) -> dict[str, An
 
 
 def _rounds(chain: Chain, state: dict[str, Any]) -> list[dict[str, Any]]:
-    kept = ("round", "score", "best_images", "promoted", "improvement", "alpha", "beta", "nodes", "tried")
+    kept = ("round", "score", "best_images", "promoted", "improvement", "alpha", "beta", "nodes")
     return [
         {
             **{name: record[name] for name in kept if name in record},

@@ -58,10 +58,12 @@ def promote(this: Round, trials: list[Trial], before: dict[str, Any]) -> dict[st
         "repeats": repeats,
         "candidates": trial.candidates,
     }
-    if this.plan.is_sweep:
+    if this.plan.has_nodes:
         nodes = [each.record() for each in trials]
-        spent, full = sweep.cost(nodes, this.plan.candidates_at, this.plan.costs)
-        record |= {**trial.setting._asdict(), "nodes": nodes, "cost": spent, "full_cost": full}
+        record |= {**trial.setting._asdict(), "nodes": nodes}
+        if this.plan.is_sweep:
+            spent, full = sweep.cost(nodes, this.plan.candidates_at, this.plan.costs)
+            record |= {"cost": spent, "full_cost": full}
         console.show(console.table(*report.sweep_table(record, this.recipe, key)))
     if this.recipe.finetune.patience is not None:
         record |= {"trained_images": trial.last_step * this.recipe.finetune.batch, "ended_early": trial.is_early}

@@ -77,7 +77,7 @@ def table_of(run_dir: rundir.RunDir, key: str) -> tuple[list[str], list[Row]]:
 
 
 def sweep_table(record: dict[str, Any], recipe: Recipe, key: str) -> html.Table:
-    """All nodes of a round's sweep: scores at the rungs, best candidate, and how far each came."""
+    """All nodes that a round compared: scores at the rungs, best candidate, and how far each came."""
     batch, nodes = recipe.finetune.of_round(record["round"]).batch, record["nodes"]
     rungs = sorted({rung["step"] for node in nodes for rung in node["rungs"]})
     columns = ["node", *(f"{step * batch:,} images" for step in rungs), "best candidate", "at", "outcome"]
@@ -91,14 +91,6 @@ def sweep_table(record: dict[str, Any], recipe: Recipe, key: str) -> html.Table:
             outcome += ", best of the round"
         rows.append((_setting(node).title, *(scores.get(step, "-") for step in rungs), *figures, outcome))
     return html.Table(f"Round {record['round']}: {key} of every node (lower is better)", columns, rows)
-
-
-def auto_table(record: dict[str, Any], key: str) -> html.Table:
-    """The short trainings by which a round found its beta."""
-    tried = record["tried"]
-    rows: list[Row] = [(f"{e['beta']:g}", "diverged" if e["score"] is None else f"{e['score']:.4g}") for e in tried]
-    title = f"Round {record['round']}: beta {record['beta']:g}, by {key} of short trainings"
-    return html.Table(title, ["beta", key], rows)
 
 
 def ending(recipe: Recipe, rounds: list[dict[str, Any]]) -> str:
@@ -246,7 +238,6 @@ def write(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any], key: st
     if cost:
         summary += f" {cost.capitalize()}; curves are of each round's best node."
     sweeps = [sweep_table(record, recipe, key) for record in rounds if "nodes" in record]
-    sweeps += [auto_table(record, key) for record in rounds if "tried" in record]
     title = f"{method}: {path.name}" + (f" (recipe {recipe.name})" if path.name != recipe.name else "")
     warnings = rundir.warnings_of(state)
     html.write_report(path / "report.html", title, summary, columns, rows, shown, to_yaml(recipe), sweeps, warnings)

@@ -58,7 +58,7 @@ class Plan(NamedTuple):
 
     @property
     def is_sweep(self) -> bool:
-        """Whether there is anything to choose from."""
+        """Whether there is a grid to choose from."""
         return len(self.settings) > 1
 
     @property
@@ -67,8 +67,13 @@ class Plan(NamedTuple):
         return math.isnan(self.settings[0].beta)
 
     @property
+    def has_nodes(self) -> bool:
+        """Whether several settings are trained and compared, each in a directory of its own."""
+        return self.is_sweep or self.is_auto
+
+    @property
     def short(self) -> int:
-        """Steps of the trainings by which a round finds its beta."""
+        """Steps of the short trainings of a search for beta."""
         return -(-self.steps // 2)
 
     def of_control(self) -> "Plan":
@@ -177,7 +182,7 @@ def cost(nodes: Sequence[dict[str, Any]], candidates_at: Sequence[int], costs: C
 
 def fraction_spent(rounds: Sequence[dict[str, Any]]) -> float | None:
     """Share of the full grid's cost that the rounds' sweeps took; None without a sweep."""
-    swept = [record for record in rounds if "nodes" in record]
+    swept = [record for record in rounds if "cost" in record]
     return sum(record["cost"] for record in swept) / sum(record["full_cost"] for record in swept) if swept else None
 
 

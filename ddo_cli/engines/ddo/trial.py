@@ -1,6 +1,7 @@
 """One setting of alpha and beta inside a round of DDO: its training and its candidates; the halving of many."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,13 @@ TRAIN_STATE = "train-state.safetensors"
 class Trial:
     """One setting. Its scores are kept in `metrics.json` of its directory, so a killed run does nothing twice."""
 
-    def __init__(self, of_round: Round, networks: Networks, setting: Setting, is_node: bool | None = None):
-        """is_node: one of several settings that are compared; by default, of a sweep's."""
-        self.is_node = of_round.plan.is_sweep if is_node is None else is_node
+    def __init__(self, of_round: Round, networks: Networks, setting: Setting):
+        self.is_node = of_round.plan.has_nodes
         self.round, self.networks, self.setting = of_round, networks, setting
         self.settings, self.scoring = of_round.recipe.finetune, of_round.chain.scoring
         self.title, self.path = of_round.title, of_round.path
         # Of log, checkpoints and saved state: settings that the recipe does not tell.
-        self.tags: dict[str, Any] = setting._asdict() if self.is_node or of_round.plan.is_auto else {}
+        self.tags: dict[str, Any] = setting._asdict() if self.is_node else {}
         if self.is_node:
             self.title, self.path = f"{self.title} {setting.title}", self.path / "nodes" / setting.directory
         self.file = self.path / "metrics.json"
@@ -46,7 +46,7 @@ class Trial:
     def train(self, until: int) -> None:
         """Trains on to a rung and scores the averaged weights there; on the way to the last rung, all candidates.
 
-        In a sweep a trial that diverges drops out; alone it raises NumericsError.
+        One of several trials that diverges drops out; alone it raises NumericsError.
         """
         is_last = until == self.steps
         if self.diverged or (self.is_over if is_last else str(until) in self.rungs):
@@ -111,6 +111,16 @@ class Trial:
     def is_over(self) -> bool:
         """Whether the last candidate is scored, or the trial ended before it."""
         return str(self.steps) in self.candidates or self.is_early
+
+    def score_at(self, until: int) -> float:
+        """What training to a rung has come to, to compare with others: at the last one the best candidate's score.
+
+        Infinite where it diverged before.
+        """
+        if until == self.steps:
+            return min(map(sweep.rank, self._scores()), default=math.inf)
+        rung = self.rungs.get(str(until))
+        return sweep.rank(rung[self.scoring.key]) if rung else math.inf
 
     @property
     def is_early(self) -> bool:
