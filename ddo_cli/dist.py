@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -37,8 +38,10 @@ def is_main() -> bool:
 def init(device: str | None = None) -> torch.device:
     """Joins the group that torchrun or srun started (NCCL on GPUs, gloo on CPUs); returns this process's device.
 
-    Raises UsageError under a srun of several tasks that does not say where they meet.
+    Raises UsageError for a device that is not there, and under a srun of several tasks that does not say where they
+    meet.
     """
+    _check_device(device)
     _take_over_srun()
     # Numbers below 1e-38, such as silu(-90), cost a CPU a hundred times as much as others: a discriminator's training
     # steps took 2.6 times as long. Set before the first parallel work, whose threads take it over.
@@ -58,6 +61,20 @@ def init(device: str | None = None) -> torch.device:
         with _stdout_to_stderr():
             torch_dist.init_process_group("nccl" if options else "gloo", timeout=_TIMEOUT, **options)
     return torch.device(device)
+
+
+def _check_device(device: str | None) -> None:
+    if device is not None and re.fullmatch(r"(cuda:|gpu:?)?\d{1,3}", device):
+        number = re.sub(r"\D", "", device)
+        raise UsageError(
+            f"--device {device}: choose the GPU by CUDA_VISIBLE_DEVICES={number} before the command (of torchrun, a "
+            "list such as 0,1), and give --device cuda"
+        )
+    if device not in (None, "cpu", "cuda"):
+        raise UsageError(f"--device {device} is not known; use cuda or cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device here"
+        raise UsageError(f"--device cuda: {why}; leave the option out or use cpu")
 
 
 def _take_over_srun() -> None:

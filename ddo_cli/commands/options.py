@@ -319,21 +319,8 @@ def _unqualified(given: dict[str, Any]) -> dict[str, Any]:
 
 def device_of(device: Device = None) -> "torch.device":
     """The device of --device. Raises UsageError if there is no such device."""
-    import torch
-
     from ddo_cli import dist
 
-    if device is not None and re.fullmatch(r"(cuda:|gpu:?)?\d{1,3}", device):
-        number = re.sub(r"\D", "", device)
-        raise UsageError(
-            f"--device {device}: choose the GPU by CUDA_VISIBLE_DEVICES={number} before the command (of torchrun, a "
-            "list such as 0,1), and give --device cuda"
-        )
-    if device not in (None, "cpu", "cuda"):
-        raise UsageError(f"--device {device} is not known; use cuda or cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device here"
-        raise UsageError(f"--device cuda: {why}; leave the option out or use cpu")
     return dist.init(device)
 
 

@@ -21,12 +21,13 @@ from ddo_cli.data import cache, latents
 from ddo_cli.data.image_files import ImageFiles
 from ddo_cli.data.images import MANY
 from ddo_cli.data.inspection import Inspection
-from ddo_cli.data.items import describe_content, hashed
+from ddo_cli.data.items import count_classes, describe_content, hashed
 from ddo_cli.data.pictures import Preparation
 from ddo_cli.data.prepared import Prepared
-from ddo_cli.data.readers import Reader, npy
+from ddo_cli.data.readers import Memory, Reader, npy
 from ddo_cli.data.sources import Source, open_source
 from ddo_cli.errors import DataError
+from ddo_cli.likelihood import NO_LABEL
 
 PREFETCH = 2  # batches that a worker decodes ahead
 FEW = 500  # images: so many 32 x 32 PNGs decode in the 0.05 s that forked workers take to start (our measurement)
@@ -116,6 +117,13 @@ def open_stream(source: str, num: int | None = None, preparation: Preparation | 
             images.reader, images.positions = npy(source, kept), np.arange(images.num)
     check_images(source, images.reader)
     return images
+
+
+def of_array(name: str, images: np.ndarray, labels: np.ndarray | None = None) -> ImageStream:
+    """Images (N, C, H, W) in memory, with their labels (N,), as a set of this name. Raises DataError."""
+    check_images(name, Memory(images))
+    labels = np.full(len(images), NO_LABEL) if labels is None else labels
+    return ImageStream(name, Memory(images), np.arange(len(images)), labels, count_classes(labels))
 
 
 def check_images(source: str, reader: Reader) -> None:

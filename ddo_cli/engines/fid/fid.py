@@ -17,6 +17,7 @@ import torch
 from ddo_cli import console
 from ddo_cli.data.inspection import balance
 from ddo_cli.data.pictures import Preparation
+from ddo_cli.data.stream import ImageStream
 from ddo_cli.engines.fid import inputs as fid_inputs
 from ddo_cli.engines.fid import one_pass
 from ddo_cli.engines.fid import report as fid_report
@@ -67,8 +68,8 @@ class Options(NamedTuple):
 
 
 def run(
-    source: str,
-    ref: str | None = None,
+    source: str | ImageStream,
+    ref: str | ImageStream | None = None,
     options: Options | None = None,
     *,
     device: torch.device,
@@ -79,8 +80,9 @@ def run(
     """The scores by metric, what they were computed from, and what speaks against comparing them.
 
     source: images that `open_stream` reads, a run directory or a weight file; ref: images or statistics, see
-    `metrics.references`; None: the embedded digits. benchmark: whose published figures are shown beside the scores;
-    log: a CSV file that gets a row. Images are shared out over the processes that torchrun started.
+    `metrics.references`; None: the embedded digits. Images may be in memory: see `data.stream.of_array`.
+    benchmark: whose published figures are shown beside the scores; log: a CSV file that gets a row.
+    Images are shared out over the processes that torchrun started.
     Raises DataError, CheckpointError or UsageError for bad inputs, before the first network pass where that is
     possible. What cannot be drawn or written afterwards is listed in `not_written`, and the scores are returned.
     """
@@ -91,6 +93,7 @@ def run(
     compared = [fid_inputs.comparable(other, None, preparation) for other in options.nll or ()]
     extractors = _extractors(options, device)
     sources = fid_inputs.open_sources(source, options.num, options.repeat, options.sampling or {}, device, preparation)
+    source = source if isinstance(source, str) else source.name
     wanted = [_wanted(options, extractor) for extractor in extractors]
     reference = None
     if any(of_one.moments or of_one.features or of_one.classes for of_one in wanted):

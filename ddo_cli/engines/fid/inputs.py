@@ -78,7 +78,7 @@ class Drawn:
 
 
 def open_sources(
-    source: str,
+    source: str | ImageStream,
     num: int | None,
     repeat: int,
     sampling: dict[str, Any],
@@ -88,25 +88,24 @@ def open_sources(
     """One set of images per repeat. Raises DataError, CheckpointError or UsageError.
 
     source: images, or a run directory or weight file, whose model draws `num` (default 50,000) for each of as many
-    ranges of seeds. Images are cut into `repeat` equal parts in their order, which is that of the seeds.
+    ranges of seeds. Images are cut into `repeat` equal parts in their order, which is that of the seeds. Images in
+    memory are taken as they are, all of them.
     preparation: of images of mixed sizes.
     """
-    path = Path(source)
-    if path.is_dir() and (rundir.RunDir(path).final.is_file() or rundir.is_run(path)):
-        path = rundir.weights_of(path)
-    if path.suffix == ".safetensors":
+    if isinstance(source, str) and (weights := _weights_of(source)) is not None:
         if preparation is not None:
             size = preparation.protocol["size"]
             raise UsageError(
                 f"--resize {size} is for images of mixed sizes, and {source} draws them of one; leave it out"
             )
-        return [*_drawn(str(path), num or PUBLISHED_NUM, repeat, sampling, device)]
+        return [*_drawn(str(weights), num or PUBLISHED_NUM, repeat, sampling, device)]
+    name = source if isinstance(source, str) else source.name
     if sampling:
-        raise UsageError(f"{', '.join(sampling)} are for sampling, and {source} holds images; give a weight file")
+        raise UsageError(f"{', '.join(sampling)} are for sampling, and {name} holds images; give a weight file")
     stream = comparable(source, num, preparation)
     part = stream.num // repeat
     if part < 2:
-        raise UsageError(f"--repeat {repeat} leaves {part} of the {stream.num} images of {source} to each; lower it")
+        raise UsageError(f"--repeat {repeat} leaves {part} of the {stream.num} images of {name} to each; lower it")
     if repeat == 1:
         return [stream]
     return [
@@ -118,6 +117,14 @@ def open_sources(
         )
         for i in range(repeat)
     ]
+
+
+def _weights_of(source: str) -> Path | None:
+    """The weight file of a run's directory, or the weight file that `source` is; None: it holds images."""
+    path = Path(source)
+    if path.is_dir() and (rundir.RunDir(path).final.is_file() or rundir.is_run(path)):
+        return rundir.weights_of(path)
+    return path if path.suffix == ".safetensors" else None
 
 
 def _drawn(name: str, num: int, repeat: int, sampling: dict[str, Any], device: torch.device) -> Iterator[Drawn]:
@@ -137,11 +144,15 @@ def _drawn(name: str, num: int, repeat: int, sampling: dict[str, Any], device: t
         yield Drawn(name, loaded.model, spec, i * num, num, device)
 
 
-def comparable(source: str, num: int | None = None, preparation: Preparation | None = None) -> ImageStream:
+def comparable(
+    source: str | ImageStream, num: int | None = None, preparation: Preparation | None = None
+) -> ImageStream:
     """Images that a distance can be taken of. Raises DataError."""
-    stream = open_stream(source, num, preparation)
+    stream = open_stream(source, num, preparation) if isinstance(source, str) else source
     if stream.num < 2:
-        raise DataError(f"{source} holds one image; a distance needs at least two, and thousands to mean something")
+        raise DataError(
+            f"{stream.name} holds one image; a distance needs at least two, and thousands to mean something"
+        )
     return stream
 
 
@@ -164,26 +175,28 @@ class Side(NamedTuple):
     classes: list[Moments] | None = None
 
 
-def open_reference(name: str, wanted: Sequence[Wanted], preparation: Preparation | None = None) -> Reference:
+def open_reference(
+    source: str | ImageStream, wanted: Sequence[Wanted], preparation: Preparation | None = None
+) -> Reference:
     """The reference, checked to serve every extractor. Raises DataError or CheckpointError.
 
     preparation: of its images, as of those that are compared with it.
     """
     needs_classes = any(of_one.classes for of_one in wanted)
-    if not references.is_reference(name):
-        stream = comparable(name, None, preparation)
+    if not isinstance(source, str) or not references.is_reference(source):
+        stream = comparable(source, None, preparation)
         if needs_classes and not stream.num_classes:
-            raise DataError(f"{name} has no labels; a distance per class needs a reference with them")
-        return Reference(name, None, stream)
-    file = references.read_reference(name)
+            raise DataError(f"{stream.name} has no labels; a distance per class needs a reference with them")
+        return Reference(stream.name, None, stream)
+    file = references.read_reference(source)
     for of_one in wanted:
         for kind in of_one.moments:
             file.statistics(of_one.extractor, kind)
         if of_one.classes:
-            raise DataError(f"{name} holds statistics; a distance per class needs images with labels")
+            raise DataError(f"{source} holds statistics; a distance per class needs images with labels")
         if of_one.features and file.images is None:
             file.features(of_one.extractor)
-    return Reference(name, file, None)
+    return Reference(source, file, None)
 
 
 def resized_otherwise(reference: Reference, preparation: Preparation | None) -> list[str]:

@@ -66,9 +66,16 @@ class Chosen(NamedTuple):
 
 
 def choose(
-    disc: str | None, ckpt: str | None, given: dict[str, Any], *, device: torch.device, force: bool = False
+    disc: str | None,
+    ckpt: str | registry.Loaded | None,
+    given: dict[str, Any],
+    *,
+    device: torch.device,
+    force: bool = False,
 ) -> Chosen:
     """The discriminator (None: the newest of the runs) and the model (None: the one it names), checked to be a pair.
+
+    ckpt: may be loaded already.
 
     given: values of GuidanceRecipe that override the discriminator's, where not None.
     force: a discriminator that was trained against another model is a warning instead of an error.
@@ -81,7 +88,8 @@ def choose(
     loaded = discriminators.load("discriminator", file, device)
     header = loaded.checkpoint.header
     try:
-        model = registry.load_model(ckpt or header["trained_on"]["model"], device)
+        name = ckpt or header["trained_on"]["model"]
+        model = name if isinstance(name, registry.Loaded) else registry.load_model(name, device)
     except CheckpointError as error:
         if ckpt is not None:
             raise

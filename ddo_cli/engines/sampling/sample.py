@@ -48,15 +48,7 @@ def run(
     Continues a set that an earlier run left unfinished; does nothing to a finished one.
     """
     model, file = ckpt if isinstance(ckpt, registry.Loaded) else registry.load_model(ckpt, device)
-    spec = settled(spec_of(file, **(sampling or {})), device)
-    model.check_sampling(spec)
-    check_channels(model.codec.shape)
-    check_labels(spec, model.num_classes, len(seeds), classes)
-    if classes and not model.num_classes:
-        raise UsageError(f"--classes {','.join(map(str, classes))} needs a class-conditional model; leave it out")
-    for value in classes or ():
-        if not 0 <= value < model.num_classes:
-            raise UsageError(f"--classes {value} is out of range; this model has classes 0 to {model.num_classes - 1}")
+    spec = checked(model, file, seeds, classes, sampling or {}, device)
     form = form or ("png" if len(model.codec.shape) == 3 else "npz")
     if form == "png" and len(model.codec.shape) != 3:
         raise UsageError(
@@ -118,6 +110,27 @@ def _summary(cost: dict[str, list[int]]) -> dict[str, Any]:
     """
     rejections = sum(cost["rejections"]) / len(cost["rejections"])
     return {"nfe_max": max(cost["nfe"]), "rejections": round(rejections, 2), "at_bound": sum(cost["at_bound"])}
+
+
+def checked(
+    model: LikelihoodModel,
+    file: Checkpoint,
+    seeds: Sequence[int],
+    classes: Sequence[int] | None,
+    sampling: dict[str, Any],
+    device: torch.device,
+) -> SamplingRecipe:
+    """The settings by which these seeds are drawn. Raises UsageError if the model cannot be sampled so."""
+    spec = settled(spec_of(file, **sampling), device)
+    model.check_sampling(spec)
+    check_channels(model.codec.shape)
+    check_labels(spec, model.num_classes, len(seeds), classes)
+    if classes and not model.num_classes:
+        raise UsageError(f"--classes {','.join(map(str, classes))} needs a class-conditional model; leave it out")
+    for value in classes or ():
+        if not 0 <= value < model.num_classes:
+            raise UsageError(f"--classes {value} is out of range; this model has classes 0 to {model.num_classes - 1}")
+    return spec
 
 
 def spec_of(file: Checkpoint, **given: Any) -> SamplingRecipe:
