@@ -226,7 +226,7 @@ def guide(model: Model, disc: str | Path | None = None, *, force: bool = False, 
     if warning := guides.harm(chosen.discriminator.checkpoint.header.get("heldout", {}).get("gain")):
         console.warn(warning)
     base = guides.diffusion_model(loaded)
-    added = guides.discriminator_guide(chosen.discriminator.network, chosen.settings, len(base.codec.state_shape))
+    added = guides.discriminator_guide(chosen.discriminator.network, chosen.settings, base)
     return Model(base.guided_by([*base.guides, added]), model.file)
 
 
