@@ -15,6 +15,8 @@ from torch.testing import assert_close
 
 from ddo_cli import checkpoint
 from ddo_cli.diffusion import guidance, vp_sde
+from ddo_cli.diffusion.churn import Boost
+from ddo_cli.diffusion.trace import Trace
 from ddo_cli.engines.sampling import guides
 from ddo_cli.errors import CheckpointError, RecipeError
 from ddo_cli.models import registry
@@ -25,7 +27,7 @@ from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.models.discriminators.adm_encoder import PUBLISHED, AdmClassifier
 from ddo_cli.models.discriminators.adm_head import AdmHead
 from ddo_cli.models.discriminators.on_trunk import TrunkDiscriminator
-from ddo_cli.recipe.schema import SamplingRecipe
+from ddo_cli.recipe.schema import GuidanceRecipe, SamplingRecipe
 from ddo_cli.rng import RowRng
 
 T = torch.tensor([0.1, 0.6], dtype=torch.float64)
@@ -188,7 +190,7 @@ GUIDANCE = {  # sigma -> log-ratio, norms of G, first four values of G, which is
 @pytest.mark.parametrize("sigma", GUIDANCE)
 def test_the_guidance_term(pixel_extractor, sigma):
     log_ratio, norms, values = (torch.tensor(numbers) for numbers in GUIDANCE[sigma])
-    discriminator = TrunkDiscriminator(pixel_extractor, filled(lambda: head(512, 0)))
+    discriminator = TrunkDiscriminator(pixel_extractor, filled(lambda: head(512, 0)), "")
     x = 1.5 * fill((2, 3, 32, 32), zlib.crc32(b"input"))
     value, direction = guidance.climb(discriminator, x, torch.tensor(sigma), torch.tensor([-1, -1]))
     assert_close(value, log_ratio, **GOLDEN)
@@ -360,6 +362,43 @@ def test_a_classifier_is_told_the_step_of_a_model_of_steps(tmp_path, monkeypatch
     if told is None:
         told = (999 * vp_sde.time_of(base.sigmas(spec)[:-1])).tolist()
     assert seen == pytest.approx(told, abs=1e-9)
+
+
+@pytest.mark.parametrize(("model", "sampler"), [("ddpm", "ddpm"), ("ddpm", "ddim"), ("edm", "heun")])
+def test_one_pass_of_the_classifier_serves_both_guides(tmp_path, monkeypatch, model, sampler):
+    """The samples of two guides, and in the discriminator's window half the passes; below it the classifier's alone."""
+    path = tiny_classifier(tmp_path / "c.safetensors", steps=1000)
+    unet = {"width": 32, "channel_mult": [1], "num_blocks": 1, "attention": [], "num_head_channels": 32}
+    unet |= {"precond": model, "learned_variance": sampler == "ddpm"}
+    base = registry.build(registry.config_of("adm-unet", (3, 8, 8), 5, unet, {})).eval()
+    network = tiny_discriminator(path, 5)[1].requires_grad_(False)
+    network.head.out[2].c_proj.weight.mul_(20)
+    guide = guides.discriminator_guide(network, GuidanceRecipe(dg_weight=1.5, time_min=0.3), base)
+    others = guides.Others(classifier=path, classifier_weight=2.0)
+    inner, _ = guides.other_guides(others, base, CPU)
+    calls, features_at = [], AdmClassifier.features_at
+    monkeypatch.setattr(
+        AdmClassifier, "features_at", lambda *args, **more: (calls.append(1), features_at(*args, **more))[1]
+    )
+    spec, label = SamplingRecipe(sampler=sampler, steps=6), torch.tensor([0, 3])
+    both, chains = guides.joined(inner, others, guide, network, base), []
+    for every in ([*inner, guide], both, inner):
+        calls.clear()
+        with torch.no_grad():
+            drawn = base.guided_by(every).sample(label, RowRng([0, 1]), spec)
+        assert drawn.disc_nfe == len(calls)
+        chains.append((base.guided_by(every), drawn.disc_nfe))
+    (two, twice), (one, once), (plain, least) = chains
+    assert once == least < twice
+    for level in (0.1, 1.0, 2.0, 20.0):  # the window begins at 1.3
+        sigma = base.precond.round_sigma(torch.tensor(level, dtype=torch.float64))
+        x = given(2, 3, 8, 8).double() * (1 + sigma**2).sqrt()
+        with torch.no_grad():
+            a, b, c = (chain.steered(label, SamplingRecipe(), Trace())(x, sigma) for chain in (one, two, plain))
+        assert_close(a, b, rtol=0, atol=1e-5 * level)
+        assert ((b - c).abs().max() > 1e-3 * level) == (level > 1.3)
+    boosted = guide._replace(boost=Boost())
+    assert guides.joined(inner, others, boosted, network, base) == [*inner, boosted]
 
 
 def test_a_trunk_keeps_the_time_of_dgs_code(tmp_path):

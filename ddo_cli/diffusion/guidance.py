@@ -197,6 +197,11 @@ class GradientGuide(NamedTuple):
 
         return guided
 
+    def weight_at(self, t: Tensor, stage: str) -> Tensor:
+        """w at each time, 0 outside the window, float64 of t's shape; without boosting."""
+        weight = self.weight if stage == "predictor" else self.weight_2nd
+        return self.holds(t) * weight * DECAYS[self.decay](t.clamp(max=1))
+
     def holds(self, t: Tensor) -> Tensor:
         """Whether each time lies in the window, of t's shape.
 
@@ -204,6 +209,41 @@ class GradientGuide(NamedTuple):
         1.41 for the cosine one. But from infinite noise, where a flow model's samplers start, no gradient comes.
         """
         return (t >= self.time_min) & (t <= (self.time_max if self.time_max < 1 else INFINITE_NOISE))
+
+
+class OnePass(NamedTuple):
+    """A discriminator and a classifier on the same trunk: one forward and one backward pass for both.
+
+    potentials: log-ratio and log p(label | x_vp), each (B,), of one evaluation. Outside the discriminator's window the
+    classifier acts alone. Without boosting.
+    """
+
+    potentials: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    discriminator: GradientGuide
+    classifier: GradientGuide
+
+    def steer(self, denoise: Denoiser, label: Tensor, trace: Trace) -> Denoiser:
+        alone = self.classifier.steer(denoise, label, trace)
+
+        def guided(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
+            t = vp_sde.time_of(sigma)
+            weights = [guide.weight_at(t, stage) for guide in (self.discriminator, self.classifier)]
+            if sigma.ndim == 0 and not bool(weights[0]):
+                return alone(x, sigma, stage)
+
+            def total(x_vp: Tensor, t: Tensor, label: Tensor) -> Tensor:
+                log_ratio, log_probability = self.potentials(x_vp, t, label)
+                return weights[0] * log_ratio + weights[1] * log_probability
+
+            denoised = denoise(x, sigma, stage)
+            trace.disc_nfe += 1
+            _, added = climb(total, x, sigma, label)
+            if trace.keeps_climb:
+                trace.climb = added if trace.climb is None else trace.climb + added
+                return denoised
+            return denoised + added
+
+        return guided
 
 
 def potential_at(potential: Potential, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:

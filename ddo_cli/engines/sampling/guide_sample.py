@@ -69,7 +69,8 @@ def run(
     guides.check_acts(base, guide, spec)
     record |= {"discriminator_sha256": file.sha256, **settings.model_dump(mode="json")}
     console.info(f"{chosen.model.checkpoint.path} guided by {file.path}, weight {settings.dg_weight:g}")
-    guided = chosen.model._replace(model=base.guided_by([*inner, guide]))
+    every = guides.joined(inner, others, guide, chosen.discriminator.network, base)
+    guided = chosen.model._replace(model=base.guided_by(every))
     drawn = sample.run(
         guided, seeds, out, form=form, classes=classes, sampling=sampling,
         guidance=record, device=device, title="guided sampling", dry_run=dry_run,

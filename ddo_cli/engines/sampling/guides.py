@@ -1,7 +1,7 @@
 """Guides of a sampling run, from files and recipes; shared by the engines that sample with guidance."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +14,15 @@ from ddo_cli import checkpoint, console, dist
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.diffusion.churn import Boost
 from ddo_cli.diffusion.denoiser import DiffusionModel, as_diffusion
-from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, Guide, Interval, Network, Potential
+from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, Guide, Interval, Network, OnePass, Potential
 from ddo_cli.diffusion.precond import Discrete
 from ddo_cli.errors import CheckpointError, RunError, UsageError, printable
+from ddo_cli.files import sha256
 from ddo_cli.likelihood import NO_LABEL
 from ddo_cli.models import registry
 from ddo_cli.models.discriminators import registry as discriminators
+from ddo_cli.models.discriminators.adm_encoder import AdmClassifier
+from ddo_cli.models.discriminators.on_trunk import TrunkDiscriminator
 from ddo_cli.recipe.load import differing_keys
 from ddo_cli.recipe.schema import GuidanceRecipe, SamplingRecipe, messages
 from ddo_cli.rundir import read_state
@@ -234,10 +237,8 @@ def other_guides(others: Others, base: DiffusionModel, device: torch.device) -> 
                 f"{tuple(config['shape'])}, the model has {base.num_classes} of {base.codec.state_shape}; "
                 "give one for this model"
             )
-        at_steps = getattr(loaded.network, "at_steps", lambda: None)() if isinstance(base.precond, Discrete) else None
-        weight, potential = others.classifier_weight, partial(_class_log_probability, at_steps or loaded.network)
-        guides.append(GradientGuide(potential, weight, weight, time_min=0.0, time_max=1.0))
-        record["classifier"] = {"sha256": loaded.checkpoint.sha256, "weight": weight}
+        guides.append(_classifier_guide(loaded.network, others.classifier_weight, base))
+        record["classifier"] = {"sha256": loaded.checkpoint.sha256, "weight": others.classifier_weight}
     return guides, record
 
 
@@ -291,11 +292,57 @@ def _check_others(others: Others) -> None:
         raise UsageError(f"--classifier-weight {others.classifier_weight:g} needs --classifier FILE")
 
 
+def _classifier_guide(network: nn.Module, weight: float, base: DiffusionModel) -> GradientGuide:
+    """Guidance by a classifier at all times; of a model of discrete steps it is told its own step, if it has steps."""
+    at_steps = getattr(network, "at_steps", lambda: None)() if isinstance(base.precond, Discrete) else None
+    potential = partial(_class_log_probability, at_steps or network)
+    return GradientGuide(potential, weight, weight, time_min=0.0, time_max=1.0)
+
+
 def _class_log_probability(
     classifier: Callable[[Tensor, Tensor], Tensor], x_vp: Tensor, t: Tensor, label: Tensor
 ) -> Tensor:
     """log p(label | x_vp, t)."""
-    return classifier(x_vp, t).log_softmax(1).gather(1, label[:, None]).squeeze(1)
+    return _of_label(classifier(x_vp, t), label)
+
+
+def _of_label(logits: Tensor, label: Tensor) -> Tensor:
+    """log p(label), (B,). logits: (B, classes)."""
+    return logits.log_softmax(1).gather(1, label[:, None]).squeeze(1)
+
+
+def joined(
+    inner: Sequence[Guide], others: Others, guide: GradientGuide, network: nn.Module, base: DiffusionModel
+) -> list[Guide]:
+    """The guides of `other_guides` and the discriminator's; of one pass where the classifier is its trunk.
+
+    That needs that both are told the same time, see `_told_steps` and `AdmClassifier.at_steps`, and no boosting.
+    """
+    separate = [*inner, guide]
+    if others.classifier is None or not isinstance(network, TrunkDiscriminator):
+        return separate
+    if guide.boost is not None or not guide.weight:
+        return separate
+    trunk, head, sha = network.trunk, network.head, network.trunk_sha256
+    if not isinstance(trunk, AdmClassifier) or sha256(checkpoint.resolve(others.classifier)) != sha:
+        return separate
+    steps = base.precond if isinstance(base.precond, Discrete) else None
+    if steps is not None and not (
+        steps.is_linear and trunk.known is not None and torch.equal(trunk.known.sigmas, steps.sigmas)
+    ):
+        return separate
+
+    def potentials(x_vp: Tensor, t: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        if steps is None:
+            features = trunk.features(x_vp, t)
+        else:
+            step = steps.step_of(vp_sde.sigma_of(t))
+            features, t = trunk.features_at(step, x_vp), step.to(torch.float64) / (len(steps.sigmas) - 1)
+        return head(features, t, label), _of_label(trunk.out(features), label)
+
+    classifier = _classifier_guide(trunk, others.classifier_weight, base)
+    console.info(f"one pass of {others.classifier} serves classifier and discriminator")
+    return [*inner[:-1], OnePass(potentials, guide, classifier)]
 
 
 def of_plain_sampling(

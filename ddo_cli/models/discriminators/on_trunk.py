@@ -41,14 +41,18 @@ class TrunkOptions(TrunkFile):
 class TrunkDiscriminator(Trainable):
     """head(trunk.features(x_vp, t), t, label). Only the head has parameters and a place in the state dict."""
 
-    def __init__(self, trunk: Classifier, head: nn.Module) -> None:
+    def __init__(self, trunk: Classifier, head: nn.Module, trunk_sha256: str) -> None:
         super().__init__()
-        self.head = head
+        self.head, self.trunk_sha256 = head, trunk_sha256
         self._trunk = [trunk]  # in a list: nn.Module would register it, and weight files would carry it
 
     def forward(self, x_vp: Tensor, t: Tensor, label: Tensor) -> Tensor:
         """(B,). The trunk is differentiated with respect to x_vp where x_vp is, as guidance needs."""
         return self.head(self._trunk[0].features(x_vp, t), t, label)
+
+    @property
+    def trunk(self) -> Classifier:
+        return self._trunk[0]
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         trunk = self._trunk[0]
@@ -101,4 +105,4 @@ def build(shape: tuple[int, ...], num_classes: int, options: TrunkOptions) -> Tr
         patch=1,
         **options.model_dump(include={"widths", "depths", "emb_width"}),
     )
-    return TrunkDiscriminator(trunk, head.to(memory_format=torch.channels_last))
+    return TrunkDiscriminator(trunk, head.to(memory_format=torch.channels_last), options.trunk_sha256)
