@@ -1,15 +1,23 @@
 """Adapters: every network of the package starts as its base, trains nothing else, and its files find their base."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import families
+import numpy as np
 import pytest
 import torch
-from conftest import CPU, kinds, make_checkpoint, tiny_recipe
+from conftest import CPU, kinds, make_checkpoint, tiny_recipe, torchrun
+from kills import KilledError
+from safetensors.torch import load_file
+from test_finetune_ddo import kill_at_write
 
 from ddo_cli import checkpoint
 from ddo_cli.engines.ddo import finetune
+from ddo_cli.engines.weights import ema, export
+from ddo_cli.errors import CheckpointError, RecipeError, UsageError
 from ddo_cli.files import sha256
 from ddo_cli.models import adapters, registry
 from ddo_cli.recipe.training import AdapterRecipe
@@ -35,7 +43,11 @@ def moved(model):
     return model
 
 
-@pytest.mark.parametrize("family", families.FAMILIES)
+QUICK = ("patch-unet", "edm2-unet", "var")  # layers of peft, ours, and a map with a second argument
+EACH_FAMILY = [pytest.param(each, marks=() if each in QUICK else pytest.mark.slow) for each in families.FAMILIES]
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_the_whole_adapter_is_trained_and_nothing_else(family):
     """Also when blocks are recomputed: an adapter that is switched between the passes would lose its gradients."""
     model, base = with_adapter(family)
@@ -55,7 +67,7 @@ def test_the_whole_adapter_is_trained_and_nothing_else(family):
         assert torch.equal(parameter, base.get(name.replace(".base_layer.", "."), parameter))
 
 
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_merged_weights_are_those_of_a_network_that_computes_the_same(family):
     model, base = with_adapter(family)
     whole = families.build(family)
@@ -102,3 +114,168 @@ def test_a_run_trains_the_adapter_alone(finished):
     for name, tensor in base.tensors.items():
         owner, _, last = name.rpartition(".")
         assert torch.equal(tensors.get(name, tensors.get(f"{owner}.base_layer.{last}", tensor)), tensor)
+
+
+def test_a_run_that_was_killed_continues_to_the_same_bytes(finished, tmp_path, monkeypatch):
+    kind, ckpt, whole = finished
+    with monkeypatch.context() as patch:
+        kill_at_write(patch, 34, before=True)
+        with pytest.raises(KilledError):
+            finetune.run(recipe_of(ckpt, kind), tmp_path / "run", device=CPU)
+    assert list((tmp_path / "run").rglob("train-state*"))
+    finetune.run(recipe_of(ckpt, kind), tmp_path / "run", device=CPU)
+    for name in ("final.safetensors", "round-02/checkpoints/step-000006.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def candidate_of(finished):
+    _, ckpt, out = finished
+    return ckpt, out / "round-02" / "checkpoints" / "step-000006.safetensors"
+
+
+def test_commands_take_an_adapter_for_a_model(finished, tmp_path, ddo):
+    """A sample of merged weights is that of the adapter up to rounding, and not the base's."""
+    ckpt, adapter = candidate_of(finished)
+    ddo("export", adapter, "--merge", "--out", tmp_path / "whole.safetensors")
+    images = []
+    for name, file in {"adapter": adapter, "whole": tmp_path / "whole.safetensors", "base": ckpt}.items():
+        ddo("sample", "--ckpt", file, "--seeds", "0-3", "--format", "npz", "--out", tmp_path / name)
+        images.append(np.load(next((tmp_path / name).glob("*.npz")))["arr_0"].astype(float))
+    adapter_images, whole_images, base_images = images
+    assert abs(adapter_images - whole_images).max() <= 1
+    assert abs(adapter_images - base_images).max() > 1
+    header = checkpoint.read_header(tmp_path / "whole.safetensors")
+    assert not header.keys() & {"base", "adapter"}
+    assert header["provenance"][-1]["adapter_sha256"] == sha256(adapter)
+    told = json.loads(ddo("info", adapter, "--json").stdout)
+    assert told["base"]["sha256"] == sha256(Path(ckpt))
+    assert told["adapter"]["rank"] == 2
+    assert (
+        "finished; nothing to do" in ddo("export", adapter, "--merge", "--out", tmp_path / "whole.safetensors").stderr
+    )
+
+
+def test_an_adapter_is_trained_on_with_its_own_settings(finished, tmp_path):
+    _, adapter = candidate_of(finished)
+    with pytest.raises(UsageError, match=r"is an adapter: train it on with finetune.adapter"):
+        finetune.run(tiny_recipe(str(adapter)), tmp_path / "a", device=CPU)
+    with pytest.raises(UsageError, match=r"holds an adapter with alpha = 4.0; set the same"):
+        finetune.run(
+            tiny_recipe(str(adapter), "diffusion", "finetune.adapter={kind: lora, rank: 2}"), tmp_path / "a", device=CPU
+        )
+    recipe = recipe_of(str(adapter), "diffusion", "finetune.rounds=1", "finetune.images_per_round=12")
+    finetune.run(recipe, tmp_path / "b", device=CPU)
+    first = json.loads((tmp_path / "b" / "log.jsonl").read_text().splitlines()[0])
+    assert first["r_real"] == first["r_fake"] == 0
+    on = checkpoint.load(tmp_path / "b" / "round-01" / "checkpoints" / "step-000003.safetensors")
+    before = checkpoint.load(adapter)
+    assert on.header["base"] == before.header["base"]
+    changes = [(on.tensors[name] - tensor).abs().max() / tensor.abs().max() for name, tensor in before.tensors.items()]
+    assert 0 < max(changes) < 0.9  # it went on from there
+
+
+def test_the_base_is_found_where_it_was_or_beside_the_adapter(finished, tmp_path):
+    ckpt, adapter = candidate_of(finished)
+    moved_to = tmp_path / "base.safetensors"
+    file = checkpoint.load(adapter)
+    header = {**file.header, "base": {**file.header["base"], "path": "/gone/base.safetensors"}}
+    checkpoint.save(tmp_path / "adapter.safetensors", file.tensors, header)
+    with pytest.raises(
+        CheckpointError, match=r"its base /gone/base.safetensors is not there; put the file with the SHA"
+    ):
+        registry.load_model(tmp_path / "adapter.safetensors", CPU)
+    shutil.copy(make_checkpoint(tmp_path / "other.safetensors", seed=1), moved_to)
+    with pytest.raises(CheckpointError, match=r"is another file now"):
+        registry.load_model(tmp_path / "adapter.safetensors", CPU)
+    shutil.copy(ckpt, moved_to)
+    found = registry.load_model(tmp_path / "adapter.safetensors", CPU).model.state_dict()
+    assert all(torch.equal(tensor, file.tensors[name]) for name, tensor in found.items())
+    checkpoint.save(tmp_path / "odd.safetensors", file.tensors, {**file.header, "adapter": {"kind": "lora", "rank": 3,
+                    "targets": ["conv1", "conv2"]}})  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"odd.safetensors: the adapter does not fit its base"):
+        registry.load_model(tmp_path / "odd.safetensors", CPU)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"targets": ["conv1", "to_q"]}, r"no layer of this PatchUNet is called 'to_q'; its layers: affine, conv1"),
+        ({"rank": 0}, r"finetune.adapter.rank = 0"),
+        ({"kind": None}, r"finetune.adapter.rank = 2: has no effect without an adapter"),
+    ],
+)
+def test_wrong_settings_are_refused(finished, tmp_path, settings, message):
+    given = ", ".join(f"{key}: {json.dumps(value)}" for key, value in {"kind": "lora", "rank": 2, **settings}.items())
+    with pytest.raises((UsageError, RecipeError), match=message) as refused:
+        finetune.run(tiny_recipe(finished[1], "diffusion", f"finetune.adapter={{{given}}}"), tmp_path / "a", device=CPU)
+    assert len(str(refused.value)) < 300
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("other", ["finetune.sharding=fsdp", "finetune.reference_precision=bf16"])
+def test_what_an_adapter_does_not_go_with(other):
+    with pytest.raises(RecipeError, match="does not go with an adapter"):
+        tiny_recipe("x", "diffusion", LORA, other)
+
+
+def test_without_the_library_a_message_names_the_extra(finished, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UsageError, match=r"pip install 'ddo-cli\[lora\]'"):
+        registry.load_model(candidate_of(finished)[1], CPU)
+
+
+def test_diffusers_reads_what_is_exported(tmp_path):
+    """By peft, as its pipelines do: the library's network with the exported adapter is ours."""
+    diffusers = pytest.importorskip("diffusers")
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from test_diffusers import TINY, built, make_folder
+
+    from ddo_cli.models.diffusers import files as diffusers_files
+
+    unet = make_folder(tmp_path / "folder")
+    assert isinstance(unet, diffusers.UNet2DModel)
+    found = diffusers_files.read(tmp_path / "folder")
+    checkpoint.save(tmp_path / "base.safetensors", found.tensors, {"kind": "model", "config": found.config})
+    model, settings = built(found), AdapterRecipe(kind="lora", rank=2, alpha=6.0)
+    file = adapters.add(
+        model, checkpoint.load(tmp_path / "base.safetensors"), settings, 0, str(tmp_path / "base.safetensors")
+    )
+    checkpoint.save(tmp_path / "adapter.safetensors", moved(model).state_dict(), file.header)
+    export.run(str(tmp_path / "adapter.safetensors"), tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert all(name.startswith("unet.") for name in tensors)
+    tensors = {name.removeprefix("unet."): tensor for name, tensor in tensors.items()}
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), unet)
+    assert not set_peft_model_state_dict(unet, tensors).unexpected_keys
+    x, t = torch.randn(2, 3, TINY["sample_size"], TINY["sample_size"]), torch.tensor([3.0, 700.0])
+    with torch.no_grad():
+        torch.testing.assert_close(unet(x, t).sample, model.net(x, t, torch.tensor([-1, -1])), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(finished, tmp_path):
+    _, _, out = finished
+    options = ["--recipe", str(out / "recipe.yaml"), "--out", str(tmp_path / "run"), "--device", "cpu", "--json"]
+    torchrun("-m", "ddo_cli", "finetune-ddo", *options)
+    losses = [
+        torch.tensor([json.loads(line)["loss"] for line in (path / "log.jsonl").read_text().splitlines()][:6])
+        for path in (out, tmp_path / "run")
+    ]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_sweep_control_and_averages_are_those_of_adapters(finished, tmp_path):
+    _, ckpt, _ = finished
+    recipe = recipe_of(
+        ckpt, "diffusion", "finetune.rounds=1", "finetune.alpha=[1.0, 2.0]", "finetune.control=true",
+        "finetune.ema_widths=[0.05, 0.1]",
+    )  # fmt: skip
+    finetune.run(recipe, tmp_path / "run", device=CPU)
+    files = list((tmp_path / "run").rglob("step-*.safetensors"))
+    assert len(files) > 8
+    assert any("control" in str(file) for file in files)
+    assert all("base" in checkpoint.read_header(file) for file in files)
+    node = next((tmp_path / "run" / "round-01" / "nodes").iterdir()) / "checkpoints"
+    ema.run([node], tmp_path / "ema.safetensors", std=0.07)
+    registry.load_model(tmp_path / "ema.safetensors", CPU)

@@ -49,12 +49,15 @@ def export(
     out: Annotated[Path, Option(help="The file to write like ORIGINAL; without one, a folder for diffusers.")],
     like: Annotated[Path | None, Option(help="ORIGINAL: the published .pkl, .pt or .pth of the model.")] = None,
     settings: FileSettings = None,
+    merge: Annotated[
+        bool, Option("--merge", help="Of an adapter: add it to its base's weights; --out may be a .safetensors file.")
+    ] = False,
     dry_run: options.DryRun = False,
 ) -> dict[str, Any]:
     """Write a model as the published file it was converted from, or without --like as a folder of diffusers."""
     from ddo_cli.engines.weights import export
 
-    return export.run(ckpt, out, like=like, settings=settings or (), dry_run=dry_run)
+    return export.run(ckpt, out, like=like, settings=settings or (), merge=merge, dry_run=dry_run)
 
 
 def ema(

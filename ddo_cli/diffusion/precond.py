@@ -136,7 +136,8 @@ class Discrete(Preconditioner):
             raise ValueError("the noise levels of discrete steps must be two or more, finite, positive and increasing")
         self.sigmas, self.prediction = sigmas, prediction
         self.step_scale = NUM_STEPS / len(sigmas) if rescaled else 1.0
-        linear = linear_sigmas(len(sigmas)) if len(sigmas) > FEWEST_LINEAR else None
+        with self.sigmas.device:  # a network around it may be under construction on the meta device
+            linear = linear_sigmas(len(sigmas)) if len(sigmas) > FEWEST_LINEAR else None
         self.is_linear = linear is not None and torch.allclose(self.sigmas, linear.to(torch.float32), rtol=1e-4)
         self.sigma_min, self.sigma_max = self.sigmas[0].item(), self.sigmas[-1].item()
         self._table = functools.cache(functools.partial(to_device, self.sigmas))  # by device

@@ -1,6 +1,7 @@
 """`ddo export`: a model as the published file it was converted from, so that its authors' programs can load it.
 
-Or, without such a file, as a folder of diffusers, where that library has the architecture.
+Or, without such a file, as a folder of diffusers, where that library has the architecture. An adapter is written as
+that library's pipelines load it, or added to its base's weights first.
 
 A pickle is neither run nor rewritten: its bytes are copied, and the raw numbers of each tensor replaced in place. The
 rest (code, augmentation, training options) stays as its authors wrote it.
@@ -17,14 +18,16 @@ import torch
 from torch import Tensor
 
 from ddo_cli import checkpoint, console
+from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.engines.weights.convert import FORMAT_NAMES, FORMATS, parse_settings
 from ddo_cli.errors import CheckpointError, UsageError
 from ddo_cli.files import raise_disk_error, replacing, sha256, system_error
-from ddo_cli.models import pt_files, registry, snapshots
+from ddo_cli.models import adapters, pt_files, registry, snapshots
 from ddo_cli.models.adm import files as adm_files
 from ddo_cli.models.adm import keys as adm_keys
 from ddo_cli.models.adm import published as adm_published
 from ddo_cli.models.diffusers import files as diffusers_files
+from ddo_cli.models.diffusers import lora as diffusers_lora
 from ddo_cli.models.dit import files as dit_files
 from ddo_cli.models.edm.files import read_edm
 from ddo_cli.models.edm2 import files as edm2_files
@@ -46,24 +49,37 @@ class Original(NamedTuple):
 
 
 def run(
-    ckpt: str, out: Path, *, like: Path | None = None, settings: Sequence[str] = (), dry_run: bool = False
+    ckpt: str,
+    out: Path,
+    *,
+    like: Path | None = None,
+    settings: Sequence[str] = (),
+    merge: bool = False,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Writes `out` and returns what `export --json` prints: out, family, num_tensors, verified, and more.
 
     like: the .pkl, .pt or .pth; None: `out` becomes a folder of diffusers. settings: those that `convert` was given,
-    for a .pt that does not contain its whole configuration.
+    for a .pt that does not contain its whole configuration. merge: of an adapter, its base's weights with it; without
+    `like`, `out` may be a weight file of this program, then.
     Constants of the file that are no tensors of our model stay as they are. Reads the written file again and compares
     every tensor bit for bit. Raises CheckpointError if the two are not of one architecture and preconditioning.
     """
+    file = _whole(ckpt, merge)
     if like is None:
-        return _folder(ckpt, out, settings, dry_run)
+        return (
+            _file(file, out, dry_run)
+            if merge and out.suffix == ".safetensors"
+            else _folder(file, out, settings, dry_run)
+        )
     if not like.is_file():
         raise UsageError(f"--like {like} does not exist; give the published file that the model was converted from")
     if like.suffix not in FORMATS:
         raise UsageError(f"--like {like} is no file of published weights; give the {FORMAT_NAMES} that was converted")
     if out.suffix != like.suffix:
         raise UsageError(f"--out {out} must end in {like.suffix}, as --like {like.name} does: programs go by the name")
-    file = checkpoint.load(ckpt, kind="model")
+    if "base" in file.header:
+        raise UsageError(f"{ckpt} is an adapter, and a file like {like} has no place for one; add --merge")
     original = _original(like, settings)
     _check_config(registry.check_config(file.header.get("config"), ckpt), original.config, ckpt, like)
     new = original.to_theirs(file.tensors)
@@ -104,7 +120,38 @@ def _holds(original: Original, path: Path, expected: dict[str, Tensor]) -> bool:
     return list(held) == list(expected) and all(_same(held[key], tensor) for key, tensor in expected.items())
 
 
-def _folder(ckpt: str, out: Path, settings: Sequence[str], dry_run: bool) -> dict[str, Any]:
+def _whole(ckpt: str, merge: bool) -> Checkpoint:
+    """The file to export: as it is, or of an adapter its base with it."""
+    file = checkpoint.load(ckpt, kind="model")
+    base = adapters.base_of(file)
+    if not merge:
+        return file
+    if base is None:
+        raise UsageError(f"--merge has no effect: {ckpt} holds whole weights and no adapter; leave it out")
+    model = registry.load_model(ckpt, torch.device("cpu")).model
+    header = {key: value for key, value in file.header.items() if key not in ("base", "adapter")}
+    link = {"command": "export", "adapter_sha256": file.sha256, "base_sha256": file.header["base"]["sha256"]}
+    header["provenance"] = [*header.get("provenance", []), link]
+    return file._replace(tensors=adapters.merged(model, checkpoint.load(base).tensors), header=header)
+
+
+def _file(file: Checkpoint, out: Path, dry_run: bool) -> dict[str, Any]:
+    """Writes a weight file of this program."""
+    result = {
+        "out": str(out), "family": "ddo", "checkpoint_sha256": file.sha256, "num_tensors": len(file.tensors)
+    }  # fmt: skip
+    if dry_run:
+        return {**result, "verified": False, "dry_run": True}
+    if out.exists():
+        if (difference := checkpoint.difference(out, file.tensors, file.header)) is not None:
+            raise UsageError(f"--out {out} exists and has another {difference}; choose another name, or remove it")
+        console.info(f"{out} is finished; nothing to do")
+    else:
+        checkpoint.save(out, file.tensors, file.header)
+    return {**result, "verified": checkpoint.difference(out, file.tensors, file.header) is None}
+
+
+def _folder(file: Checkpoint, out: Path, settings: Sequence[str], dry_run: bool) -> dict[str, Any]:
     """Writes a folder of diffusers."""
     if settings or out.suffix in (".pkl", ".pt", ".pth", ".safetensors"):
         what = settings[0] if settings else f"--out {out}"
@@ -112,7 +159,8 @@ def _folder(ckpt: str, out: Path, settings: Sequence[str], dry_run: bool) -> dic
             f"{what} asks for a published file: name with --like the one that the model was converted from; without "
             "it, --out is the name of a folder for diffusers"
         )
-    return diffusers_files.write_folder(checkpoint.load(ckpt, kind="model"), out, dry_run)
+    write = diffusers_lora.write_folder if "base" in file.header else diffusers_files.write_folder
+    return write(file, out, dry_run)
 
 
 def _original(like: Path, settings: Sequence[str]) -> Original:
