@@ -84,6 +84,16 @@ def test_no_seed_serves_two_purposes():
     assert list(scoring.promotion_ranges) == list(scoring.table_ranges) == [0]
 
 
+class Made:
+    """A made-up model, known by the step that its weights are of."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def load_state_dict(self, step: int):
+        self.step = step
+
+
 class Noisy:
     """A made-up scorer: every model is worth 10, and a range of seeds adds noise of standard deviation 1."""
 
@@ -92,8 +102,8 @@ class Noisy:
     def __init__(self, experiment: int):
         self.experiment = experiment
 
-    def run(self, model: int, number: int) -> dict[str, float]:
-        return {"fd": 10.0 + np.random.default_rng((self.experiment, model, number)).standard_normal()}
+    def run(self, model: Made, number: int) -> dict[str, float]:
+        return {"fd": 10.0 + np.random.default_rng((self.experiment, model.step, number)).standard_normal()}
 
     def picture(self, model, path):
         pass
@@ -101,19 +111,20 @@ class Noisy:
 
 def rounds_of_equals(monkeypatch, tmp_path, margin: float = 0.0, experiments: int = 400, candidates: int = 8):
     """Scorers, and records of rounds whose candidates are all as good as the reference, which is model 0."""
-    monkeypatch.setattr(promotion.registry, "load_model", lambda model, device: SimpleNamespace(model=model))
+    monkeypatch.setattr(promotion.checkpoint, "load", lambda step, kind: SimpleNamespace(tensors=step))
     monkeypatch.setattr(promotion, "copy_weights", lambda source, target: None)
     monkeypatch.setattr(promotion, "write_json", lambda file, content: None)
     found = []
     for scoring in map(Noisy, range(experiments)):
-        scored = {str(step): scoring.run(step, 0) for step in range(1, candidates + 1)}
-        trial = SimpleNamespace(candidates=scored, candidate_file=lambda step: step, title="")
+        scored = {str(step): scoring.run(Made(step), 0) for step in range(1, candidates + 1)}
+        networks = SimpleNamespace(scratch=Made(0))
+        trial = SimpleNamespace(candidates=scored, candidate_file=lambda step: step, title="", networks=networks)
         this = SimpleNamespace(
-            number=1, path=tmp_path, ref_file=0, plan=SimpleNamespace(is_sweep=False),
+            number=1, path=tmp_path, ref_file=0, plan=SimpleNamespace(has_nodes=False),
             chain=SimpleNamespace(scoring=scoring, device=CPU),
             recipe=SimpleNamespace(finetune=SimpleNamespace(margin=margin, batch=1, patience=None)),
         )  # fmt: skip
-        start = promotion.record_of_start(scoring, 0, tmp_path / "reference-scores.json")
+        start = promotion.record_of_start(scoring, Made(0), tmp_path / "reference-scores.json")
         found.append((scoring, promotion.promote(this, [trial], start)))
     return found
 
@@ -121,7 +132,7 @@ def rounds_of_equals(monkeypatch, tmp_path, margin: float = 0.0, experiments: in
 def test_the_best_of_many_looks_better_only_where_it_was_chosen(monkeypatch, tmp_path):
     """Means over 400 rounds of 8 candidates; their standard errors are 0.02 to 0.06."""
     found = rounds_of_equals(monkeypatch, tmp_path)
-    first = [scoring.run(record["best_images"], 0)["fd"] for scoring, record in found]
+    first = [scoring.run(Made(record["best_images"]), 0)["fd"] for scoring, record in found]
     assert np.mean(first) == pytest.approx(10 - 1.42, abs=0.15)  # the expected least of 8 normal numbers
     promoted = [record for _, record in found if record["promoted"]]
     assert len(promoted) / len(found) == pytest.approx(0.5, abs=0.1)  # by fresh seeds: a coin
@@ -131,7 +142,7 @@ def test_the_best_of_many_looks_better_only_where_it_was_chosen(monkeypatch, tmp
     # The wrong rule: the range that chose the candidate among the three that promote it.
     by_wrong_rule = [
         improvement(
-            *([scoring.run(model, number)["fd"] for number in range(3)] for model in (0, record["best_images"]))
+            *([scoring.run(Made(step), number)["fd"] for number in range(3)] for step in (0, record["best_images"]))
         )
         for scoring, record in found
     ]
