@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_checkpoint
+from faults.workloads import workloads
 
 from ddo_cli import cli, files, ledger
 
@@ -82,20 +83,12 @@ def test_a_disturbed_command_says_one_thing_and_continues(place, ddo, monkeypatc
     assert content(place) == disturbed
 
 
-CAMPAIGNS = [
-    ("--fault", "kill", "--at", "random", "--count", "1"),
-    ("--fault", "kill", "--at", "renames", "--count", "1"),
-    ("--fault", "full", "--at", "all", "--count", "1"),
-    ("--fault", "io", "--at", "all", "--count", "1"),
-    ("--fault", "io", "--at", "reads", "--count", "2", "--only", "encode,export-pt,export-folder,ema"),
-    ("--fault", "term", "--at", "random", "--count", "1", "--only", "sample-png,encode,finetune-ddo"),
-    ("--fault", "int", "--at", "random", "--count", "1", "--only", "sample-png,encode,finetune-ddo"),
-]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler")
-@pytest.mark.parametrize("options", CAMPAIGNS, ids=lambda options: "-".join(options[1:4:2]))
-def test_every_command_ends_as_undisturbed(options):
-    done = subprocess.run([sys.executable, CAMPAIGN, *options], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("half", [0, 1])
+def test_every_command_ends_as_undisturbed(half):
+    names = sorted(workloads(Path("inputs")))[half::2]
+    done = subprocess.run(
+        [sys.executable, CAMPAIGN, "--few", "--only", ",".join(names)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr

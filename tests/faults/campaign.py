@@ -42,12 +42,32 @@ ACTIONS = {
 CODES = {"kill": (-signal.SIGKILL,), "full": (0, 2), "io": (0, 2), "term": (143,), "int": (130,)}
 FOREIGN = {".tmpAbC123": "a user's", "notes.txt": "mine", ".film.7.part": "half a download"}  # are never touched
 WRITES = "open write rename fsync truncate chmod allocate unlink rmdir mkdir link"  # kinds of operations
-KINDS = {"renames": "rename fsync", "all": WRITES, "random": WRITES, "reads": "open-to-read read"}  # by --at
+READS = "open-to-read read"
+KINDS = {"renames": "rename fsync", "all": WRITES, "random": WRITES, "reads": READS}  # by --at
 OWN_COURSE = (".files.jsonl", "state.previous.json")  # the ledger and the state before tell of each write of a run
 TIMES = ("images_per_second",)  # figures that no two runs share
+ROW = "{:20} {:4} at {:8} {:5} operations {:5} cases, {:5} as undisturbed, {:3} with strays"
 
 
-ROW = "{:20} {:5} operations {:5} cases, {:5} as undisturbed, {:3} with strays"
+class Plan(NamedTuple):
+    """Which faults a command meets. count: of how many operations, drawn at random, or how many random moments; 0: all.
+    every: the first operation of so many, and then each so-many-th. only: these commands; empty: all.
+    """
+
+    fault: str
+    at: str
+    count: int = 0
+    every: int = 1
+    only: tuple[str, ...] = ()
+
+
+# --few: each kind of fault.
+FEW = (
+    Plan("kill", "random", 1), Plan("kill", "renames", 1), Plan("full", "all", 1), Plan("io", "all", 1),
+    Plan("io", "reads", 2, only=("encode", "export-pt", "export-folder", "ema")),
+    Plan("term", "random", 1, only=("sample-png", "encode", "finetune-ddo")),
+    Plan("int", "random", 1, only=("sample-png", "encode", "finetune-ddo")),
+)  # fmt: skip
 
 
 class Fault(NamedTuple):
@@ -196,7 +216,7 @@ class Campaign:
     """The commands of `workloads` in directories below `root`."""
 
     def __init__(self, root: Path):
-        self.root, self.count = root, 0
+        self.root = root
         self.inputs = root / "inputs"
         self._child(lambda: self._workloads_module().write_inputs(self.inputs))
         self.workloads = self._workloads_module().workloads(self.inputs)
@@ -244,18 +264,27 @@ class Campaign:
         shutil.copytree(self.prepared[name], place, copy_function=shutil.copy2)
         return place
 
-    def expected(self, name: str, kinds: str = WRITES) -> tuple[dict[str, Any], Done, float]:
-        """What the undisturbed command leaves, its operations and its seconds."""
-        key = f"{name} {kinds}"
-        if key not in self.undisturbed:
+    def expected(self, name: str) -> tuple[dict[str, Any], Done, float]:
+        """What the undisturbed command leaves, all its operations and its seconds."""
+        if name not in self.undisturbed:
             place, start = self.fresh(name), time.monotonic()
-            done = carry_out(self.workloads[name].command, place, kinds=kinds)
+            done = carry_out(self.workloads[name].command, place, kinds=f"{WRITES} {READS}")
             assert done.code == 0, f"{name}: {done.err}"
             seconds = time.monotonic() - start
-            self.undisturbed[key] = content(place, self.workloads[name].adds), done, seconds
-        return self.undisturbed[key]
+            self.undisturbed[name] = content(place, self.workloads[name].adds), done, seconds
+        return self.undisturbed[name]
 
-    def case(self, name: str, kind: str, faults: list[Fault], kinds: str = WRITES) -> Case:
+    def cases(self, name: str, plan: Plan, rng: random.Random) -> Iterator[Case]:
+        """The command with the faults of a plan, one after another."""
+        for faults in faults_of(plan, self.number(name, plan), self.expected(name)[2], rng):
+            yield self.case(name, plan.fault, faults, KINDS[plan.at])
+
+    def number(self, name: str, plan: Plan) -> int:
+        """How many operations of the undisturbed command a plan is about."""
+        counted = KINDS[plan.at].split()
+        return sum(kind in counted for kind, _ in self.expected(name)[1].operations)
+
+    def case(self, name: str, kind: str, faults: list[Fault], kinds: str) -> Case:
         """The command, disturbed by each of the faults in turn, and then left alone."""
         workload, (expected, _, _) = self.workloads[name], self.expected(name)
         place, problems, hits = self.fresh(name), list[str](), list[str]()
@@ -271,7 +300,6 @@ class Campaign:
         if again.code or "Traceback" in again.err:
             problems.append(f"the same line then ends with {again.code}: {last_line(again.err)}")
         problems += differences(expected, content(place, workload.adds))
-        self.count += 1
         return Case(name, kind, ", ".join(hits), code, message, problems)
 
 
@@ -300,24 +328,24 @@ def judged(kind: str, done: Done) -> list[str]:
     return problems
 
 
-def faults_of(done: Done, kind: str, at: str, count: int, seconds: float, rng: random.Random) -> Iterator[list[Fault]]:
-    """The disturbances of a command whose undisturbed operations are known."""
-    numbers = list(range(1, len(done.operations) + 1))
-    if at == "random":
-        for _ in range(count):
-            if kind in SIGNALS:
+def faults_of(plan: Plan, number: int, seconds: float, rng: random.Random) -> Iterator[list[Fault]]:
+    """The disturbances of a command of so many operations and seconds."""
+    numbers = list(range(1, number + 1, plan.every))
+    if plan.at == "random":
+        for _ in range(plan.count):
+            if plan.fault in SIGNALS:
                 times = [rng.uniform(0.03, seconds) for _ in range(rng.choice((1, 1, 2)))]
-                yield [Fault(code=SIGNALS[kind], seconds=time) for time in times]
+                yield [Fault(code=SIGNALS[plan.fault], seconds=time) for time in times]
             else:
-                yield [Fault(rng.choice(numbers), *ACTIONS[kind])]
+                yield [Fault(rng.choice(numbers), *ACTIONS[plan.fault])]
         return
-    if count:
-        numbers = sorted(rng.sample(numbers, min(count, len(numbers))))
-    for number in numbers:
-        if kind == "kill":
-            yield from ([Fault(number, action)] for action in (KILL_BEFORE, KILL_AFTER))
+    if plan.count:
+        numbers = sorted(rng.sample(numbers, min(plan.count, len(numbers))))
+    for place in numbers:
+        if plan.fault == "kill":
+            yield from ([Fault(place, action)] for action in (KILL_BEFORE, KILL_AFTER))
         else:
-            yield [Fault(number, *ACTIONS[kind])]
+            yield [Fault(place, *ACTIONS[plan.fault])]
 
 
 def main() -> int:
@@ -325,6 +353,10 @@ def main() -> int:
     parser.add_argument("--fault", choices=FAULTS, default="kill")
     parser.add_argument("--at", choices=KINDS, default="renames")
     parser.add_argument("--count", type=int, default=0, help="most operations of each command; 0: all")
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="N", help="the first operation of N, and then each N-th"
+    )
+    parser.add_argument("--few", action="store_true", help="each kind of fault once or twice, in place of the above")
     parser.add_argument("--only", default="", help="workloads between commas")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verbose", action="store_true")
@@ -332,23 +364,27 @@ def main() -> int:
     with_shim()
     prepare()
     rng = random.Random(options.seed)
+    plans = FEW if options.few else [Plan(options.fault, options.at, options.count, options.every)]
     with tempfile.TemporaryDirectory(prefix="faults-") as directory:
         campaign = Campaign(Path(directory).resolve())
         names = options.only.split(",") if options.only else list(campaign.workloads)
         failed, rows = list[Case](), list[tuple[Any, ...]]()
         for name in names:
-            _, done, seconds = campaign.expected(name, KINDS[options.at])
-            cases = []
-            for faults in faults_of(done, options.fault, options.at, options.count, seconds, rng):
-                cases.append(campaign.case(name, options.fault, faults, KINDS[options.at]))
-                if options.verbose or cases[-1].problems:
-                    print(*cases[-1], sep=" | ", file=sys.stderr, flush=True)
-            bad = [case for case in cases if case.problems]
-            failed += bad
-            strays = sum(any(p.startswith("left") for p in case.problems) for case in bad)
-            rows.append((name, len(done.operations), len(cases), len(cases) - len(bad), strays))
-            print(ROW.format(*rows[-1]), flush=True)
-    print(f"{sum(row[2] for row in rows)} cases, {len(failed)} fail")
+            for plan in plans:
+                if plan.only and name not in plan.only:
+                    continue
+                cases = []
+                for case in campaign.cases(name, plan, rng):
+                    cases.append(case)
+                    if options.verbose or case.problems:
+                        print(*case, sep=" | ", file=sys.stderr, flush=True)
+                bad = [case for case in cases if case.problems]
+                failed += bad
+                strays = sum(any(p.startswith("left") for p in case.problems) for case in bad)
+                counts = campaign.number(name, plan), len(cases), len(cases) - len(bad), strays
+                rows.append((name, plan.fault, plan.at, *counts))
+                print(ROW.format(*rows[-1]), flush=True)
+    print(f"{sum(row[4] for row in rows)} cases, {len(failed)} fail")
     return int(bool(failed))
 
 
