@@ -21,6 +21,7 @@ from test_dit_files import official, trained
 from test_edm2_files import THEIRS, snapshot, stored_tensors
 from test_edm2_files import random_model as edm2_model
 from test_foreign import ADM, KINDS, NETWORK, network, official_names, official_tensors, pickled_network, random_model
+from test_var_files import NARROW_VAE
 
 from ddo_cli.models import registry
 from ddo_cli.models.discriminators import registry as discriminators
@@ -42,7 +43,7 @@ def seeds() -> dict[str, bytes]:
         "classifier", "adm-classifier", (3, 32, 32), 10, {"width": 32, "channel_mult": [1, 2], "attention": [16]}
     )
     classifier = discriminators.build("classifier", config).state_dict()
-    var, vae = var_models.official_files(var_models.build())
+    var, vae = var_models.official_files(var_models.build(NARROW_VAE))
     states = {
         "adm.pt": {key.removeprefix("net."): tensor for key, tensor in adm.items()}, "classifier.pt": classifier,
         "var.pth": var, "vae.pth": vae, "dit.pt": official("sit"), "trained-dit.pt": trained("dit", model="DiT-XL/2"),
@@ -85,7 +86,9 @@ def state_dicts() -> dict[str, tuple[dict[str, torch.Tensor], dict[str, bytes]]]
         classifier = discriminators.load("classifier", tiny_classifier(place / "trunk.st", **wide), torch.device("cpu"))
         _, discriminator = tiny_discriminator(str(place / "trunk.st"), 0, width=64, num_head_channels=64)
         trunk, model = (place / "trunk.st").read_bytes(), Path(make_checkpoint(place / "m.st")).read_bytes()
+    var, vae = var_models.official_files(var_models.build(NARROW_VAE))
     return {
+        "dit": (official("sit"), {}), "var": (var, {"vae.pth": saved(vae)}), "vae": (vae, {}),
         "adm": (adm, {}), "classifier": (dict(classifier.network.state_dict()), {}),
         "discriminator": (dict(discriminator.head.state_dict()), {"trunk.safetensors": trunk, "m.safetensors": model}),
     }  # fmt: skip

@@ -148,10 +148,8 @@ def reference(place: Path) -> None:
 # --- Files of other programs
 
 
-def of_pickles(*names: str) -> Inputs:
-    """Files near these seeds, all of them unless names are given."""
-    seeds = foreign_files.seeds()
-    return st.one_of(*(files(**{name: near([seeds[name]])}) for name in names or seeds))
+def of_pickles() -> Inputs:
+    return st.one_of(*(files(**{name: near([content])}) for name, content in foreign_files.seeds().items()))
 
 
 def converted(place: Path) -> None:
@@ -159,9 +157,16 @@ def converted(place: Path) -> None:
     convert.run(next(place.iterdir()), place / "out.safetensors", dry_run=True)
 
 
-def converted_dit(place: Path) -> None:
-    """Likewise, with what a file of DiT does not tell."""
-    convert.run(next(place.iterdir()), place / "out.safetensors", settings=("arch=sit", "heads=4"), dry_run=True)
+def converted_with(*settings: str) -> Callable[[Path], None]:
+    """Likewise of a state dict, with what the file does not tell."""
+
+    def read(place: Path) -> None:
+        options: dict[str, Any] = {"vae": place / "vae.pth"} if (place / "vae.pth").exists() else {}
+        if (place / "trunk.safetensors").exists():
+            options = {"trunk": str(place / "trunk.safetensors"), "model": str(place / "m.safetensors")}
+        convert.run(place / "a.pth", place / "out.safetensors", settings=settings, dry_run=True, **options)
+
+    return read
 
 
 def of_networks(kind: str) -> Callable[[], Inputs]:
@@ -208,20 +213,6 @@ def of_states(kind: str) -> Inputs:
     return files(**{**others, "a.pth": whole | whole.flatmap(lambda content: near([content]))})
 
 
-def converted_state(place: Path) -> None:
-    """Likewise, with all that the file does not tell."""
-    options: dict[str, Any] = {}
-    if (place / "trunk.safetensors").exists():
-        options = {"trunk": str(place / "trunk.safetensors"), "model": str(place / "m.safetensors")}
-    convert.run(place / "a.pth", place / "out.safetensors", dry_run=True, **options)
-
-
-def converted_adm(place: Path) -> None:
-    """Likewise, with what a file of ADM does not tell."""
-    settings = ("qkv=legacy", "schedule=linear", "size=8", "head_channels=64")
-    convert.run(place / "a.pth", place / "out.safetensors", settings=settings, dry_run=True)
-
-
 def of_diffusers() -> Inputs:
     folder = foreign_files.diffusers_folder()
     configs = {name: json.loads(content) for name, content in folder.items() if name.endswith(".json")}
@@ -246,12 +237,20 @@ TARGETS = (
     Target("published", of_published, read_published),
     Target("references", of_references, reference),
     Target("pickles", of_pickles, converted),
-    Target("dit", lambda: of_pickles("dit.pt"), converted_dit),
     *(
         Target(name, of_networks(kind), converted)
         for name, kind in (("edm", "SongUNet"), ("edm-adm", "DhariwalUNet"), ("edm2", "edm2"))
     ),
-    Target("adm", lambda: of_states("adm"), converted_adm),
-    *(Target(kind, functools.partial(of_states, kind), converted_state) for kind in ("classifier", "discriminator")),
+    *(
+        Target(kind, functools.partial(of_states, kind), converted_with(*settings))
+        for kind, settings in {
+            "adm": ("qkv=legacy", "schedule=linear", "size=8", "head_channels=64"),
+            "classifier": (),
+            "discriminator": (),
+            "dit": ("arch=sit", "heads=4"),
+            "var": ("patch_nums=1,2",),
+            "vae": ("patch_nums=1,2",),
+        }.items()
+    ),
     Target("diffusers", of_diffusers, converted),
 )
