@@ -279,3 +279,11 @@ def test_sweep_control_and_averages_are_those_of_adapters(finished, tmp_path):
     node = next((tmp_path / "run" / "round-01" / "nodes").iterdir()) / "checkpoints"
     ema.run([node], tmp_path / "ema.safetensors", std=0.07)
     registry.load_model(tmp_path / "ema.safetensors", CPU)
+
+
+def test_layers_that_the_network_passes_by_are_told():
+    model, _ = with_adapter("var")
+    tensors = moved(model).state_dict()
+    assert not adapters.idle(tensors)
+    tensors["blocks.1.attn.qkv.lora_B.default.weight"].zero_()
+    assert adapters.idle(tensors) == ["blocks.1.attn.qkv"]

@@ -188,6 +188,15 @@ def _found_again(path: str) -> str:
     return path if path.startswith(checkpoint.EMBEDDED) else str(checkpoint.resolve(path).resolve())
 
 
+def idle(tensors: dict[str, Tensor]) -> list[str]:
+    """Layers of a trained adapter that are still those of the base: a network that reads `layer.weight` passes them by.
+
+    tensors: the adapter's.
+    """
+    ends = f".lora_B.{NAME}.weight"
+    return [name.removesuffix(ends) for name, tensor in tensors.items() if name.endswith(ends) and not tensor.any()]
+
+
 # --- Files
 
 

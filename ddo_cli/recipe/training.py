@@ -194,7 +194,9 @@ class AdapterRecipe(Section):
     rank: int = key(16, "Rank of the changes.", ge=1, le=1024)
     alpha: float = key(16.0, "Their scale is alpha / rank.", gt=0)
     targets: list[Annotated[str, Field(min_length=1, max_length=200)]] = key(
-        [], "Layers that are changed, by the ends of their names. Default: the network's projections of attention."
+        [],
+        "Layers that are changed, by the ends of their names. Default: the network's projections of attention.",
+        max_length=1000,
     )
 
     @model_validator(mode="after")

@@ -267,6 +267,7 @@ def _dry_run(recipe: Recipe, out: Path, model: LikelihoodModel, plan: sweep.Plan
         "reference": recipe.model.ckpt,
         "reference_sha256": sha256(checkpoint.resolve(recipe.model.ckpt)),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "rounds": settings.rounds,
         "steps_per_round": plan.steps,
         "pairs_per_step": settings.batch,

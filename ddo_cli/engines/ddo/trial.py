@@ -14,6 +14,7 @@ from ddo_cli.engines.ddo.round import Networks, Round
 from ddo_cli.engines.ddo.sweep import Setting, survivors
 from ddo_cli.errors import NumericsError
 from ddo_cli.files import read_json, remove, write_json
+from ddo_cli.models import adapters
 from ddo_cli.training import loop
 from ddo_cli.training.ema import snapshot_name
 from ddo_cli.training.meter import Meter
@@ -183,6 +184,11 @@ class Trial:
             for width, tensors in event.averages.further():
                 self._keep(step, tensors, width)
             averages = event.averages.whole()
+            if step == min(self.candidates_at) and (idle := adapters.idle(averages)):
+                console.warn(
+                    f"{self.title}: {len(idle)} layers of finetune.adapter.targets did not change, such as {idle[0]}: "
+                    "the network does not call them; leave them out"
+                )
             self._keep(step, averages)
             if is_last:
                 self._score(step, averages)
