@@ -1,6 +1,8 @@
 """Adapters: every network of the package starts as its base, trains nothing else, and its files find their base."""
 
+import functools
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -12,9 +14,8 @@ import torch
 from conftest import CPU, kinds, make_checkpoint, tiny_recipe, torchrun
 from kills import KilledError
 from safetensors.torch import load_file
-from test_finetune_ddo import kill_at_write
 
-from ddo_cli import checkpoint
+from ddo_cli import checkpoint, files
 from ddo_cli.engines.ddo import finetune
 from ddo_cli.engines.weights import ema, export
 from ddo_cli.errors import CheckpointError, RecipeError, UsageError
@@ -77,13 +78,30 @@ def test_merged_weights_are_those_of_a_network_that_computes_the_same(family):
     assert log["r_real"].abs() < 1e-4 * loss
 
 
-@pytest.fixture(scope="module", params=kinds("diffusion"))
-def finished(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def finished_of(tmp_path_factory):
     """(kind, base, directory) of a run of two rounds, with recomputed blocks."""
-    path = tmp_path_factory.mktemp(request.param)
-    ckpt = make_checkpoint(path / "base.safetensors", request.param)
-    finetune.run(recipe_of(ckpt, request.param), path / "run", device=CPU)
-    return request.param, ckpt, path / "run"
+
+    @functools.cache
+    def finished(kind):
+        path = tmp_path_factory.mktemp(kind)
+        ckpt = make_checkpoint(path / "base.safetensors", kind)
+        finetune.run(recipe_of(ckpt, kind), path / "run", device=CPU)
+        return kind, ckpt, path / "run"
+
+    return finished
+
+
+@pytest.fixture(scope="module", params=kinds("diffusion"))
+def finished(request, finished_of):
+    return finished_of(request.param)
+
+
+@pytest.fixture(scope="module")
+def candidate(finished_of):
+    """Files of a base and of an adapter of it."""
+    _, ckpt, out = finished_of("diffusion")
+    return ckpt, out / "round-02" / "checkpoints" / "step-000006.safetensors"
 
 
 def recipe_of(ckpt, kind="diffusion", *more):
@@ -118,24 +136,27 @@ def test_a_run_trains_the_adapter_alone(finished):
 
 def test_a_run_that_was_killed_continues_to_the_same_bytes(finished, tmp_path, monkeypatch):
     kind, ckpt, whole = finished
+    rename, states = os.replace, []
+
+    def replace(source, target):
+        rename(source, target)
+        states.extend([target] if Path(target).name == "train-state.safetensors" else [])
+        if len(states) == 5:  # in the second round
+            raise KilledError
+
     with monkeypatch.context() as patch:
-        kill_at_write(patch, 34, before=True)
+        patch.setattr(files.os, "replace", replace)
         with pytest.raises(KilledError):
             finetune.run(recipe_of(ckpt, kind), tmp_path / "run", device=CPU)
-    assert list((tmp_path / "run").rglob("train-state*"))
+    assert "round-02" in str(states[-1])
     finetune.run(recipe_of(ckpt, kind), tmp_path / "run", device=CPU)
     for name in ("final.safetensors", "round-02/checkpoints/step-000006.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
 
 
-def candidate_of(finished):
-    _, ckpt, out = finished
-    return ckpt, out / "round-02" / "checkpoints" / "step-000006.safetensors"
-
-
-def test_commands_take_an_adapter_for_a_model(finished, tmp_path, ddo):
+def test_commands_take_an_adapter_for_a_model(candidate, tmp_path, ddo):
     """A sample of merged weights is that of the adapter up to rounding, and not the base's."""
-    ckpt, adapter = candidate_of(finished)
+    ckpt, adapter = candidate
     ddo("export", adapter, "--merge", "--out", tmp_path / "whole.safetensors")
     images = []
     for name, file in {"adapter": adapter, "whole": tmp_path / "whole.safetensors", "base": ckpt}.items():
@@ -155,8 +176,8 @@ def test_commands_take_an_adapter_for_a_model(finished, tmp_path, ddo):
     )
 
 
-def test_an_adapter_is_trained_on_with_its_own_settings(finished, tmp_path):
-    _, adapter = candidate_of(finished)
+def test_an_adapter_is_trained_on_with_its_own_settings(candidate, tmp_path):
+    _, adapter = candidate
     with pytest.raises(UsageError, match=r"is an adapter: train it on with finetune.adapter"):
         finetune.run(tiny_recipe(str(adapter)), tmp_path / "a", device=CPU)
     with pytest.raises(UsageError, match=r"holds an adapter with alpha = 4.0; set the same"):
@@ -174,8 +195,8 @@ def test_an_adapter_is_trained_on_with_its_own_settings(finished, tmp_path):
     assert 0 < max(changes) < 0.9  # it went on from there
 
 
-def test_the_base_is_found_where_it_was_or_beside_the_adapter(finished, tmp_path):
-    ckpt, adapter = candidate_of(finished)
+def test_the_base_is_found_where_it_was_or_beside_the_adapter(candidate, tmp_path):
+    ckpt, adapter = candidate
     moved_to = tmp_path / "base.safetensors"
     file = checkpoint.load(adapter)
     header = {**file.header, "base": {**file.header["base"], "path": "/gone/base.safetensors"}}
@@ -204,10 +225,12 @@ def test_the_base_is_found_where_it_was_or_beside_the_adapter(finished, tmp_path
         ({"kind": None}, r"finetune.adapter.rank = 2: has no effect without an adapter"),
     ],
 )
-def test_wrong_settings_are_refused(finished, tmp_path, settings, message):
+def test_wrong_settings_are_refused(candidate, tmp_path, settings, message):
     given = ", ".join(f"{key}: {json.dumps(value)}" for key, value in {"kind": "lora", "rank": 2, **settings}.items())
     with pytest.raises((UsageError, RecipeError), match=message) as refused:
-        finetune.run(tiny_recipe(finished[1], "diffusion", f"finetune.adapter={{{given}}}"), tmp_path / "a", device=CPU)
+        finetune.run(
+            tiny_recipe(candidate[0], "diffusion", f"finetune.adapter={{{given}}}"), tmp_path / "a", device=CPU
+        )
     assert len(str(refused.value)) < 300
     assert not (tmp_path / "a").exists()
 
@@ -218,10 +241,10 @@ def test_what_an_adapter_does_not_go_with(other):
         tiny_recipe("x", "diffusion", LORA, other)
 
 
-def test_without_the_library_a_message_names_the_extra(finished, monkeypatch):
+def test_without_the_library_a_message_names_the_extra(candidate, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UsageError, match=r"pip install 'ddo-cli\[lora\]'"):
-        registry.load_model(candidate_of(finished)[1], CPU)
+        registry.load_model(candidate[1], CPU)
 
 
 def test_diffusers_reads_what_is_exported(tmp_path):
@@ -253,8 +276,8 @@ def test_diffusers_reads_what_is_exported(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(finished, tmp_path):
-    _, _, out = finished
+def test_two_processes_equal_one(finished_of, tmp_path):
+    _, _, out = finished_of("diffusion")
     options = ["--recipe", str(out / "recipe.yaml"), "--out", str(tmp_path / "run"), "--device", "cpu", "--json"]
     torchrun("-m", "ddo_cli", "finetune-ddo", *options)
     losses = [
@@ -265,8 +288,8 @@ def test_two_processes_equal_one(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_sweep_control_and_averages_are_those_of_adapters(finished, tmp_path):
-    _, ckpt, _ = finished
+def test_sweep_control_and_averages_are_those_of_adapters(candidate, tmp_path):
+    ckpt, _ = candidate
     recipe = recipe_of(
         ckpt, "diffusion", "finetune.rounds=1", "finetune.alpha=[1.0, 2.0]", "finetune.control=true",
         "finetune.ema_widths=[0.05, 0.1]",

@@ -18,9 +18,10 @@ from mutations import Inputs, files, json_near, near
 from PIL import Image
 
 from ddo_cli import checkpoint
-from ddo_cli.models import registry
+from ddo_cli.models import adapters, registry
 from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.models.var import tokenizers
+from ddo_cli.recipe.training import AdapterRecipe
 
 CPU = torch.device("cpu")
 SET, FILE = "set", "a.safetensors"
@@ -105,13 +106,17 @@ def weights_near(seeds: Iterable[bytes]) -> st.SearchStrategy[bytes]:
 
 @functools.cache
 def models() -> dict[str, bytes]:
-    """A tiny model of each family, by name."""
+    """A tiny model of each family, by name, and an adapter."""
     found = {}
     for family, (name, shape, options) in FAMILIES.items():
         model = registry.build(config := registry.config_of(name, shape, 10, options, {}))
         link = {"command": "finetune-ddo", "recipe": {"name": "x", "finetune": {"alpha": 1.0, "lr": 1e-4}}}
         header = {"kind": "model", "config": config, "sampling": {"steps": 3, "sampler": None}, "provenance": [link]}
         found[family] = tensors_file(model.state_dict(), **header)
+    name = "embedded:digits16"
+    base, file = registry.load_model(name, CPU)
+    header = adapters.add(base, file, AdapterRecipe(kind="lora", rank=2), 0, name).header
+    found["adapter"] = tensors_file(base.state_dict(), **header)
     return found
 
 
