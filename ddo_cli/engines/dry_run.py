@@ -113,9 +113,7 @@ def _work_of_rounds(recipe: Recipe, plans: Sequence[sweep.Plan], scoring: Scorin
     at_rungs += auto.MOST_SHORT * sum(plan.images for plan in searching)
     more = (auto.MOST_WHOLE - 1) * sum(len(plan.candidates_at) for plan in searching)
     scores, stored = scores + more, stored + more * (settings.keep_candidates == "all")
-    searched = sum(
-        (auto.MOST_SHORT - 1) * plan.short + (auto.MOST_WHOLE - 1) * (plan.steps - plan.short) for plan in searching
-    )
+    searched = sum((auto.MOST_SHORT - 1) * plan.short + (auto.MOST_WHOLE - 1) * plan.steps for plan in searching)
     per_score = recipe.metric.num_images
     return Work(
         steps=sum(node["stopped_at"] for nodes in rounds for node in nodes) + searched,

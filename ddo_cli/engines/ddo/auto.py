@@ -59,8 +59,8 @@ def search(this: Round, networks: Networks, before: Sequence[dict[str, Any]]) ->
     beta = best_of(whole)
     if networks.precision_error is not None:
         reference.check_error(this.recipe, networks.precision_error, beta, this.number, this.chain.device)
-    end = ", at the end of what was tried" if beta in (min(short), max(short)) else ""
-    console.info(f"{this.title}: beta {beta:g} by {this.chain.scoring.key} of {len(short)} trainings{end}")
+    end = ", at the end of what was tried" if beta in (min(trials), max(trials)) else ""
+    console.info(f"{this.title}: beta {beta:g} by {this.chain.scoring.key} of {len(trials)} trainings{end}")
     return [trials[beta] for beta in sorted(trials)]
 
 
@@ -98,17 +98,23 @@ def explored(start: float, score: Callable[[float], float]) -> dict[float, float
 
 def finished(short: Mapping[float, float], score: Callable[[float], float]) -> dict[float, float]:
     """Scores of whole trainings by beta: downhill from the best short one, beginning with its better neighbour."""
-    betas = sorted(beta for beta in short if short[beta] < math.inf)
-    at = betas.index(best_of(short))
-    whole = {betas[at]: score(betas[at])}
-    neighbours = [place for place in (at - 1, at + 1) if 0 <= place < len(betas)]
-    step = min((place - at for place in neighbours), key=lambda side: short[betas[at + side]], default=0)
-    while step and len(whole) < MOST_WHOLE and 0 <= at + step < len(betas):
-        at += step
-        whole[betas[at]] = score(betas[at])
-        if not whole[betas[at]] < whole[betas[at - step]]:
+    best = best_of(short)
+    whole, around = {best: score(best)}, {side: _next(short, best, side) for side in (-1, 1)}
+    is_up = short.get(around[1], math.inf) < short.get(around[-1], math.inf)
+    side = 1 if is_up else -1
+    beta, following = best, around[side]
+    while len(whole) < MOST_WHOLE and short.get(following, 0.0) < math.inf:  # not where a short one has diverged
+        whole[following] = score(following)
+        if not whole[following] < whole[beta]:
             break
+        beta, following = following, _next(short, following, side)
     return whole
+
+
+def _next(scores: Mapping[float, float], beta: float, side: int) -> float:
+    """Of those tried the next one below (side -1) or above (side 1), or one beyond them."""
+    others = [other for other in scores if (other - beta) * side > 0]
+    return min(others, key=lambda other: abs(other - beta)) if others else _rounded(beta * math.sqrt(2) ** side)
 
 
 def best_of(scores: Mapping[float, float]) -> float:
