@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ddo_cli import rundir
+from ddo_cli import foreign, rundir
 from ddo_cli.errors import CheckpointError, printable, problem_of, reason
 from ddo_cli.files import parse_json, replacing, sha256
 from ddo_cli.ledger import damage
@@ -233,6 +233,7 @@ def _open(file: Path, name: str, kind: str | None, tensors: bool) -> Checkpoint:
             metadata = content.metadata() or {}
             loaded = {key: content.get_tensor(key) for key in content.keys()} if tensors else {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
+        _refuse_foreign(file, name)
         raise CheckpointError(
             f"{name} is not a whole safetensors file ({reason(error, 60)}); "
             + ("copy it again" if file.suffix == ".safetensors" else "`ddo convert` makes one of published weights")
@@ -243,6 +244,7 @@ def _open(file: Path, name: str, kind: str | None, tensors: bool) -> Checkpoint:
     except ValidationError as error:
         raise CheckpointError(f"{name} has a damaged header ({problem_of(error)}); copy the file again") from None
     except (KeyError, ValueError):
+        _refuse_foreign(file, name)
         raise CheckpointError(
             f"{name} is a safetensors file without this program's header, so its model is unknown; give a file that "
             "ddo wrote, such as by `ddo convert` of published weights"
@@ -250,6 +252,14 @@ def _open(file: Path, name: str, kind: str | None, tensors: bool) -> Checkpoint:
     if kind is not None and actual != kind:
         raise CheckpointError(f"{name} holds a checkpoint of kind '{actual}' where a '{kind}' is needed; give one")
     return Checkpoint(loaded, header, sha256(file) if tensors else "", name)
+
+
+def _refuse_foreign(file: Path, name: str) -> None:
+    """Raises CheckpointError for a network of another program that is known by its tensors' names."""
+    if what := foreign.network_of(file):
+        raise CheckpointError(
+            f"{name} holds {what}; give a file that ddo wrote, such as by `ddo convert` of published weights"
+        )
 
 
 def require(file: Checkpoint, *keys: str) -> None:

@@ -11,6 +11,7 @@ from ddo_cli.engines.weights import convert
 from ddo_cli.errors import CheckpointError, UsageError
 
 PUBLISHED = "no file of published weights; give a .pkl, .pt or .pth file, or a folder of diffusers"
+RESNET = "a ResNet of timm or torchvision, which draws no images"
 FILES = {
     "sd.safetensors": ("model.diffusion_model.input_blocks.0.0.weight", "a single file of Stable Diffusion, "),
     "kohya.safetensors": ("lora_unet_mid_block_proj_in.lora_up.weight", "a LoRA, "),
@@ -18,7 +19,8 @@ FILES = {
         "conv_in.weight",
         "a file of a diffusers folder (give that), ",
     ),
-    "timm.safetensors": ("layer1.0.conv1.weight", "a safetensors file of another program, "),
+    "timm.safetensors": ("layer1.0.conv1.weight", f"{RESNET}, "),
+    "x.safetensors": ("x", "a safetensors file of another program, "),
     "v1-5.ckpt": ("x", "a checkpoint of PyTorch Lightning or TensorFlow by its name, "),
     "pytorch_model.bin": ("x", "weights of a transformers or diffusers folder by its name, "),
 }
@@ -32,6 +34,40 @@ def test_convert_says_what_a_file_of_another_program_is(tmp_path, name):
         convert.run(tmp_path / name, tmp_path / "out.safetensors")
     assert str(caught.value) == f"{tmp_path / name} is {what}{PUBLISHED}"
     assert not (tmp_path / "out.safetensors").exists()
+
+
+NETWORKS = {  # some tensors of each
+    RESNET: ["conv1.weight", "layer1.0.conv1.weight", "fc.weight"],
+    "a vision transformer as of timm, which draws no images": ["cls_token", "pos_embed", "patch_embed.proj.weight"],
+    "a DINOv2, which draws no images": ["cls_token", "mask_token", "patch_embed.proj.weight"],
+    "a vision transformer of torchvision, which draws no images": ["class_token", "conv_proj.weight"],
+    "a VGG or AlexNet of torchvision, which draws no images": ["features.0.weight", "classifier.1.weight"],
+    "an Inception network, which scores images (`ddo fid --weights`) and draws none": ["Conv2d_1a_3x3.conv.weight"],
+}
+
+
+@pytest.mark.parametrize("what", NETWORKS)
+@pytest.mark.parametrize("form", ["safetensors", "zip", "legacy", "trained"])
+def test_networks_that_draw_nothing(tmp_path, ddo, what, form):
+    tensors = {name: torch.zeros(2, 3, 4, 4) for name in NETWORKS[what]}
+    file = tmp_path / f"net.{'safetensors' if form == 'safetensors' else 'pth'}"
+    if form == "safetensors":
+        save_file(tensors, file, metadata={"format": "pt"})
+    elif form == "trained":
+        optimizer = {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+        torch.save({"epoch": 3, "arch": "resnet50", "state_dict": tensors, "optimizer": optimizer}, file)
+    else:
+        torch.save(tensors, file, _use_new_zipfile_serialization=form == "zip")
+    said = [
+        ddo("convert", file.name, "--out", "out.safetensors", code=2).stderr,
+        ddo("sample", "--ckpt", file.name, "--seeds", "0", "--out", "set", code=2).stderr,
+    ]
+    for text in said:
+        line = " ".join(text.split())
+        assert f"error: {file.name} {'is' if '.safetensors is' in line else 'holds'} {what}" in line
+        assert len(line) <= 300
+    assert "no file of published weights" in said[0] or "this program reads the published" in said[0]
+    assert "give a file that ddo wrote, such as by `ddo convert` of published weights" in " ".join(said[1].split())
 
 
 def test_convert_knows_its_own_files(tmp_path):

@@ -73,7 +73,7 @@ def test_weights_are_found(name, zipped, tmp_path):
         ({"a": net(), "b": net()}, r"holds several networks \(a, b\); save the one"),
         (
             {"model": {"map_layer0.weight": torch.zeros(1)}, "opt": optimizer()},
-            r"holds EDM's tensors without their configuration; give its network-snapshot-\*.pkl; give another",
+            r"holds EDM's tensors without their configuration \(give its network-snapshot-\*.pkl\); give another",
         ),
         (optimizer(), "is the state of an optimizer, not of a network; give the file of the averaged weights"),
         ({"opt": optimizer()}, "is the state of an optimizer"),

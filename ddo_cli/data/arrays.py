@@ -61,9 +61,10 @@ def open_npz_folder(path: Path, files: Sequence[Path], in_memory: bool) -> Conte
                 f"{describe(first.reader.shape)}; all items of a set must have one size and mode"
             )
     labels = np.concatenate([part.labels for part in parts])
+    _check_all_or_none(str(path), labels)
     num_classes = max(part.num_classes for part in parts)
     key = cache.key_of(path, files, [file.name for file in files])
-    return Contents(Joined([part.reader for part in parts]), labels, num_classes, key)
+    return Contents(Joined([part.reader for part in parts]), labels, num_classes, key, None, first.notes)
 
 
 def open_npz(source: str, path: Path, in_memory: bool) -> Contents:
@@ -82,7 +83,12 @@ def open_npz(source: str, path: Path, in_memory: bool) -> Contents:
     classes, num_classes = np.full(reader.num, NO_LABEL), 0
     if labels is not None:
         classes, num_classes = _label_classes(f"{source}: {label_key}", labels, reader.num)
-    return Contents(reader, classes, num_classes, cache.key_of(path, [path]))
+    notes = [
+        f"{source}: {', '.join(others)} left out: {chosen} comes first"
+        for chosen, known in ((key, NPZ_ITEMS), (label_key, NPZ_LABELS))
+        if (others := [name for name in known if name in keys and name != chosen])
+    ]
+    return Contents(reader, classes, num_classes, cache.key_of(path, [path]), None, tuple(notes))
 
 
 def _reader(where: str, member: npz.Member, in_memory: bool) -> Reader:
@@ -165,4 +171,13 @@ def _label_classes(where: str, labels: np.ndarray, num: int) -> tuple[np.ndarray
     if labels.min() < NO_LABEL or labels.max() >= 2**31:
         raise DataError(f"{where} holds {labels.min()}..{labels.max()}; classes count from 0, -1 is none")
     classes = labels.astype(np.int64)
+    _check_all_or_none(where, classes)
     return classes, count_classes(classes)
+
+
+def _check_all_or_none(where: str, classes: np.ndarray) -> None:
+    """Raises DataError if only some items have a class: the labels of these would be lost with the others'."""
+    if 0 < (num := int((classes == NO_LABEL).sum())) < len(classes):
+        raise DataError(
+            f"{where}: {num} of {len(classes)} items have no class (-1); give each its class, or leave the labels out"
+        )

@@ -15,7 +15,7 @@ import numpy as np
 from ddo_cli.checkpoint import disguise
 from ddo_cli.data import captions
 from ddo_cli.data.items import INDEX, describe, prepared_by
-from ddo_cli.data.pictures import EXTENSIONS, Header, Unfit, flattened, open_picture
+from ddo_cli.data.pictures import EXTENSIONS, Header, OtherMode, Unfit, flattened, is_deep, open_picture
 from ddo_cli.data.readers import ZIP_ERRORS, ItemFiles
 from ddo_cli.errors import DataError, reason
 from ddo_cli.files import parse_json
@@ -73,7 +73,11 @@ def zip_entries(source: str, archive: zipfile.ZipFile, folders_are_classes: bool
 
     folders_are_classes: they are, as in EDM's tool that makes such zips. Raises DataError, or one of ZIP_ERRORS.
     """
-    return _listing(source, archive.namelist(), lambda name, num: zip_file(archive, name, num), folders_are_classes)
+    names = archive.namelist()
+    if len(set(names)) < len(names):  # of which zipfile would read the last, as often as there are
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise DataError(f"{source} holds {twice} more than once; unpack it, and zip the folder")
+    return _listing(source, names, lambda name, num: zip_file(archive, name, num), folders_are_classes)
 
 
 def broken_zip(source: str, error: Exception) -> DataError:
@@ -99,11 +103,11 @@ def _listing(
         )
     if index is not None:
         root, text = index.removesuffix(INDEX), read(index, len(names))
-        labels = indexed_labels(source, [name.removeprefix(root) for name in names], text, index)
+        labels, absent = indexed_labels(source, [name.removeprefix(root) for name in names], text, index)
         if root:
             notes.append(f"{source}: labels are those of {index}")
         texts = _indexed_captions(source, text, labels, index)
-        return Listing(names, labels, tuple(notes), tuple(warnings), _class_names(text), texts)
+        return Listing(names, labels, tuple(notes), (*warnings, *absent), _class_names(text), texts)
     if told is not None:
         texts = tuple(told.texts[name] for name in names)
         return Listing(names, np.arange(len(names)), (*notes, *told.notes), tuple(warnings), captions=texts)
@@ -234,16 +238,18 @@ def _check_size(where: str, size: int, num: int) -> None:
         raise DataError(f"{where} has {size >> 20:,} MB for {num:,} images; give the one of this set, or remove it")
 
 
-def indexed_labels(source: str, names: Sequence[str], text: bytes | None, index: str = INDEX) -> np.ndarray:
-    """Labels of dataset.json, int64 (N,): {"labels": [[name, class], ...]}, or null for none."""
+def indexed_labels(
+    source: str, names: Sequence[str], text: bytes | None, index: str = INDEX
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels of dataset.json, int64 (N,), and warnings: {"labels": [[name, class], ...]}, or null for none."""
     where, labels = f"{source}: {index}", np.full(len(names), NO_LABEL)
     if text is None:
-        return labels
+        return labels, ()
     remedy = 'it must be {"labels": [["image name", class number], ...]} or {"labels": null}'
     try:
         entries = parse_json(text)["labels"]
         if entries is None:
-            return labels
+            return labels, ()
         known = dict(entries)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{where} is malformed ({type(error).__name__}: {reason(error)}); {remedy}") from None
@@ -258,7 +264,11 @@ def indexed_labels(source: str, names: Sequence[str], text: bytes | None, index:
         if type(label) is not int or not 0 <= label < 2**31:
             raise DataError(f"{where}: the label of {name} is {label!r}, not a class number; {remedy}")
         labels[row] = label
-    return labels
+    if len(known) == len(names):
+        return labels, ()
+    absent = next(iter(known.keys() - set(names)))
+    count = f"{len(known) - len(names):,} of {len(known):,} items"
+    return labels, (f"{where} lists {count} that are not there, such as {absent}; is the set copied whole?",)
 
 
 def _indexed_captions(source: str, text: bytes | None, labels: np.ndarray, index: str) -> tuple[str, ...]:
@@ -297,10 +307,14 @@ class ImageFiles(ItemFiles):
                     size = f"{picture.width}x{picture.height} pixels, more than a model draws"
                     remedy = f"{prepared_by(self.source, (3, 256, 256))} makes it smaller"
                     raise DataError(f"{where} has {size}; {remedy}")
+                if is_deep(picture):
+                    raise Unfit("16 bits a channel, and networks take 8")
                 picture.load()
                 pixels = np.asarray(flattened(picture))
         except DataError:
             raise
+        except OtherMode as error:
+            raise DataError(f"{where} has {error}; convert it to RGB of 8 bits with another program") from None
         except Unfit as error:
             raise DataError(f"{where} has {error}; {prepared_by(self.source)} makes it RGB") from None
         except Exception as error:  # Pillow's decoders raise errors of any kind
@@ -347,6 +361,8 @@ class ImageFiles(ItemFiles):
                 header = self.header(row)
                 if header.is_animated:
                     yield f"{self.source}: of animated files, such as {self.names[row]}, the first frame is read"
+                if header.mode == "CMYK" and not are_turned:
+                    yield f"{self.source}: CMYK, as of {self.names[row]}, becomes RGB without a colour profile"
                 if header.is_turned and not are_turned:
                     yield (
                         f"{self.source}: pixels are read as stored; EXIF orientation, as of {self.names[row]}, is not "

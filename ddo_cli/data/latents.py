@@ -54,9 +54,9 @@ def open_latents(source: str, path: Path) -> Contents:
     if manifest.get("format") == FORMAT:
         return _open_shards(source, path, manifest)
     names = _entries(file.relative_to(path).as_posix() for file in path.rglob(f"{EDM2_NAME}*.npy"))
-    labels = image_files.indexed_labels(source, names, image_files.folder_file(path / INDEX, len(names)))
+    labelled = image_files.indexed_labels(source, names, image_files.folder_file(path / INDEX, len(names)))
     stamp = cache.key_of(path, (path / name for name in names), names)
-    return _edm2_set(source, names, FolderBytes(path, names), labels, stamp)
+    return _edm2_set(source, names, FolderBytes(path, names), labelled, stamp)
 
 
 # --- Shards
@@ -189,12 +189,12 @@ def _open_zip(source: str, path: Path) -> Contents:
     try:
         with zipfile.ZipFile(path) as archive:
             names = _entries(archive.namelist())
-            labels = image_files.indexed_labels(source, names, image_files.zip_file(archive, INDEX, len(names)))
+            labelled = image_files.indexed_labels(source, names, image_files.zip_file(archive, INDEX, len(names)))
             content = ZipBytes(path, archive, names)
     except ZIP_ERRORS as error:
         raise image_files.broken_zip(source, error) from None
     # Sizes and CRC-32 of the members, which reading checks.
-    return _edm2_set(source, names, content, labels, content.places[:, 1:].tobytes())
+    return _edm2_set(source, names, content, labelled, content.places[:, 1:].tobytes())
 
 
 def _entries(names: Iterable[str]) -> list[str]:
@@ -202,8 +202,13 @@ def _entries(names: Iterable[str]) -> list[str]:
 
 
 def _edm2_set(
-    source: str, names: list[str], content: FolderBytes | ZipBytes, labels: np.ndarray, stamp: bytes | str | None
+    source: str,
+    names: list[str],
+    content: FolderBytes | ZipBytes,
+    labelled: tuple[np.ndarray, tuple[str, ...]],
+    stamp: bytes | str | None,
 ) -> Contents:
+    labels, warnings = labelled
     if not names:
         raise DataError(f"{source} names latents and holds no {EDM2_NAME}*.npy; copy it again")
     reader = _NpyFiles(source, names, content)
@@ -215,4 +220,4 @@ def _edm2_set(
         )
     digest = hashlib.sha256(repr((names, stamp)).encode() + labels.tobytes()).hexdigest()
     encoded = Encoded("", (3, *(EDM2_FACTOR * side for side in first.shape[1:])), digest)
-    return Contents(reader, labels, count_classes(labels), None, encoded)
+    return Contents(reader, labels, count_classes(labels), None, encoded, (), warnings)

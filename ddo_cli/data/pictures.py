@@ -1,5 +1,6 @@
 """Pictures of any size and mode -> images of one size: what `ddo data` does to files, and --resize of `ddo fid`."""
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import IO, Literal, NamedTuple
@@ -15,6 +16,7 @@ EXTENSIONS = (
 # Pillow modes without loss in 8 bits of grey or RGB.
 _MODES = {"1": "L", "L": "L", "RGB": "RGB", "P": "RGB", "YCbCr": "RGB", "CMYK": "RGB"}
 _ALPHA = {"LA": "L", "RGBA": "RGB", "PA": "RGB"}
+_WIDE = re.compile(";16[BLNS]")  # a decoder's channels of 16 bits; BMP's ;16 are all of a pixel
 _ORIENTATION = 0x0112  # EXIF's tag
 Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
@@ -25,6 +27,10 @@ Crop = Literal["center", "center-adm", "pad", "none"]
 
 class Unfit(Exception):
     """A picture that is no grey or RGB image of 8 bits without loss; says what it has."""
+
+
+class OtherMode(Unfit):
+    """A picture that `Preparation` refuses, too."""
 
 
 class TooSmall(Unfit):
@@ -40,7 +46,7 @@ def open_picture(file: IO[bytes]) -> Image.Image:
 
 
 class Header(NamedTuple):
-    """What the head of a picture's file tells. width, height: after turning, if `is_turned`."""
+    """What the head of a picture's file tells. width, height: after turning, if `is_turned`; is_deep: see there."""
 
     width: int
     height: int
@@ -48,6 +54,7 @@ class Header(NamedTuple):
     is_turned: bool = False
     is_animated: bool = False
     has_alpha: bool = False
+    is_deep: bool = False
 
     @classmethod
     def of(cls, picture: Image.Image) -> "Header":
@@ -60,16 +67,30 @@ class Header(NamedTuple):
             width, height = height, width
         has_alpha = picture.mode in _ALPHA or "transparency" in picture.info
         is_animated = bool(getattr(picture, "is_animated", False))
-        return cls(width, height, picture.mode, orientation in range(2, 9), is_animated, has_alpha)
+        is_turned = orientation in range(2, 9)
+        return cls(width, height, picture.mode, is_turned, is_animated, has_alpha, is_deep(picture))
 
     @property
     def is_grey(self) -> bool:
-        return self.mode in ("1", "L", "LA", "I") or self.is_deep
+        return self.mode in ("1", "L", "LA") or self.mode.startswith("I")
 
-    @property
-    def is_deep(self) -> bool:
-        """Whether it has more than 8 bits a channel. (Pillow itself reduces RGB of 16 bits.)"""
-        return self.mode == "I" or self.mode.startswith("I;16")
+
+def is_deep(picture: Image.Image) -> bool:
+    """Whether a picture that is not loaded yet has more than 8 bits a channel.
+
+    Pillow reduces such colours to 8 bits without a word; only what its decoders are told shows that there are more.
+    """
+    for tile in getattr(picture, "tile", ()):  # of images from files
+        arguments = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+        is_wide = any(isinstance(text, str) and _WIDE.search(text) for text in arguments)
+        if is_wide or (tile.codec_name.startswith("ppm") and arguments[-1] > 255):
+            return True
+    return _is_deep_grey(picture)
+
+
+def _is_deep_grey(picture: Image.Image) -> bool:
+    """Whether it has 16 bits of grey; in other formats, I is of 32."""
+    return picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
 
 
 def flattened(picture: Image.Image, background: Colour | None = None, deep: bool = False) -> Image.Image:
@@ -87,13 +108,13 @@ def flattened(picture: Image.Image, background: Colour | None = None, deep: bool
             raise Unfit("transparent pixels")
         below = Image.new("RGBA", picture.size, background)
         return Image.alpha_composite(below, with_alpha).convert(plain if len(set(background)) == 1 else "RGB")
-    if deep and (mode.startswith("I;16") or (mode == "I" and picture.format in ("PNG", "PPM"))):
+    if deep and _is_deep_grey(picture):
         if "transparency" in picture.info:
             raise Unfit("16 bits and a transparent colour")
         levels = np.asarray(picture).astype(np.uint32)  # 0..65535
         return Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
     if mode not in _MODES:
-        raise Unfit(f"the mode {mode}")
+        raise OtherMode(f"the mode {mode}")
     return picture if mode == _MODES[mode] else picture.convert(_MODES[mode])
 
 
@@ -192,7 +213,7 @@ EFFECTS = {
     "turned": "turned as their EXIF data says",
     "first_frame": "of several frames, of which the first is taken",
     "alpha": "with an alpha channel or a transparent colour: transparent pixels lie on {background}",
-    "from_16_bits": "of 16 bits, rounded to 8",
+    "from_16_bits": "of 16 bits a channel, reduced to 8",
     "from_cmyk": "in CMYK, converted without a colour profile",
     "grey_to_rgb": "grey, repeated for R, G and B",
     "rgb_to_grey": "in colour, made grey",

@@ -9,6 +9,7 @@ import itertools
 import json
 import lzma
 import os
+import stat
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -203,14 +204,17 @@ class FolderBytes:
         self.path, self.names = path, names
 
     def __call__(self, row: int) -> bytes:
-        path = self.path / self.names[row]
-        if (size := path.stat().st_size) > MAX_MEMBER:
-            raise ValueError(f"it has {size >> 20:,} MB, which no image has")
-        return path.read_bytes()
+        with self.open(row) as file:
+            if (size := os.fstat(file.fileno()).st_size) > MAX_MEMBER:
+                raise ValueError(f"it has {size >> 20:,} MB, which no image has")
+            return file.read()
 
     def open(self, row: int) -> IO[bytes]:
         """The file of a row, of which only a part may be read."""
-        return open(self.path / self.names[row], "rb")
+        path = self.path / self.names[row]
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe could take for ever, and a device has no end
+            raise ValueError("it is no file with content")
+        return open(path, "rb")
 
 
 class ZipBytes:

@@ -93,8 +93,9 @@ def _contents(source: str, path: Path, num: int | None, in_memory: bool, zip_cla
     if path.is_dir():
         return _directory(source, path, in_memory)
     if not path.is_file():
+        problem = "is a pipe or a device" if path.exists() else "does not exist"
         raise DataError(
-            f"{source} does not exist; give a folder, a .zip, .npz or .tar.gz file, or one of {embedded_names()}",
+            f"{source} {problem}; give a folder, a .zip, .npz or .tar.gz file, or one of {embedded_names()}",
             missing=source,
         )
     if path.suffix.lower() == ".zip":

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ddo_cli import checkpoint, torch_files
+from ddo_cli import checkpoint, foreign, torch_files
 from ddo_cli.errors import CheckpointError, printable
 from ddo_cli.safe_pickle import Record
 
@@ -21,13 +21,6 @@ _DEEPEST = 4  # dicts within dicts; our choice, two more than known trainers hav
 _FEW = 6  # names in a message
 _AVERAGED = re.compile(r"(^|[._])ema(?![a-z])|averag")
 _PLAIN = {"", "module", "model", "net", "network", "state_dict", "model_state_dict"}
-# Networks that are often tried, by a tensor's name in them.
-_OTHERS = {
-    "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight": "the network of Stable Diffusion",
-    "time_embedding.linear_1.weight": "a network of diffusers; give its folder",
-    "map_layer0.weight": "EDM's tensors without their configuration; give its network-snapshot-*.pkl",
-    "emb_fourier.freqs": "EDM2's tensors without their configuration; give its network-snapshot-*.pkl",
-}
 
 
 class Weights(NamedTuple):
@@ -59,7 +52,7 @@ def read(path: str | Path, expected: str, marks: Sequence[str]) -> Weights:
     content = torch_files.read(checkpoint.resolve(path), str(path), expected)
     found = next(filter(None, (list(_networks(content, mark)) for mark in marks)), [])
     if not found and torch_files.is_state_dict(content):
-        _refuse_known(content, path, expected)
+        _refuse_known(path, expected)
         return Weights(_apart(content), "", [])  # the reader of the family says what is missing
     if not found:
         _refuse(content, path, expected)
@@ -115,21 +108,20 @@ def _dicts(content: Any, place: tuple[str, ...], seen: set[int]) -> Iterator[tup
 
 def _refuse(content: Any, path: str | Path, expected: str) -> None:
     """Raises the CheckpointError that says what the file is instead."""
+    _refuse_known(path, expected)
     for _, names in _dicts(content, (), set()):
         if names.keys() >= {"state", "param_groups"} and not any(key in content for key in ("model", "ema")):
             beside = weights_beside(Path(path))
             remedy = f"give {beside}, which lies beside it" if beside else "give the file of the averaged weights (ema)"
             raise CheckpointError(f"{path} is the state of an optimizer, not of a network; {remedy}")
-        _refuse_known(names, path, expected)
     what = f"holds {_listed(list(content))}" if isinstance(content, dict) else f"holds a {type(content).__name__}"
     raise CheckpointError(f"{path} {what}, not a bare state dict of a known network; {expected}")
 
 
-def _refuse_known(names: dict[str, Any], path: str | Path, expected: str) -> None:
+def _refuse_known(path: str | Path, expected: str) -> None:
     """Raises CheckpointError for a network of a family that is none of ours."""
-    for mark, what in _OTHERS.items():
-        if any(name.endswith(mark) for name in names):
-            raise CheckpointError(f"{path} holds {what}; {expected}")
+    if what := foreign.network_of(checkpoint.resolve(path)):
+        raise CheckpointError(f"{path} holds {what}; {expected}")
 
 
 def weights_beside(path: Path) -> str | None:

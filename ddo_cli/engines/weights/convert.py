@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ddo_cli import checkpoint, console
+from ddo_cli import checkpoint, console, foreign
 from ddo_cli.errors import CheckpointError, UsageError, printable
 from ddo_cli.files import sha256
 from ddo_cli.models import pt_files, registry, snapshots
@@ -196,13 +196,6 @@ def _sides(text: str) -> tuple[int, ...]:
     return sides if list(sides) == sorted(set(sides)) else ()
 
 
-_OTHERS = {
-    "lora_": "a LoRA, ",
-    "model.diffusion_model.": "a single file of Stable Diffusion, ",
-    "conv_in.": "a file of a diffusers folder (give that), ",
-}  # by what tensors' names begin with
-
-
 def _foreign(source: Path) -> str:
     """What a file of another program is, for a message; empty if that cannot be told."""
     if source.suffix == ".ckpt":
@@ -213,11 +206,9 @@ def _foreign(source: Path) -> str:
         with checkpoint.open_tensors(source) as content:
             if "ddo" in (content.metadata() or {}):
                 return "a file that ddo wrote and needs no conversion, "
-            names = list(content.keys())
     except (SafetensorError, OSError, ValueError):
         return ""
-    told = (what for start, what in _OTHERS.items() if any(name.startswith(start) for name in names))
-    return next(told, "a safetensors file of another program, ")
+    return f"{foreign.network_of(source) or 'a safetensors file of another program'}, "
 
 
 def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, Any], vae: Path | None) -> Content:
