@@ -11,7 +11,7 @@ import families
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, kinds, make_checkpoint, tiny_recipe, torchrun
+from conftest import CPU, make_checkpoint, tiny_recipe, torchrun
 from kills import KilledError
 from safetensors.torch import load_file
 
@@ -92,7 +92,7 @@ def finished_of(tmp_path_factory):
     return finished
 
 
-@pytest.fixture(scope="module", params=kinds("diffusion"))
+@pytest.fixture(scope="module", params=["diffusion", pytest.param("edm2", marks=pytest.mark.slow)])
 def finished(request, finished_of):
     return finished_of(request.param)
 
@@ -279,9 +279,9 @@ def test_diffusers_reads_what_is_exported(tmp_path):
 def test_two_processes_equal_one(finished_of, tmp_path):
     _, _, out = finished_of("diffusion")
     options = ["--recipe", str(out / "recipe.yaml"), "--out", str(tmp_path / "run"), "--device", "cpu", "--json"]
-    torchrun("-m", "ddo_cli", "finetune-ddo", *options)
+    torchrun("-m", "ddo_cli", "finetune-ddo", *options, "finetune.rounds=1", "metric.repeats=1")
     losses = [
-        torch.tensor([json.loads(line)["loss"] for line in (path / "log.jsonl").read_text().splitlines()][:6])
+        torch.tensor([json.loads(line)["loss"] for line in (path / "log.jsonl").read_text().splitlines()][:3])
         for path in (out, tmp_path / "run")
     ]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
@@ -296,10 +296,9 @@ def test_sweep_control_and_averages_are_those_of_adapters(candidate, tmp_path):
     )  # fmt: skip
     finetune.run(recipe, tmp_path / "run", device=CPU)
     files = list((tmp_path / "run").rglob("step-*.safetensors"))
-    assert len(files) > 8
-    assert any("control" in str(file) for file in files)
+    assert len(files) == 8  # of the better node and of the control, two candidates of two widths
     assert all("base" in checkpoint.read_header(file) for file in files)
-    node = next((tmp_path / "run" / "round-01" / "nodes").iterdir()) / "checkpoints"
+    node = next((tmp_path / "run" / "round-01" / "nodes").glob("*/checkpoints/*")).parent
     ema.run([node], tmp_path / "ema.safetensors", std=0.07)
     registry.load_model(tmp_path / "ema.safetensors", CPU)
 

@@ -184,7 +184,7 @@ class Trial:
             for width, tensors in event.averages.further():
                 self._keep(step, tensors, width)
             averages = event.averages.whole()
-            if step == min(self.candidates_at) and (idle := adapters.idle(averages)):
+            if not self.candidates and (idle := adapters.idle(averages)):
                 console.warn(
                     f"{self.title}: {len(idle)} layers of finetune.adapter.targets did not change, such as {idle[0]}: "
                     "the network does not call them; leave them out"
