@@ -23,9 +23,8 @@ from ddo_cli import foreign, rundir
 from ddo_cli.errors import CheckpointError, printable, problem_of, reason
 from ddo_cli.files import parse_json, replacing, sha256
 from ddo_cli.ledger import damage
+from ddo_cli.places import ASSETS, EMBEDDED, embedded_names
 
-ASSETS = Path(__file__).resolve().parent / "assets"
-EMBEDDED = "embedded:"
 _PAGE = "a web page, which sites give in place of a file without a login or beyond a quota; download it again"
 _DISGUISES = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file; run `git lfs pull` in its folder",
@@ -105,11 +104,6 @@ class Checkpoint(NamedTuple):
     header: dict[str, Any]
     sha256: str
     path: str
-
-
-def embedded_names() -> list[str]:
-    """Names of the embedded weight files."""
-    return sorted(path.stem for path in ASSETS.glob("*.safetensors"))
 
 
 _MAKERS = {  # commands that write a kind of file

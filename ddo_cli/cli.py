@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from ddo_cli import __version__, console
-from ddo_cli.commands import about, data, evaluate, sample, train, weights
+from ddo_cli.commands import about, completion, data, evaluate, sample, train, weights
+from ddo_cli.commands.examples import EXAMPLES
 from ddo_cli.commands.options import Command
 from ddo_cli.errors import DdoError
 
@@ -24,7 +25,6 @@ app = typer.Typer(
     help="Improve trained image models: finetune with Direct Discriminative Optimization (DDO), or guide the sampling "
     "with a discriminator (DG).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -60,8 +60,13 @@ COMMANDS = {  # in the order of the help text
     "recipes": about.recipes,
     "doctor": about.doctor,
 }
-for name, function in COMMANDS.items():
-    app.command(name, cls=Command.of(function), help=function.__doc__)(lambda: None)
+ALIASES = {"finetune": "finetune-ddo"}
+for name in (*COMMANDS, *ALIASES):
+    function = COMMANDS[ALIASES.get(name, name)]
+    epilog = "\n\n".join(["Examples:", *EXAMPLES[ALIASES.get(name, name)]])
+    app.command(name, cls=Command.of(function), help=function.__doc__, epilog=epilog, hidden=name in ALIASES)(
+        lambda: None
+    )
 
 
 # --- Entry point
@@ -93,13 +98,15 @@ def _run() -> None:
         is_main_thread = threading.current_thread() is threading.main_thread()  # no other can set it
         if not _is_one_of_several() and is_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _terminated)
-        code = app(standalone_mode=False)
+        with completion.of_whole_words():
+            code = app(prog_name="ddo", standalone_mode=False)
     except DdoError as error:
         _fail(error.kind, str(error), 2)
     except _ClickException as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # which has been printed
             _exit(2)
-        _fail("usage", f"{error.format_message()} ({_help_of(error)} lists the options)", 2)
+        problem = error.format_message().replace("Value error, ", "")  # of Typer's own checks
+        _fail("usage", f"{problem} ({_help_of(error)} lists the options)", 2)
     except (typer.Abort, KeyboardInterrupt):
         _interrupted()
     except OSError as error:

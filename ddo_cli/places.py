@@ -1,16 +1,26 @@
-"""Paths as users write them on command lines and in recipes: ~ for their home; addresses, which are not fetched."""
+"""Paths as users write them on command lines and in recipes: ~ for their home; names of what comes with the
+program; addresses, which are not fetched.
+"""
 
 import os
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from ddo_cli.errors import UsageError, printable
 
+ASSETS = Path(__file__).resolve().parent / "assets"
+EMBEDDED = "embedded:"
 _ADDRESS = re.compile(r"(?:^|[=,])((?:https?|ftp|s3|gs|hf|file):/+\S*)", re.IGNORECASE)
 _HUB = "huggingface.co"
 _LONGEST = 90  # characters of an address that is shown
+
+
+def embedded_names() -> list[str]:
+    """Names of the embedded weight files."""
+    return sorted(path.stem for path in ASSETS.glob("*.safetensors"))
 
 
 def local(value: Any) -> Any:

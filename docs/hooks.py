@@ -9,18 +9,20 @@ import re
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import typer
 from typer.utils import get_params_from_function
 
 from ddo_cli.cli import app
+from ddo_cli.commands.examples import EXAMPLES
 from ddo_cli.diffusion.samplers import SAMPLERS
 from ddo_cli.recipe import keys
 from ddo_cli.recipe.load import load, recipe_names
 
-COMMANDS: dict[str, Any] = {name: c.whole for name, c in typer.main.get_command(app).commands.items()}  # type: ignore[attr-defined]
-HELP = {name: command.help for name, command in typer.main.get_command(app).commands.items()}  # type: ignore[attr-defined]
+ALL: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS: dict[str, Any] = {name: command.whole for name, command in ALL.items() if not command.hidden}
+HELP = {name: ALL[name].help for name in COMMANDS}
 VALUES = {int: "N", float: "X", Path: "PATH"}  # how the value of an option is written; any other is TEXT
 
 
@@ -52,6 +54,7 @@ def commands() -> Iterator[str]:
         required = [row[0].strip("`") for row in rows.values() if row[2] == "required"]
         yield f"\n## `ddo {name}` {{#{name}}}\n\n{HELP[name]}\n"
         yield f"```text\n{' '.join(['ddo', name, *required, '[OPTIONS]'])}\n```\n"
+        yield "```sh\n" + "\n".join(EXAMPLES[name]) + "\n```\n"
         groups: dict[str, list[list[str]]] = {}  # as --help shows them
         for parameter, row in rows.items():
             groups.setdefault(parameter.rich_help_panel or "", []).append(row)
@@ -62,7 +65,12 @@ def commands() -> Iterator[str]:
 def parameter_row(parameter: Any, annotation: Any) -> list[str]:
     """Names with the kind of value, the help, and the default where it is a value."""
     kinds = [kind for kind in (annotation, *get_args(annotation)) if kind in VALUES]
-    value = parameter.metavar or (VALUES[kinds[0]] if kinds else "TEXT")
+    choices = [
+        *chain.from_iterable(
+            get_args(kind) for kind in (annotation, *get_args(annotation)) if get_origin(kind) is Literal
+        )
+    ]
+    value = parameter.metavar or ("|".join(choices) if choices else VALUES[kinds[0]] if kinds else "TEXT")
     spelled = [*parameter.opts, *parameter.secondary_opts]
     if not spelled[0].startswith("-"):
         names = f"`{parameter.metavar or parameter.name.upper()}`"

@@ -71,7 +71,7 @@ BAD = {
     "sampler": (["sample", "--ckpt", "CKPT", "--sampler", "hein"], "sampler = 'hein'"),
     "type": (["sample", "--num-images", "many"], "Invalid value for '--num-images'"),
     "option": (["sample", "--nun", "3"], "--nun"),
-    "format": (["sample", "--ckpt", "CKPT", "--format", "gif"], "--format gif is not known"),
+    "format": (["sample", "--ckpt", "CKPT", "--format", "gif"], "'--format': 'gif' is not one of 'png'"),
     "alpha": (["finetune-ddo", "--ckpt", "CKPT", "--alpha", "-1"], "finetune.alpha = -1.0"),
     "beta": (["finetune-ddo", "--ckpt", "CKPT", "--beta", "0"], "finetune.beta = 0.0"),
     "key": (["finetune-ddo", "--ckpt", "CKPT", "finetune.roundz=3"], "did you mean 'finetune.rounds'?"),

@@ -27,6 +27,7 @@ from conftest import make_checkpoint
 from PIL import Image
 
 from ddo_cli import cli
+from ddo_cli.commands.examples import EXAMPLES
 from ddo_cli.models.adm.published import Told
 from ddo_cli.models.dit import files as dit_files
 from ddo_cli.recipe.load import recipe_names
@@ -63,6 +64,9 @@ FOREIGN_OPTIONS = {  # of other programs
     "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--feature-extractor",
     "--feature-layer-prc", "--transform", "--again",
 }  # fmt: skip
+
+
+OF_THE_PROGRAM = {"--help", "--version", "--install-completion", "--show-completion"}
 
 
 class Block(NamedTuple):
@@ -278,7 +282,7 @@ def test_options_and_keys_that_a_page_names_exist(name, hooks):
     options = set(
         itertools.chain.from_iterable(p.opts + p.secondary_opts for c in hooks.COMMANDS.values() for p in c.params)
     )
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code)) <= options | FOREIGN_OPTIONS | {"--help"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code)) <= options | FOREIGN_OPTIONS | OF_THE_PROGRAM
     sections = {key.partition(".")[0] for key in all_keys() if "." in key}
     keys = set(re.findall(rf"(?<![\w/.-])(?:{'|'.join(sections)})(?:\.[a-z_]+)+\b(?!\()", code))
     sections_within = {key.rpartition(".")[0] for key in all_keys()}
@@ -288,16 +292,28 @@ def test_options_and_keys_that_a_page_names_exist(name, hooks):
 @pytest.mark.parametrize("name", [*PAGES, "CONTRIBUTING.md"])
 def test_options_and_keys_of_the_lines_exist(name, hooks):
     """Quick, of the long pages too."""
+    for words in (words for block in blocks(ROOT / name) if block.language == "sh" for words in command_lines(block)):
+        words = words[words.index("ddo_cli") :] if "ddo_cli" in words else words
+        if words[0] in ("ddo", "ddo_cli"):
+            check_words(words, hooks)
+
+
+def check_words(words: list[str], hooks) -> None:
     known = {*all_keys(), *SamplingRecipe.model_fields}
-    typed = [words for block in blocks(ROOT / name) if block.language == "sh" for words in command_lines(block)]
-    for words in (words[words.index("ddo_cli") :] if "ddo_cli" in words else words for words in typed):
-        if words[0] not in ("ddo", "ddo_cli"):
-            continue
-        options = {
-            option
-            for parameter in hooks.COMMANDS[words[1]].params
-            for option in parameter.opts + parameter.secondary_opts
-        }
-        assert {word for word in words[2:] if word.startswith("--")} <= options, words
-        keys = {*Told._fields, *dit_files.Told._fields} if words[1] == "convert" else known
-        assert {word.partition("=")[0] for word in words[2:] if "=" in word} <= keys, words
+    parameters = hooks.COMMANDS[words[1]].params
+    options = {option for parameter in parameters for option in parameter.opts + parameter.secondary_opts}
+    assert {word for word in words[2:] if word.startswith("--")} <= options, words
+    keys = {*Told._fields, *dit_files.Told._fields} if words[1] == "convert" else known
+    assert {word.partition("=")[0] for word in words[2:] if "=" in word} <= keys, words
+
+
+def test_examples_of_help(hooks):
+    assert EXAMPLES.keys() == hooks.COMMANDS.keys()
+    for name, lines in EXAMPLES.items():
+        assert len(set(lines)) >= 2
+        for line in lines:
+            words = shlex.split(line)
+            assert words[:2] == ["ddo", name]
+            check_words(words, hooks)
+            if "--recipe" in words:
+                assert words[words.index("--recipe") + 1] in recipe_names()

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 from typer import Argument, Option
 
@@ -18,9 +18,8 @@ def data(
         str | None, Option(metavar=options.SIZE, help="Size of the images. Default: that of all pictures.")
     ] = None,
     crop: Annotated[
-        Any,
-        options.choice(
-            "--crop", "center", "center-adm", "pad", "none",
+        Literal["center", "center-adm", "pad", "none"],
+        Option(
             help="Of other proportions: keep the centre, by Lanczos (EDM) or by box and bicubic (ADM, EDM2); pad; or "
             "stretch.",
         ),

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from typer import Argument, Option
 
 from ddo_cli import console
-from ddo_cli.commands import options
+from ddo_cli.commands import completion, options
 from ddo_cli.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -46,10 +46,8 @@ class Extractor(NamedTuple):
     ] = None
     download: Annotated[bool, Option("--download", help="Fetch missing published weights.")] = False
     precision: Annotated[
-        Any,
-        options.choice(
-            "--precision", "float32", "tf32", "bf16", help="Scores in tf32 and bf16 are marked as not comparable."
-        ),
+        Literal["float32", "tf32", "bf16"],
+        Option(help="Scores in tf32 and bf16 are marked as not comparable."),
     ] = "float32"
 
 
@@ -90,7 +88,11 @@ def fid(
     passes: Passes,
     device: "torch.device",
     source: Annotated[
-        str, Argument(help="Images (folder, zip, npz, sample set), or a run directory or weight file to draw them.")
+        str,
+        Argument(
+            autocompletion=completion.weights,
+            help="Images (folder, zip, npz, sample set), or a run directory or weight file to draw them.",
+        ),
     ],
     ref: Annotated[
         str | None, Option(help="Images, or statistics of EDM, EDM2, ADM or `ddo stats`. Default: embedded:digits16.")
@@ -140,7 +142,7 @@ def stats(
     data: options.Images,
     out: Annotated[Path, Option(help="The .safetensors file to write, for --ref of `ddo fid`.")],
     metric: Annotated[
-        Any, options.choice("--metric", "fid", "fd_dinov2", "fd_clip", "fd_embedded", help="Whose features are used.")
+        Literal["fid", "fd_dinov2", "fd_clip", "fd_embedded"] | None, Option(help="Whose features are used.")
     ] = None,
     weights: Annotated[str | None, Option(help="Weights of the published network. Default: those found here.")] = None,
     extractor: Annotated[

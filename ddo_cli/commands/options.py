@@ -9,7 +9,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial, reduce
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Optional, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Optional, TypeVar
 
 import typer
 from rich.table import Table
@@ -18,6 +18,7 @@ from typer.core import TyperCommand
 from typer.models import OptionInfo
 
 from ddo_cli import console
+from ddo_cli.commands import completion
 from ddo_cli.errors import DdoError, RecipeError, UsageError, printable, reason, visible
 from ddo_cli.places import local
 
@@ -151,18 +152,8 @@ def lines_of(figures: Mapping[str, Any], indent: str = "") -> str:
 # --- Single options
 
 
-def choice(option: str, *known: str, help: str) -> Any:
-    """A Typer option whose value must be one of the known ones, else UsageError."""
-
-    def parse(text: str) -> str:
-        if text not in known:
-            raise UsageError(f"{option} {text} is not known; use one of {', '.join(known)}")
-        return text
-
-    return Option(option, parser=parse, metavar="|".join(known), help=help)
-
-
 run_option = partial(Option, rich_help_panel="Run")
+of_weights = partial(Option, autocompletion=completion.weights)  # a weight file or the directory of a run
 
 Json = Annotated[bool, run_option("--json", help="Print one JSON object on stdout.")]
 DryRun = Annotated[bool, run_option("--dry-run", help="Check everything, print the plan, write nothing.")]
@@ -171,7 +162,12 @@ MeasuredDryRun = Annotated[
     run_option("--dry-run", help="Check everything, measure two training steps and a batch of samples, write nothing."),
 ]
 Measure = Annotated[bool, run_option(" /--no-measure", help="With --dry-run: the plan alone.", show_default=False)]
-Device = Annotated[str | None, run_option(help="cuda or cpu. Default: cuda if there is one.")]
+Device = Annotated[
+    str | None,
+    run_option(
+        metavar="cuda|cpu", autocompletion=completion.choices("cuda", "cpu"), help="Default: cuda if there is one."
+    ),
+]
 ModelFile = Annotated[str | None, run_option(help="Python file that registers your own model.")]
 Batch = Annotated[int, run_option(min=1, help="Images per network pass.")]
 Workers = Annotated[
@@ -185,7 +181,7 @@ Resize = Annotated[
 ]
 NumImages = Annotated[int | None, Option(min=2, help="Number of images, always the same ones. Default: all.")]
 Form = Annotated[
-    Any, choice("--format", "png", "npz", "shards", help="Format. Default: png for images, npz for points.")
+    Literal["png", "npz", "shards"] | None, Option("--format", help="Format. Default: png for images, npz for points.")
 ]
 Force = Annotated[bool, Option("--force", help="Use a discriminator that was trained for another model.")]
 
@@ -231,6 +227,7 @@ class _KeyOptions:
             help=key.meaning,
             metavar=_METAVARS.get(kind, kind.replace(" ", "") if "|" in kind else None),
             show_default=default,
+            autocompletion=completion.of_key(key),
             rich_help_panel=_TITLES.get(key.name.partition(".")[0], "Training"),
         )
         annotation: Any = Annotated[Optional[_TYPES.get(kind, str)], option]  # noqa: UP045
@@ -265,10 +262,17 @@ def of_recipe(*keys: str, check_model: bool = False) -> Callable[..., Any]:
 
     def read(
         given: dict[str, Any],
-        recipe: Annotated[str, Option(help="A recipe by name (see `ddo recipes`) or a YAML file.")] = "quickstart",
+        recipe: Annotated[
+            str,
+            Option(autocompletion=completion.recipes, help="A recipe by name (see `ddo recipes`) or a YAML file."),
+        ] = "quickstart",
         overrides: Annotated[
             list[str] | None,
-            Argument(metavar="[KEY=VALUE]...", help="Any recipe key, e.g. finetune.ema_half_life=500."),
+            Argument(
+                metavar="[KEY=VALUE]...",
+                autocompletion=completion.recipe_keys,
+                help="Any recipe key, e.g. finetune.ema_half_life=500.",
+            ),
         ] = None,
     ) -> "Recipe":
         from ddo_cli.models import registry
@@ -295,7 +299,12 @@ def of_sampling(*keys: str) -> Callable[..., Any]:
     def read(
         given: dict[str, Any],
         overrides: Annotated[
-            list[str] | None, Argument(metavar="[KEY=VALUE]...", help="Any sampling key, e.g. sigma_max=20 top_k=5.")
+            list[str] | None,
+            Argument(
+                metavar="[KEY=VALUE]...",
+                autocompletion=completion.sampling_keys,
+                help="Any sampling key, e.g. sigma_max=20 top_k=5.",
+            ),
         ] = None,
     ) -> dict[str, Any]:
         from ddo_cli.recipe.load import parse_sampling
@@ -364,15 +373,15 @@ class Pair(NamedTuple):
     """A discriminator and the model that it guides."""
 
     disc: Annotated[
-        str | None, Option(help="File or run directory of `ddo train-disc`. Default: the newest below runs/.")
+        str | None, of_weights(help="File or run directory of `ddo train-disc`. Default: the newest below runs/.")
     ] = None
-    ckpt: Annotated[str | None, Option(help="Model to guide. Default: the one that --disc was trained for.")] = None
+    ckpt: Annotated[str | None, of_weights(help="Model to guide. Default: the one that --disc was trained for.")] = None
     force: Force = False
 
 
 def second_network(
     guide_ckpt: Annotated[
-        str | None, Option(help="Weaker or unconditional version of the model, which guides it.")
+        str | None, of_weights(help="Weaker or unconditional version of the model, which guides it.")
     ] = None,
     autoguidance_scale: Annotated[float, Option(help="Scale of this guidance, 1 = off.")] = 1.0,
     guidance_interval: Annotated[str | None, Option(metavar="LOW,HIGH", help="Noise levels at which it acts.")] = None,

@@ -31,7 +31,9 @@ def sample(
     sampling: dict[str, Any],
     second_network: "guides.Others",
     device: "torch.device",
-    ckpt: Annotated[str, Option(help="Model: a weight file, run directory or embedded:<name>.")] = "embedded:digits16",
+    ckpt: Annotated[
+        str, options.of_weights(help="Model: a weight file, run directory or embedded:<name>.")
+    ] = "embedded:digits16",
     out: Annotated[Path, Option(help="Directory of the sample set.")] = Path("samples"),
     form: options.Form = None,
     dry_run: options.DryRun = False,
@@ -50,7 +52,9 @@ def sample(
 class Classifier(NamedTuple):
     """Classifier guidance."""
 
-    classifier: Annotated[str | None, Option(help="Noisy-image classifier of `ddo train-classifier`.")] = None
+    classifier: Annotated[str | None, options.of_weights(help="Noisy-image classifier of `ddo train-classifier`.")] = (
+        None
+    )
     classifier_weight: Annotated[float, Option(help="Classifier-guidance weight.")] = 1.0
 
 
@@ -121,10 +125,15 @@ class Editor(NamedTuple):
 
     disc: Annotated[
         str | None,
-        Option(help="Discriminator of `ddo train-disc`. Default: the newest of this model below runs/, if any."),
+        options.of_weights(
+            help="Discriminator of `ddo train-disc`. Default: the newest of this model below runs/, if any."
+        ),
     ] = None
     ckpt: Annotated[
-        str | None, Option(help="Model that edits. Default: the one that --disc was trained for, or embedded:digits16.")
+        str | None,
+        options.of_weights(
+            help="Model that edits. Default: the one that --disc was trained for, or embedded:digits16."
+        ),
     ] = None
     no_guidance: Annotated[bool, Option("--no-guidance", help="Edit without guidance only.")] = False
     force: options.Force = False

@@ -32,7 +32,7 @@ def finetune_ddo(
     dry_run: options.MeasuredDryRun = False,
     measure: options.Measure = True,
 ) -> options.Result:
-    """Finetune a model in rounds of self-play with the DDO loss or a relative. Run again to continue."""
+    """Finetune a model in rounds with the DDO loss or a relative; also `ddo finetune`. Run again to continue."""
     from ddo_cli import rundir
     from ddo_cli.engines.ddo import finetune, report
 

@@ -1,12 +1,12 @@
 """Commands about weight files: `convert`, `export`, `ema`, `info`; `encode` for data."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
 from ddo_cli import console
-from ddo_cli.commands import options
+from ddo_cli.commands import completion, options
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ def convert(
 
 
 def export(
-    ckpt: Annotated[str, Argument(help="A converted or finetuned model.")],
+    ckpt: Annotated[str, Argument(autocompletion=completion.weights, help="A converted or finetuned model.")],
     out: Annotated[Path, Option(help="The file to write like ORIGINAL; without one, a folder for diffusers.")],
     like: Annotated[Path | None, Option(help="ORIGINAL: the published .pkl, .pt or .pth of the model.")] = None,
     settings: FileSettings = None,
@@ -86,13 +86,13 @@ def ema(
 def encode(
     device: "torch.device",
     data: options.Images,
-    ckpt: Annotated[str, Option(help="A model of latents or tokens, whose encoder is used.")],
+    ckpt: Annotated[str, options.of_weights(help="A model of latents or tokens, whose encoder is used.")],
     out: Annotated[Path, Option(help="Directory of the set, for data.source.")],
     num_images: options.NumImages = None,
     shard: Annotated[int, Option(min=1, help="Images per file.")] = 1024,
     batch: Annotated[int, Option(min=1, help="Images per network pass.")] = 64,
     dtype: Annotated[
-        Any, options.choice("--dtype", "float32", "float16", help="Type of latents. Default: the encoder's.")
+        Literal["float32", "float16"] | None, Option(help="Type of latents. Default: the encoder's.")
     ] = None,
     workers: options.Workers = None,
     dry_run: options.DryRun = False,
@@ -107,7 +107,13 @@ def encode(
 
 
 def info(
-    path: Annotated[str, Argument(help="A weight file, sample or encoded set, run directory, or embedded:<name>.")],
+    path: Annotated[
+        str,
+        Argument(
+            autocompletion=completion.weights,
+            help="A weight file, sample or encoded set, run directory, or embedded:<name>.",
+        ),
+    ],
 ) -> dict[str, Any]:
     """What a checkpoint, sample set, encoded set or run holds: model, provenance, hashes."""
     from ddo_cli.engines.weights import info
