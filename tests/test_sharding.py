@@ -1,6 +1,7 @@
 """FSDP2 on two CPU processes: the same step as one process, states that resume anywhere, plain weight files."""
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -30,6 +31,11 @@ def write_recipe(path: Path, ckpt: str, kind: str, *overrides: str) -> list[str]
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     return checkpoint.load(run / "round-01" / "checkpoints" / f"step-{step:06d}.safetensors", kind="model").tensors
+
+
+def log(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{**line, "images_per_second": 0} for line in lines]
 
 
 @pytest.fixture(scope="module", params=kinds())
@@ -84,6 +90,43 @@ def test_killed_and_resumed_equals_uninterrupted(runs, tmp_path):
     tolerance = {"rtol": 0, "atol": 0} if then == 2 else {"rtol": 1e-6, "atol": 3e-8}
     for step in (1, 2, 3):
         torch.testing.assert_close(weights(tmp_path / "run", step), weights(two, step), **tolerance)
+    if then == 2:
+        assert log(out) == log(two)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) * 2 // 3] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.slow
+def test_damage_of_a_run_of_two_processes_is_told(runs, tmp_path):
+    """A bit flipped in the shard of the second process or in its samples, between two runs or during one."""
+    kind, _, _, two, options = runs
+    if kind != "diffusion":
+        pytest.skip("one kind does")
+    killed, samples = tmp_path / "killed", "round-01/samples/shard-000001.safetensors"
+    launch(*options, "--out", killed, processes=2, until=lambda: any(killed.glob("round-01/train-state/[0-9]*")))
+    state = next(killed.glob("round-01/train-state/*/__1_0.distcp")).relative_to(killed)
+    for damaged, told in ((state, rf"{state.parent} is damaged"), (samples, rf"{samples} is damaged")):
+        out = tmp_path / damaged.replace("/", "-") if isinstance(damaged, str) else tmp_path / "state"
+        shutil.copytree(killed, out)
+        flip(out / damaged)
+        assert re.search(told, " ".join(torchrun(*options, "--out", str(out)).stderr.split()))
+        torch.testing.assert_close(weights(out, 3), weights(two, 3), rtol=0, atol=0)
+        assert log(out) == log(two)
+    flipped = []
+
+    def flip_once() -> bool:
+        if not flipped and (killed / "round-01/checkpoints/step-000002.safetensors").exists():
+            flip(killed / samples)
+            flipped.append(samples)
+        return False
+
+    assert launch(*options, "--out", killed, processes=2, until=flip_once).returncode == 0
+    assert flipped
+    assert re.search(rf"{samples} is damaged", " ".join(torchrun(*options, "--out", str(killed)).stderr.split()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -72,12 +72,17 @@ class Meter:
         return record
 
     def state(self) -> dict[str, Tensor]:
-        """The sums so far, averaged over processes; every process has to call it."""
-        return {key: dist.all_reduce_sum(tensor.clone()) / dist.world_size() for key, tensor in self.sums.items()}
+        """The sums so far of each process, (processes,); every process has to call it."""
+        own = torch.arange(dist.world_size(), device=self.device) == dist.rank()
+        return {key: dist.all_reduce_sum(own * tensor) for key, tensor in self.sums.items()}
 
     def restore(self, sums: Mapping[str, Tensor], steps: int) -> None:
-        """Continues from the `state` saved after so many steps."""
-        self.sums, self.steps = {key: tensor.to(self.device) for key, tensor in sums.items()}, steps
+        """Continues from the `state` saved after so many steps: to the same bits by as many processes, else from their
+        mean.
+        """
+        are_as_many = all(len(shares) == dist.world_size() for shares in sums.values())
+        own = {key: shares[dist.rank()] if are_as_many else shares.mean() for key, shares in sums.items()}
+        self.sums, self.steps = {key: tensor.to(self.device) for key, tensor in own.items()}, steps
 
     def note(self) -> None:
         """Has the log's present content recorded, with each saved state: what follows is written anew after a kill."""
