@@ -83,6 +83,13 @@ def test_two_members_of_one_name(tmp_path):
         open_images(str(tmp_path / "set.zip"))
 
 
+def test_names_of_a_zip_with_backslashes(tmp_path, capsys):
+    """As some programs for Windows write folders."""
+    content = {f"{name}\\a.png": ONE for name in ("cat", "dog")}
+    assert open_images(str(write_zip(tmp_path / "set.zip", content))).labels.tolist() == [-1, -1]
+    assert r"'\' in names, such as cat\a.png, makes no folder" in " ".join(capsys.readouterr().err.split())
+
+
 def test_images_that_are_listed_and_not_there(tmp_path, capsys):
     labels = json.dumps({"labels": [["a.png", 0], ["b.png", 1]]}).encode()
     found = open_images(str(write_folder(tmp_path / "set", {"a.png": ONE, "dataset.json": labels})))

@@ -95,6 +95,8 @@ def _listing(
     names = sorted(name for name in visible if name.lower().endswith(EXTENSIONS))
     told = captions.find(source, visible, names, read)
     notes, warnings = _left_out(source, visible, names, told.files if told else ())
+    if (odd := next((name for name in names if "\\" in name), None)) is not None:
+        notes.append(f"{source}: '\\' in names, such as {odd}, makes no folder; zip with '/' where it should")
     index = _index_of(source, files, names)
     if told is not None and index is not None:
         raise DataError(
