@@ -9,6 +9,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial, reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Optional, TypeVar
 
 import typer
@@ -57,6 +58,13 @@ def add(**readers: Callable[..., Any]) -> Callable[[F], F]:
         return command
 
     return attach
+
+
+class Prompts(NamedTuple):
+    """What is typed of prompts. negative: None: not typed."""
+
+    texts: tuple[str, ...] = ()
+    negative: str | None = None
 
 
 class Command(TyperCommand):
@@ -367,6 +375,29 @@ def classes_of(
 ) -> list[int] | None:
     """The classes of --classes."""
     return parsed("--classes", classes, numbers, "write classes such as 3,5")
+
+
+def prompts_of(
+    prompt: Annotated[
+        list[str] | None, Option(help="Of a text-to-image model: what to draw. May be given more than once.")
+    ] = None,
+    prompts: Annotated[Path | None, Option(help="File with a prompt in each line; empty lines are left out.")] = None,
+    negative_prompt: Annotated[
+        str | None, Option(help="What guidance leads away from, in place of the empty prompt.", show_default="none")
+    ] = None,
+) -> "Prompts":
+    """The prompts of --prompt or --prompts. Raises UsageError if the file cannot be read, or for both."""
+    if prompt and prompts is not None:
+        raise UsageError(f"--prompt {printable(prompt[0], 40)!r} beside --prompts {prompts}: leave one of them out")
+    if prompts is None:
+        return Prompts(tuple(prompt or ()), negative_prompt)
+    try:
+        lines = prompts.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--prompts {prompts} cannot be read ({reason(error)}); give a UTF-8 text file") from None
+    if not (texts := tuple(line.strip() for line in lines if line.strip())):
+        raise UsageError(f"--prompts {prompts} holds no prompt; write one in each line")
+    return Prompts(texts, negative_prompt)
 
 
 class Pair(NamedTuple):

@@ -19,6 +19,7 @@ SAMPLING = ("labels", "sampler", "steps", "s_churn", "cfg_scale", "batch", "prec
 
 
 @options.add(
+    prompts=options.prompts_of,
     seeds=options.seeds_of,
     classes=options.classes_of,
     sampling=options.of_sampling(*SAMPLING),
@@ -26,13 +27,15 @@ SAMPLING = ("labels", "sampler", "steps", "s_churn", "cfg_scale", "batch", "prec
     device=options.device_and_models,
 )
 def sample(
+    prompts: options.Prompts,
     seeds: Sequence[int],
     classes: list[int] | None,
     sampling: dict[str, Any],
     second_network: "guides.Others",
     device: "torch.device",
     ckpt: Annotated[
-        str, options.of_weights(help="Model: a weight file, run directory or embedded:<name>.")
+        str,
+        options.of_weights(help="Model: a weight file, run directory, pipeline's folder or embedded:<name>."),
     ] = "embedded:digits16",
     out: Annotated[Path, Option(help="Directory of the sample set.")] = Path("samples"),
     form: options.Form = None,
@@ -42,7 +45,8 @@ def sample(
     from ddo_cli.engines.sampling import guides, sample
     from ddo_cli.models import registry
 
-    model, record = guides.of_plain_sampling(second_network, registry.load_model(ckpt, device), device)
+    loaded = sample.with_prompts(registry.load_model(ckpt, device), *prompts)
+    model, record = guides.of_plain_sampling(second_network, loaded, device)
     return sample.run(
         model, seeds, out, form=form, classes=classes, sampling=sampling, guidance=record, device=device,
         dry_run=dry_run,

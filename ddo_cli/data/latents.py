@@ -1,8 +1,10 @@
 """Sets of latents or tokens, written by `ddo encode` or as EDM2's archives; rows are read when indexed.
 
 `ddo encode`: latents-000000.safetensors, ... with tensors `latents` and `labels`, and a manifest.json with the encoder
-and each shard's hash. EDM2: a zip or folder of img-mean-std-00000000.npy, float32 (8, h, w), the mean and
-deviation of Stability's autoencoder, with labels in dataset.json.
+and each shard's hash. Of a text-to-image model also texts-000000.safetensors, ... with `embeddings` (n, L, E) and
+`labels` (n,) of the same rows, the first with a further row, that of the empty prompt and label -1; the manifest has
+the captions. EDM2: a zip or folder of img-mean-std-00000000.npy, float32 (8, h, w), the mean and deviation of
+Stability's autoencoder, with labels in dataset.json.
 """
 
 import hashlib
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
@@ -74,6 +77,7 @@ class _Manifest(BaseModel):
     encoder: str
     image_shape: list[Annotated[int, Field(ge=1)]] = Field(min_length=1, max_length=4)
     num_classes: int = Field(ge=0, le=1 << 24)
+    captions: list[str] = []
     shards: list[_Shard] = Field(min_length=1)
 
 
@@ -88,6 +92,34 @@ class ShardInfo(NamedTuple):
 def shard_file(path: Path, number: int) -> Path:
     """The file of a shard."""
     return path / f"latents-{number:06d}.safetensors"
+
+
+def text_file(path: Path, number: int) -> Path:
+    """The file of the embeddings of a shard's captions."""
+    return path / f"texts-{number:06d}.safetensors"
+
+
+def stored_texts(path: Path) -> tuple[str, list[str], Tensor] | None:
+    """The text encoder's hash, captions and their embeddings (N, L, E) of a set, with the empty prompt as a last one.
+
+    None for a set without. Raises DataError if a file is damaged or missing.
+    """
+    manifest = samples.read_manifest(path)
+    if manifest.get("format") != FORMAT or "text_encoder" not in manifest:
+        return None
+    told, parts, file = _Manifest.model_validate(manifest), [], path
+    try:
+        for number in range(len(told.shards)):
+            file = text_file(path, number)
+            parts.append(load_tensors(file))
+        labels = torch.cat([part["labels"] for part in parts])
+        order = torch.argsort(torch.where(labels < 0, len(labels), labels))
+        embeddings = torch.cat([part["embeddings"] for part in parts])[order]
+        if len(embeddings) != len(told.captions) + 1:
+            raise ValueError(f"{len(embeddings)} embeddings for {len(told.captions)} captions and the empty prompt")
+    except TENSOR_ERRORS as error:
+        raise _damaged(file, error) from None
+    return manifest["text_encoder"], [*told.captions, ""], embeddings
 
 
 def write_shard(file: Path, latents: Tensor, labels: Tensor, notes: dict[str, Any]) -> None:
@@ -153,9 +185,11 @@ def _open_shards(source: str, path: Path, manifest: dict[str, Any]) -> Contents:
     try:
         labels = join_tensors(files, "labels")
         contents = Contents(join_tensors(files, "latents"), labels.read(np.arange(labels.num)), told.num_classes)
+        if told.captions and len(told.captions) != labels.num:
+            raise ValueError(f"{source}: {len(told.captions)} captions of {labels.num} items")
     except TENSOR_ERRORS as error:
         raise DataError(f"{error}; encode the images again") from None
-    return contents._replace(encoded=encoded)
+    return contents._replace(encoded=encoded, captions=tuple(told.captions))
 
 
 def _damaged(file: Path, error: Exception) -> DataError:

@@ -23,7 +23,7 @@ WIDTH = 80  # of the screen
 PACKAGES = ("torchvision", "torch-fidelity", "numpy", "scipy", "safetensors", "pydantic", "typer")
 OPTIONAL = ("diffusers", "tensorboard", "wandb")  # imported by the commands that need them
 VARIABLES = (
-    "DDO_CACHE", "DDO_INCEPTION_WEIGHTS", "DDO_DINOV2_WEIGHTS", "DDO_CLIP_WEIGHTS", "DDO_VAE", "TORCH_HOME",
+    "DDO_CACHE", "DDO_INCEPTION_WEIGHTS", "DDO_DINOV2_WEIGHTS", "DDO_CLIP_WEIGHTS", "DDO_VAE", "DDO_PIPELINE", "TORCH_HOME",
     "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE",
 )  # fmt: skip
 

@@ -3,6 +3,7 @@
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ import torch
 from torch import Tensor
 
 from ddo_cli import console, dist, rundir
+from ddo_cli.checkpoint import write_tensors
 from ddo_cli.data import latents
+from ddo_cli.data.captions import METADATA
 from ddo_cli.data.inspection import LIMBS, Inspection
 from ddo_cli.data.items import describe, wrong_shape
 from ddo_cli.data.stream import ImageStream, open_stream
 from ddo_cli.errors import DataError, RunError, UsageError
 from ddo_cli.files import read_json
-from ddo_cli.likelihood import LikelihoodModel
+from ddo_cli.likelihood import NO_LABEL, LikelihoodModel
 from ddo_cli.models import registry
+from ddo_cli.models.diffusers import texts
 
 RESULTS = ("complete", "shards", "source_digest")  # keys of a manifest that are no settings
 TIMED = 8  # images whose encoding is timed for --dry-run
@@ -52,7 +56,12 @@ def run(
             f"{data} holds {describe(stream.shape)} where the model needs {describe(model.codec.shape)}; "
             + wrong_shape(data, stream.shape, model.codec.shape)
         )
-    encoder = _Encoder(model, dtype, device)
+    encoder = _Encoder(model, texts.encoder_of(file.header["config"]), dtype, device)
+    if encoder.texts is not None and not stream.captions:
+        raise DataError(
+            f"{data} has no captions, which a text-to-image model is trained on; write a .txt beside each image, or "
+            f"{METADATA}"
+        )
     shape, kind, speed = encoder.probe(stream, batch)
     manifest = {
         "format": latents.FORMAT, "encoder": model.codec.encoder_id(),
@@ -60,9 +69,13 @@ def run(
         "source": data, "source_identity": stream.identity, "image_shape": list(model.codec.shape),
         "shape": list(shape), "dtype": str(kind).removeprefix("torch."),
         "num": stream.num, "num_classes": stream.num_classes, "shard": shard,
+        **({"captions": list(stream.captions)} if stream.captions else {}),
     }  # fmt: skip
-    num_shards = -(-stream.num // shard)
-    size = int(stream.num * (math.prod(shape) * kind.itemsize + 8) * MARGIN)
+    item_size = math.prod(shape) * kind.itemsize + 8
+    if encoder.texts is not None:
+        manifest["text_encoder"] = encoder.texts.digest
+        item_size += texts.encode(encoder.texts, [texts.NONE], device).nbytes
+    num_shards, size = -(-stream.num // shard), int(stream.num * item_size * MARGIN)
     result = {
         "out": str(out), "num_images": stream.num, "shape": list(shape), "dtype": manifest["dtype"],
         "encoder": manifest["encoder"], "shards": num_shards, "bytes": size,
@@ -77,7 +90,7 @@ def run(
         return {**result, "bytes_free": _free(out), **plan, "dry_run": True}
     with rundir.locked(out):
         stored = out_dir.claim()
-        missing = dist.from_main([n for n in range(num_shards) if not latents.shard_file(out, n).is_file()])
+        missing = dist.from_main([n for n in range(num_shards) if not all(f.is_file() for f in encoder.files(out, n))])
         if stored.get("complete") and len(stored.get("shards", ())) == num_shards and not missing:
             console.info(f"{out} is finished; nothing to do")
             return {**result, "source_digest": stored["source_digest"]}
@@ -100,10 +113,21 @@ def run(
 
 
 class _Encoder:
-    """A model's encoder and the type in which latents are stored."""
+    """A model's encoders and the type in which latents are stored. texts: of captions, if the model reads them."""
 
-    def __init__(self, model: LikelihoodModel, dtype: str | None, device: torch.device):
-        self.model, self.dtype, self.device = model, dtype, device
+    def __init__(self, model: LikelihoodModel, texts: texts.Encoder | None, dtype: str | None, device: torch.device):
+        self.model, self.texts, self.dtype, self.device = model, texts, dtype, device
+
+    def files(self, out: Path, number: int) -> list[Path]:
+        """The files of a shard."""
+        return [latents.shard_file(out, number), *([latents.text_file(out, number)] if self.texts else [])]
+
+    def write_texts(self, file: Path, captions: Sequence[str], rows: np.ndarray) -> None:
+        """The embeddings of the captions of these rows; with row 0 also that of the empty prompt, of label -1."""
+        labels = [*rows.tolist(), *([NO_LABEL] if 0 in rows else [])]
+        assert self.texts is not None, "see files"
+        table = texts.encode(self.texts, [captions[k] if k >= 0 else texts.NONE for k in labels], self.device)
+        write_tensors(file, {"embeddings": table, "labels": torch.tensor(labels)})
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -154,5 +178,7 @@ def _write(
                 bar.advance(len(images))
             notes = {"digests": inspection.total.tolist()}
             labels = torch.from_numpy(stream.labels[rows])
+            if encoder.texts is not None:
+                encoder.write_texts(latents.text_file(out, number), stream.captions, rows)
             latents.write_shard(latents.shard_file(out, number), torch.cat(parts), labels, notes)
     return sum(dist.gathered(num_here)) / max(time.monotonic() - start, 1e-9)

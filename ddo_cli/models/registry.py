@@ -17,6 +17,7 @@ A user's Python file (`model.file` of a recipe, `--model-file` of a command) reg
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ BUILTIN = {
     "adm-unet": "ddo_cli.models.adm.unet",
     "edm2-unet": "ddo_cli.models.edm2.unet",
     "diffusers-unet": "ddo_cli.models.diffusers.unet",
+    "text-unet": "ddo_cli.models.diffusers.text_unet",
     "pixel-transformer": "ddo_cli.models.toy.pixel_transformer",
     "dit": "ddo_cli.models.dit.transformer",
     "var": "ddo_cli.models.var.transformer",
@@ -118,17 +120,39 @@ class Loaded(NamedTuple):
     checkpoint: Checkpoint
 
 
+def file_of(path: str | Path) -> str:
+    """The weight file of what is given as a model: of a text-to-image pipeline's folder, the one made of it."""
+    if not (Path(path) / "model_index.json").is_file():
+        return str(path)
+    from ddo_cli.models.diffusers import pipelines  # registers its network here
+
+    return str(pipelines.weight_file(Path(path)) if pipelines.is_pipeline(path) else path)
+
+
+def reads_text(config: dict[str, Any]) -> bool:
+    """Whether a model's labels are the numbers of prompts."""
+    return "prompts" in find(config["name"]).options.model_fields
+
+
+def told(loaded: Loaded, texts: Sequence[str], negative: str = "") -> Loaded:
+    """A model that reads text, with these prompts for its labels, and `negative` for the label -1."""
+    header = loaded.checkpoint.header
+    config = {**header["config"], **loaded.model.tell(texts, negative)}
+    return loaded._replace(checkpoint=loaded.checkpoint._replace(header={**header, "config": config}))
+
+
 def load_model(path: str | Path, device: torch.device, draw: dict[str, Any] | None = None) -> Loaded:
-    """A model from a weight file or "embedded:<name>". `draw` replaces its draw options.
+    """A model from a weight file, "embedded:<name>" or a pipeline's folder. `draw` replaces its draw options.
 
     Of an adapter's file the base is loaded, too. Raises CheckpointError if the file does not hold a model of this
     program or its tensors do not fit.
     """
-    file = checkpoint.load(path, kind="model")
+    file = checkpoint.load(file_of(path), kind="model")
     if (base := adapters.base_of(file)) is not None:
         model = load_model(base, device, draw).model
         adapters.fill(model, file)
-        return Loaded(model, file._replace(tensors={}))
+        loaded, options = Loaded(model, file._replace(tensors={})), file.header["config"]["options"]
+        return told(loaded, options["prompts"], options["negative_prompt"]) if "prompts" in options else loaded
     config = check_config(file.header.get("config"), str(path))
     try:
         if config["name"] in BUILTIN:

@@ -62,6 +62,7 @@ def run(
         "checkpoint_sha256": file.sha256,
         "sampling": spec.model_dump(mode="json"),
         "classes": list(classes) if classes else None,
+        **_prompts_of(file),
         **({"seeds_as_given": spell_seeds(seeds)} if spec.labels == "position" else {}),  # which the labels follow
         **({"guidance": guidance} if guidance else {}),
         **({"decoder": decoder} if decoder else {}),
@@ -104,6 +105,12 @@ def run(
     }
 
 
+def _prompts_of(file: Checkpoint) -> dict[str, Any]:
+    """The prompts of the labels, of a model that reads text, for the set's manifest."""
+    options = file.header["config"]["options"]
+    return {key: options[key] for key in ("prompts", "negative_prompt") if "prompts" in options}
+
+
 def _summary(cost: dict[str, list[int]]) -> dict[str, Any]:
     """What images have cost where it differs: the largest number of evaluations, rejections of an image on average, and
     images at the bound. The manifest has it for each image.
@@ -131,6 +138,15 @@ def checked(
         if not 0 <= value < model.num_classes:
             raise UsageError(f"--classes {value} is out of range; this model has classes 0 to {model.num_classes - 1}")
     return spec
+
+
+def with_prompts(loaded: registry.Loaded, texts: Sequence[str], negative: str | None) -> registry.Loaded:
+    """The model with these prompts; () and None: those that its file holds. Raises UsageError for one without text."""
+    if not texts and negative is None:
+        return loaded
+    options = loaded.checkpoint.header["config"]["options"]
+    kept = options.get("prompts", ()), options.get("negative_prompt", "")
+    return registry.told(loaded, texts or kept[0], kept[1] if negative is None else negative)
 
 
 def spec_of(file: Checkpoint, **given: Any) -> SamplingRecipe:

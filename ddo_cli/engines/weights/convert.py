@@ -16,6 +16,7 @@ from ddo_cli.models import pt_files, registry, snapshots
 from ddo_cli.models.adm import files as adm_files
 from ddo_cli.models.adm import published as adm_published
 from ddo_cli.models.diffusers import files as diffusers_files
+from ddo_cli.models.diffusers import pipelines
 from ddo_cli.models.discriminators import files as dg_files
 from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.models.dit import diffusers as dit_diffusers
@@ -133,6 +134,8 @@ def run(
 
 def _digest(folder: Path) -> str:
     """One SHA-256 of the files of a folder of diffusers that are read."""
+    if pipelines.is_pipeline(folder):
+        return pipelines.digest_of(folder)
     found = dit_diffusers.find(folder)
     return diffusers_files.digest_of(diffusers_files.find(folder) if found is None else found)
 
@@ -219,7 +222,7 @@ def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, A
         dit = dit_diffusers.read(source, found)
         return Content("diffusers", dit.config, dit.tensors, dit_files.SAMPLING["dit"], dit.notes)
     if source.is_dir():
-        folder = diffusers_files.read(source)
+        folder = (pipelines if pipelines.is_pipeline(source) else diffusers_files).read(source)
         return Content("diffusers", folder.config, folder.tensors, folder.sampling, folder.notes)
     if source.suffix not in FORMATS:
         raise UsageError(

@@ -28,6 +28,7 @@ from ddo_cli.models.diffusers import from_adm as diffusers_adm
 from ddo_cli.models.diffusers import unet as diffusers_unet
 from ddo_cli.models.diffusers.unet import Config
 
+INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model"
 AVERAGED = "unet_ema"  # of the library's training script
 PREFIX = "net.unet."  # of the network's tensors in our model
@@ -63,18 +64,18 @@ def read(folder: Path) -> Folder:
     """
     unet_path, scheduler_path, weights = find(folder)
     assert scheduler_path is not None, "see find"
-    unet, scheduler = _public(json_of(unet_path)), _public(json_of(scheduler_path))
+    unet, scheduler = public(json_of(unet_path)), public(json_of(scheduler_path))
     try:
         config = diffusers_unet.config_of(unet, scheduler)
         tensors = {PREFIX + name: tensor for path in weights for name, tensor in tensors_of(path).items()}
         diffusers_unet.check_layers(unet, len(tensors))
         with torch.device("meta"):
             model = registry.build(config)
-        _check_fit(tensors, model.state_dict(), weights[0].parent)
+        check_fit(tensors, model.state_dict(), weights[0].parent)
         diffusers_unet.check_pass(model)
     except (ValueError, RecipeError) as error:
         raise CheckpointError(f"{folder} cannot be converted: {error}") from None
-    notes = {**_choices(folder, weights[0]), **_notes(scheduler, tensors)}
+    notes = {**choices(folder, weights[0]), **_notes(scheduler, tensors)}
     return Folder(config, tensors, _sampling(scheduler, config["shape"][1]), notes)
 
 
@@ -86,10 +87,11 @@ def digest_of(found: Found) -> str:
     return total.hexdigest()
 
 
-def find(folder: Path) -> Found:
+def find(folder: Path, has_text: bool = False) -> Found:
     """The files of a folder: both configurations, and the weights in one file or in shards.
 
-    Raises CheckpointError if one is missing, or if the pipeline has parts beside the two.
+    has_text: whether the pipeline is one of text, with further parts. Raises CheckpointError if a file is missing, or
+    if there are parts of another kind of pipeline.
     """
     inside = [folder / name for name in ("unet", AVERAGED) if (folder / name).is_dir()]
     unet_folder = inside[0] if inside else folder
@@ -99,12 +101,12 @@ def find(folder: Path) -> Found:
             f"{folder} holds no config.json and no unet/config.json; give a folder of diffusers with a UNet2DModel"
         )
     homes = [folder]
-    if not (folder / "model_index.json").is_file():
+    if not (folder / INDEX).is_file():
         parents = folder.resolve().parents  # of the pipeline, if this is its unet, or a checkpoint of its training
         homes += parents[:1] if unet_folder != folder else parents[:2]
     for home in homes:
-        if (home / "model_index.json").is_file():
-            _check_parts(home / "model_index.json")
+        if (home / INDEX).is_file() and not has_text:
+            _check_parts(home / INDEX)
     name = "scheduler_config.json"
     places = [home / "scheduler" / name for home in homes] + [home / name for home in homes[:2]]
     schedulers = [path for path in places if path.is_file()]
@@ -164,7 +166,7 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _choices(folder: Path, weights: Path) -> dict[str, str]:
+def choices(folder: Path, weights: Path) -> dict[str, str]:
     """What was chosen where a folder holds more than one set of weights, or a rounded one, for people."""
     notes = {}
     if match := re.match(rf"{WEIGHTS}\.((?:fp|bf|f)\d+)\b", weights.name):
@@ -183,7 +185,8 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     return {old.sub(lambda m: f"{m[1]}{_OLD_NAMES[m[2]]}.", name): tensor.float() for name, tensor in content.items()}
 
 
-def _check_fit(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:
+def check_fit(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:
+    """Raises CheckpointError unless the tensors have the names and shapes of `expected`. where: their folder."""
     problems = [
         *(f"{name} is missing" for name in expected.keys() - tensors.keys()),
         *(f"{name} is not of this network" for name in tensors.keys() - expected.keys()),
@@ -246,7 +249,7 @@ def json_of(path: Path) -> Config:
     return content
 
 
-def _public(config: Config) -> Config:
+def public(config: Config) -> Config:
     """Without the library's private keys (its version, the name on the hub)."""
     return {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
 
@@ -287,7 +290,7 @@ def write_folder(file: Checkpoint, out: Path, dry_run: bool = False) -> dict[str
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         if pipeline:
             parts = {"unet": ["diffusers", network], "scheduler": ["diffusers", process]}
-            write_json(folder / "model_index.json", {"_class_name": pipeline, **parts})
+            write_json(folder / INDEX, {"_class_name": pipeline, **parts})
         if not _holds(folder, unet, scheduler, tensors):
             raise CheckpointError(f"{out}: what was written reads back different; it was removed, so try again")
     return {**result, "verified": True}

@@ -1,0 +1,214 @@
+"""Text-to-image pipelines of diffusers: read, sampled as the library does, and encoded."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from conftest import CPU
+from safetensors.torch import load_file
+from test_images import encoded as png
+from test_images import write_folder
+from tiny_pipeline import make_pipeline
+
+from ddo_cli import checkpoint
+from ddo_cli.data.images import open_images
+from ddo_cli.data.latents import stored_texts
+from ddo_cli.engines import encode
+from ddo_cli.engines.sampling import sample
+from ddo_cli.engines.weights import convert
+from ddo_cli.errors import CheckpointError, DataError, UsageError
+from ddo_cli.models import registry
+from ddo_cli.models.diffusers import pipelines, texts
+from ddo_cli.models.diffusers.text_unet import ddim_sigmas
+from ddo_cli.rng import RowRng
+
+PROMPTS = ("a red cup", "a blue dog", "a red cup")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_pipeline(tmp_path_factory.mktemp("pipelines") / "sd")
+
+
+@pytest.fixture
+def here(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("DDO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def drawn(loaded, spec, label=(0, 1)):
+    return loaded.model.sample(torch.tensor(label), RowRng(range(len(label))), spec).x
+
+
+@pytest.mark.slow  # the library's pipeline is slow to import
+@pytest.mark.parametrize(
+    ("scheduler", "negative"),
+    [({}, ""), ({"prediction_type": "v_prediction"}, "bad"),
+     ({"set_alpha_to_one": True, "timestep_spacing": "trailing", "steps_offset": 0, "beta_schedule": "linear"}, "")],
+)  # fmt: skip
+def test_samples_are_those_of_the_pipeline(tmp_path, monkeypatch, scheduler, negative):
+    from diffusers import StableDiffusionPipeline
+
+    monkeypatch.setenv("DDO_CACHE", str(tmp_path / "cache"))
+    path = make_pipeline(tmp_path / "sd", scheduler)
+    theirs = StableDiffusionPipeline.from_pretrained(path, safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    loaded = registry.told(registry.load_model(path, CPU), PROMPTS, negative)
+    x = RowRng([0, 1]).randn(loaded.model.codec.state_shape)
+    given = {"prompt": list(PROMPTS[:2]), "negative_prompt": [negative] * 2, "latents": x}
+    for steps, scale in ((5, 7.5), (4, 1.0)):
+        expected = theirs(
+            **given, num_inference_steps=steps, guidance_scale=scale, output_type="latent", return_dict=False
+        )[0]  # fmt: skip
+        found = drawn(loaded, sample.spec_of(loaded.checkpoint, steps=steps, cfg_scale=scale))
+        # Random networks blow states up to some 50; 1e-4 of their deviation, in float32.
+        torch.testing.assert_close(found.float(), expected, rtol=0, atol=1e-4 * float(expected.std()))
+    images = theirs(**given, num_inference_steps=4, guidance_scale=1.0, output_type="np", return_dict=False)[0]
+    pixels = loaded.model.codec.decode(found).permute(0, 2, 3, 1).numpy()
+    assert np.abs(pixels - 255 * images).max() < 1.01  # 127.5 x + 128 is cut, where the pipeline rounds
+
+
+def test_levels_are_those_of_the_scheduler():
+    from diffusers import DDIMScheduler
+
+    for spacing in ("leading", "trailing", "linspace"):
+        scheduler = DDIMScheduler(timestep_spacing=spacing, steps_offset=1, set_alpha_to_one=False)
+        sigmas = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()
+        scheduler.set_timesteps(7)
+        expected = torch.cat([sigmas[scheduler.timesteps], sigmas[:1]])
+        assert torch.equal(ddim_sigmas(dict(scheduler.config), sigmas, 7), expected)
+    assert ddim_sigmas({}, sigmas, 4)[-1] == 0  # the library's default
+    with pytest.raises(UsageError, match="trained at 1000 noise levels"):
+        ddim_sigmas({}, sigmas, 1001)
+
+
+def test_the_label_is_a_prompt(here):
+    loaded = registry.load_model(here, CPU)
+    with pytest.raises(UsageError, match="none is given; add --prompt TEXT"):
+        loaded.model.check_sampling(sample.spec_of(loaded.checkpoint))
+    spec = sample.spec_of(loaded.checkpoint, steps=2, cfg_scale=1.0)
+    told = registry.told(loaded, PROMPTS)
+    x = drawn(told, spec, (0, 1, 2, -1))
+    assert torch.equal(drawn(told, spec, (2, 1, 0, -1)), x)  # two of one caption
+    other = registry.told(registry.load_model(here, CPU), ("a blue dog", ""))
+    y = drawn(other, spec, (0, 0, 0, 1))
+    torch.testing.assert_close(y[1], x[1])  # batches of other labels
+    torch.testing.assert_close(y[3], x[3])  # -1 is the empty prompt
+    assert (y[0] - x[0]).abs().max() > 0.01
+    guided = sample.spec_of(loaded.checkpoint, steps=2)
+    away = registry.told(registry.load_model(here, CPU), PROMPTS, "bad")
+    assert (drawn(told, guided) - drawn(away, guided)).abs().max() > 0.01
+
+
+@pytest.mark.slow  # whole commands
+def test_sets_of_prompts(here, ddo, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red cup\n\n a blue dog \n")
+    line = ["sample", "--ckpt", here, "--num-images", 2, "--steps", 2, "--cfg-scale", 1, "--json"]
+    found = json.loads(ddo(*line, "--prompts", "prompts.txt", "--out", "a").stdout)
+    ddo(*line, "--prompt", "a red cup", "--prompt", "a blue dog", "--out", "b")
+    manifests = [json.loads((tmp_path / out / "manifest.json").read_text()) for out in "ab"]
+    assert manifests[0]["prompts"] == ["a red cup", "a blue dog"]
+    assert manifests[0] == manifests[1]
+    convert.run(here, tmp_path / "sd.safetensors", verify=True)
+    assert checkpoint.load(tmp_path / "sd.safetensors").sha256 == found["checkpoint_sha256"]
+    assert len(list((tmp_path / "cache" / "pipelines").iterdir())) == 1  # the file made of the folder
+    for wrong, said in (
+        (["--prompt", "a", "--prompts", "prompts.txt"], "leave one of them out"),
+        (["--prompts", "none.txt"], "cannot be read"),
+        (["--prompt", "a", "--ckpt", "embedded:digits16"], "reads no text"),
+    ):
+        assert said in ddo(*line, *wrong, "--out", "c", code=2).stderr
+
+
+def photos(root, num=3, side=64):
+    rng = np.random.default_rng(0)
+    items = rng.integers(0, 256, (num, 3, side, side), dtype=np.uint8)
+    content = {f"{row}.png": png(item) for row, item in enumerate(items)}
+    return write_folder(root, content | {f"{row}.txt": PROMPTS[row % 3].encode() for row in range(num)})
+
+
+def test_encoding_captions(here, tmp_path, monkeypatch):
+    source = photos(tmp_path / "photos")
+    figures = encode.run(str(source), here, tmp_path / "set", shard=2, device=CPU)
+    assert (figures["num_images"], figures["shape"], figures["shards"]) == (3, [8, 8, 8], 2)
+    model, header = registry.load_model(here, CPU).model, json.loads((tmp_path / "set" / "manifest.json").read_text())
+    images, opened = open_images(str(source)), open_images(str(tmp_path / "set"))
+    assert opened.captions == images.captions == PROMPTS
+    assert (opened.labels.tolist(), opened.num_classes) == ([0, 1, 2], 3)
+    torch.testing.assert_close(torch.from_numpy(opened.items[:]), model.codec.latents(torch.from_numpy(images.items)))
+    digest, stored, table = stored_texts(tmp_path / "set")
+    assert header["text_encoder"] == digest == texts.digest_of(here)
+    assert stored == [*PROMPTS, ""]
+    texts._known.clear()
+    assert torch.equal(texts.embeddings_of(model.net.encoder, stored, CPU), table)
+    labels = [load_file(tmp_path / "set" / f"texts-{number:06d}.safetensors")["labels"].tolist() for number in (0, 1)]
+    assert labels == [[0, 1, -1], [2]]
+    (tmp_path / "set" / "texts-000001.safetensors").unlink()
+    with pytest.raises(DataError, match=r"texts-000001\.safetensors is damaged"):
+        stored_texts(tmp_path / "set")
+    encode.run(str(source), here, tmp_path / "set", shard=2, device=CPU)
+    assert torch.equal(stored_texts(tmp_path / "set")[2], table)
+    # What is stored needs no text encoder, and is found for a part of the set.
+    monkeypatch.setattr(texts, "encode", None)
+    texts._known.clear()
+    texts.remember(digest, stored, table)
+    assert torch.equal(texts.embeddings_of(model.net.encoder, [""], CPU), table[3:])
+    (source / "1.txt").unlink()
+    (source / "0.txt").unlink()
+    (source / "2.txt").unlink()
+    with pytest.raises(DataError, match="has no captions"):
+        encode.run(str(source), here, tmp_path / "other", device=CPU)
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "match"),
+    [
+        ("model_index.json", {"_class_name": "StableCascadePipeline"}, "is a StableCascadePipeline; of text-to-image"),
+        ("scheduler/scheduler_config.json", {"_class_name": "LCMScheduler"}, "distilled to few steps, as LCMScheduler"),
+        ("unet/config.json", {"_name_or_path": "stabilityai/sd-turbo"}, "distilled to few steps, as stab"),
+        ("unet/config.json", {"time_cond_proj_dim": 256}, "distilled from guided samples"),
+        ("unet/config.json", {"in_channels": 9}, "in_channels = 9 must be 4"),
+        ("unet/config.json", {"cross_attention_dim": 16}, "tensors do not fit config.json"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type = 'flow' must be one of"),
+    ],
+)  # fmt: skip
+def test_pipelines_that_are_refused(folder, tmp_path, file, values, match):
+    other = shutil.copytree(folder, tmp_path / "base")
+    change(other / file, **values)
+    with pytest.raises(CheckpointError, match=match) as raised:
+        pipelines.read(other)
+    assert len(str(raised.value).replace(str(tmp_path), "")) <= 300
+
+
+def test_another_text_encoder(here, tmp_path, monkeypatch):
+    moved = shutil.copytree(here, tmp_path / "moved")
+    encoder = registry.load_model(here, CPU).model.net.encoder
+    monkeypatch.setenv("DDO_PIPELINE", str(moved))
+    assert encoder.folder() == moved
+    change(moved / "text_encoder" / "config.json", num_hidden_layers=1)
+    with pytest.raises(CheckpointError, match="holds another text encoder where the model needs"):
+        encoder.folder()
+    monkeypatch.setenv("DDO_PIPELINE", str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"has no text encoder.*set DDO_PIPELINE"):
+        encoder.folder()
+
+
+def test_without_a_cache_or_a_part(here, tmp_path, monkeypatch):
+    monkeypatch.setenv("DDO_CACHE", "off")
+    with pytest.raises(UsageError, match="give the file of `ddo convert`"):
+        registry.load_model(here, CPU)
+    shutil.copytree(here, tmp_path / "part")
+    shutil.rmtree(tmp_path / "part" / "vae")
+    with pytest.raises(CheckpointError, match="has no vae/"):
+        pipelines.read(tmp_path / "part")
