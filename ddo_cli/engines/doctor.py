@@ -21,10 +21,10 @@ from ddo_cli.metrics.extractors.select import EMBEDDED_EXTRACTOR
 GIB = 2**30
 WIDTH = 80  # of the screen
 PACKAGES = ("torchvision", "torch-fidelity", "numpy", "scipy", "safetensors", "pydantic", "typer")
-OPTIONAL = ("diffusers", "tensorboard", "wandb")  # imported by the commands that need them
+OPTIONAL = ("diffusers", "transformers", "tensorboard", "wandb")  # imported by the commands that need them
 VARIABLES = (
-    "DDO_CACHE", "DDO_INCEPTION_WEIGHTS", "DDO_DINOV2_WEIGHTS", "DDO_CLIP_WEIGHTS", "DDO_VAE", "DDO_PIPELINE", "TORCH_HOME",
-    "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE",
+    "DDO_CACHE", "DDO_INCEPTION_WEIGHTS", "DDO_DINOV2_WEIGHTS", "DDO_CLIP_WEIGHTS", "DDO_VAE", "DDO_PIPELINE",
+    "TORCH_HOME", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE",
 )  # fmt: skip
 
 
