@@ -15,6 +15,7 @@ A user's Python file (`model.file` of a recipe, `--model-file` of a command) reg
         return DiffusionModel(net, PixelCodec(shape), num_classes, options, draw_options)
 """
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ BUILTIN = {
     "var": "ddo_cli.models.var.transformer",
 }
 
+PIPELINES = "ddo_cli.models.diffusers.pipelines"  # reads folders; registers its networks here, as the above
 
 _catalog = Catalog(
     "model.name",
@@ -124,8 +126,7 @@ def file_of(path: str | Path) -> str:
     """The weight file of what is given as a model: of a text-to-image pipeline's folder, the one made of it."""
     if not (Path(path) / "model_index.json").is_file():
         return str(path)
-    from ddo_cli.models.diffusers import pipelines  # registers its network here
-
+    pipelines = importlib.import_module(PIPELINES)
     return str(pipelines.weight_file(Path(path)) if pipelines.is_pipeline(path) else path)
 
 
