@@ -16,7 +16,7 @@ from ddo_cli import __version__, console
 from ddo_cli.commands import about, completion, data, evaluate, sample, train, weights
 from ddo_cli.commands.examples import EXAMPLES
 from ddo_cli.commands.options import Command
-from ddo_cli.errors import DdoError
+from ddo_cli.errors import SIGNALS, DdoError
 
 # Raised for a bad option, by click or by the copy of it inside newer versions of Typer.
 _ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -96,12 +96,13 @@ def _run() -> None:
     try:
         # Of several processes the launcher ends all; one that waits for another could not be interrupted.
         is_main_thread = threading.current_thread() is threading.main_thread()  # no other can set it
-        if not _is_one_of_several() and is_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, _terminated)
+        for number in SIGNALS if not _is_one_of_several() and is_main_thread else ():
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _terminated)
         with completion.of_whole_words():
             code = app(prog_name="ddo", standalone_mode=False)
     except DdoError as error:
-        _fail(error.kind, str(error), 2)
+        _fail(error.kind, str(error), error.code)
     except _ClickException as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # which has been printed
             _exit(2)
@@ -151,7 +152,7 @@ def _terminated(number: int, _: object) -> None:
 
 def _interrupted() -> None:
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, *SIGNALS):
             signal.signal(number, signal.SIG_DFL)  # a second one ends at once
     _fail("interrupted", INTERRUPTED, 128 + (_signals[0] if _signals else signal.SIGINT))
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from typing import Any
 LONGEST = 300  # characters of a line of a message, of which each path counts for
 LONGEST_PATH = 20  # at most: users' own paths may be long, and are needed in full
 MOST_LINES = 21  # of a message that lists problems
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))  # that end a command
 _OBJECT = re.compile(r"\s?<[^<>]* at 0x[0-9a-fA-F]+>|(?:Posix|Windows|Pure\w*)?Path\((['\"])(.*?)\1\)")
 
 
@@ -80,6 +82,7 @@ class DdoError(Exception):
     details: lines below the message. missing: the file that does not exist, as given, where the message begins with it.
     """
 
+    code = 2  # of the process
     kind = "error"  # in the JSON of --json; of a subclass: its name without "Error"
     has_lines = False  # whether the message is a list of problems, one per line
 
@@ -122,3 +125,9 @@ class NumericsError(DdoError):
     def __init__(self, message: str, step: int | None = None):
         super().__init__(message)
         self.step = step
+
+
+class StoppedError(DdoError):
+    """Training that a signal has ended, with its state saved; exit code EX_TEMPFAIL: run the command again."""
+
+    code = 75

@@ -21,7 +21,7 @@ SAMPLE = ("sample", "--ckpt", "m.safetensors", "--seeds", "0-11", "--format", "n
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A directory with a model and a user's own files; what a command does about signals is undone."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     monkeypatch.setattr(cli, "_signals", [])
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
     make_checkpoint(tmp_path / "m.safetensors")

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ddo_cli import compilation, console, dist, sharding
-from ddo_cli.errors import NumericsError, RunError, UsageError
+from ddo_cli.errors import NumericsError, RunError, StoppedError, UsageError
 from ddo_cli.precision import allow_tf32, inference_precision, resolved, training_precision
 from ddo_cli.recipe.schema import TrainRecipe
+from ddo_cli.stopping import Stopping
 from ddo_cli.trainable import Objective, Trainable
 from ddo_cli.training import optim
 from ddo_cli.training.ema import Averages
@@ -113,7 +114,8 @@ def fit(
 
     Continues from plan.state_file where there is one, bit for bit on a CPU; so a pause at plan.until changes nothing,
     and schedules are those of plan.steps.
-    Raises NumericsError on a loss or gradient that is not finite, RunError where plan.state_file is of another run.
+    Raises NumericsError on a loss or gradient that is not finite, StoppedError after a signal, RunError where
+    plan.state_file is of another run.
     """
     settings, device = plan.settings, meter.device
     check(model, settings)
@@ -151,7 +153,8 @@ def fit(
             objective.batch, stream, plan.key, range(step, last), plan.evaluate_at, pieces, settings.batch, device
         )
         shown = console.progress(plan.title, last * settings.batch, "images", step * settings.batch)
-        with contextlib.closing(batches), contextlib.closing(state), shown as bar:
+        stopping = Stopping()
+        with contextlib.closing(batches), contextlib.closing(state), shown as bar, stopping.armed():
             while step < last:
                 n_images = (step + 1) * settings.batch
                 rate = learning_rate(settings, n_images, plan.steps * settings.batch)
@@ -168,7 +171,8 @@ def fit(
                 failure = stepper.step(norm, step, loss.loss)
                 step += 1
                 is_logged, is_due = step % settings.log_every == 0 or step == plan.steps, step in plan.evaluate_at
-                is_saved = step % settings.save_every == 0 or is_due or step == last
+                is_stopping = step < last and stopping.agreed(is_exchange=is_logged)
+                is_saved = step % settings.save_every == 0 or is_due or step == last or is_stopping
                 if failure is None and (is_logged or is_saved):
                     failure = stepper.settle()
                 if failure is not None:
@@ -187,10 +191,17 @@ def fit(
                 state.check()
                 if is_saved:
                     state.save(step)
+                if is_stopping:
+                    state.settle()
+                    raise StoppedError(
+                        f"{plan.title}: stopped by a signal after step {step}, whose state is saved; the same command "
+                        "continues there"
+                    )
                 if is_due:
                     state.settle()
                     evaluation = Evaluate(step, averages)
-                    yield from _evaluated(evaluation, device)
+                    with stopping.disarmed():
+                        yield from _evaluated(evaluation, device)
                     note = evaluation.note
                     wrapped.train(settings.dropout)
             state.settle()

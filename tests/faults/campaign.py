@@ -39,7 +39,7 @@ ACTIONS = {
     "full": (FAIL_FROM_THERE_ON, errno.ENOSPC), "io": (FAIL, errno.EIO),
     "term": (SIGNAL, SIGNALS["term"]), "int": (SIGNAL, SIGNALS["int"]),
 }  # fmt: skip
-CODES = {"kill": (-signal.SIGKILL,), "full": (0, 2), "io": (0, 2), "term": (143,), "int": (130,)}
+CODES = {"kill": (-signal.SIGKILL,), "full": (0, 2), "io": (0, 2), "term": (143, 75), "int": (130,)}
 FOREIGN = {".tmpAbC123": "a user's", "notes.txt": "mine", ".film.7.part": "half a download"}  # are never touched
 WRITES = "open write rename fsync truncate chmod allocate unlink rmdir mkdir link"  # kinds of operations
 READS = "open-to-read read"
