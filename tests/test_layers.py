@@ -10,6 +10,7 @@ PART_PACKAGES = {"models", "data", "training", "metrics"}
 SAMPLERS = (
     "samplers",
     "flow_samplers",
+    "vp_samplers",
     "trace",
     "churn",
 )  # of diffusion; base, because recipes read the table of samplers

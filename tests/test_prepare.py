@@ -71,6 +71,16 @@ def test_center_adm_halves_by_means(tmp_path):
         prepared(tmp_path, Image.fromarray(RGB), size=(30, 20), crop="center-adm")
 
 
+def test_center_celeba_keeps_140_pixels(tmp_path):
+    """Then bilinear weights over the area of each new pixel; smaller pictures are used whole."""
+    large = np.tile(RGB, (8, 5, 1))[:218, :178]
+    found = prepared(tmp_path, Image.fromarray(large), size=(64, 64), crop="center-celeba")
+    part = Image.fromarray(large[39:179, 19:159]).resize((64, 64), Image.Resampling.BILINEAR)
+    assert np.array_equal(found, np.asarray(part).transpose(2, 0, 1))
+    with pytest.raises(UsageError, match="center-celeba makes squares"):
+        prepared(tmp_path, Image.fromarray(large), size=(30, 20), crop="center-celeba")
+
+
 def test_pad_neither_crops_nor_enlarges(tmp_path):
     """As EDM's tool makes MNIST 32 x 32."""
     digit = RGB[:28, :28, 0]

@@ -197,6 +197,7 @@ def test_every_recipe_loads_and_its_model_builds(name):
         ("imagenet256-repa-xl", (3, 256, 256), 1000, 674_816_272),
         ("imagenet256-dit-dg", (3, 256, 256), 1000, 674_834_720),
         ("imagenet256-adm-dg", (3, 256, 256), 1000, 553_838_086),
+        ("celeba64-st-dg", (3, 64, 64), 0, 61_804_419),
     ],
 )
 def test_recipes_of_published_models_build_their_networks(name, shape, num_classes, parameters):

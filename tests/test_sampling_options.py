@@ -122,7 +122,7 @@ def test_every_sampler_and_guide_keeps_the_type(sampler):
     for given in ([], [guide]):
         found = Analytic(0.3).guided_by(given).sample(rows, RowRng([1, 2]), spec.merged(dtype="float32"))
         assert found.x.dtype == torch.float32
-    if sampler != "ddpm":  # which draws other numbers in another type
+    if sampler not in ("ddpm", "euler-maruyama"):  # which draw other numbers in another type
         assert_close(found.x.double(), whole.x, rtol=1e-4, atol=1e-4)
 
 

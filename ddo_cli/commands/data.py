@@ -18,10 +18,10 @@ def data(
         str | None, Option(metavar=options.SIZE, help="Size of the images. Default: that of all pictures.")
     ] = None,
     crop: Annotated[
-        Literal["center", "center-adm", "pad", "none"],
+        Literal["center", "center-adm", "center-celeba", "pad", "none"],
         Option(
-            help="Of other proportions: keep the centre, by Lanczos (EDM) or by box and bicubic (ADM, EDM2); pad; or "
-            "stretch.",
+            help="Of other proportions: keep the centre, by Lanczos (EDM) or by box and bicubic (ADM, EDM2), or 140 x "
+            "140 pixels (CelebA); pad; or stretch.",
         ),
     ] = "center",
     rgb: Annotated[bool, Option("--rgb", help="RGB images. Default: grey if all pictures are grey, else RGB.")] = False,

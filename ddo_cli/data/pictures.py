@@ -22,7 +22,8 @@ Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
 BLACK: Colour = (0, 0, 0)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # who reads pictures has limits
-Crop = Literal["center", "center-adm", "pad", "none"]
+Crop = Literal["center", "center-adm", "center-celeba", "pad", "none"]
+CELEBA_SIDE = 140  # pixels of CelebA's 178x218 that are kept
 
 
 class Unfit(Exception):
@@ -123,7 +124,8 @@ class Preparation(NamedTuple):
 
     crop: "center": the largest centred part of the wanted proportions, then Lanczos, as EDM's tool does;
     "center-adm": halved by boxes while twice too large, bicubic, centred part, as ADM and EDM2 do for ImageNet; "pad":
-    shrunk by Lanczos if it is too large, and centred on the background; "none": stretched by Lanczos.
+    shrunk by Lanczos if it is too large, and centred on the background; "none": stretched by Lanczos. "center-celeba":
+    the central 140 x 140 pixels, bilinear over the area of each pixel, as score_sde's program and Soft Truncation do.
     background: as for `flattened`; padding: around padded images, black as EDM's tool pads; upscale: whether smaller
     pictures are enlarged, else they are TooSmall.
     """
@@ -139,7 +141,7 @@ class Preparation(NamedTuple):
     @property
     def protocol(self) -> dict[str, str]:
         """The size, what becomes of other proportions, and the filter: what a score depends on."""
-        resampling = "box, bicubic" if self.crop == "center-adm" else "lanczos"
+        resampling = {"center-adm": "box, bicubic", "center-celeba": "bilinear"}.get(self.crop, "lanczos")
         return {"size": f"{self.width}x{self.height}", "crop": self.crop, "filter": resampling}
 
     def __call__(self, picture: Image.Image) -> np.ndarray:
@@ -154,6 +156,8 @@ class Preparation(NamedTuple):
 
     def part(self, width: int, height: int) -> tuple[int, int]:
         """Width and height of the part of a picture that is kept, before it is resized."""
+        if self.crop == "center-celeba":
+            return min(width, CELEBA_SIDE), min(height, CELEBA_SIDE)
         if self.crop not in ("center", "center-adm"):
             return width, height
         if width * self.height > height * self.width:
@@ -200,7 +204,10 @@ class Preparation(NamedTuple):
             return padded
         width, height = self.part(*image.size)
         left, top = (image.width - width) // 2, (image.height - height) // 2
-        return _resized(image.crop((left, top, left + width, top + height)), wanted)
+        image = image.crop((left, top, left + width, top + height))
+        if self.crop == "center-celeba":
+            return image.resize(wanted, Image.Resampling.BILINEAR)
+        return _resized(image, wanted)
 
 
 def spelled(protocol: Mapping[str, str]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.transfer import to_device
 
-PrecondName = Literal["edm", "vp", "ve", "iddpm", "ddpm", "cosine", "flow", "flow-reversed"]
+PrecondName = Literal["edm", "vp", "ve", "iddpm", "ddpm", "cosine", "flow", "flow-reversed", "vp-unbounded"]
 
 
 class Coefficients(NamedTuple):
@@ -81,6 +81,25 @@ class Vp(Preconditioner):
     def coefficients(self, sigma: Tensor) -> Coefficients:
         c_noise = self.last_step * self.schedule.time(sigma)
         return Coefficients(torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), c_noise)
+
+
+class VpUnbounded(Vp):
+    """... and c_noise is 999 (A - A_0) / (A_1 - A_0), A = ln(1 - e^-B + 0.001) + B (Soft Truncation, arXiv 2106.05527).
+
+    A_0, A_1: at the times 1e-5 and 1. With sigma^2 = e^B - 1 the logarithm's 1 - e^-B is sigma^2 / (1 + sigma^2).
+    """
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        low, high = vp_sde.sigma_of(torch.tensor([self.t_min, 1.0], dtype=torch.float64)).tolist()
+        first, last = (_unbounded(torch.tensor(end, dtype=torch.float64)).item() for end in (low, high))
+        label = self.last_step * (_unbounded(sigma) - first) / (last - first)
+        return super().coefficients(sigma)._replace(c_noise=label)
+
+
+def _unbounded(sigma: Tensor) -> Tensor:
+    """A at the time of a noise level."""
+    square = sigma.square()
+    return (square / (1 + square) + 1e-3).log() + square.log1p()
 
 
 class Ve(Preconditioner):
@@ -205,6 +224,7 @@ PRECONDITIONERS: dict[PrecondName, Callable[[float], Preconditioner]] = {
     "iddpm": lambda sigma_data: Discrete(edm_cosine_sigmas()),
     "ddpm": lambda sigma_data: Discrete(linear_sigmas()),
     "cosine": lambda sigma_data: Discrete(cosine_sigmas()),
+    "vp-unbounded": lambda sigma_data: VpUnbounded(),
     "flow": lambda sigma_data: Flow(),
     "flow-reversed": lambda sigma_data: Flow(reversed=True),
 }

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ddo_cli.diffusion import flow_samplers as flow
 from ddo_cli.diffusion.trace import Denoiser, Trace, rows_of
+from ddo_cli.diffusion.vp_samplers import euler_maruyama
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -189,8 +190,8 @@ class Sampler(NamedTuple):
     evaluations: int = 1  # network evaluations per step; 2: a predictor and a corrector, but one in a step to level 0
     steps: int = 18  # default number; EDM's for 32x32 images
     # Spacing of levels where the recipe gives none. steps: those that a discrete model was trained at, vp for other
-    # models. snapped, flow: the sampler takes no other spacing; snapped levels end in sigma_min, all others in 0.
-    spacing: Literal["karras", "steps", "snapped", "flow"] = "karras"
+    # models. snapped, flow, sde: the sampler takes no other spacing; snapped levels end in sigma_min, all others in 0.
+    spacing: Literal["karras", "steps", "snapped", "flow", "sde"] = "karras"
     sigma_min: float | None = None  # default smallest level; None: that of model and spacing
     churns: bool = False  # reads s_churn, and takes part in boosting
     generalised: bool = False  # a special case of EDM's generalised sampler
@@ -214,6 +215,7 @@ SAMPLERS = {
         Sampler("dpm-v3", dpm_v3, steps=25, spacing="snapped"),  # steps: DDO's for 512x512 images
         Sampler("ddim", partial(ancestral, eta=0.0), spacing="steps", ode=euler),
         Sampler("ddpm", partial(ancestral, eta=1.0), spacing="steps", ode=euler),  # has no ODE; euler is that of ddim
+        Sampler("euler-maruyama", euler_maruyama, steps=1000, spacing="sde", ode=euler),
         # Default steps: SiT's, 250 evaluations.
         Sampler("flow-euler", flow_euler, steps=250, spacing="flow"),
         Sampler("flow-heun", flow.ode, 2, steps=125, spacing="flow", choices={"last_step": ("heun", "euler")}),

@@ -1,5 +1,6 @@
 """Noise levels of a sampling run: recipe settings clipped to the network's range."""
 
+import math
 from functools import partial
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from ddo_cli.diffusion import generalised_sampler, samplers, schedules
 from ddo_cli.diffusion.guidance import Interval
-from ddo_cli.diffusion.precond import Discrete, Flow, Preconditioner
+from ddo_cli.diffusion.precond import Discrete, Flow, Preconditioner, Vp
 from ddo_cli.errors import UsageError
 from ddo_cli.recipe.schema import GENERALISED, SamplingRecipe
 
@@ -29,6 +30,8 @@ def sigmas(spec: SamplingRecipe, span: tuple[float, float], known: Preconditione
         levels = schedules.snapped_sigmas(n, low, high, rho)
     elif spacing == "steps":
         levels = _trained_levels(spec, known, low, high)
+    elif spacing == "sde":
+        levels = schedules.sde_sigmas(n, spec.sigma_max or math.inf, spec.sigma_min or 0.0)[:-1]
     elif spacing == "flow":
         levels = schedules.flow_sigmas(n, high, spec.sigma_min or sampler.sigma_min)[:-1]
     elif spacing == "vp":
@@ -61,10 +64,10 @@ def _trained_levels(spec: SamplingRecipe, known: Preconditioner, low: float, hig
 def start_of(spec: SamplingRecipe, known: Preconditioner, sigma: Tensor) -> Tensor:
     """Deviation of the state that sampling starts from. sigma: the largest level.
 
-    A discrete model starts from x_T = z in the frame of DDPM, which is z sqrt(1 + sigma^2) here; others, as EDM, from
-    sigma z. For sigma 157, that of all steps, they differ by 2e-5; where a respacing starts low, visibly.
+    A discrete model, and the reverse SDE, start from x_T = z in their frame, which is z sqrt(1 + sigma^2) here; others,
+    as EDM, from sigma z. For sigma 157, that of all steps, they differ by 2e-5; where a respacing starts low, visibly.
     """
-    return (1 + sigma.square()).sqrt() if spacing_of(spec, known) == "steps" else sigma
+    return (1 + sigma.square()).sqrt() if spacing_of(spec, known) in ("steps", "sde") else sigma
 
 
 def dtype_of(spec: SamplingRecipe) -> torch.dtype:
@@ -86,7 +89,7 @@ def steps_of(spec: SamplingRecipe) -> int:
 def spacing_of(spec: SamplingRecipe, known: Preconditioner) -> str:
     """The spacing of levels, unless EDM's generalised sampler is asked for."""
     default = samplers.find(spec.sampler).spacing
-    if default in ("snapped", "flow"):
+    if default in ("snapped", "flow", "sde"):
         return default
     if spec.spacing is None and default == "steps" and not isinstance(known, Discrete):
         return "vp"
@@ -101,7 +104,9 @@ def bounds(spec: SamplingRecipe, defaults: tuple[float, float], known: Precondit
     if (choice := generalised_choice(spec)) is not None:
         low, high = generalised_sampler.default_range(choice.discretization)
     else:
-        low, high = (known.sigma_min, known.sigma_max) if spacing_of(spec, known) in ("steps", "flow") else defaults
+        low, high = (
+            (known.sigma_min, known.sigma_max) if spacing_of(spec, known) in ("steps", "flow", "sde") else defaults
+        )
         low = samplers.find(spec.sampler).sigma_min or low
     low = low if spec.sigma_min is None else spec.sigma_min
     high = high if spec.sigma_max is None else spec.sigma_max
@@ -139,7 +144,12 @@ def check(spec: SamplingRecipe, span: tuple[float, float], known: Preconditioner
         raise UsageError(
             f"sampling.dtype = float32: {sampler.name} is float64, as velocities near 0 noise; leave it out"
         )
-    if spacing in ("snapped", "flow") and spec.spacing not in (None, "karras"):
+    if sampler.spacing == "sde" and not isinstance(known, Vp):
+        raise UsageError(
+            f"sampling.sampler = {sampler.name} moves in the time of the VP-SDE and needs a model of precond vp; use "
+            "heun or another one"
+        )
+    if spacing in ("snapped", "flow", "sde") and spec.spacing not in (None, "karras"):
         raise UsageError(f"sampling.spacing = {spec.spacing}: {sampler.name} has a spacing of its own; leave it out")
     if choice is not None:
         asked = generalised_keys(spec)

@@ -46,6 +46,16 @@ def vp_sigmas(n: int, sigma_min: float, sigma_max: float) -> Tensor:
     return torch.cat([vp_sde.sigma_of(first + ramp * (last - first)), torch.zeros(1, dtype=torch.float64)])
 
 
+def sde_sigmas(n: int, sigma_max: float, sigma_min: float) -> Tensor:
+    """Decreasing noise levels ending in 0, (n + 1,), float64: of evenly spaced times of the VP-SDE from 1 to 1e-5.
+
+    sigma_max, sigma_min: cut times beyond theirs. Apart from `vp_sigmas`, whose ends are levels that were rounded.
+    """
+    ends = vp_sde.time_of(torch.tensor([sigma_max, sigma_min], dtype=torch.float64)).tolist()
+    times = torch.linspace(min(1.0, ends[0]), max(vp_sde.T_MIN, ends[1]), n, dtype=torch.float64)
+    return torch.cat([vp_sde.sigma_of(times), torch.zeros(1, dtype=torch.float64)])
+
+
 def flow_sigmas(n: int, sigma_max: float, sigma_min: float | None = None) -> Tensor:
     """Decreasing noise levels ending in 0, (n + 1,), float64, evenly spaced in the share of noise sigma / (1 + sigma).
 

@@ -17,7 +17,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-BETA_0, BETA_1 = 0.1, 20.0
+from ddo_cli.diffusion.vp_samplers import BETA_0, BETA_1
+
 T_MIN = 1e-5  # smallest time that is trained on
 COSINE_S = 0.008  # offset of the cosine schedule (arXiv 2102.09672, eq. 17)
 _COSINE_F0 = math.cos(COSINE_S / (1 + COSINE_S) * math.pi / 2) ** 2

@@ -108,8 +108,8 @@ def _check(out: Path, size: tuple[int, int] | None, crop: Crop, dry_run: bool) -
         raise UsageError(f"--out {out}: {_existing(out)} is a file; choose another place")
     if crop != "center" and size is None:
         raise UsageError(f"--crop {crop} has no effect without --size; give both")
-    if crop == "center-adm" and size is not None and size[0] != size[1]:
-        raise UsageError(f"--crop center-adm makes squares, and --size is {size[0]}x{size[1]}; give one side")
+    if crop in ("center-adm", "center-celeba") and size is not None and size[0] != size[1]:
+        raise UsageError(f"--crop {crop} makes squares, and --size is {size[0]}x{size[1]}; give one side")
 
 
 def _check_free(out: Path) -> None:

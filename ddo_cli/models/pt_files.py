@@ -27,12 +27,14 @@ class Weights(NamedTuple):
     """The tensors of a network. place: where in the file they lie, "" = they are all that it holds.
 
     settings: what the trainer was called with (an argparse.Namespace called args), by name.
+    averages: the averaged parameters, where a trainer keeps them as a list without names (torch_ema, score_sde).
     """
 
     tensors: dict[str, Tensor]
     place: str
     left_out: list[str]
     settings: dict[str, Any] = {}  # noqa: RUF012
+    averages: list[Tensor] | None = None
 
     @property
     def notes(self) -> dict[str, str]:
@@ -63,7 +65,8 @@ def read(path: str | Path, expected: str, marks: Sequence[str]) -> Weights:
         [network for network in found if set(network.place.split(".")) <= _PLAIN],
     ]
     if chosen := next((group[0] for group in groups if len(group) == 1), None):
-        return chosen._replace(tensors=_apart(chosen.tensors), settings=_settings(content))
+        averages = _averages(content)
+        return chosen._replace(tensors=_apart(chosen.tensors), settings=_settings(content), averages=averages)
     places = _listed([network.place or "its top" for network in found])
     raise CheckpointError(
         f"{path} holds several networks ({places}); save the one to convert by itself, by torch.save of its tensors"
@@ -74,6 +77,13 @@ def _settings(content: Any) -> dict[str, Any]:
     args = content.get("args") if isinstance(content, dict) else None
     state = args.state if isinstance(args, Record) and args.class_name == "Namespace" else None
     return {key: value for key, value in (state or {}).items() if isinstance(key, str)}
+
+
+def _averages(content: Any) -> list[Tensor] | None:
+    ema = content.get("ema") if isinstance(content, dict) else None
+    shadows = ema.get("shadow_params") if isinstance(ema, dict) else None
+    is_list = isinstance(shadows, list) and bool(shadows) and all(isinstance(each, Tensor) for each in shadows)
+    return shadows if is_list else None
 
 
 def _networks(content: Any, mark: str) -> Iterator[Weights]:

@@ -182,7 +182,7 @@ class SamplingRecipe(Section):
             (("steps", "respacing"), given.get("steps") or given.get("respacing")),  # both count steps
             (CHURN, sampler and not sampler.churns),
             (GENERALISED, sampler and not sampler.generalised),
-            (("spacing", "respacing"), sampler and sampler.spacing in ("snapped", "flow")),
+            (("spacing", "respacing"), sampler and sampler.spacing in ("snapped", "flow", "sde")),
             (("dtype",), sampler and sampler.spacing == "flow"),
             *(((key,), sampler and getattr(self, key) not in sampler.choices.get(key, ())) for key in CHOICES),
             (("ddpm_variance",), sampler and sampler.name != "ddpm"),

@@ -22,6 +22,7 @@ from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.models.dit import diffusers as dit_diffusers
 from ddo_cli.models.dit import files as dit_files
 from ddo_cli.models.edm import files as edm_files
+from ddo_cli.models.edm import score_sde
 from ddo_cli.models.edm2 import files as edm2_files
 from ddo_cli.models.var import files as var_files
 from ddo_cli.models.var import tokenizers
@@ -186,6 +187,7 @@ _WORDS: dict[str, dict[str, Any]] = {
     "rescale": _TRUTHS,
     "updown": _TRUTHS,
     "scale_shift": _TRUTHS,
+    "unbounded": _TRUTHS,
 }
 _STEPS = (21, 100_000)  # of fewer, the linear schedule's last beta would be 1
 _NUMBERS = ("size", "steps", "heads", "head_channels")
@@ -232,9 +234,8 @@ def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, A
     if source.suffix == ".pkl":
         snapshot = snapshots.open_snapshot(source)
         return _edm2(source, snapshot) if edm2_files.is_edm2(snapshot) else _edm(source, snapshot)
-    weights = pt_files.read(
-        source, adm_files.EXPECTED, (var_files.MARK, adm_files.MARK, dit_files.MARK, var_files.MARK_OF_VAE)
-    )
+    marks = (var_files.MARK, adm_files.MARK, dit_files.MARK, var_files.MARK_OF_VAE, score_sde.MARK)
+    weights = pt_files.read(source, adm_files.EXPECTED, marks)
     content = _of_tensors(source, weights, model, trunk, given, vae)
     return content._replace(notes={**weights.notes, **_averaged_beside(source), **content.notes})
 
@@ -252,6 +253,10 @@ def _of_tensors(
     pt_files.check_size(stored.values(), source)
     if dit_files.is_dit(stored):
         return _dit(source, weights, given)
+    if score_sde.is_score_sde(stored):
+        return _score_sde(source, weights, given)
+    if "unbounded" in given:
+        raise UsageError(f"{source} is no file of score_sde, and unbounded is for those; leave it out")
     if "arch" in given:
         raise UsageError(f"{source} is no file of DiT or SiT, and arch is for those; leave it out")
     if var_files.is_var(stored) or var_files.is_vae(stored):
@@ -322,6 +327,18 @@ def _dit(source: Path, weights: pt_files.Weights, given: dict[str, Any]) -> Cont
     file = dit_files.read(weights.tensors, source, dit_files.Told(**given), weights.settings)
     notes = {**file.notes, "stored_tensors": len(weights.tensors)}
     return Content("dit", file.config, file.tensors, dit_files.SAMPLING[file.arch], notes)
+
+
+def _score_sde(source: Path, weights: pt_files.Weights, given: dict[str, Any]) -> Content:
+    """A DDPM++ of score_sde or Soft Truncation, with the way of sampling of the latter's published figure."""
+    if unknown := given.keys() - set(score_sde.Told._fields):
+        raise UsageError(
+            f"{source} is a DDPM++ of score_sde, of which size and unbounded can be told; leave {min(unknown)} out"
+        )
+    file = score_sde.read(weights, source, score_sde.Told(**given))
+    others = weights._replace(left_out=[name for name in weights.left_out if name != "ema"])  # which has been read
+    notes = {**others.notes, **file.notes, "stored_tensors": len(weights.tensors)}
+    return Content("score_sde", file.config, file.tensors, score_sde.SAMPLING, notes)
 
 
 def _var(source: Path, stored: dict[str, Tensor], given: dict[str, Any], vae: Path | None) -> Content:
