@@ -212,3 +212,65 @@ def test_without_a_cache_or_a_part(here, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "part" / "vae")
     with pytest.raises(CheckpointError, match="has no vae/"):
         pipelines.read(tmp_path / "part")
+
+
+def recipe(folder, source, *more):
+    from ddo_cli.recipe.load import load
+
+    settings = [
+        "batch: 2",
+        "images_per_round: 4",
+        "eval_every: 4",
+        "num_fake: 3",
+        "lr: 1.0e-3",
+        "warmup: 0",
+        "log_every: 1",
+    ]
+    return load(
+        "quickstart",
+        [
+            f"model.ckpt={folder}", f"data.source={source}",
+            "sampling={sampler: ddim, steps: 1, cfg_scale: 1, batch: 3}",
+            "metric={name: fd_embedded, num_images: 3, repeats: 1}", f"finetune={{{', '.join(settings)}}}", *more,
+        ],
+    )  # fmt: skip
+
+
+@pytest.mark.slow  # trains
+@pytest.mark.parametrize("adapter", [False, True])
+def test_rounds_on_captions(here, tmp_path, monkeypatch, adapter):
+    if adapter:
+        pytest.importorskip("peft")
+    from ddo_cli.engines.ddo import finetune, promotion
+
+    monkeypatch.setattr(promotion, "is_better", lambda gain, margin: True)  # so that round 2 starts from round 1's
+    source = photos(tmp_path / "photos")
+    more = ["finetune.rounds=2", "finetune.draw.label_dropout=0.5", "finetune.fake_as=images"]
+    if adapter:
+        encode.run(str(source), here, tmp_path / "set", device=CPU)
+        texts._known.clear()
+        more += ["finetune.adapter={kind: lora, rank: 2, alpha: 2}", f"metric.ref={source}"]
+    found = finetune.run(recipe(here, tmp_path / "set" if adapter else source, *more), tmp_path / "run", device=CPU)
+    assert len(found["rounds"]) == 2
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    first = [next(line for line in log if line.get("round") == number) for number in (1, 2)]
+    assert [(line["r_real"], line["r_fake"]) for line in first] == [(0, 0), (0, 0)]
+    trained = registry.load_model(found["final"], CPU)
+    base = registry.told(registry.load_model(here, CPU), PROMPTS)
+    assert trained.checkpoint.header["config"]["options"]["prompts"] == list(PROMPTS)
+    spec = sample.spec_of(trained.checkpoint)
+    assert (drawn(trained, spec) - drawn(base, spec)).abs().max() > 0
+    fakes = open_images(str(tmp_path / "run" / "round-01" / "samples"))
+    assert fakes.labels.tolist() == [1, 2, 0]  # one of each caption: seed modulo their number
+    if adapter:
+        assert all("lora" in name for name in checkpoint.load(found["final"]).tensors)
+
+
+def test_training_needs_captions(here, tmp_path):
+    from ddo_cli.engines.ddo import finetune
+
+    source = photos(tmp_path / "photos")
+    for file in source.glob("*.txt"):
+        file.unlink()
+    with pytest.raises(DataError, match=r"has no captions, which a text-to-image model is trained on; write a \.txt"):
+        finetune.run(recipe(here, source), tmp_path / "run", device=CPU)

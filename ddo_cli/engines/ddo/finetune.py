@@ -46,8 +46,11 @@ def run(
     Raises NumericsError when the loss is not finite or the plain loss on data diverges.
     """
     registry.load_file(recipe.model.file)
-    loaded = reference.start_of(recipe, recipe.model.ckpt, device)
+    if (ckpt := registry.file_of(recipe.model.ckpt)) != recipe.model.ckpt:  # of a pipeline's folder
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"ckpt": ckpt})})
+    loaded = reference.start_of(recipe, ckpt, device)
     real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache, loaded.model.codec)
+    loaded = reference.told(loaded, real)
     check_fits(real, loaded.model, recipe.data.hflip, every_class=True)
     spec = _sampling(recipe, loaded)
     _check_objective(recipe, loaded.model)

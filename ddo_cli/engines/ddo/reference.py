@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 from ddo_cli import compilation, console, dist, sharding
+from ddo_cli.data import latents
+from ddo_cli.data.captions import METADATA
 from ddo_cli.data.items import ItemSet
 from ddo_cli.data.pairs import Shuffled
-from ddo_cli.errors import UsageError
+from ddo_cli.errors import DataError, UsageError
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import adapters, registry
+from ddo_cli.models.diffusers import texts
 from ddo_cli.objectives.ddo_step import ddo_batch
 from ddo_cli.precision import inference_precision, resolved
 from ddo_cli.recipe.schema import FinetuneRecipe, Recipe
@@ -46,12 +49,32 @@ def start_of(recipe: Recipe, file: str | Path, device: torch.device) -> registry
     return loaded
 
 
+def told(loaded: registry.Loaded, real: ItemSet) -> registry.Loaded:
+    """The model with the captions of the real images for its labels, if it reads text. Raises DataError without any."""
+    if not registry.reads_text(loaded.checkpoint.header["config"]):
+        return loaded
+    if not real.captions:
+        raise DataError(
+            f"{real.name} has no captions, which a text-to-image model is trained on; write a .txt beside each image, "
+            f"or {METADATA}"
+        )
+    if real.encoded is not None and (stored := latents.stored_texts(Path(real.name))) is not None:
+        texts.remember(*stored)
+    return registry.told(loaded, real.captions)
+
+
 def copies_of(loaded: registry.Loaded, draw: dict[str, Any]) -> Callable[[], LikelihoodModel]:
     """Makes models equal to this one: anew of its file, or with an adapter twins that share its base."""
     if adapters.is_in(loaded.model):
         return partial(adapters.twin, loaded.model)
     file, device = loaded.checkpoint.path, next(loaded.model.parameters()).device
-    return lambda: registry.load_model(file, device, draw).model
+    prompts = loaded.checkpoint.header["config"]["options"].get("prompts")
+
+    def copy() -> LikelihoodModel:
+        again = registry.load_model(file, device, draw)
+        return (again if prompts is None else registry.told(again, prompts)).model
+
+    return copy
 
 
 def frozen(model: LikelihoodModel, settings: FinetuneRecipe, device: torch.device) -> LikelihoodModel:
@@ -128,11 +151,11 @@ def precision_error(recipe: Recipe, file: str | Path, real: ItemSet, number: int
     times what is left of them.
     """
     settings, seed = recipe.finetune, recipe.seed
-    exact = registry.load_model(file, device, settings.draw).model
+    exact = told(registry.load_model(file, device, settings.draw), real).model
     exact.before_step()
     rounded = exact
     if settings.reference_precision == "bf16":
-        rounded = registry.load_model(file, device, settings.draw).model
+        rounded = told(registry.load_model(file, device, settings.draw), real).model
         frozen(rounded, settings.model_copy(update={"sharding": "ddp"}), device)
     pairs = Shuffled(real.items, real.labels, "real", seed, number, hflip=recipe.data.hflip)
     square = torch.zeros((), device=device, dtype=torch.float64)

@@ -120,12 +120,12 @@ class Round(NamedTuple):
         """For people."""
         return f"{self.chain.title}round {self.number}/{self.chain.recipe.finetune.rounds}"
 
-    def draw_fakes(self) -> None:
+    def draw_fakes(self, real: ItemSet) -> None:
         """Draws the fake set from the reference to disk, or what an interrupted run left to draw."""
         whole, settings, spec = self.chain.recipe, self.recipe.finetune, self.chain.scoring.spec
         before = sum(whole.finetune.of_round(number).num_fake for number in range(1, self.number))
         first = FIRST_FAKE_SEED + before  # rounds do not overlap
-        loaded = registry.load_model(self.ref_file, self.chain.device)
+        loaded = reference.told(registry.load_model(self.ref_file, self.chain.device), real)
         sample.run(
             loaded, range(first, first + settings.num_fake), self.path / "samples", form="shards",
             sampling=spec.model_dump(), keep=sample.kept_of_fakes(loaded.model, settings.fake_as, spec),
@@ -145,10 +145,10 @@ class Round(NamedTuple):
         if not self.chain.is_control:
             precision_error = reference.check_precision(recipe, file, real, self.number, device)
             if recipe.finetune.num_drawn:
-                self.draw_fakes()
+                self.draw_fakes(real)
                 fake = open_samples(self.path / "samples")
                 other = fake.items, fake.labels
-        loaded = reference.start_of(recipe, file, device)
+        loaded = reference.told(reference.start_of(recipe, file, device), real)
         start, fresh = loaded.checkpoint, reference.copies_of(loaded, recipe.finetune.draw)
         scratch = fresh() if adapters.is_in(loaded.model) else loaded.model
         if self.chain.is_control:
