@@ -24,7 +24,8 @@ from rich.console import Console
 from ddo_cli import console
 from ddo_cli.errors import MOST_LINES, DdoError, longest
 
-SECONDS = 5.0  # for one input
+SECONDS = 5.0  # of the processor, for one input: a busy machine makes none slow
+WAIT = 10  # times as long by the clock is a hang
 MEGABYTES = 2048  # that one input may take
 KEPT = 3  # inputs of one kind of failure that are written down
 RAW = re.compile(r"<_io|<[\w.]+ object| at 0x[0-9a-f]{4}|Traceback")
@@ -98,7 +99,7 @@ def attempt(target: Target, place: Path, tally: Tally) -> Problem | None:
     """Calls the parser once; what is wrong with how it ended, if anything."""
     said: list[str] = []
     error: BaseException | None = None
-    before, start = _peak(anew=True), time.perf_counter()
+    before, start = _peak(anew=True), time.process_time()
     with _quiet(said), _limited():
         try:
             target.read(place)
@@ -107,7 +108,7 @@ def attempt(target: Target, place: Path, tally: Tally) -> Problem | None:
             said.append(str(refusal))
         except (Exception, HangError) as fault:
             error = fault
-    seconds, megabytes = time.perf_counter() - start, _peak() - before
+    seconds, megabytes = time.process_time() - start, _peak() - before
     tally.inputs += 1
     tally.accepted += error is None
     tally.refused += isinstance(error, DdoError)
@@ -173,18 +174,23 @@ def _contexts(error: BaseException | None) -> Iterator[BaseException]:
 
 @contextlib.contextmanager
 def _limited() -> Iterator[None]:
-    """Raises HangError after twice the time that an input may take."""
+    """Raises HangError after twice the time that an input may take, and for one that waits."""
 
     def hang(*_: Any) -> None:
         raise HangError
 
-    before = signal.signal(signal.SIGALRM, hang)
-    signal.setitimer(signal.ITIMER_REAL, 2 * SECONDS)
+    timers = (
+        (signal.SIGPROF, signal.ITIMER_PROF, 2 * SECONDS), (signal.SIGALRM, signal.ITIMER_REAL, WAIT * SECONDS)
+    )  # fmt: skip
+    before = [signal.signal(number, hang) for number, _, _ in timers]
+    for _, timer, seconds in timers:
+        signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (number, timer, _), handler in zip(timers, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

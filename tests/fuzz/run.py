@@ -28,7 +28,7 @@ from ddo_cli import console
 
 BATCH = 400  # inputs of a process
 ADDRESSES = 8 << 30  # bytes of memory beyond what the process starts with: what asks for more gets a MemoryError
-STUCK = 60  # seconds after which a process without a result is killed: some C code takes no signals
+STUCK = 120  # seconds after which a process without a result is killed: some C code takes no signals
 
 
 def main() -> int:
