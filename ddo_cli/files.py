@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
+from ddo_cli import console
 from ddo_cli.errors import RunError, reason
 
 LOCK = ".lock"  # in a directory that one process at a time may write to
@@ -129,10 +130,12 @@ def _remove(place: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, or a directory with all below it, if it is there."""
+    """Removes a file, or a directory with all below it, if it is there. One that cannot be removed is told."""
     if (recorder := recorder_of(path)) is not None:
         recorder.forget(path)
     _remove(path)
+    if os.path.lexists(path):
+        console.warn(f"{path} could not be removed; it is not needed any more: check the disk, and remove it")
 
 
 def unfinished(directory: Path) -> list[Path]:

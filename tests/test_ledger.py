@@ -130,3 +130,15 @@ def test_a_long_ledger_is_shortened(place):
     assert Ledger(place).has_been(place / "a.txt", "content of a.txt")
     assert sorted(os.listdir(place)) == [LEDGER, "a.txt", "sub"]
     assert LOCK not in os.listdir(place)
+
+
+def test_what_cannot_be_removed_is_told(place, monkeypatch, capsys):
+    path = place / "unneeded"
+    path.write_text("x")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        files.remove(path)
+    assert "unneeded could not be removed; it is not needed any more" in " ".join(capsys.readouterr().err.split())
+    files.remove(path)
+    assert not path.exists()
+    assert not capsys.readouterr().err
