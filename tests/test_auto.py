@@ -70,6 +70,11 @@ def test_whole_trainings_go_downhill(best, asked):
     assert auto.best_of(whole) == min(asked, key=curve(best))
 
 
+def test_whole_trainings_end_where_going_on_was_not_worth_it():
+    scores = {0.2: 1.0, 0.1: 0.97, 0.05: 0.96}
+    assert auto.finished({0.025: 4.0, 0.05: 3.0, 0.1: 2.0, 0.2: 1.0, 0.4: 3.0}, scores.__getitem__) == scores
+
+
 def test_whole_trainings_go_beyond_the_short_ones_but_not_where_one_has_diverged():
     assert list(auto.finished({0.1: 2.0, 0.2: 1.0, 0.4: 3.0}, curve(0.05))) == [0.2, 0.1, 0.0707, 0.05]
     assert list(auto.finished({0.1: math.inf, 0.2: 1.0, 0.4: 2.0}, curve(0.01))) == [0.2, 0.4]

@@ -8,7 +8,7 @@ wrong the reference is (docs/explanation/alpha-and-beta.md), and no figure of tr
    and going there was worth it, one more beyond it.
 3. So are the best one divided by and times the root of 2.
 4. The best one goes on to the end of the round, and so does its better neighbour: half of a round favours betas that
-   are too large, since the others have not settled. While the later one ends better, the next on that side follows.
+   are too large, since the others have not settled. While that was worth it, the next on that side follows.
 
 Trials are nodes as those of a sweep: a killed run goes on with what is on disk.
 """
@@ -26,7 +26,7 @@ from ddo_cli.errors import NumericsError
 
 MOST_SHORT = 9  # 5 at least; 7 span a factor of 64, then 2 finer ones
 MOST_WHOLE = 4  # 2 at least
-# An end whose score is less than this better than its neighbour's is not gone beyond. For small betas the loss is
+# Where a score is less than this better than its neighbour's, the search does not go on beyond it. For small betas the loss is
 # linear and Adam's step does not depend on its scale, so that beta no longer counts.
 WORTH = 0.02
 # Where the search begins: the log-ratio at which training settles, in nats per dimension, and the least |log alpha|
@@ -105,7 +105,7 @@ def finished(short: Mapping[float, float], score: Callable[[float], float]) -> d
     beta, following = best, around[side]
     while len(whole) < MOST_WHOLE and short.get(following, 0.0) < math.inf:  # not where a short one has diverged
         whole[following] = score(following)
-        if not whole[following] < whole[beta]:
+        if not whole[following] < (1 - WORTH) * whole[beta]:
             break
         beta, following = following, _next(short, following, side)
     return whole
