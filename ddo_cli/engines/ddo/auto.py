@@ -26,8 +26,8 @@ from ddo_cli.errors import NumericsError
 
 MOST_SHORT = 9  # 5 at least; 7 span a factor of 64, then 2 finer ones
 MOST_WHOLE = 4  # 2 at least
-# Where a score is less than this better than its neighbour's, the search does not go on beyond it. For small betas the loss is
-# linear and Adam's step does not depend on its scale, so that beta no longer counts.
+# Where a score is less than this better than its neighbour's, the search does not go on beyond it. For small betas the
+# loss is linear and Adam's step does not depend on its scale, so that beta no longer counts.
 WORTH = 0.02
 # Where the search begins: the log-ratio at which training settles, in nats per dimension, and the least |log alpha|
 # that counts. They give the quickstart's best betas, and decide how many trials are needed, not where they end.
