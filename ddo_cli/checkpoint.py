@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ddo_cli import foreign, rundir
+from ddo_cli import foreign, hub, rundir
 from ddo_cli.errors import CheckpointError, printable, problem_of, reason
 from ddo_cli.files import parse_json, replacing, sha256
 from ddo_cli.ledger import damage
@@ -115,7 +115,9 @@ _MAKERS = {  # commands that write a kind of file
 
 
 def resolve(path: str | Path, kind: str = "model") -> Path:
-    """The file of a path, of a run's directory (its final weights) or of "embedded:<name>". kind: for messages.
+    """The file of a path, of a run's directory (its final weights), of "embedded:<name>" or of "hf://user/name".
+
+    kind: for messages.
 
     Raises CheckpointError if there is none.
     """
@@ -126,6 +128,8 @@ def resolve(path: str | Path, kind: str = "model") -> Path:
             known = ", ".join(EMBEDDED + known for known in embedded_names())
             raise CheckpointError(f"{name} does not come with this program; known: {known}")
         return file
+    if hub.is_address(name):
+        return hub.download(name)
     file = Path(name)
     if file.is_dir():
         return rundir.weights_of(file)

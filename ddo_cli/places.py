@@ -13,6 +13,7 @@ from ddo_cli.errors import UsageError, printable
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 EMBEDDED = "embedded:"
+WEIGHTS = ("ckpt", "disc", "guide_ckpt", "classifier")  # options and keys that take hf://user/name, see `hub`
 _ADDRESS = re.compile(r"(?:^|[=,])((?:https?|ftp|s3|gs|hf|file):/+\S*)", re.IGNORECASE)
 _HUB = "huggingface.co"
 _LONGEST = 90  # characters of an address that is shown
@@ -29,7 +30,8 @@ def local(value: Any) -> Any:
     Raises UsageError for the address of a file elsewhere, with the line that fetches it.
     """
     if isinstance(value, dict):
-        return {key: local(inner) for key, inner in value.items()}
+        fetched = {key: inner for key, inner in value.items() if key in WEIGHTS and str(inner).startswith("hf://")}
+        return {key: inner if key in fetched else local(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [local(inner) for inner in value]
     is_path = isinstance(value, (str, os.PathLike))

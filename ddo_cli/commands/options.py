@@ -104,7 +104,7 @@ def _flat(command: Callable[..., Any]) -> Callable[..., None]:
 
     def run(**values: Any) -> None:
         console.use_json(values.pop("json_"))
-        values = {name: local(value) for name, value in values.items()}
+        values = local(values)
         made = {"typed": {name: value for name, value in values.items() if value is not None}}
         for name, parameters in read.items():
             made[name] = readers[name](**{parameter.name: values[parameter.name] for parameter in parameters})
