@@ -30,6 +30,12 @@ class Metrics(NamedTuple):
     ] = None
 
 
+Mode = Annotated[
+    Literal["legacy", "clean"],
+    Option(help="How images get Inception's size: as in FID's first code (EDM, ADM, torch-fidelity), or in clean-fid."),
+]
+
+
 class Extractor(NamedTuple):
     """The network that makes the features."""
 
@@ -45,6 +51,7 @@ class Extractor(NamedTuple):
         Option(help="In place of Inception: of `ddo train-extractor`, TorchScript, or Python (which is run)."),
     ] = None
     download: Annotated[bool, Option("--download", help="Fetch missing published weights.")] = False
+    mode: Mode = "legacy"
     precision: Annotated[
         Literal["float32", "tf32", "bf16"],
         Option(help="Scores in tf32 and bf16 are marked as not comparable."),
@@ -117,7 +124,8 @@ def fid(
         metrics=tuple(name.strip() for name in metrics.metrics.split(",")), uncertainty=metrics.uncertainty,
         per_class=metrics.per_class, adm=metrics.adm, kid_subset=metrics.kid_subset,
         weights=by_network(extractor.weights or []),
-        extractor=extractor.extractor, precision=extractor.precision, download=extractor.download, num=num_images,
+        extractor=extractor.extractor, precision=extractor.precision, download=extractor.download, mode=extractor.mode,
+        num=num_images,
         repeat=repeat, nearest=pictures.nearest, nll=tuple(pictures.compare or ()) if pictures.nll else None,
         pictures=pictures.pictures or Path("fid-pictures"), batch=passes.batch, workers=passes.workers,
         cache=not passes.no_cache, sampling=sampling, resize=options.size_of("--resize", resize),
@@ -151,6 +159,7 @@ def stats(
     features: Annotated[
         bool, Option("--features", help="Store the features of each image: KID, precision and recall need them.")
     ] = False,
+    mode: Mode = "legacy",
     num_images: options.NumImages = None,
     resize: options.Resize = None,
     batch: options.Batch = 256,
@@ -161,7 +170,7 @@ def stats(
 
     metric = metric or ("fd_embedded" if extractor else "fid")
     return stats.run(
-        data, out, metric=metric, weights=weights, extractor=extractor, features=features, num=num_images,
+        data, out, metric=metric, weights=weights, extractor=extractor, features=features, mode=mode, num=num_images,
         resize=options.size_of("--resize", resize), batch=batch, device=device, dry_run=dry_run,
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ from ddo_cli.engines.fid.inputs import PUBLISHED_NUM, Reference, Side
 from ddo_cli.engines.fid.one_pass import Wanted, on_main
 from ddo_cli.engines.fid.scores import MANIFOLD
 from ddo_cli.errors import DdoError, UsageError
-from ddo_cli.metrics.extractors.base import Extractor, Precision
+from ddo_cli.metrics.extractors.base import Extractor, Mode, Precision
 from ddo_cli.metrics.extractors.select import select_extractor
 from ddo_cli.metrics.inception_score import SPLITS
 from ddo_cli.metrics.likelihood_histogram import FeatureGaussian
@@ -51,6 +51,7 @@ class Options(NamedTuple):
     extractor: str | None = None  # this one, `precision` and `download` as for `select_extractor`
     precision: Precision = "float32"
     download: bool = False
+    mode: Mode = "legacy"  # how images get Inception's size
     num: int | None = None  # images to use, or to draw
     repeat: int = 1  # ranges of seeds, each scored by itself
     resize: tuple[int, int] | None = None  # width and height of images of mixed sizes; None: they are of one size
@@ -88,6 +89,7 @@ def run(
     """
     options = options or Options()
     _check(options)
+    _check_mode(ref if isinstance(ref, str) else "", options.mode)
     preparation = Preparation(*options.resize) if options.resize else None
     # Everything is opened before the first network pass, so that a mistake costs no wait.
     compared = [fid_inputs.comparable(other, None, preparation) for other in options.nll or ()]
@@ -213,6 +215,17 @@ def _check(options: Options) -> None:
         raise UsageError("--nearest and --nll use features of the main extractor; add one of its metrics, e.g. fid")
 
 
+def _check_mode(ref: str, mode: Mode) -> None:
+    """Raises UsageError for clean-fid's statistics of another mode, which only their name tells."""
+    name = Path(ref).name.lower()
+    told: Mode | None = "clean" if "_clean_" in name else "legacy" if "_legacy_" in name else None
+    if name.endswith(".npz") and told not in (None, mode):
+        remedy = "add --mode clean" if told == "clean" else "leave --mode clean out"
+        raise UsageError(
+            f"--ref {ref} has by its name the statistics of clean-fid's mode {told}; {remedy}, or rename it"
+        )
+
+
 def _extractors(options: Options, device: torch.device) -> list[Extractor]:
     """The main extractor, where a metric needs it, then one for each metric that has its own."""
     of_main = [metric for metric in options.metrics if metric not in OWN_NETWORK]
@@ -226,13 +239,18 @@ def _extractors(options: Options, device: torch.device) -> list[Extractor]:
         extractor = options.extractor if network == MAIN else None
         metric: Any = "fd_embedded" if extractor else network
         weights = files.get(network)
-        extractors.append(select_extractor(metric, weights, extractor, device, options.precision, options.download))
+        mode: Mode = options.mode if network == MAIN else "legacy"
+        extractors.append(
+            select_extractor(metric, weights, extractor, device, options.precision, options.download, mode)
+        )
     needs = {"sfid": ("the metric 'sfid'", "spatial"), "is": ("the metric 'is'", "logits")}
     needed = [needs[metric] for metric in needs if metric in of_main]
     if options.nll is not None:
         needed.append(("--nll", "spatial"))
     for what, output in needed:
         if output not in extractors[0].outputs:
+            if options.mode == "clean":
+                raise UsageError(f"{what} is not defined with --mode clean; leave one of them out")
             raise UsageError(
                 f"{what} is of Inception-v3, and the extractor is {extractors[0].name}; give Inception's "
                 "weights with --weights, or leave the metric out"

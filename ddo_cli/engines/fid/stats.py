@@ -12,7 +12,7 @@ from ddo_cli.engines.fid import one_pass
 from ddo_cli.engines.fid.one_pass import Wanted
 from ddo_cli.errors import CheckpointError, DataError, UsageError
 from ddo_cli.metrics import references
-from ddo_cli.metrics.extractors.base import Extractor
+from ddo_cli.metrics.extractors.base import Extractor, Mode
 from ddo_cli.metrics.extractors.select import Metric, select_extractor
 from ddo_cli.metrics.uncertainty import merged
 from ddo_cli.recipe.load import differing_keys
@@ -28,6 +28,7 @@ def run(
     weights: str | None = None,
     extractor: str | None = None,
     features: bool = False,
+    mode: Mode = "legacy",
     num: int | None = None,
     resize: tuple[int, int] | None = None,
     batch: int = 256,
@@ -36,9 +37,9 @@ def run(
 ) -> dict[str, Any]:
     """Writes mean and covariance of the features of `data` to `out`, and returns what they describe.
 
-    metric, weights, extractor: as `select_extractor` takes them; features: whether the pool features of each image are
-    kept too (4 N F bytes), for KID, precision and recall; num: use so many images; resize: width and height, for images
-    of mixed sizes. Images are shared out over the processes that torchrun started. An `out` of the same images and
+    metric, weights, extractor, mode: as `select_extractor` takes them; features: whether each image's pool features are
+    kept too (4 N F bytes), for KID, precision and recall; num: use so many images; resize: width and height, where
+    sizes are mixed. Images are shared out over the processes that torchrun started. An `out` of the same images and
     extractor is left as it is, any other refused.
     Raises DataError, CheckpointError or UsageError for what cannot be used.
     """
@@ -46,7 +47,7 @@ def run(
         raise UsageError(
             f"--out {out} must be a file that ends in .safetensors, such as {out.with_suffix('')}.safetensors"
         )
-    chosen = select_extractor(metric, weights, extractor, device)
+    chosen = select_extractor(metric, weights, extractor, device, mode=mode)
     preparation = Preparation(*resize) if resize else None
     stream = open_stream(data, num, preparation)
     if stream.num < 2:

@@ -12,6 +12,7 @@ from ddo_cli.precision import Device, inference_precision
 from ddo_cli.transfer import to_device
 
 Precision = Literal["float32", "tf32", "bf16"]
+Mode = Literal["legacy", "clean"]  # how images get Inception's size: as in TensorFlow 1, or in clean-fid
 
 
 class Extractor(ABC):

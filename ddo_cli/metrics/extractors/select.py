@@ -15,7 +15,7 @@ from ddo_cli import checkpoint, console
 from ddo_cli.errors import CheckpointError, UsageError, reason
 from ddo_cli.metrics.extractors import custom, inception, vit
 from ddo_cli.metrics.extractors import weights as weight_files
-from ddo_cli.metrics.extractors.base import Extractor, Precision
+from ddo_cli.metrics.extractors.base import Extractor, Mode, Precision
 from ddo_cli.metrics.extractors.digit_net import DigitNet
 from ddo_cli.precision import Device
 
@@ -95,12 +95,13 @@ def select_extractor(
     device: Device = "cpu",
     precision: Precision = "float32",
     download: bool = False,
+    mode: Mode = "legacy",
 ) -> Extractor:
     """The extractor of a metric. Without Inception weights, "fid" falls back to the embedded one, with a warning.
 
     weights: file of the published network of "fid", "fd_dinov2" or "fd_clip"; None: searched by `weights.find`.
     extractor: replaces the embedded extractor: a checkpoint (.safetensors) or the user's code (.pt and .ts:
-    TorchScript; .py: Python, which is run). download: fetch missing published weights.
+    TorchScript; .py: Python, which is run). download: fetch missing published weights. mode: of Inception's images.
     Raises UsageError for a combination without meaning, CheckpointError as the loaders do.
     """
     is_published = metric in weight_files.PUBLISHED
@@ -110,7 +111,7 @@ def select_extractor(
             f"weights {weights} have no effect with {reason}; remove one of them, or use metric fid, fd_dinov2 or "
             "fd_clip"
         )
-    if metric in ("fd_dinov2", "fd_clip"):
+    if metric in ("fd_dinov2", "fd_clip") and mode == "legacy":
         if extractor is not None:
             raise UsageError(f"the extractor {extractor} has no effect with the metric '{metric}'; remove one of them")
         load = vit.load_dinov2 if metric == "fd_dinov2" else vit.load_clip
@@ -118,7 +119,12 @@ def select_extractor(
     if metric == "fid" and extractor is None:
         file = weight_files.find("fid", weights, download)
         if file is not None:
-            return inception.from_file(file, device, precision)
+            return inception.from_file(file, device, precision, mode)
+    if mode == "clean":
+        raise UsageError(
+            f"--mode clean is how clean-fid resizes images for Inception-v3, and the extractor is "
+            f"{extractor or (EMBEDDED_EXTRACTOR if metric == 'fid' else metric)}; give Inception's weights (--weights)"
+        )
     if metric == "fd_custom" and (extractor is None or not _is_code(extractor)):
         raise UsageError(
             f"fd_custom needs an extractor of the user's ({', '.join(custom.SUFFIXES)}), not {extractor}; give its file"
