@@ -48,6 +48,7 @@ COMMANDS = {  # in the order of the help text
     "stats": evaluate.stats,
     "edit": sample.edit,
     "analyze": evaluate.analyze,
+    "report": evaluate.report,
     "data": data.data,
     "pretrain": train.pretrain,
     "encode": weights.encode,

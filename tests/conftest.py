@@ -25,6 +25,7 @@ from ddo_cli.engines import scoring
 from ddo_cli.models import registry
 from ddo_cli.recipe.load import load
 from ddo_cli.recipe.schema import Recipe
+from ddo_cli.report import charts
 
 CPU = torch.device("cpu")
 TINY_UNET = {"patch": 4, "widths": [16], "depths": [1], "emb_width": 16}
@@ -126,25 +127,27 @@ def _digits_rendered_once():
         yield
 
 
-_REAL = scoring.GRID_SEEDS, Figure.savefig
+_REAL = scoring.GRID_SEEDS, Figure.savefig, charts.svg
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_pictures():
-    """Figures are one black pixel and grids have one image: they take most of a tiny run."""
+    """Figures are one black pixel, charts empty, and grids have one image: they take most of a tiny run."""
     pixel = Image.new("RGB", (1, 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scoring, "GRID_SEEDS", range(1))
         patch.setattr(Figure, "savefig", lambda _, path, **__: pixel.save(path, "png"))
+        patch.setattr(charts, "svg", lambda _: "<svg ></svg>")
         yield
 
 
 @pytest.fixture
 def real_pictures(monkeypatch):
     """They are drawn after all."""
-    grid, savefig = _REAL
+    grid, savefig, svg = _REAL
     monkeypatch.setattr(scoring, "GRID_SEEDS", grid)
     monkeypatch.setattr(Figure, "savefig", savefig)
+    monkeypatch.setattr(charts, "svg", svg)
 
 
 def make_checkpoint(path: Path, kind: str = "diffusion", seed: int = 0, **header) -> str:

@@ -1,7 +1,9 @@
 """Runs that end as if killed while they write, and go on."""
 
 import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,11 @@ from ddo_cli import files
 
 class KilledError(BaseException):
     """Stands in for SIGKILL: nothing catches it."""
+
+
+def without_times(path: Path) -> bytes:
+    """The bytes of a file, of a report without its section of times and speeds."""
+    return re.sub(rb'<section id="cost">.*?</section>', b"", path.read_bytes(), flags=re.DOTALL)
 
 
 def until_done(act: Callable[[], object], every: int) -> None:

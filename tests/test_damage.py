@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CPU, TINY_UNET, make_checkpoint, tiny_disc_recipe, tiny_recipe
-from kills import KilledError
+from kills import KilledError, without_times
 from toy_latent import make_toy
 
 from ddo_cli.data.samples import Writer
@@ -155,7 +155,7 @@ def content(root: Path) -> dict[str, object]:
         if not path.is_file() or path.name in (".lock", ".files.jsonl", "state.previous.json"):
             continue
         name = str(path.relative_to(root))
-        found[name] = path.read_bytes()
+        found[name] = without_times(path)
         if path.name == "log.jsonl":
             try:
                 lines = [json.loads(line) for line in path.read_text().splitlines()]

@@ -63,7 +63,7 @@ def finished(request, finished_of):
 
 def test_layout_of_a_run(finished):
     _, ckpt, out, result = finished
-    expected = ["recipe.yaml", "state.json", "log.jsonl", "final.safetensors", "report.html", "curves.png"]
+    expected = ["recipe.yaml", "state.json", "log.jsonl", "final.safetensors", "report.html"]
     for name in expected:
         assert (out / name).is_file(), name
     for number in (1, 2):

@@ -41,7 +41,7 @@ def finished(ckpt, tmp_path_factory):
 
 def test_layout_of_a_run(finished, ckpt):
     out, result = finished
-    for name in ("recipe.yaml", "final.safetensors", "best.safetensors", "report.html", "training.png", "levels.png"):
+    for name in ("recipe.yaml", "final.safetensors", "best.safetensors", "report.html"):
         assert (out / name).is_file(), name
     assert sorted(p.stem for p in (out / "checkpoints").iterdir()) == ["step-000004", "step-000008", "step-000012"]
     assert not (out / "train-state.safetensors").exists()

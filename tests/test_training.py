@@ -1,6 +1,5 @@
 """Averages, schedules, batches, logs and reports."""
 
-import base64
 import json
 import os
 
@@ -18,7 +17,6 @@ from ddo_cli.errors import DataError, UsageError
 from ddo_cli.metrics.extractors.select import load_extractor
 from ddo_cli.recipe.load import load
 from ddo_cli.recipe.schema import TrainRecipe
-from ddo_cli.report import html, pictures
 from ddo_cli.training.ema import Averages, ema_decay
 from ddo_cli.training.loop import local_rows
 from ddo_cli.training.lr import learning_rate
@@ -109,23 +107,6 @@ def test_pairs_keep_labels_beside_their_items():
     real, fake = pairs.rows(2, 9)
     assert (real.label == 10 * real.items).all()
     assert (fake.label == fake.items - 100).all()
-
-
-def test_report_is_one_file_with_its_pictures_inside(tmp_path):
-    pictures.contact_sheet(np.zeros((5, 3, 8, 8), dtype=np.uint8), tmp_path / "grid.png")
-    pictures.contact_sheet(np.random.default_rng(0).normal(size=(5, 2)), tmp_path / "points.png")
-    pictures.curves({"a": [pictures.Curve("x", [0, 1], [1, 2])]}, tmp_path / "curves.png", "images")
-    pictures.densities({"p": np.ones((4, 4))}, (0, 1, 0, 1), tmp_path / "density.png")
-    names = ["grid.png", "points.png", "curves.png", "density.png", "missing.png"]
-    shown = [html.Picture(tmp_path / name, f"<{name}>") for name in names]
-    html.write_report(tmp_path / "r.html", "title & more", "s", ["a", "b"], [["1", "<2>"]], shown, "name: x")
-    text = (tmp_path / "r.html").read_text()
-    assert text.count("data:image/png;base64,") == 4  # the missing one is left out
-    assert base64.b64encode((tmp_path / "grid.png").read_bytes()).decode() in text
-    assert "<2>" not in text
-    assert "title &amp; more" in text
-    assert "http" not in text
-    assert "<script" not in text
 
 
 def test_pretrain_resumes_to_the_same_bytes(tmp_path, monkeypatch):

@@ -241,3 +241,15 @@ def analyze(
     if "gain" in figures:
         table = console.table("Gain by noise level", *analyze.table_of(Path(figures["out"])))
     return options.Result(figures, table=table)
+
+
+def report(
+    directory: Annotated[Path, Argument(help="Directory that finetune-ddo, pretrain, train-disc, analyze ... filled.")],
+    out: Annotated[
+        Path | None, Option(help="The page to write. Default: report.html in the directory; needed while it is in use.")
+    ] = None,
+) -> dict[str, Any]:
+    """Write a run's page anew, from what it has left so far: one HTML file, to be opened in any browser."""
+    from ddo_cli.engines import report
+
+    return report.run(directory, out)

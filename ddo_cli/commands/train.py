@@ -46,7 +46,7 @@ def finetune_ddo(
     figures = finetune.run(recipe, out or Path("runs") / recipe.name, device=device, dry_run=dry_run, measure=measure)
     if dry_run:
         by_round = figures.get("settings_by_round")
-        table = console.table(*report.settings_table(by_round)) if by_round else None
+        table = console.table(*report.settings_table(by_round)[:3]) if by_round else None
         return _plan(recipe, recipe.finetune, figures, table)
     columns, rows = report.table_of(rundir.RunDir(Path(figures["out"])), figures["metric"])
     counted = ""

@@ -16,13 +16,15 @@ MADE_BY = ("Software", "ddo")  # PNG text that marks our pictures: only those ma
 
 
 class Curve(NamedTuple):
-    """One line of a plot. band: lower and upper ends of a shaded strip around it."""
+    """One line of a plot. band: lower and upper ends of a shaded strip around it; error: of each point (a chart's)."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     marker: str = ""
     band: tuple[Sequence[float], Sequence[float]] | None = None
+    error: Sequence[float | None] | None = None
+    is_dashed: bool = False
 
 
 def check_replaceable(path: Path) -> None:

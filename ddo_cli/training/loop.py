@@ -6,7 +6,7 @@ generators keyed by (seed, step, row). So the state to save is weights, optimize
 
 import contextlib
 import gc
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -100,9 +100,9 @@ def local_rows(batch: int, micro_batch: int | None) -> list[tuple[int, int]]:
     return [(start, start + micro) for start in range(first, first + share, micro)]
 
 
-def train(model: Trainable, objective: Objective, stream: Stream, plan: Plan, meter: Meter) -> dict[str, Tensor]:
-    """Trains to the end with nothing to evaluate on the way; returns the averaged weights."""
-    *_, last = fit(model, objective, stream, plan, meter)
+def averaged(events: Iterable[Event]) -> dict[str, Tensor]:
+    """Trains to the end with nothing to evaluate on the way; returns the averaged weights. events: of `fit`."""
+    *_, last = events
     assert isinstance(last, Finished), "the last event"
     return last.averages.whole()
 

@@ -63,6 +63,7 @@ class Meter:
             "n_images": n_images,
             "lr": rate,
             "images_per_second": round(self.steps * self.batch / max(now - self.started, 1e-9), 2),
+            "processes": dist.world_size(),
             **more,
         }
         if dist.is_main():

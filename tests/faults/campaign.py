@@ -187,7 +187,8 @@ def content(place: Path, adds: str) -> dict[str, Any]:
             lines = map(json.loads, path.read_text().splitlines())
             found[name] = [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
         else:
-            found[name] = path.read_bytes() if name != adds else "added to"
+            content = re.sub(rb'<section id="cost">.*?</section>', b"", path.read_bytes(), flags=re.DOTALL)
+            found[name] = content if name != adds else "added to"
     return found
 
 

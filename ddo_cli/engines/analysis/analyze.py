@@ -14,7 +14,8 @@ from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet, check_fits, describe_items, digest, holds_images
 from ddo_cli.data.pairs import split
 from ddo_cli.diffusion.denoiser import DiffusionModel
-from ddo_cli.engines.analysis import analyses
+from ddo_cli.engines import pages
+from ddo_cli.engines.analysis import analyses, report
 from ddo_cli.engines.analysis.regeneration import regeneration
 from ddo_cli.engines.analysis.subject import Finding, Settings, Subject
 from ddo_cli.engines.sampling import guides, sample
@@ -90,6 +91,8 @@ def run(
                 finding.draw(out / f"{name}.png")
                 console.info(f"{name}: {out / name}.png and .json")
             summaries[name] = finding.summary
+        if dist.is_main():
+            report.write(out)
         dist.barrier()
     return {**shown, **summaries}
 
@@ -99,7 +102,8 @@ def _check_place(out: Path, identity: dict[str, Any]) -> None:
     if not dist.is_main():
         return
     files = [file for file in (out / f"{name}.json" for name in ANALYSES) if file.is_file()]
-    rundir.check_free(out, "analyses alone", [f"{file.stem}{end}" for file in files for end in (".json", ".png")])
+    names = [f"{file.stem}{end}" for file in files for end in (".json", ".png")]
+    rundir.check_free(out, "analyses alone", [*names, pages.FILE] if files else names)
     ours = {key: value for key, value in identity.items() if key not in NAMES}
     for file in files:
         stored = read_json(file)

@@ -19,14 +19,16 @@ from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet, check_enough, check_fits, digest
 from ddo_cli.data.items import identity as identity_of
 from ddo_cli.engines import dry_run as dry_runs
-from ddo_cli.engines import training_run
+from ddo_cli.engines import pages, training_run
 from ddo_cli.engines.ddo import auto, promotion, reference, sweep
 from ddo_cli.engines.ddo import report as finetune_report
+from ddo_cli.engines.ddo.page import page
 from ddo_cli.engines.ddo.rejected import open_rejected
 from ddo_cli.engines.ddo.round import FIRST_FAKE_SEED, Chain, Networks, Round, copy_weights
 from ddo_cli.engines.ddo.trial import Trial, better_half
 from ddo_cli.engines.sampling import sample
 from ddo_cli.engines.scoring import Scoring
+from ddo_cli.engines.watch import Watch
 from ddo_cli.errors import RecipeError, UsageError
 from ddo_cli.files import sha256
 from ddo_cli.generation import check_labels
@@ -67,16 +69,17 @@ def run(
     if dry_run:
         plan = _dry_run(recipe, out, loaded.model, plans[0])
         return plan | dry_runs.of_finetuning(recipe, loaded, plans, real, rejected, scoring) if measure else plan
-    chains = [Chain("rounds", recipe, plans, run_dir, scoring, device)]
+    watch = Watch(run_dir, recipe, page)
+    chains = [Chain("rounds", recipe, plans, run_dir, scoring, device, watch)]
     if recipe.finetune.control:
-        chains.append(Chain("control", recipe, [plan.of_control() for plan in plans], run_dir, scoring, device))
+        chains.append(Chain("control", recipe, [plan.of_control() for plan in plans], run_dir, scoring, device, watch))
     with training_run.claimed("finetune-ddo", recipe, out, identity, partial(_needed, chains)) as (_, state):
         for chain in chains:
             promotion.mend_weights(chain, chain.records(state))
         is_done, finals = all(_is_done(chain, state) for chain in chains), [chain.final for chain in chains]
         if is_done and run_dir.is_finished(state, *finals):
-            if dist.is_main() and finetune_report.is_behind(run_dir, state):
-                finetune_report.write(run_dir, recipe, state, scoring.key)
+            if dist.is_main() and pages.is_behind(run_dir, state):
+                watch.finish(state)
             return _result(recipe, chains[0], state)
         if state.get("finished"):  # more rounds, or a control: those files that a run ends with are to be written again
             state = run_dir.advance(finished=False)
@@ -84,13 +87,12 @@ def run(
             console.info(f"scoring the reference {recipe.model.ckpt}")
             scoring.picture(loaded.model, out / "reference.png")
             record = promotion.record_of_start(scoring, loaded.model, out / "reference-scores.json")
-            state = run_dir.advance(reference=record, rounds=[])
+            state = run_dir.advance(metric=scoring.key, reference=record, rounds=[])
         console.info(f"reference: {scoring.key} {state['reference']['score']:.4g}")
         del loaded  # each round loads its own
         for chain in chains:
             state = _train(chain, real, rejected, state)
-        if dist.is_main():
-            finetune_report.write(run_dir, recipe, state, scoring.key)
+        watch.finish(state)
         state = training_run.finish(run_dir)
         return _result(recipe, chains[0], state)
 
@@ -153,7 +155,7 @@ def _needed(chains: Sequence[Chain], run_dir: rundir.RunDir, state: dict[str, An
     next its candidates and their scores.
     """
     path = run_dir.path / name
-    if path.name in ("best.safetensors", "final.safetensors", *finetune_report.FILES):
+    if path.name in ("best.safetensors", "final.safetensors", pages.FILE):
         return ""
     here = next((place for chain in chains if (place := chain.next_path(state)) in path.parents), None)
     if here is None:

@@ -64,7 +64,7 @@ def promote(this: Round, trials: list[Trial], before: dict[str, Any]) -> dict[st
         if this.plan.is_sweep:
             spent, full = sweep.cost(nodes, this.plan.candidates_at, this.plan.costs)
             record |= {"cost": spent, "full_cost": full}
-        console.show(console.table(*report.sweep_table(record, this.recipe, key)))
+        console.show(console.table(*report.sweep_table(record, this.recipe, key)[:3]))
     if this.recipe.finetune.patience is not None:
         record |= {"trained_images": trial.last_step * this.recipe.finetune.batch, "ended_early": trial.is_early}
     if dist.is_main():  # optimizer state does not cross rounds, and every candidate has its score on disk

@@ -1,18 +1,15 @@
-"""Pictures, table and HTML page of a finetuning run, from what the run left on disk."""
+"""Tables and sentences about a finetuning run, from its state."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from ddo_cli import rundir
 from ddo_cli.engines.ddo.sweep import Setting, fraction_spent, rank
 from ddo_cli.metrics.uncertainty import Mean, improvement, mean
-from ddo_cli.recipe.load import to_yaml
 from ddo_cli.recipe.schema import FinetuneRecipe, Recipe
-from ddo_cli.report import html, pictures
-from ddo_cli.report.pictures import Curve
-from ddo_cli.training import meter
+from ddo_cli.report import html
 
 Row = tuple[str, ...]
-FILES = ("report.html", "curves.png", "score-by-round.png")  # what `write` writes
 
 
 def table(state: dict[str, Any], key: str) -> tuple[list[str], list[Row]]:
@@ -139,23 +136,22 @@ def _shown(value: Any) -> str:
 
 
 def sweep_cost(rounds: list[dict[str, Any]]) -> str:
-    """ "sweep cost: 0.47 of the full grid"; empty without a sweep."""
+    """ "Sweep cost: 0.47 of the full grid; ..."; empty without a sweep."""
     fraction = fraction_spent(rounds)
-    return "" if fraction is None else f"sweep cost: {fraction:.2f} of the full grid"
+    return (
+        ""
+        if fraction is None
+        else f"Sweep cost: {fraction:.2f} of the full grid; curves are of each round's best node."
+    )
 
 
-def is_behind(run_dir: rundir.RunDir, state: dict[str, Any]) -> bool:
-    """Whether the report, or a picture of it, is damaged, missing, or does not tell of all damage of the run."""
-    files = [run_dir.path / name for name in FILES]
-    if not all(map(run_dir.ledger.is_good, files)):
-        return True
-    page = files[0].read_text()
-    return not all(html.text(warning) in page for warning in rundir.warnings_of(state))
-
-
-def _setting_or_none(record: dict[str, Any]) -> Setting | None:
-    """Of a line of the log; None without a sweep."""
-    return _setting(record) if "alpha" in record and "beta" in record else None
+def images_before(recipe: Recipe, records: Sequence[dict[str, Any]]) -> list[int]:
+    """Images that a chain has trained on before each round. records: of its finished rounds."""
+    rounds = [recipe.finetune.of_round(number) for number in range(1, recipe.finetune.rounds + 1)]
+    lengths = [-(-settings.images_per_round // settings.batch) * settings.batch for settings in rounds]
+    for record in records:
+        lengths[record["round"] - 1] = record.get("trained_images", lengths[record["round"] - 1])
+    return [sum(lengths[:number]) for number in range(len(lengths))]
 
 
 def _setting(record: dict[str, Any]) -> Setting:
@@ -166,78 +162,3 @@ def _figures(record: dict[str, Any], key: str, others: list[str]) -> Row:
     """The mean score with its standard error over ranges of seeds, and the means of the other figures."""
     means = {name: mean([figures[name] for figures in record["repeats"]]) for name in (key, *others)}
     return (str(means[key]), *(f"{means[name].value:.4g}" for name in others))
-
-
-def write(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any], key: str) -> None:
-    """Draws the curves and writes report.html."""
-    path, rounds = run_dir.path, state["rounds"]
-    log = meter.read(run_dir.log_file, "round", "r_real", "r_fake", "accuracy", "denoising_ratio")
-    chosen = {record["round"]: _setting(record) for record in rounds if "alpha" in record}
-    log = [
-        line
-        for line in log
-        if 1 <= line["round"] <= len(rounds) and _setting_or_none(line) == chosen.get(line["round"])
-    ]
-    settings = [recipe.finetune.of_round(number) for number in range(1, recipe.finetune.rounds + 1)]
-    control, method = state.get("control", []), recipe.finetune.objective.upper()
-
-    def images_before(records: list[dict[str, Any]]) -> list[int]:
-        """Of a chain: images of the rounds before, by round."""
-        lengths = [-(-finetune.images_per_round // finetune.batch) * finetune.batch for finetune in settings]
-        for record in records:
-            lengths[record["round"] - 1] = record.get("trained_images", lengths[record["round"] - 1])
-        return [sum(lengths[:number]) for number in range(len(lengths))]
-
-    before = images_before(rounds)
-    at = [before[record["round"] - 1] + record["n_images"] for record in log]
-
-    def of_candidates(label: str, records: list[dict[str, Any]]) -> Curve:
-        before = images_before(records)
-        found = [
-            (before[record["round"] - 1] + int(step) * settings[record["round"] - 1].batch, figures[key])
-            for record in records
-            for step, figures in sorted(record["candidates"].items(), key=lambda item: int(item[0]))
-        ]
-        return Curve(label, [x for x, _ in found], [y for _, y in found], "o")
-
-    by_round = {
-        label: [state["reference"]["score"], *(record["score"] for record in records)]
-        for label, records in {method: rounds, "control": control}.items()
-        if records
-    }
-    drawn = [Curve(label, range(len(scores)), scores, "o") for label, scores in by_round.items()]
-    pictures.curves({f"{key} by round (mean of repeats)": drawn}, path / "score-by-round.png", "round")
-    of_controls = [of_candidates("control", control)] if control else []
-    pictures.curves(
-        {
-            f"{key} of candidates": [of_candidates(method, rounds), *of_controls],
-            "log-ratio, nats": [Curve(name, at, [record[name] for record in log]) for name in ("r_real", "r_fake")],
-            "discriminator accuracy": [Curve("accuracy", at, [record["accuracy"] for record in log])],
-            "plain loss on data / reference's": [Curve("ratio", at, [record["denoising_ratio"] for record in log])],
-        },
-        path / "curves.png",
-        "images",
-    )
-    columns, rows = table(state, key)
-    shown = [html.Picture(path / "score-by-round.png", "score of the reference after each round")]
-    shown += [html.Picture(path / "curves.png", "training")]
-    shown += [html.Picture(path / "reference.png", "reference, before")]
-    shown += [
-        html.Picture(place / f"round-{record['round']:02d}" / "grid.png", f"{title}round {record['round']}, same seeds")
-        for place, title, records in ((path, "", rounds), (path / "control", "control, ", control))
-        for record in records
-    ]
-    start, final = state["reference"]["score"], rounds[-1]["score"]
-    ratio = f" ({final / start:.2f} times)" if start else ""
-    summary = f"{key} {start:.4g} -> {final:.4g}{ratio} in {len(rounds)} rounds; lower is better."
-    if end := ending(recipe, rounds):
-        summary += f" {end.capitalize()}."
-    for name, gain in improvements(state, key).items():
-        summary += f" {better(Mean(**gain)).capitalize()} than the {name.removeprefix('better_than_')}."
-    cost = sweep_cost(rounds)
-    if cost:
-        summary += f" {cost.capitalize()}; curves are of each round's best node."
-    sweeps = [sweep_table(record, recipe, key) for record in rounds if "nodes" in record]
-    title = f"{method}: {path.name}" + (f" (recipe {recipe.name})" if path.name != recipe.name else "")
-    warnings = rundir.warnings_of(state)
-    html.write_report(path / "report.html", title, summary, columns, rows, shown, to_yaml(recipe), sweeps, warnings)

@@ -19,6 +19,7 @@ from ddo_cli.engines.ddo import reference
 from ddo_cli.engines.ddo.sweep import Plan, Setting
 from ddo_cli.engines.sampling import sample
 from ddo_cli.engines.scoring import Scoring
+from ddo_cli.engines.watch import Watch
 from ddo_cli.files import replacing
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import adapters, registry
@@ -45,6 +46,7 @@ class Chain(NamedTuple):
     run_dir: rundir.RunDir
     scoring: Scoring
     device: torch.device
+    watch: Watch
 
     @property
     def is_control(self) -> bool:

@@ -60,7 +60,7 @@ class Trial:
             objective = task.objective(model, self.setting)
             events = loop.fit(model, objective, task.stream, self._plan(until), self._meter())
             with contextlib.closing(events):
-                for event in events:
+                for event in self.round.chain.watch.follow(events):
                     match event:
                         case loop.Stepped(step, figures):
                             self._check(step, figures)

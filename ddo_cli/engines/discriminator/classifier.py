@@ -1,5 +1,6 @@
 """`ddo train-classifier`: a classifier of noisy images, for classifier guidance and as the trunk of discriminators."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +17,19 @@ from ddo_cli.data.items import identity as identity_of
 from ddo_cli.data.pairs import Shuffled, split
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.diffusion.denoiser import DiffusionModel
-from ddo_cli.engines import training_run
+from ddo_cli.engines import pages, training_run
 from ddo_cli.engines.sampling import guides
+from ddo_cli.engines.watch import Watch
 from ddo_cli.errors import DataError
 from ddo_cli.generation import encoded
 from ddo_cli.metrics.discrimination import BATCH, LEVELS, noisy
 from ddo_cli.models import registry
 from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.recipe.schema import Recipe
+from ddo_cli.report import html
+from ddo_cli.report.charts import Chart
+from ddo_cli.report.html import Section
+from ddo_cli.report.pictures import Curve
 from ddo_cli.rng import RowRng, StepRng, seed_from
 from ddo_cli.trainable import Loss, Objective, Trainable
 from ddo_cli.training import loop
@@ -72,7 +78,8 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             stream = Shuffled(real.items, real.labels, "classifier", recipe.seed, only=rows.train, hflip=hflip)
             plan, meter = training_run.plan_of(run_dir, recipe, "classifier", steps, settings, device)
             objective = Objective(partial(_batch, base.codec, law), partial(_cross_entropy, base.codec))
-            ema = loop.train(network, objective, stream, plan, meter)
+            watch = Watch(run_dir, recipe, page)
+            ema = loop.averaged(watch.follow(loop.fit(network, objective, stream, plan, meter)))
             network.load_state_dict(ema)
             held_out = encoded(base, real.items, rows.held_out, "classifier", recipe.seed, device=device)
             labels = torch.from_numpy(real.labels[rows.held_out])
@@ -82,8 +89,22 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
                 header = {"kind": "classifier", "config": config, "process": discriminators.PROCESS}
                 checkpoint.save(run_dir.final, network.state_dict(), {**header, "provenance": [link], "levels": levels})
             accuracy = sum(level["accuracy"] for level in levels) / len(levels)
-            state = training_run.finish(run_dir, heldout_accuracy=accuracy, levels=levels)
+            figures = {"heldout_accuracy": accuracy, "levels": levels}
+            watch.finish({**run_dir.state(), **figures})
+            state = training_run.finish(run_dir, **figures)
         return training_run.result(run_dir, state, "heldout_accuracy", "levels")
+
+
+def page(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any]) -> html.Page:
+    """Of a run at any stage."""
+    headline, sections = "", []
+    if state.get("finished"):
+        headline = f"The classifier of noisy images is right on {state['heldout_accuracy']:.1%} of held-out ones."
+        levels = state["levels"]
+        middle = [math.log10(level["sigma_min"] * level["sigma_max"]) / 2 for level in levels]
+        line = Curve("accuracy", middle, [level["accuracy"] for level in levels], "o")
+        sections = [Section("By noise level", [html.Charts([Chart("Held-out accuracy", [line], "log10 sigma")])])]
+    return pages.of_training(run_dir, recipe, state, "Classifier", headline, sections)
 
 
 class _Batch(NamedTuple):

@@ -1,14 +1,16 @@
-"""Pictures and HTML page of a discriminator's training, from its held-out figures."""
+"""Tables and page of a discriminator's training, from its held-out figures."""
 
 import math
 from typing import Any
 
 from ddo_cli import rundir
-from ddo_cli.recipe.load import to_yaml
+from ddo_cli.engines import pages
+from ddo_cli.files import read_json
 from ddo_cli.recipe.schema import Recipe
 from ddo_cli.report import html, pictures
+from ddo_cli.report.charts import Chart
+from ddo_cli.report.html import Section
 from ddo_cli.report.pictures import Curve
-from ddo_cli.training import meter
 
 Evaluations = dict[int, dict[str, Any]]
 
@@ -43,69 +45,98 @@ def _figures(figures: dict[str, Any]) -> list[str]:
     return [f"{figures['bce']:.4f}", f"{figures['accuracy']:.3f}", f"{figures['calibration_error']:.3f}", *gains]
 
 
-def write(run_dir: rundir.RunDir, recipe: Recipe, evaluations: Evaluations, chosen: int, state: dict[str, Any]) -> None:
-    """Draws training.png and levels.png and writes report.html."""
-    path, batch = run_dir.path, recipe.discriminator.batch
-    log = meter.read(run_dir.log_file, "loss", "accuracy_real", "accuracy_fake")
-    images = [step * batch for step in evaluations]
-    trained = [record["n_images"] for record in log]
+def page(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any]) -> html.Page:
+    """Of a run at any stage, from its held-out figures."""
+    file, log = run_dir.path / "metrics.json", pages.lines_of(run_dir)
+    known = read_json(file)["evaluations"] if file.is_file() else {}
+    evaluations = {step: known[str(step)] for step in sorted(map(int, known))}
+    batch = recipe.discriminator.batch
+    chosen = state["best_images"] // batch if state.get("finished") else min(
+        evaluations, key=lambda step: evaluations[step]["bce"], default=None
+    )  # fmt: skip
+    sections = [Section("Training", [html.Charts(_of_training(evaluations, batch, log, state))])]
+    if chosen is not None:
+        levels = evaluations[chosen]["levels"]
+        by_level: list[html.Block] = [html.Charts(_by_level(levels, state)), html.Table("", *table(levels))]
+        sections += [
+            Section("By noise level, held out", by_level),
+            Section("Reliability by noise level, held out", [html.Charts(_reliability(levels))]),
+        ]
+    blocks: list[html.Block] = [*pages.warnings(state), *pages.unfinished(state, log)]
+    if state.get("finished"):
+        blocks.append(html.Table("Held out", *compared(state)))
+    weights = run_dir.final if run_dir.final.is_file() else recipe.model.ckpt
+    sections += [pages.cost([log]), pages.provenance(weights, state), pages.recipe_section(recipe)]
+    return html.Page(
+        pages.title("Discriminator", run_dir.path, recipe), _headline(state, evaluations, chosen), blocks, sections
+    )
 
-    def of_log(label: str, key: str) -> Curve:
-        return Curve(label, trained, [record[key] for record in log])
+
+def _headline(state: dict[str, Any], evaluations: Evaluations, chosen: int | None) -> str:
+    blind = f"(log 2 = {math.log(2):.4f} is blind)"
+    if not state.get("finished"):
+        if chosen is None:
+            return "No figure yet: the discriminator is being trained."
+        return f"Held-out cross-entropy {evaluations[chosen]['bce']:.4f} so far {blind}."
+    settled = "settled" if state["settled"] else "NOT settled: still falling when the images were used up"
+    words = (
+        f"Held-out cross-entropy {state['heldout_bce']:.4f} {blind}, accuracy {state['heldout_accuracy']:.3f}, after "
+        f"{state['best_images']:,} images, selected by {state['selected_by']}; {settled}."
+    )
+    if state.get("untrained"):
+        words += f" The untrained network, its control, has {state['untrained']['bce']:.4f}."
+    return words
+
+
+def _of_training(evaluations: Evaluations, batch: int, log: pages.Lines, state: dict[str, Any]) -> list[Chart]:
+    images = [step * batch for step in evaluations]
 
     def held_out(label: str, key: str) -> Curve:
         return Curve(label, images, [figures[key] for figures in evaluations.values()], "o")
 
-    panels = {
-        "cross-entropy, nats": [of_log("training", "loss"), held_out("held out", "bce")],
-        "accuracy": [
-            of_log("training, real", "accuracy_real"),
-            of_log("training, generated", "accuracy_fake"),
-            held_out("held out", "accuracy"),
-        ],
-    }
-    if state["scores"]:
+    of_sides = [pages.curve("training, real", log, "accuracy_real"), pages.curve("generated", log, "accuracy_fake")]
+    charts = [
+        Chart("Cross-entropy, nats", [pages.curve("training", log, "loss"), held_out("held out", "bce")], "images"),
+        Chart("Accuracy", [*of_sides, held_out("held out", "accuracy")], "images"),
+    ]
+    if state.get("scores"):
         steps = sorted(map(int, state["scores"]))
         scores = [state["scores"][str(step)] for step in steps]
-        panels["metric of guided samples"] = [Curve("score", [step * batch for step in steps], scores, "o")]
-    pictures.curves(panels, path / "training.png", "images")
-    levels = evaluations[chosen]["levels"]
+        line = Curve("score", [step * batch for step in steps], scores, "o")
+        charts.append(Chart("Metric of guided samples", [line], "images"))
+    return [*charts, *pages.charts_of(log, "grad_norm", "lr")]
+
+
+def _by_level(levels: list[dict[str, Any]], state: dict[str, Any]) -> list[Chart]:
     middle = [math.log10(math.sqrt(level["sigma_min"] * level["sigma_max"])) for level in levels]
-    by_level = {
-        f"held-out {title}": [
-            Curve(name, middle, [level[f"{key}_{side}"] for level in levels], "o")
-            for name, side in (("real", "real"), ("generated", "fake"))
-        ]
-        for title, key in (("cross-entropy, nats", "bce"), ("accuracy", "accuracy"))
-    }
-    gains = {"weight {weight:g}": state["gain"], "untrained": state.get("untrained", {}).get("gain")}
-    if shown := {name.format(**gain): gain["levels"] for name, gain in gains.items() if gain is not None}:
-        by_level["held-out gain per unit of ln sigma, nats"] = [
-            pictures.gain_curve(name, found, "gain", "error") for name, found in shown.items()
-        ]
-    pictures.curves(by_level, path / "levels.png", "log10 sigma")
-    reliability = {
-        f"sigma {level['sigma_min']:.2g} to {level['sigma_max']:.2g}": [
-            Curve("calibrated", [0, 1], [0, 1]),
-            Curve("observed", [x for x, *_ in level["reliability"]], [y for _, y, *_ in level["reliability"]], "o"),
-        ]
-        for level in levels[::2]
-    }
-    pictures.curves(reliability, path / "reliability.png", "predicted share of real images")
-    settled = "settled" if state["settled"] else "NOT settled: still falling when the images were used up"
-    summary = (
-        f"Held-out cross-entropy {state['heldout_bce']:.4f} (log 2 = {math.log(2):.4f} is blind), accuracy "
-        f"{state['heldout_accuracy']:.3f}, after {state['best_images']:,} images, selected by {state['selected_by']}; "
-        f"{settled}."
-    )
-    pages = [
-        html.Picture(path / "training.png", "training"),
-        html.Picture(path / "levels.png", "by noise level"),
-        html.Picture(path / "reliability.png", "reliability by noise level"),
+    charts = [
+        Chart(
+            title,
+            [
+                Curve(name, middle, [level[f"{key}_{side}"] for level in levels], "o")
+                for name, side in (("real", "real"), ("generated", "fake"))
+            ],
+            "log10 sigma",
+        )
+        for title, key in (("Cross-entropy, nats", "bce"), ("Accuracy", "accuracy"))
     ]
-    title = f"Discriminator: {path.name}"
-    warnings = rundir.warnings_of(state)
-    by_noise_level = html.Table("By noise level", *table(levels))
-    html.write_report(
-        path / "report.html", title, summary, *compared(state), pages, to_yaml(recipe), [by_noise_level], warnings
-    )
+    gains = {"weight {weight:g}": state.get("gain"), "untrained": state.get("untrained", {}).get("gain")}
+    found = {name.format(**gain): gain["levels"] for name, gain in gains.items() if gain is not None}
+    if found:
+        lines = [pictures.gain_curve(name, levels, "gain", "error") for name, levels in found.items()]
+        charts.append(Chart("Gain per unit of ln sigma, nats", lines, "log10 sigma", "Band: one standard error."))
+    return charts
+
+
+def _reliability(levels: list[dict[str, Any]]) -> list[Chart]:
+    return [
+        Chart(
+            f"sigma {level['sigma_min']:.2g} to {level['sigma_max']:.2g}",
+            [
+                Curve("observed", [x for x, *_ in level["reliability"]], [y for _, y, *_ in level["reliability"]], "o"),
+                Curve("calibrated", [0, 1], [0, 1], is_dashed=True),
+            ],
+            "predicted share of real images",
+        )
+        for level in levels[::2]
+    ]

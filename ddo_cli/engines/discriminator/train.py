@@ -28,6 +28,7 @@ from ddo_cli.engines.discriminator import data as disc_data
 from ddo_cli.engines.discriminator import report as disc_report
 from ddo_cli.engines.sampling import guides, sample
 from ddo_cli.engines.scoring import Scoring
+from ddo_cli.engines.watch import Watch
 from ddo_cli.files import read_json, sha256, write_json
 from ddo_cli.generation import check_labels, encoded
 from ddo_cli.metrics import gain as gains
@@ -200,7 +201,7 @@ class _Training:
         self.pairs = Pairs(*streams)
         self.real_held_out = held[0]
         self.held_out = HeldOut(held[0], held[1], self.law, recipe.seed, device, self.settings.micro_batch or 256)
-        self.file = run_dir.path / "metrics.json"
+        self.file, self.watch = run_dir.path / "metrics.json", Watch(run_dir, recipe, disc_report.page)
         self.evaluations: dict[str, dict[str, Any]] = dist.from_main(self._known() if dist.is_main() else {})
 
     def _known(self) -> dict[str, dict[str, Any]]:
@@ -224,7 +225,7 @@ class _Training:
         candidates, objective = self.candidate(0).parent, Objective(self.batch, self.loss)
         plan = plan._replace(last_good=lambda: max(candidates.glob("step-*"), default="none yet"))
         with contextlib.closing(loop.fit(self.network, objective, self.pairs, plan, meter)) as events:
-            for event in events:
+            for event in self.watch.follow(events):
                 if isinstance(event, loop.Evaluate):
                     event.note = self.evaluate(event.step, event.averages.whole())
                     if self.settled():
@@ -327,7 +328,7 @@ def by_step(evaluations: dict[str, dict[str, Any]]) -> list[tuple[int, dict[str,
 
 def _finish(training: _Training, scoring: Scoring | None, untrained: Trainable | None) -> dict[str, Any]:
     """Writes best, final, untrained, pictures and report; returns the run's state."""
-    recipe, run_dir, settings = training.recipe, training.run_dir, training.settings
+    run_dir, settings = training.run_dir, training.settings
     evaluations, settled = dict(by_step(training.evaluations)), training.has_settled()
     best = min(evaluations, key=lambda step: evaluations[step]["bce"])
     scores = _scores(training, scoring) if scoring is not None else {}
@@ -374,8 +375,7 @@ def _finish(training: _Training, scoring: Scoring | None, untrained: Trainable |
         "selected_by": settings.select,
         "scores": {str(step): value for step, value in scores.items()},
     }
-    if dist.is_main():
-        disc_report.write(run_dir, recipe, evaluations, chosen, {**run_dir.state(), **figures})
+    training.watch.finish({**run_dir.state(), **figures})
     return training_run.finish(run_dir, **figures)
 
 

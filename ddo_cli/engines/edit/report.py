@@ -20,7 +20,9 @@ from ddo_cli.metrics.extractors.select import Metric, select_extractor
 from ddo_cli.metrics.scorer import FrechetScorer, share_of_batches
 from ddo_cli.metrics.stats import Statistics
 from ddo_cli.models.discriminators import registry as discriminators
-from ddo_cli.report import pictures
+from ddo_cli.report import html, pictures
+from ddo_cli.report.charts import Chart
+from ddo_cli.report.html import Section
 
 SHOWN = 12  # images in a row of the contact sheet; our choice
 
@@ -166,3 +168,35 @@ def _curves(levels: list[dict[str, Any]], key: str) -> dict[str, list[pictures.C
             x, y = ([level[quantity] for level in chosen] for quantity in ("psnr", key))
             lines.append(pictures.Curve(title, x, y, marker="o"))
     return {f"{key} to the target": lines}
+
+
+def page(out: Path, record: dict[str, Any]) -> html.Page:
+    """Of a directory of edited images. record: the content of its edit.json."""
+    figures = record["figures"]
+    named = next(
+        key for key in figures["levels"][0] if key not in ("sigma", "time", "guided", "psnr", "nfe", "disc_nfe")
+    )
+    distances = [level for level in figures["levels"] if level[named] is not None]
+    headline = f"{record['num']:,} images of {record['source']}, edited from {len(figures['levels'])} noise levels"
+    if distances:
+        best = min(distances, key=lambda level: level[named])
+        headline += (
+            f": {named} to the target falls from {figures['source_distance']:.4g} to {best[named]:.4g} "
+            f"({Way(best['sigma'], best['guided']).title}, PSNR {best['psnr']:.1f} dB)"
+        )
+    lines = {name: curve for name, curve in _curves(distances, named).items() if curve} if distances else {}
+    charts = [Chart(title, curves, "PSNR to the source, dB") for title, curves in lines.items()]
+    columns, rows = table({"metric": named, **figures})
+    settings = [(key, str(value)) for key, value in record["sampling"].items() if value is not None]
+    return html.Page(
+        f"Edited images: {out.resolve().name}",
+        f"{headline}.",
+        [],
+        [
+            Section("By noise level", [html.Charts(charts), html.Table("", columns, rows)]),
+            Section(
+                "Images", [html.Pictures([html.Picture(out / "edit-grid.png", "the source, then each level, in rows")])]
+            ),
+            Section("Settings", [html.Table("", ["key", "value"], settings, of_texts=True)]),
+        ],
+    )

@@ -78,7 +78,8 @@ def run(
         state, owner = training_run.state_file(run_dir), json.dumps(link, sort_keys=True)
         plan = Plan("extractor", steps, SETTINGS, (seed,), state, owner, lambda: training_run.newest(state))
         objective = Objective(lambda items, label, rng: Examples(items, label), _cross_entropy)
-        ema = loop.train(network, objective, stream, plan, Meter(run_dir.log_file, {}, SETTINGS.batch, device))
+        meter = Meter(run_dir.log_file, {}, SETTINGS.batch, device)
+        ema = loop.averaged(loop.fit(network, objective, stream, plan, meter))
         network.load_state_dict(ema)
         accuracy = _accuracy(network.eval(), test, device)
         if dist.is_main():

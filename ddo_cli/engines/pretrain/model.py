@@ -17,7 +17,9 @@ from ddo_cli.data.pairs import Shuffled
 from ddo_cli.engines import dry_run as dry_runs
 from ddo_cli.engines import training_run
 from ddo_cli.engines.pretrain import tokenizer as pretrain_tokenizer
+from ddo_cli.engines.pretrain.page import page
 from ddo_cli.engines.scoring import Scoring
+from ddo_cli.engines.watch import Watch
 from ddo_cli.files import write_json
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import registry
@@ -79,8 +81,9 @@ def run(
             header = {"kind": "model", "config": config, "sampling": sampling, "provenance": [link]}
             snapshots = _Snapshots(settings, steps, out / "checkpoints", header)
             job = training_run.plan_of(run_dir, recipe, "pretraining", steps, settings, device, snapshots.due)
+            watch = Watch(run_dir, recipe, page)
             with contextlib.closing(loop.fit(model, objective, stream, *job)) as events:
-                for event in events:
+                for event in watch.follow(events):
                     if isinstance(event, loop.Evaluate):
                         snapshots.keep(event)
             assert isinstance(event, loop.Finished), "the last event"
@@ -88,7 +91,9 @@ def run(
             if sharding.is_sharded(model):
                 model = registry.build(config).to(device)
             score = _finish(model, ema, header, run_dir, scoring)
-            state = training_run.finish(run_dir, metric=scoring.key, score=score)
+            figures = {"metric": scoring.key, "score": score}
+            watch.finish({**run_dir.state(), **figures})
+            state = training_run.finish(run_dir, **figures)
         return training_run.result(run_dir, state, "metric", "score")
 
 

@@ -16,7 +16,9 @@ from ddo_cli.data.items import identity as identity_of
 from ddo_cli.data.pairs import Shuffled
 from ddo_cli.engines import dry_run as dry_runs
 from ddo_cli.engines import training_run
+from ddo_cli.engines.pretrain.page import page
 from ddo_cli.engines.scoring import Scoring
+from ddo_cli.engines.watch import Watch
 from ddo_cli.errors import UsageError
 from ddo_cli.files import write_json
 from ddo_cli.metrics.scorer import share_of_batches
@@ -71,11 +73,13 @@ def run(
         if not run_dir.is_finished(state):
             console.info(f"pretrain {vqvae.NAME}: {parameters:,} parameters, {steps} steps of {settings.batch} images")
             job = training_run.plan_of(run_dir, recipe, "pretraining", steps, settings, device)
-            ema = loop.train(model, objective, stream, *job)
+            watch = Watch(run_dir, recipe, page)
+            ema = loop.averaged(watch.follow(loop.fit(model, objective, stream, *job)))
             model.load_state_dict(ema)
             model.eval()
             figures = _finish(model, ema, recipe, real, scoring, steps, run_dir)
             scores = {"metric": scoring.key, "score": figures[scoring.key], "image_error": figures["image_error"]}
+            watch.finish({**run_dir.state(), **scores})
             state = training_run.finish(run_dir, **scores)
         return training_run.result(run_dir, state, "metric", "score", "image_error")
 
