@@ -22,7 +22,7 @@ from ddo_cli.diffusion.churn import Boost
 from ddo_cli.diffusion.guidance import GradientGuide, climb
 from ddo_cli.diffusion.mixture import GaussianMixture
 from ddo_cli.diffusion.trace import Trace
-from ddo_cli.engines import scoring
+from ddo_cli.engines import report, scoring
 from ddo_cli.engines.analysis import analyses, analyze, regeneration
 from ddo_cli.engines.analysis.analyses import Recorder
 from ddo_cli.engines.analysis.subject import Settings, Subject
@@ -33,6 +33,7 @@ from ddo_cli.models import registry
 from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.recipe.load import load
 from ddo_cli.recipe.schema import MetricRecipe, Recipe, SamplingRecipe
+from ddo_cli.report import html
 from ddo_cli.rng import RowRng
 
 ROOT = Path(__file__).parent.parent
@@ -333,9 +334,11 @@ def test_all_analyses_of_images(disc, ckpt, tmp_path, monkeypatch, capsys):
     names = ["gain", "trajectory", "nfe", "regeneration"]
     assert [key for key in found if key in analyze.ANALYSES] == names
     assert (found["discriminator"], found["model"], found["dg_weight"], found["held_out"]) == (disc, ckpt, 2.0, 16)
-    assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == sorted(
-        f"{name}.{end}" for name in names for end in ("json", "png")
-    )
+    pairs = [f"{name}.{end}" for name in names for end in ("json", "png")]
+    assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == sorted([*pairs, "report.html"])
+    page = (out / "report.html").read_text()
+    assert [page.count(f'<section id="{name}">') for name in names] == [1, 1, 1, 1]
+    assert html.text(report.run(out)["headline"]) in page
     for name in names:
         assert content(out, name).keys() >= KEYS
         with Image.open(out / f"{name}.png") as picture:

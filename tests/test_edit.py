@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from ddo_cli import checkpoint, files
 from ddo_cli.data.images import open_images
 from ddo_cli.diffusion import vp_sde
+from ddo_cli.engines import report as page_report
 from ddo_cli.engines.edit import edit
 from ddo_cli.engines.edit import report as edit_report
 from ddo_cli.engines.sampling import guides, sample
@@ -265,6 +266,9 @@ def test_report_and_files(place, tmp_path, form):
     names = {path.name for path in (tmp_path / "e").iterdir() if path.name[0] != "."}
     folders = {"level-0.5", "level-0.5-guided", "level-2", "level-2-guided"}
     assert names == {"edit.json", "edit.png", "edit-grid.png", *folders}
+    headline = page_report.run(tmp_path / "e")["headline"]
+    assert headline in (tmp_path / "e" / "report.html").read_text()
+    assert "fd_embedded to the target falls from" in headline
     if form == "png":
         assert Image.open(tmp_path / "e" / "level-2-guided" / "000011.png").size == (32, 32)
     assert images_of(tmp_path / "e" / "level-2-guided").shape == (12, 3, 32, 32)

@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from ddo_cli.engines.sampling import guides
     from ddo_cli.recipe.schema import Recipe
 
+LogTo = Annotated[
+    str,
+    Option(
+        help="Send figures and pictures to tensorboard, wandb, or a Python file with `tracker`; several between commas."
+    ),
+]
 MAX_SEED = 2**32 - 1  # generators keep 32 bits
 NUM_IMAGES = 64  # images that are drawn unless told otherwise
 F = TypeVar("F", bound=Callable[..., Any])

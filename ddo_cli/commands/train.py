@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from ddo_cli import console
+from ddo_cli import console, tracking
 from ddo_cli.commands import options
 from ddo_cli.errors import UsageError
 
@@ -29,6 +29,7 @@ def finetune_ddo(
     typed: dict[str, Any],
     device: "torch.device",
     out: Annotated[Path | None, Option(help="Directory of the run. Default: runs/<recipe>.")] = None,
+    log_to: options.LogTo = "none",
     dry_run: options.MeasuredDryRun = False,
     measure: options.Measure = True,
 ) -> options.Result:
@@ -43,7 +44,14 @@ def finetune_ddo(
             raise UsageError(
                 f"{texts[0]} has no effect with finetune.objective = {recipe.finetune.objective}; leave it out"
             )
-    figures = finetune.run(recipe, out or Path("runs") / recipe.name, device=device, dry_run=dry_run, measure=measure)
+    figures = finetune.run(
+        recipe,
+        out or Path("runs") / recipe.name,
+        device=device,
+        dry_run=dry_run,
+        measure=measure,
+        log_to=tracking.parse(log_to),
+    )
     if dry_run:
         by_round = figures.get("settings_by_round")
         table = console.table(*report.settings_table(by_round)[:3]) if by_round else None
@@ -88,6 +96,7 @@ def train_disc(
         Path | None, Option(help="Directory. Default: runs/<recipe>-disc, with --ckpt and its hash.")
     ] = None,
     force: Annotated[bool, Option("--force", help="Use a --fake set of another model.")] = False,
+    log_to: options.LogTo = "none",
     dry_run: options.DryRun = False,
 ) -> options.Result:
     """Train a discriminator of real against generated images, for `ddo guide-sample`. Run again to continue."""
@@ -98,7 +107,7 @@ def train_disc(
             f"--eval-num {typed['eval_num']} has no effect without scores of checkpoints; add --select fid"
         )
     out = out or train.default_out(recipe, typed.get("ckpt"))
-    figures = train.run(recipe, out, device=device, force=force, dry_run=dry_run)
+    figures = train.run(recipe, out, device=device, force=force, dry_run=dry_run, log_to=tracking.parse(log_to))
     if dry_run:
         return _plan(recipe, recipe.discriminator, figures)
     table = console.table("Held-out images by noise level", *train.table_of(Path(figures["out"])))
@@ -117,6 +126,7 @@ def pretrain(
     recipe: "Recipe",
     device: "torch.device",
     out: Annotated[Path | None, Option(help="Directory of the run. Default: runs/<recipe>-pretrain.")] = None,
+    log_to: options.LogTo = "none",
     dry_run: options.MeasuredDryRun = False,
     measure: options.Measure = True,
 ) -> options.Result:
@@ -124,7 +134,7 @@ def pretrain(
     from ddo_cli.engines.pretrain import model
 
     out = out or Path("runs") / f"{recipe.name}-pretrain"
-    figures = model.run(recipe, out, device=device, dry_run=dry_run, measure=measure)
+    figures = model.run(recipe, out, device=device, dry_run=dry_run, measure=measure, log_to=tracking.parse(log_to))
     return _plan(recipe, recipe.pretrain, figures) if dry_run else options.Result(figures)
 
 
@@ -139,13 +149,14 @@ def train_classifier(
     recipe: "Recipe",
     device: "torch.device",
     out: Annotated[Path | None, Option(help="Directory of the run. Default: runs/<recipe>-classifier.")] = None,
+    log_to: options.LogTo = "none",
     dry_run: options.DryRun = False,
 ) -> options.Result:
     """Train a classifier of noisy images, for classifier guidance or under a discriminator. Run again to continue."""
     from ddo_cli.engines.discriminator import classifier
 
     out = out or Path("runs") / f"{recipe.name}-classifier"
-    figures = classifier.run(recipe, out, device=device, dry_run=dry_run)
+    figures = classifier.run(recipe, out, device=device, dry_run=dry_run, log_to=tracking.parse(log_to))
     return _plan(recipe, recipe.classifier, figures) if dry_run else options.Result(figures)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from ddo_cli.recipe.schema import Recipe, SamplingRecipe
 from ddo_cli.report import pictures
 
 GRID_SEEDS = range(64)  # of the pictures that compare models
+PREVIEWED = 16  # of those, at each evaluation
 
 
 class Scoring:
@@ -119,6 +121,19 @@ class Scoring:
             return
         batches = generate(model, GRID_SEEDS, self.spec, batch=self.spec.batch, device=self.device)
         pictures.contact_sheet(torch.cat([batch.items for batch in batches]).numpy(), path, columns=8)
+
+    def few(self, model: LikelihoodModel) -> np.ndarray | None:
+        """Images of the first seeds of the pictures, on the main process; None of a density, and on others."""
+        if self.density is not None or not dist.is_main():
+            return None
+        batches = generate(model, GRID_SEEDS[:PREVIEWED], self.spec, batch=self.spec.batch, device=self.device)
+        return torch.cat([batch.items for batch in batches]).numpy()
+
+    def preview(self, before: np.ndarray | None, model: LikelihoodModel, path: Path) -> None:
+        """Draws `few` of a model, right, beside those of another, left."""
+        after = self.few(model)
+        if before is not None and after is not None:
+            pictures.side_by_side(before, after, path)
 
 
 def _counted(batches: Iterator[Batch], bar: console.Bar) -> Iterator[Tensor]:

@@ -1,13 +1,15 @@
-"""What watches a run from outside: its page is written again while it goes on. Training knows nothing of it."""
+"""What watches a run from outside: its page, its trackers, and lines for people. Training knows nothing of it."""
 
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from ddo_cli import dist, rundir
+from ddo_cli import console, dist, rundir
 from ddo_cli.engines import pages
 from ddo_cli.recipe.schema import Recipe
 from ddo_cli.report import html
+from ddo_cli.tracking import Tracking
 from ddo_cli.training import loop
 
 Page = Callable[[rundir.RunDir, Recipe, dict[str, Any]], html.Page]
@@ -16,20 +18,49 @@ AFTER_EVALUATION, BETWEEN = 30.0, 600.0
 
 
 class Watch:
-    """Of one run. page: makes its page from directory, recipe and state."""
+    """Of one run, for `with`. page: makes its page from directory, recipe and state; log_to: its trackers."""
 
-    def __init__(self, run_dir: rundir.RunDir, recipe: Recipe, page: Page):
+    def __init__(self, run_dir: rundir.RunDir, recipe: Recipe, page: Page, log_to: Sequence[str] = ()):
         self.run_dir, self.recipe, self.page = run_dir, recipe, page
+        self.tracking = Tracking(log_to if dist.is_main() else (), run_dir.path, recipe.model_dump(mode="json"))
         self.written = time.monotonic()
 
-    def follow(self, events: Iterable[loop.Event]) -> Generator[loop.Event, None, None]:
-        """The same events. Each has been dealt with by their consumer when the next one is asked for."""
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.tracking.close()
+
+    def follow(
+        self, events: Iterable[loop.Event], batch: int, series: str = "", title: str = "", before: int = 0
+    ) -> Generator[loop.Event, None, None]:
+        """The same events. Each has been dealt with by their consumer when the next one is asked for.
+
+        batch: images of a step. series: begins the names that trackers get. before: images of earlier rounds.
+        """
+        is_first = True
         for event in events:
+            if is_first and isinstance(event, loop.Stepped) and event.step > 1:
+                console.info(f"{title or 'training'} continues at step {event.step - 1}")
+            is_first = False
             yield event
+            images = before + event.step * batch
             if isinstance(event, loop.Evaluate):
+                self.measured(f"{series}score", event.figures, images, event.picture)
+                if event.figures and title:
+                    told = ", ".join(f"{key} {value:.4g}" for key, value in event.figures.items())
+                    console.info(f"{title}: {told} at step {event.step}")
                 self.refresh(AFTER_EVALUATION)
             elif isinstance(event, loop.Stepped) and event.figures is not None:
+                self.tracking.figures(f"{series}train", event.figures, images)
                 self.refresh(BETWEEN)
+
+    def measured(self, series: str, figures: dict[str, float], images: int, picture: Path | None = None) -> None:
+        """Sends figures of an evaluation, and its picture, to the trackers."""
+        if figures:
+            self.tracking.figures(series, figures, images)
+        if picture is not None and picture.is_file():
+            self.tracking.picture(f"{series}/samples", picture, images)
 
     def refresh(self, after: float = AFTER_EVALUATION) -> None:
         """Writes the page unless less than `after` seconds have passed since the last time."""

@@ -51,8 +51,19 @@ def contact_sheet(items: np.ndarray, path: Path, columns: int | None = None) -> 
         _save(figure, path)
         return
     n, _, height, width = items.shape
-    sheet, scale = _tiled(items, columns or math.ceil(math.sqrt(n))), max(1, 64 // max(height, width))
-    image = Image.fromarray(sheet)
+    _save_sheet(_tiled(items, columns or math.ceil(math.sqrt(n))), max(height, width), path)
+
+
+def side_by_side(left: np.ndarray, right: np.ndarray, path: Path) -> None:
+    """Two sheets of as many images, uint8 (N, C, H, W), with a gap between them."""
+    sheets = [_tiled(items, math.ceil(math.sqrt(len(items)))) for items in (left, right)]
+    gap = np.full((len(sheets[0]), 8, *sheets[0].shape[2:]), 255, dtype=np.uint8)
+    _save_sheet(np.concatenate([sheets[0], gap, sheets[1]], axis=1), max(left.shape[2:]), path)
+
+
+def _save_sheet(sheet: np.ndarray, size: int, path: Path) -> None:
+    """size: of one of its images; small ones are enlarged."""
+    image, scale = Image.fromarray(sheet), max(1, 64 // size)
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     notes = PngInfo()
     notes.add_text(*MADE_BY)

@@ -7,7 +7,7 @@ generators keyed by (seed, step, row). So the state to save is weights, optimize
 import contextlib
 import gc
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
 
 
 class Stepped(NamedTuple):
-    """A step was taken. figures: of a line of the log, where one was written."""
+    """A step was taken. figures: the line of the log, where one was written."""
 
     step: int
     figures: dict[str, float] | None
@@ -52,14 +52,15 @@ class Stepped(NamedTuple):
 
 @dataclass
 class Evaluate:
-    """Averaged weights are due for evaluation; training's state is saved. The caller sets `note`, to be shown.
+    """Averaged weights are due for evaluation; training's state is saved. The caller sets what it measured, and drew.
 
     After an interruption the last one comes again, since the caller may not have finished with it.
     """
 
     step: int
     averages: Averages
-    note: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
+    picture: Path | None = None
 
 
 class Finished(NamedTuple):
@@ -143,11 +144,8 @@ def fit(
         meter.trim(step)
         wrapped = model if sharding.is_sharded(model) else dist.wrap(model, device)
         pieces = local_rows(settings.batch, settings.micro_batch)
-        note = ""
         if step in plan.evaluate_at:
-            evaluation = Evaluate(step, averages)  # a killed process may not have finished it
-            yield from _evaluated(evaluation, device)
-            note = evaluation.note
+            yield from _evaluated(Evaluate(step, averages), device)  # a killed process may not have finished it
         wrapped.train(settings.dropout)
         batches = batches_of(
             objective.batch, stream, plan.key, range(step, last), plan.evaluate_at, pieces, settings.batch, device
@@ -187,7 +185,7 @@ def fit(
                 optimizer.zero_grad(set_to_none=True)  # now: evaluations need the memory
                 meter.count(norm.nan_to_num(0.0, 0.0, 0.0))  # of a step left out: 0
                 yield Stepped(step, meter.flush(step, n_images, rate, stepper.log()) if is_logged else None)
-                bar.advance(settings.batch, f"{meter.text} {note}")
+                bar.advance(settings.batch, f"step {step}/{last}  {meter.text}")
                 state.check()
                 if is_saved:
                     state.save(step)
@@ -199,10 +197,8 @@ def fit(
                     )
                 if is_due:
                     state.settle()
-                    evaluation = Evaluate(step, averages)
                     with stopping.disarmed():
-                        yield from _evaluated(evaluation, device)
-                    note = evaluation.note
+                        yield from _evaluated(Evaluate(step, averages), device)
                     wrapped.train(settings.dropout)
             state.settle()
         yield Finished(step, averages)

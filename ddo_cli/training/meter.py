@@ -52,7 +52,7 @@ class Meter:
         self.steps += 1
 
     def flush(self, step: int, n_images: int, rate: float, more: dict[str, float]) -> dict[str, float]:
-        """Writes a line and starts anew; returns its figures."""
+        """Writes a line and starts anew; returns it."""
         keys = list(self.sums)
         means = dist.all_reduce_sum(torch.stack([self.sums[key] for key in keys])) / dist.world_size() / self.steps
         record = self.derived(dict(zip(keys, means.tolist(), strict=True)))
@@ -70,7 +70,7 @@ class Meter:
             append_text(self.file, json.dumps({**line, **record}) + "\n")
         self.text = _shown(record)
         self.sums, self.steps, self.started = {}, 0, now
-        return record
+        return {**line, **record}
 
     def state(self) -> dict[str, Tensor]:
         """The sums so far of each process, (processes,); every process has to call it."""
@@ -122,5 +122,5 @@ def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _shown(record: dict[str, float]) -> str:
     names = {"loss": "loss", "r_real": "r real", "r_fake": "fake", "accuracy": "acc"}
-    names |= {"accuracy_real": "acc real", "accuracy_fake": "generated"}
-    return " ".join(f"{label} {record[key]:.3g}" for key, label in names.items() if key in record)
+    names |= {"accuracy_real": "acc real", "accuracy_fake": "generated", "beta_r_std": "beta std(r)"}
+    return "  ".join(f"{label} {record[key]:.3g}" for key, label in names.items() if key in record)

@@ -40,7 +40,13 @@ from ddo_cli.training import loop
 
 
 def run(
-    recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = False, measure: bool = True
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: torch.device,
+    dry_run: bool = False,
+    measure: bool = True,
+    log_to: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Finetunes recipe.model.ckpt in rounds; returns the object that `finetune-ddo --json` prints.
 
@@ -69,11 +75,11 @@ def run(
     if dry_run:
         plan = _dry_run(recipe, out, loaded.model, plans[0])
         return plan | dry_runs.of_finetuning(recipe, loaded, plans, real, rejected, scoring) if measure else plan
-    watch = Watch(run_dir, recipe, page)
+    watch = Watch(run_dir, recipe, page, log_to)
     chains = [Chain("rounds", recipe, plans, run_dir, scoring, device, watch)]
     if recipe.finetune.control:
         chains.append(Chain("control", recipe, [plan.of_control() for plan in plans], run_dir, scoring, device, watch))
-    with training_run.claimed("finetune-ddo", recipe, out, identity, partial(_needed, chains)) as (_, state):
+    with training_run.claimed("finetune-ddo", recipe, out, identity, partial(_needed, chains)) as (_, state), watch:
         for chain in chains:
             promotion.mend_weights(chain, chain.records(state))
         is_done, finals = all(_is_done(chain, state) for chain in chains), [chain.final for chain in chains]
@@ -88,6 +94,7 @@ def run(
             scoring.picture(loaded.model, out / "reference.png")
             record = promotion.record_of_start(scoring, loaded.model, out / "reference-scores.json")
             state = run_dir.advance(metric=scoring.key, reference=record, rounds=[])
+        watch.measured("round", {scoring.key: state["reference"]["score"]}, 0, out / "reference.png")
         console.info(f"reference: {scoring.key} {state['reference']['score']:.4g}")
         del loaded  # each round loads its own
         for chain in chains:
@@ -130,11 +137,21 @@ def _train(chain: Chain, real: ItemSet, rejected: ItemSet | None, state: dict[st
             record["precision_error"] = networks.precision_error
         records = [*records, record]
         state = chain.run_dir.advance(**{chain.name: records})
+        _tell(this, record)
         promotion.drop_candidates(chain, records)
         del networks, trials  # the next round's models take their memory
     if dist.is_main():
         copy_weights(chain.weights_after(len(records)), chain.final)
     return state
+
+
+def _tell(this: Round, record: dict[str, Any]) -> None:
+    """Sends what a round has come to, and writes the page."""
+    chain = this.chain
+    images = this.images_before + record.get("trained_images", this.plan.steps * this.recipe.finetune.batch)
+    figures = {chain.scoring.key: record["score"], "promoted": float(record["promoted"])}
+    chain.watch.measured("control/round" if chain.is_control else "round", figures, images, this.path / "grid.png")
+    chain.watch.refresh()
 
 
 def _swept(this: Round, networks: Networks) -> list[Trial]:

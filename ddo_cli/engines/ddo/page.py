@@ -64,18 +64,14 @@ class _Chain(NamedTuple):
         return Curve(self.label, rounds, [each.value for each in means], "o", error=errors, is_dashed=self.is_control)
 
     def log(self) -> list[dict[str, Any]]:
-        """Its lines, of a sweep only those of each round's best node, with images over all rounds and beta · std(r)."""
+        """Its lines, of a sweep only those of each round's best node, with images over all rounds."""
         chosen = {record["round"]: _setting(record) for record in self.records if "alpha" in record}
         lines = []
         for line in meter.read(self.place / self.run_dir.log_file.name, "round"):
             number, setting = line["round"], _setting(line) if "alpha" in line else None
             if not 1 <= number <= self.recipe.finetune.rounds or setting != chosen.get(number):
                 continue
-            beta = setting.beta if setting is not None else self.recipe.finetune.of_round(number).beta
-            line = {**line, "images": self.before(number) + line["n_images"]}
-            if "r_std" in line and isinstance(beta, float):
-                line["beta_r_std"] = beta * line["r_std"]
-            lines.append(line)
+            lines.append({**line, "images": self.before(number) + line["n_images"]})
         return lines
 
 

@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ddo_cli import checkpoint, rundir
 from ddo_cli.data.items import ItemSet
 from ddo_cli.data.pairs import Shuffled, compared
 from ddo_cli.data.samples import open_samples
-from ddo_cli.engines.ddo import reference
+from ddo_cli.engines.ddo import reference, report
 from ddo_cli.engines.ddo.sweep import Plan, Setting
 from ddo_cli.engines.sampling import sample
 from ddo_cli.engines.scoring import Scoring
@@ -122,6 +123,12 @@ class Round(NamedTuple):
         """For people."""
         return f"{self.chain.title}round {self.number}/{self.chain.recipe.finetune.rounds}"
 
+    @property
+    def images_before(self) -> int:
+        """Images that the rounds before have trained on."""
+        records = self.chain.records(self.chain.run_dir.state())
+        return report.images_before(self.chain.recipe, records)[self.number - 1]
+
     def draw_fakes(self, real: ItemSet) -> None:
         """Draws the fake set from the reference to disk, or what an interrupted run left to draw."""
         whole, settings, spec = self.chain.recipe, self.recipe.finetune, self.chain.scoring.spec
@@ -175,7 +182,8 @@ class Round(NamedTuple):
             "sampling": self.chain.scoring.spec.model_dump(mode="json", exclude_none=True, exclude={"compile"}),
             "provenance": [*start.header.get("provenance", []), link],
         }
-        return Networks(task, start.sha256, fresh, scratch, header, precision_error)
+        before = self.chain.scoring.few(scratch)
+        return Networks(task, start.sha256, fresh, scratch, header, precision_error, before)
 
 
 class Task(NamedTuple):
@@ -215,6 +223,7 @@ class Networks(NamedTuple):
     scratch: LikelihoodModel  # holds averaged weights while they are scored
     header: dict[str, Any]  # of every checkpoint: the reference's configuration and a longer chain of provenance
     precision_error: float | None  # of r, in nats, on the first batch; None in float32
+    before: np.ndarray | None = None  # images of the reference, to be seen beside a candidate's
 
 
 def copy_weights(source: str | Path, target: Path) -> None:

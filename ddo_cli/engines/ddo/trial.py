@@ -60,12 +60,12 @@ class Trial:
             objective = task.objective(model, self.setting)
             events = loop.fit(model, objective, task.stream, self._plan(until), self._meter())
             with contextlib.closing(events):
-                for event in self.round.chain.watch.follow(events):
+                for event in self._watched(events):
                     match event:
                         case loop.Stepped(step, figures):
                             self._check(step, figures)
                         case loop.Evaluate():
-                            event.note = self._evaluate(event, is_last)
+                            self._evaluate(event, is_last)
                             if is_last and self.is_over:
                                 break
                         case loop.Finished(step, averages) if not is_last:
@@ -153,7 +153,21 @@ class Trial:
 
     def _meter(self) -> Meter:
         tags, chain = {"round": self.round.number, **self.tags}, self.round.chain
-        return Meter(chain.log_file, tags, self.settings.batch, chain.device, self.networks.task.figures)
+        return Meter(chain.log_file, tags, self.settings.batch, chain.device, self._figures)
+
+    def _figures(self, means: dict[str, float]) -> dict[str, float]:
+        """Of a line of the log. beta · std(r) tells whether beta fits."""
+        figures = self.networks.task.figures(means)
+        return {**figures, **({"beta_r_std": self.setting.beta * figures["r_std"]} if "r_std" in figures else {})}
+
+    def _watched(self, events: Iterator[loop.Event]) -> Iterator[loop.Event]:
+        chain = self.round.chain
+        prefix = "control/" if chain.is_control else f"{self.setting.directory}/" if self.is_node else ""
+        return chain.watch.follow(events, self.settings.batch, prefix, self.title, self.round.images_before)
+
+    def _preview_file(self, step: int) -> Path | None:
+        """Images of a candidate beside the reference's, on the same seeds; None of a density."""
+        return None if self.scoring.density is not None else self.path / "previews" / f"step-{step:06d}.png"
 
     def _check(self, step: int, figures: dict[str, float] | None) -> None:
         self.reached = step
@@ -177,9 +191,9 @@ class Trial:
 
     # --- Candidates
 
-    def _evaluate(self, event: loop.Evaluate, is_last: bool) -> str:
-        """Keeps a candidate, and scores it on the way to the last rung; returns what to show of it."""
-        step, key = event.step, self.scoring.key
+    def _evaluate(self, event: loop.Evaluate, is_last: bool) -> None:
+        """Keeps a candidate, and scores it on the way to the last rung."""
+        step = event.step
         if str(step) not in self.candidates:
             for width, tensors in event.averages.further():
                 self._keep(step, tensors, width)
@@ -192,7 +206,8 @@ class Trial:
             self._keep(step, averages)
             if is_last:
                 self._score(step, averages)
-        return f"{key} {self.candidates[str(step)][key]:.4g} at step {step}" if is_last else ""
+        if is_last:
+            event.figures, event.picture = self.candidates[str(step)], self._preview_file(step)
 
     def _keep(self, step: int, averages: dict[str, Tensor], width: float | None = None) -> None:
         if dist.is_main():
@@ -214,6 +229,8 @@ class Trial:
 
     def _score(self, step: int, averages: dict[str, Tensor]) -> None:
         self.candidates[str(step)] = self._measure(step, averages)
+        if (preview := self._preview_file(step)) is not None:
+            self.scoring.preview(self.networks.before, self.networks.scratch, preview)
         self._write()
         if self.is_early:
             console.info(

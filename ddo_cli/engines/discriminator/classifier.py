@@ -1,6 +1,7 @@
 """`ddo train-classifier`: a classifier of noisy images, for classifier guidance and as the trunk of discriminators."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,9 @@ from ddo_cli.trainable import Loss, Objective, Trainable
 from ddo_cli.training import loop
 
 
-def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = False) -> dict[str, Any]:
+def run(
+    recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = False, log_to: Sequence[str] = ()
+) -> dict[str, Any]:
     """Trains recipe.classifier on recipe.data, in the model space of recipe.model.ckpt, and returns its accuracy.
 
     The same call on an unfinished run continues it; on a finished one it returns the stored result.
@@ -78,8 +81,9 @@ def run(recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = Fals
             stream = Shuffled(real.items, real.labels, "classifier", recipe.seed, only=rows.train, hflip=hflip)
             plan, meter = training_run.plan_of(run_dir, recipe, "classifier", steps, settings, device)
             objective = Objective(partial(_batch, base.codec, law), partial(_cross_entropy, base.codec))
-            watch = Watch(run_dir, recipe, page)
-            ema = loop.averaged(watch.follow(loop.fit(network, objective, stream, plan, meter)))
+            events = loop.fit(network, objective, stream, plan, meter)
+            with Watch(run_dir, recipe, page, log_to) as watch:
+                ema = loop.averaged(watch.follow(events, settings.batch))
             network.load_state_dict(ema)
             held_out = encoded(base, real.items, rows.held_out, "classifier", recipe.seed, device=device)
             labels = torch.from_numpy(real.labels[rows.held_out])

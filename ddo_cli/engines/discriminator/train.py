@@ -7,6 +7,7 @@ model's score lacks. The model itself is not trained.
 
 import contextlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +51,13 @@ WRITTEN_LAST = ("best.safetensors", "final.safetensors", "untrained.safetensors"
 
 
 def run(
-    recipe: Recipe, out: Path, *, device: torch.device, force: bool = False, dry_run: bool = False
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: torch.device,
+    force: bool = False,
+    dry_run: bool = False,
+    log_to: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains recipe.discriminator against recipe.model.ckpt and returns the object that `train-disc --json` prints.
 
@@ -101,7 +108,7 @@ def run(
         if not run_dir.is_finished(state, run_dir.final, best, *([untrained] if settings.control else [])):
             fake = given or disc_data.draw(recipe, spec, run_dir, label_use, real, device)
             header = _header(recipe, loaded, config, spec, real, fake)
-            training = _Training(recipe, run_dir, base, network, real, fake, header, spec, device)
+            training = _Training(recipe, run_dir, base, network, real, fake, header, spec, device, log_to)
             if not state.get("finished") or len(training.evaluations) < state["evaluations"]:
                 training.run()  # else only a file written at the end was lost
             state = _finish(training, scoring, _untrained(config, recipe, device) if settings.control else None)
@@ -183,6 +190,7 @@ class _Training:
         header: dict[str, Any],
         spec: SamplingRecipe,
         device: torch.device,
+        log_to: Sequence[str],
     ):
         self.spec = spec
         self.recipe, self.settings, self.run_dir, self.device = recipe, recipe.discriminator, run_dir, device
@@ -201,7 +209,7 @@ class _Training:
         self.pairs = Pairs(*streams)
         self.real_held_out = held[0]
         self.held_out = HeldOut(held[0], held[1], self.law, recipe.seed, device, self.settings.micro_batch or 256)
-        self.file, self.watch = run_dir.path / "metrics.json", Watch(run_dir, recipe, disc_report.page)
+        self.file, self.watch = run_dir.path / "metrics.json", Watch(run_dir, recipe, disc_report.page, log_to)
         self.evaluations: dict[str, dict[str, Any]] = dist.from_main(self._known() if dist.is_main() else {})
 
     def _known(self) -> dict[str, dict[str, Any]]:
@@ -224,10 +232,10 @@ class _Training:
         )
         candidates, objective = self.candidate(0).parent, Objective(self.batch, self.loss)
         plan = plan._replace(last_good=lambda: max(candidates.glob("step-*"), default="none yet"))
-        with contextlib.closing(loop.fit(self.network, objective, self.pairs, plan, meter)) as events:
-            for event in self.watch.follow(events):
+        with contextlib.closing(loop.fit(self.network, objective, self.pairs, plan, meter)) as events, self.watch:
+            for event in self.watch.follow(events, settings.batch, title="discriminator"):
                 if isinstance(event, loop.Evaluate):
-                    event.note = self.evaluate(event.step, event.averages.whole())
+                    event.figures = self.evaluate(event.step, event.averages.whole())
                     if self.settled():
                         break
 
@@ -250,8 +258,8 @@ class _Training:
         figures = discriminator_loss(logit[:n], logit[n:], *weights)._asdict()
         return Loss(figures.pop("loss"), figures)
 
-    def evaluate(self, step: int, ema: dict[str, Tensor]) -> str:
-        """Keeps the checkpoint of a step and its held-out figures."""
+    def evaluate(self, step: int, ema: dict[str, Tensor]) -> dict[str, float]:
+        """Keeps the checkpoint of a step and its held-out figures; returns the main ones."""
         if str(step) not in self.evaluations:
             live = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
             self.network.load_state_dict(ema)
@@ -263,7 +271,7 @@ class _Training:
                 self.keep(f"checkpoints/{self.candidate(step).name}", ema, step, figures)
                 write_json(self.file, {"evaluations": self.evaluations})
         figures = self.evaluations[str(step)]
-        return f"held-out {figures['bce']:.4f}, accuracy {figures['accuracy']:.3f}"
+        return {f"heldout_{key}": figures[key] for key in ("bce", "accuracy", "calibration_error")}
 
     def guide(self, step: int) -> GradientGuide:
         """The guide of a step's checkpoint, whose weights the network takes."""

@@ -14,7 +14,6 @@ import torch
 from ddo_cli import compilation, console, dist, rundir
 from ddo_cli.data.items import ItemSet, digest
 from ddo_cli.data.samples import Format, Writer
-from ddo_cli.engines import pages
 from ddo_cli.engines.edit import inputs as edit_inputs
 from ddo_cli.engines.edit import report as edit_report
 from ddo_cli.engines.edit.inputs import Editor
@@ -24,7 +23,6 @@ from ddo_cli.files import write_json
 from ddo_cli.generation import Batch, num_batches
 from ddo_cli.precision import inference_precision, settled
 from ddo_cli.recipe.schema import SamplingRecipe
-from ddo_cli.report import html
 from ddo_cli.rng import seed_from, seeded
 
 STATE = "edit.json"
@@ -109,9 +107,7 @@ def run(
         }
         figures = edit_report.write(out, sources.items, complete, target, spec.batch)
         if dist.is_main():
-            record = {**made_by, "request": request, "source": source, "figures": figures}
-            html.write(out / pages.FILE, edit_report.page(out, record))
-            write_json(out / STATE, record)
+            write_json(out / STATE, {**made_by, "request": request, "source": source, "figures": figures})
         dist.barrier()
     return {**shown, **figures, **pictures}
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,13 @@ from ddo_cli.training.ema import snapshot_name
 
 
 def run(
-    recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = False, measure: bool = True
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: torch.device,
+    dry_run: bool = False,
+    measure: bool = True,
+    log_to: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains recipe.model on recipe.data and returns the object that `pretrain --json` prints.
 
@@ -81,18 +88,19 @@ def run(
             header = {"kind": "model", "config": config, "sampling": sampling, "provenance": [link]}
             snapshots = _Snapshots(settings, steps, out / "checkpoints", header)
             job = training_run.plan_of(run_dir, recipe, "pretraining", steps, settings, device, snapshots.due)
-            watch = Watch(run_dir, recipe, page)
-            with contextlib.closing(loop.fit(model, objective, stream, *job)) as events:
-                for event in watch.follow(events):
+            fitted = contextlib.closing(loop.fit(model, objective, stream, *job))
+            with Watch(run_dir, recipe, page, log_to) as watch, fitted as events:
+                for event in watch.follow(events, settings.batch):
                     if isinstance(event, loop.Evaluate):
                         snapshots.keep(event)
-            assert isinstance(event, loop.Finished), "the last event"
-            ema, header = event.averages.whole(), snapshots.header_at(steps, None)
-            if sharding.is_sharded(model):
-                model = registry.build(config).to(device)
-            score = _finish(model, ema, header, run_dir, scoring)
-            figures = {"metric": scoring.key, "score": score}
-            watch.finish({**run_dir.state(), **figures})
+                assert isinstance(event, loop.Finished), "the last event"
+                ema, header = event.averages.whole(), snapshots.header_at(steps, None)
+                if sharding.is_sharded(model):
+                    model = registry.build(config).to(device)
+                score = _finish(model, ema, header, run_dir, scoring)
+                figures = {"metric": scoring.key, "score": score}
+                watch.measured("score", {scoring.key: score}, steps * settings.batch, run_dir.path / "grid.png")
+                watch.finish({**run_dir.state(), **figures})
             state = training_run.finish(run_dir, **figures)
         return training_run.result(run_dir, state, "metric", "score")
 

@@ -1,6 +1,6 @@
 """`ddo pretrain` of a `vqvae`: the tokenizer of a VAR, trained to reconstruct images."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +38,13 @@ REVIVE_EVERY, REVIVE_IMAGES = 25, 32
 
 
 def run(
-    recipe: Recipe, out: Path, *, device: torch.device, dry_run: bool = False, measure: bool = True
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: torch.device,
+    dry_run: bool = False,
+    measure: bool = True,
+    log_to: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains the tokenizer recipe.model on recipe.data; returns what `pretrain` does, and `image_error`: the mean
     squared error of reconstructed pixels in [-1, 1].
@@ -73,13 +79,15 @@ def run(
         if not run_dir.is_finished(state):
             console.info(f"pretrain {vqvae.NAME}: {parameters:,} parameters, {steps} steps of {settings.batch} images")
             job = training_run.plan_of(run_dir, recipe, "pretraining", steps, settings, device)
-            watch = Watch(run_dir, recipe, page)
-            ema = loop.averaged(watch.follow(loop.fit(model, objective, stream, *job)))
-            model.load_state_dict(ema)
-            model.eval()
-            figures = _finish(model, ema, recipe, real, scoring, steps, run_dir)
-            scores = {"metric": scoring.key, "score": figures[scoring.key], "image_error": figures["image_error"]}
-            watch.finish({**run_dir.state(), **scores})
+            events = loop.fit(model, objective, stream, *job)
+            with Watch(run_dir, recipe, page, log_to) as watch:
+                ema = loop.averaged(watch.follow(events, settings.batch))
+                model.load_state_dict(ema)
+                model.eval()
+                figures = _finish(model, ema, recipe, real, scoring, steps, run_dir)
+                watch.measured("score", figures, steps * settings.batch, run_dir.path / "grid.png")
+                scores = {"metric": scoring.key, "score": figures[scoring.key], "image_error": figures["image_error"]}
+                watch.finish({**run_dir.state(), **scores})
             state = training_run.finish(run_dir, **scores)
         return training_run.result(run_dir, state, "metric", "score", "image_error")
 
