@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Task as RichTask
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ddo_cli.errors import RunError, fitted, visible
@@ -23,7 +24,7 @@ if not _out.is_terminal:
 _err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 _json_only = False
 _is_answered = False  # whether the one JSON object has been printed
-_active: Progress | None = None
+_active: "_Screen | None" = None
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where stderr is not a terminal
 
 
@@ -145,20 +146,52 @@ class _Silent:
     def advance(self, count: int = 1, fields: str | None = None) -> None: ...
 
 
+class _Count(ProgressColumn):
+    def render(self, task: RichTask) -> Text:
+        return Text(f"{task.completed:,.0f}/{task.total or 0:,.0f} {task.fields['unit']}")
+
+
 class _Speed(ProgressColumn):
     def render(self, task: RichTask) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f} {task.fields['unit']}/s")
+        return Text("" if not speed else _speed(speed, task.fields["unit"]))
+
+
+def _speed(speed: float, unit: str) -> str:
+    """ "142 images/s", or "3.1 s/batch" of slow things."""
+    one = {"batches": "batch"}.get(unit, unit.removesuffix("s"))
+    return f"{speed:,.0f} {unit}/s" if speed >= 1 else f"{1 / speed:,.1f} s/{one}"
+
+
+class _Screen:
+    """Two parts: bars, and below each of their figures one line that is never wrapped, so that no resize breaks it."""
+
+    def __init__(self) -> None:
+        title = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+        whole = [Column(no_wrap=True, justify="right") for _ in range(3)]
+        numbers = _Count(whole[0]), _Speed(whole[1]), TimeRemainingColumn(compact=True, table_column=whole[2])
+        columns = title, BarColumn(10), *numbers
+        self.progress = Progress(*columns, console=_err)
+        self.figures: dict[Any, str] = {}
+        self.width = _err.width
+
+    def render(self) -> Group:
+        """What is shown now."""
+        if _err.width != self.width:  # the terminal has wrapped the lines of before, and only it knows where
+            self.width = _err.width
+            _err.clear()
+        lines = [Text(f"  {text}", no_wrap=True, overflow="ellipsis") for text in self.figures.values() if text]
+        return Group(self.progress.get_renderable(), *lines)
 
 
 class _Live:
-    def __init__(self, progress: Progress, task: Any):
-        self.progress, self.task = progress, task
+    def __init__(self, screen: _Screen, task: Any):
+        self.screen, self.task = screen, task
 
     def advance(self, count: int = 1, fields: str | None = None) -> None:
-        self.progress.update(self.task, advance=count)
+        self.screen.progress.update(self.task, advance=count)
         if fields is not None:
-            self.progress.update(self.task, fields=visible(fields))
+            self.screen.figures[self.task] = visible(fields)
 
 
 class _Plain:
@@ -177,7 +210,8 @@ class _Plain:
             self.last = now
             speed = (self.done - self.first) / (now - self.start)
             left = f", {(self.total - self.done) / speed:,.0f} s left" if speed else ""
-            info(f"{self.title}: {self.done}/{self.total} ({speed:,.0f} {self.unit}/s{left}) {self.fields}".rstrip())
+            told = f"{_speed(speed, self.unit) if speed else 'none yet'}{left}"
+            info(f"{self.title}: {self.done}/{self.total} ({told}) {self.fields}".rstrip())
 
 
 @contextlib.contextmanager
@@ -190,16 +224,23 @@ def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
     elif not _err.is_terminal:
         yield _Plain(title, total, done, unit)
     elif _active is not None:  # a stage within another: one more line
-        task = _active.add_task(f"  {title}", total=total, completed=done, fields="", unit=unit)
-        yield _Live(_active, task)
-        _active.remove_task(task)
+        with _bar(_active, f"  {title}", total, done, unit) as bar:
+            yield bar
     else:
-        title_column = TextColumn("{task.description}", markup=False)
-        fields_column = TextColumn("{task.fields[fields]}", markup=False)
-        columns = title_column, BarColumn(24), MofNCompleteColumn(), _Speed(), TimeRemainingColumn(), fields_column
-        with Progress(*columns, console=_err, transient=True) as live:
-            _active = live
-            try:
-                yield _Live(live, live.add_task(title, total=total, completed=done, fields="", unit=unit))
-            finally:
-                _active = None
+        _active = _Screen()
+        try:
+            with (
+                Live(get_renderable=_active.render, console=_err, transient=True, vertical_overflow="crop"),
+                _bar(_active, title, total, done, unit) as bar,
+            ):
+                yield bar
+        finally:
+            _active = None
+
+
+@contextlib.contextmanager
+def _bar(screen: _Screen, title: str, total: int, done: int, unit: str) -> Iterator[Bar]:
+    task = screen.progress.add_task(title, total=total, completed=done, unit=unit)
+    yield _Live(screen, task)
+    screen.progress.remove_task(task)
+    screen.figures.pop(task, None)

@@ -33,6 +33,10 @@ EXAMPLES = {
         "ddo analyze --disc runs/quickstart-disc",
         "ddo analyze --what gain,nfe --steps-list 4,8,18 --dg-weight 1",
     ),
+    "report": (
+        "ddo report runs/quickstart",
+        "ddo report runs/quickstart --out meeting.html",
+    ),
     "data": (
         "ddo data pictures --out images.zip --size 64",
         "ddo data pictures --out images.zip --size 64 --crop pad --background white",
