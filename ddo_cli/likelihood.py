@@ -122,15 +122,6 @@ class LikelihoodModel(Trainable, ABC):
     def log_density(self, x: Tensor, label: Tensor, spec: SamplingRecipe) -> Tensor:
         """Log density of what `sample` draws, (B,) in nats, by whatever exact means the model has."""
 
-    def tell(self, texts: Sequence[str], negative: str) -> dict[str, Any]:
-        """Gives labels these prompts, and -1 the prompt `negative`; returns the configuration's entries that change.
-
-        Raises UsageError for a model that reads no text.
-        """
-        raise UsageError(
-            f"prompts: a {type(self).__name__} reads no text; leave them out, or give a text-to-image model"
-        )
-
     def check_sampling(self, spec: SamplingRecipe) -> None:
         """Raises UsageError if `spec` sets something that this model cannot honour."""
         check_fields(self, spec, ())

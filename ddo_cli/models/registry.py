@@ -136,9 +136,12 @@ def reads_text(config: dict[str, Any]) -> bool:
 
 
 def told(loaded: Loaded, texts: Sequence[str], negative: str = "") -> Loaded:
-    """A model that reads text, with these prompts for its labels, and `negative` for the label -1."""
-    header = loaded.checkpoint.header
-    config = {**header["config"], **loaded.model.tell(texts, negative)}
+    """The model with these prompts for its labels, and `negative` for the label -1. Raises UsageError without text."""
+    header, tell = loaded.checkpoint.header, getattr(loaded.model, "tell", None)
+    if tell is None:
+        kind = type(loaded.model).__name__
+        raise UsageError(f"prompts: a {kind} reads no text; leave them out, or give a text-to-image model")
+    config = {**header["config"], **tell(texts, negative)}
     return loaded._replace(checkpoint=loaded.checkpoint._replace(header={**header, "config": config}))
 
 

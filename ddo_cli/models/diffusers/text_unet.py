@@ -134,6 +134,7 @@ class TextToImage(DiffusionModel):
     net: TextUnet
 
     def tell(self, prompts: Sequence[str], negative: str) -> dict[str, Any]:
+        """Gives labels these prompts, and -1 the prompt `negative`; returns the configuration's entries that change."""
         self.num_classes, self.net.prompts = len(prompts), texts.Prompts(tuple(prompts), negative)
         changed = {"prompts": tuple(prompts), "negative_prompt": negative}
         self.options = self.options.model_copy(update=changed)
