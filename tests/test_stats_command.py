@@ -103,7 +103,7 @@ class TwoOutputs(Extractor):
 
 
 def test_spatial_features_are_kept_where_there_are_some(sets, items, tmp_path, monkeypatch):
-    monkeypatch.setattr(stats, "select_extractor", lambda *_: TwoOutputs())
+    monkeypatch.setattr(stats, "select_extractor", lambda *_, **more: TwoOutputs())
     run(sets / "npz.npz", tmp_path / "ref.safetensors", metric="fid")
     reference = read_reference(tmp_path / "ref.safetensors")
     found = reference.statistics(TwoOutputs(), "spatial")
@@ -142,7 +142,7 @@ def test_other_content_is_not_overwritten(sets, items, tmp_path, monkeypatch):
     ):
         with pytest.raises(UsageError, match=match):
             run(source, out, **options)
-    monkeypatch.setattr(stats, "select_extractor", lambda *_: TwoOutputs())
+    monkeypatch.setattr(stats, "select_extractor", lambda *_, **more: TwoOutputs())
     with pytest.raises(UsageError, match=r"something else.*nothing of fid"):
         run(sets / "npz.npz", out)
     monkeypatch.undo()
