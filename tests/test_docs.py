@@ -62,7 +62,7 @@ SHORT = {
 SHORT_IF_GIVEN = {"--seeds": "0-47", "--num-images": "64", "--steps-list": "2,3"}
 FOREIGN_OPTIONS = {  # of other programs
     "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--feature-extractor",
-    "--feature-layer-prc", "--transform", "--again", "--max-restarts",
+    "--feature-layer-prc", "--transform", "--again", "--logdir", "--max-restarts",
 }  # fmt: skip
 
 

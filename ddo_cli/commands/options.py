@@ -35,6 +35,15 @@ LogTo = Annotated[
         help="Send figures and pictures to tensorboard, wandb, or a Python file with `tracker`; several between commas."
     ),
 ]
+
+
+def trackers(log_to: str) -> tuple[str, ...]:
+    """The trackers that --log-to names. Raises UsageError for what cannot be had."""
+    from ddo_cli import tracking  # which reads the schema, slow to import
+
+    return tracking.parse(log_to)
+
+
 MAX_SEED = 2**32 - 1  # generators keep 32 bits
 NUM_IMAGES = 64  # images that are drawn unless told otherwise
 F = TypeVar("F", bound=Callable[..., Any])

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from ddo_cli import console, tracking
+from ddo_cli import console
 from ddo_cli.commands import options
 from ddo_cli.errors import UsageError
 
@@ -50,7 +50,7 @@ def finetune_ddo(
         device=device,
         dry_run=dry_run,
         measure=measure,
-        log_to=tracking.parse(log_to),
+        log_to=options.trackers(log_to),
     )
     if dry_run:
         by_round = figures.get("settings_by_round")
@@ -107,7 +107,7 @@ def train_disc(
             f"--eval-num {typed['eval_num']} has no effect without scores of checkpoints; add --select fid"
         )
     out = out or train.default_out(recipe, typed.get("ckpt"))
-    figures = train.run(recipe, out, device=device, force=force, dry_run=dry_run, log_to=tracking.parse(log_to))
+    figures = train.run(recipe, out, device=device, force=force, dry_run=dry_run, log_to=options.trackers(log_to))
     if dry_run:
         return _plan(recipe, recipe.discriminator, figures)
     table = console.table("Held-out images by noise level", *train.table_of(Path(figures["out"])))
@@ -134,7 +134,7 @@ def pretrain(
     from ddo_cli.engines.pretrain import model
 
     out = out or Path("runs") / f"{recipe.name}-pretrain"
-    figures = model.run(recipe, out, device=device, dry_run=dry_run, measure=measure, log_to=tracking.parse(log_to))
+    figures = model.run(recipe, out, device=device, dry_run=dry_run, measure=measure, log_to=options.trackers(log_to))
     return _plan(recipe, recipe.pretrain, figures) if dry_run else options.Result(figures)
 
 
@@ -156,7 +156,7 @@ def train_classifier(
     from ddo_cli.engines.discriminator import classifier
 
     out = out or Path("runs") / f"{recipe.name}-classifier"
-    figures = classifier.run(recipe, out, device=device, dry_run=dry_run, log_to=tracking.parse(log_to))
+    figures = classifier.run(recipe, out, device=device, dry_run=dry_run, log_to=options.trackers(log_to))
     return _plan(recipe, recipe.classifier, figures) if dry_run else options.Result(figures)
 
 
