@@ -130,10 +130,6 @@ class LikelihoodModel(Trainable, ABC):
         """Network evaluations per sample, in units of one `predict`; CFG doubles them."""
         return 1 if spec.cfg_scale in (None, 1.0) else 2
 
-    def adapter_targets(self) -> Sequence[str]:
-        """Ends of the names of the layers that an adapter changes by default: the attention's projections."""
-        return ()
-
     def guided_by(self, guides: Sequence[Any]) -> "LikelihoodModel":
         """This model steered by guides, with the same weights. Raises UsageError for a model that has no denoiser."""
         if guides:

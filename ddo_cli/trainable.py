@@ -46,6 +46,8 @@ class Trainable(nn.Module):
     """Base of everything that `training.loop` trains: likelihood models, discriminators, classifiers, tokenizers."""
 
     shardable: ClassVar[bool] = False  # whether FSDP2 may spread its weights over the processes
+    # Ends of the names of the layers that an adapter changes by default: the attention's projections.
+    adapter_targets: Sequence[str] = ()
 
     def units(self) -> Sequence[nn.Module]:
         """The repeated blocks, in order: what is sharded and checkpointed one by one. Empty: the network as a whole."""

@@ -31,7 +31,7 @@ def with_adapter(family, **settings):
     """A model of random weights with a new adapter of rank 2, and the tensors of its base."""
     model = families.build(family)
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    targets = settings.pop("targets", ["head"] if family == "mlp" else list(model.adapter_targets()))
+    targets = settings.pop("targets", ["head"] if family == "mlp" else list(model.adapter_targets))
     adapters._inject(model, AdapterRecipe(kind="lora", rank=2, alpha=3.0, targets=targets, **settings), seed=0)
     return model, base
 

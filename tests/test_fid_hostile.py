@@ -91,7 +91,7 @@ for name, content in {"text": b"no image", "zeros": bytes(300), "gif header": b"
     source(f"{name} called .png", folder({"1.png": content}), UNREADABLE)
 deep = np.arange(SIZE * SIZE, dtype=np.uint16).reshape(SIZE, SIZE) * 900
 clear = np.dstack([PIXELS[0], np.full((SIZE, SIZE), 128, np.uint8)])
-source("16-bit grey", folder({"1.png": png(deep)}), "the mode I;16")
+source("16-bit grey", folder({"1.png": png(deep)}), "has 16 bits a channel")
 source("transparency", folder({"1.png": png(clear)}), "transparent pixels")
 source("32-bit float TIFF called .png", folder({"1.png": png(mode="F", form="tiff")}), "1.png")
 source("one grey among colours", folder({"1.png": png(mode="L")}), "must have one size and mode")

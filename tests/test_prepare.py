@@ -304,7 +304,7 @@ def test_no_whole_image(tmp_path):
         (["--out", "s.zip", "--size", "0"], "--size 0 is no size"),
         (["--out", "s.zip", "--size", "12x"], "--size 12x is no size"),
         (["--out", "s.zip", "--crop", "pad"], "--crop pad has no effect without --size"),
-        (["--out", "s.zip", "--crop", "middle"], "--crop middle is not known; use one of center"),
+        (["--out", "s.zip", "--crop", "middle"], "'--crop': 'middle' is not one of 'center'"),
         (["--out", "s.zip", "--background", "#12"], "--background #12 is no colour"),
         (["--out", "s.zip", "--rgb", "--grey"], "exclude each other"),
         (["--out", "my pictures/10/a.png/s.zip"], "is a file; choose another place"),

@@ -207,6 +207,7 @@ def test_averages_are_gathered_for_who_asks(tmp_path, monkeypatch):
 def test_nccl_is_told_its_gpu(monkeypatch, device, visible, expected):
     """Also where each process sees its own only."""
     calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")

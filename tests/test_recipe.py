@@ -124,7 +124,18 @@ def test_options_of_keys_are_the_schema_s():
     for name in ("finetune-ddo", "train-disc", "pretrain", "train-classifier"):
         command = get_command(cli.app).commands[name]
         other = {p.name for p in command.get_params(context[name]) if p.help not in helps}
-        assert other <= {"recipe", "overrides", "out", "device", "dry_run", "measure", "json_", "force", "help"}
+        assert other <= {
+            "recipe",
+            "overrides",
+            "out",
+            "device",
+            "dry_run",
+            "measure",
+            "json_",
+            "force",
+            "log_to",
+            "help",
+        }
 
 
 def test_differing_keys_name_both_values():

@@ -196,4 +196,4 @@ def test_the_command_on_two_processes(sets, tmp_path):
 
 def test_a_mistake_is_one_message(ddo, sets, tmp_path):
     given = ["stats", str(sets / "npz.npz"), "--out", str(tmp_path / "x.safetensors"), "--metric", "fdi", "--json"]
-    assert "--metric fdi is not known" in json.loads(ddo(*given, code=2).stdout)["error"]["message"]
+    assert "'--metric': 'fdi' is not one of 'fid'" in json.loads(ddo(*given, code=2).stdout)["error"]["message"]

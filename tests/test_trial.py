@@ -24,13 +24,15 @@ def test_averages_are_gone_while_they_are_scored(tmp_path):
         return {"fd": 1.0}
 
     trial = Trial.__new__(Trial)
-    trial.scoring = SimpleNamespace(key="fd", run=score)
+    trial.scoring = SimpleNamespace(key="fd", run=score, density=object())
     trial.settings, trial.steps = SimpleNamespace(ema_widths=[], patience=None), 8
     trial.networks = SimpleNamespace(scratch=scratch, header={"provenance": [{}]})
     trial.path, trial.file, trial.tags = tmp_path, tmp_path / "metrics.json", {}
     trial.candidates, trial.rungs, trial.diverged, trial.reached = {}, {}, {}, 0
     (tmp_path / "checkpoints").mkdir()
     averages = SimpleNamespace(whole=whole, further=lambda: iter(()))
-    assert trial._evaluate(Evaluate(4, averages), is_last=True) == "fd 1 at step 4"
+    event = Evaluate(4, averages)
+    trial._evaluate(event, is_last=True)
+    assert (event.figures, event.picture) == ({"fd": 1.0}, None)
     assert (tmp_path / "checkpoints" / "step-000004.safetensors").is_file()
     assert found == [(True, 12.0)]

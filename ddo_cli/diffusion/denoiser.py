@@ -98,6 +98,7 @@ class DiffusionModel(LikelihoodModel):
             self.precond = preconditioner or precond.PRECONDITIONERS[options.precond](options.sigma_data)
         self.net, self.codec, self.num_classes = net, codec, num_classes
         self.options, self.draw_options = options, draw_options
+        self.adapter_targets = getattr(net, "adapter_targets", ())
         self.guides: tuple[Guide, ...] = ()  # applied in their order, the last one outermost
 
     # --- Likelihood
@@ -272,10 +273,6 @@ class DiffusionModel(LikelihoodModel):
 
     def graphs(self) -> Sequence[nn.Module]:
         return (self.net,)
-
-    def adapter_targets(self) -> Sequence[str]:
-        """What the network names in its attribute of this name."""
-        return getattr(self.net, "adapter_targets", ())
 
     def check_sampling(self, spec: SamplingRecipe) -> None:
         """Raises UsageError for a sampler, noise levels or guides that do not go together or with the network."""

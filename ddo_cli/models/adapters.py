@@ -168,7 +168,7 @@ def add(model: LikelihoodModel, file: Checkpoint, settings: AdapterRecipe, seed:
     own files. Raises UsageError for targets that the network does not have, or settings other than those of the adapter
     that is there.
     """
-    given = settings.model_copy(update={"targets": settings.targets or list(model.adapter_targets())})
+    given = settings.model_copy(update={"targets": settings.targets or list(model.adapter_targets)})
     if not is_in(model):
         origin = {"path": _found_again(base), "sha256": file.sha256}
         _inject(model, given, seed)

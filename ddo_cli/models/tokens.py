@@ -24,12 +24,10 @@ class TokenModel(LikelihoodModel, ABC):
     sampling_fields: ClassVar[tuple[str, ...]] = ("cfg_scale", "temperature", "top_k", "top_p")
     blocks: nn.ModuleList
     heads: int  # of each block
+    adapter_targets = ("qkv", "out")
 
     def units(self) -> Sequence[nn.Module]:
         return list(self.blocks)
-
-    def adapter_targets(self) -> Sequence[str]:
-        return ("qkv", "out")
 
     def log_lik(self, prediction: Tensor, x: Tensor, draw: Any) -> Tensor:
         """log p(x), exact, (B,) nats: the sum over all tokens."""
