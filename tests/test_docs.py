@@ -153,6 +153,8 @@ def check_other_program(words: list[str]) -> None:
         extras = re.findall(r"\[(\w+)\]", " ".join(words))
         settings = (ROOT / "pyproject.toml").read_text()
         assert all(re.search(rf"^{extra} = \[", settings, re.MULTILINE) for extra in extras), words
+    elif words[:2] == ["hf", "download"]:  # of the library huggingface_hub
+        assert words[3:] == ["--local-dir", words[2].rpartition("/")[2]], words
     else:
         assert words in (["python3", "-m", "venv", ".venv"], ["source", ".venv/bin/activate"]), words
 
