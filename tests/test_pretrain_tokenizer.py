@@ -191,3 +191,12 @@ def test_the_command_trains_either(tmp_path):
     assert json.loads(run.stdout)["model"] == "vqvae"
     run = CliRunner().invoke(app, ["pretrain", "--recipe", "digits32-vqvae", "--dry-run"])
     assert run.exit_code == 0, run.output
+
+
+def test_trackers_of_a_tokenizer_s_run_are_told(tmp_path, monkeypatch):
+    """`pretrain` hands everything on that it is given."""
+    given = {}
+    monkeypatch.setattr(pretrain_tokenizer, "run", lambda recipe, out, **more: given.update(more) or {})
+    more = {"device": CPU, "dry_run": True, "measure": False, "log_to": ("tensorboard",)}
+    pretrain.run(recipe(), tmp_path / "vq", **more)
+    assert given == more

@@ -48,7 +48,7 @@ def run(
     """
     settings = recipe.pretrain
     if recipe.model.name in tokenizers.BUILTIN:
-        return pretrain_tokenizer.run(recipe, out, device=device, dry_run=dry_run, measure=measure)
+        return pretrain_tokenizer.run(recipe, out, device=device, dry_run=dry_run, measure=measure, log_to=log_to)
     registry.load_file(recipe.model.file)
     real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
     config = registry.config_of(

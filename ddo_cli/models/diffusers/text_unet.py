@@ -6,7 +6,6 @@ alpha x0 + s eps (here x / sqrt(1 + sigma^2)); it estimates eps, or v = alpha ep
 scaling factor; the condition is the last hidden state of the text encoder.
 """
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from ddo_cli.errors import UsageError, printable, reason
 from ddo_cli.likelihood import Sampled
 from ddo_cli.models import registry
 from ddo_cli.models.diffusers import texts
-from ddo_cli.models.diffusers.unet import Config, library, process
+from ddo_cli.models.diffusers.unet import Config, library, process, with_defaults
 from ddo_cli.models.registry import register
 from ddo_cli.models.vae_codec import CHANNELS, FACTOR, Scaling, StabilityCodec
 from ddo_cli.recipe.schema import SamplingRecipe
@@ -49,15 +48,7 @@ def unet_arguments(unet: Config) -> Config:
     """The library's arguments of the network, each default written out. Raises ValueError if we cannot use them."""
     if (name := unet.get("_class_name")) != UNET_CLASS:
         raise ValueError(f"the network is a {printable(str(name), 60)}; a {UNET_CLASS} of Stable Diffusion 1 or 2 fits")
-    signature = inspect.signature(library().UNet2DConditionModel.__init__)
-    known = {key: value.default for key, value in signature.parameters.items() if key != "self"}
-    given = {key: value for key, value in unet.items() if not key.startswith("_")}
-    if unknown := sorted(given.keys() - known.keys()):
-        raise ValueError(
-            f"{printable(', '.join(map(repr, unknown)), 80)}: the installed diffusers has no such argument of a "
-            f"{UNET_CLASS}; install the version that wrote the folder"
-        )
-    full = known | given
+    full = with_defaults(UNET_CLASS, unet)
     if full["time_cond_proj_dim"] is not None:
         raise ValueError(
             f"time_cond_proj_dim = {full['time_cond_proj_dim']}: it is distilled from guided samples (a consistency "

@@ -117,6 +117,19 @@ class Process(NamedTuple):
     learned_variance: bool
 
 
+def with_defaults(name: str, config: Config) -> Config:
+    """All arguments of a class of the library, by a configuration that has some. Raises ValueError for unknown ones."""
+    signature = inspect.signature(getattr(library(), name).__init__)
+    known = {key: value.default for key, value in signature.parameters.items() if key != "self"}
+    given = {key: value for key, value in config.items() if not key.startswith("_")}
+    if unknown := sorted(given.keys() - known.keys()):
+        raise ValueError(
+            f"{printable(', '.join(map(repr, unknown)), 80)}: the installed diffusers has no such argument of a "
+            f"{name}; install the version that wrote the folder"
+        )
+    return known | given
+
+
 def unet_arguments(unet: Config) -> Config:
     """The library's arguments of the network, each default written out, sample_size a number.
 
@@ -125,15 +138,7 @@ def unet_arguments(unet: Config) -> Config:
     if (name := unet.get("_class_name", UNET_CLASS)) != UNET_CLASS:
         shown = printable(str(name), 60)
         raise ValueError(f"the network is a {shown}; only a {UNET_CLASS}, unconditional or with class labels, fits")
-    signature = inspect.signature(library().UNet2DModel.__init__)
-    known = {key: value.default for key, value in signature.parameters.items() if key != "self"}
-    given = {key: value for key, value in unet.items() if not key.startswith("_")}
-    if unknown := sorted(given.keys() - known.keys()):
-        raise ValueError(
-            f"{printable(', '.join(map(repr, unknown)), 80)}: the installed diffusers has no such argument of a "
-            f"{UNET_CLASS}; install the version that wrote the folder"
-        )
-    full = known | given
+    full = with_defaults(UNET_CLASS, unet)
     _check(_Unet, full)
     if isinstance(size := full["sample_size"], (list, tuple)) and len(set(size)) == 1:
         full["sample_size"] = size[0]
