@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from kills import KilledError
 from launch import launch
 from PIL import Image
 
+import ddo_cli
 from ddo_cli import checkpoint, files, rundir
 from ddo_cli.data.images import open_images
-from ddo_cli.engines.ddo import finetune, promotion
+from ddo_cli.engines.ddo import finetune, promotion, setup
+from ddo_cli.engines.ddo.round import is_over
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.errors import CheckpointError, NumericsError, RunError, UsageError
 from ddo_cli.objectives import ddo_step as objective
@@ -282,6 +285,22 @@ def test_non_finite_loss_stops_the_run(finished, tmp_path, monkeypatch):
         finetune.run(tiny_recipe(ckpt, kind), tmp_path / "run", device=CPU)
 
 
+def test_six_frames_lead_from_the_command_to_the_loss(ddo, tmp_path, monkeypatch):
+    """Command, run, trial, fit, step, loss: who reads the one after the other has read the method."""
+
+    def told(*args, **kwargs):
+        package = Path(ddo_cli.__file__).parent
+        names = [frame.name for frame in traceback.extract_stack() if package in Path(frame.filename).parents]
+        raise UsageError(" ".join(names[names.index("finetune_ddo") :]))
+
+    monkeypatch.setattr(objective, "ddo_loss", told)
+    ckpt = make_checkpoint(tmp_path / "ref.safetensors")
+    recipe = tiny_recipe(ckpt).model_dump_json(exclude_unset=True)
+    (tmp_path / "tiny.yaml").write_text(recipe)
+    done = ddo("finetune-ddo", "--recipe", "tiny.yaml", "--device", "cpu", "--out", "run", code=2)
+    assert done.stderr.split("error: ")[-1].strip() == "finetune_ddo run train fit ddo_step _loss"
+
+
 def test_uneven_batches_are_refused_before_anything_is_written(finished, tmp_path):
     kind, ckpt, _, _ = finished
     with pytest.raises(UsageError, match="micro_batch = 3 does not divide"):
@@ -305,13 +324,13 @@ def test_dry_run_writes_nothing(finished, tmp_path):
 
 def test_changed_data_is_refused(finished, tmp_path, monkeypatch):
     kind, ckpt, out, _ = finished
-    opened = finetune.open_images
+    opened = setup.open_images
 
     def changed(*args):
         found = opened(*args)
         return found._replace(items=255 - found.items)
 
-    monkeypatch.setattr(finetune, "open_images", changed)
+    monkeypatch.setattr(setup, "open_images", changed)
     with pytest.raises(RunError, match="data_sha256"):
         finetune.run(tiny_recipe(ckpt, kind), out, device=CPU)
 
@@ -470,23 +489,23 @@ def test_rounds_without_promotion_end_a_run(finished_of, tmp_path, capsys):
 
 
 def test_what_ends_a_run():
-    def is_over(outcomes: str, *overrides: str) -> bool:
+    def ends(outcomes: str, *overrides: str) -> bool:
         recipe = tiny_recipe("embedded:digits32", "diffusion", "finetune.rounds=6", *overrides)
-        return finetune._is_over(recipe, [{"promoted": letter == "p"} for letter in outcomes])
+        return is_over(recipe, [{"promoted": letter == "p"} for letter in outcomes])
 
-    assert not is_over("")
-    assert not is_over("-")
-    assert is_over("--")
-    assert is_over("p--")
-    assert not is_over("-p-")
-    assert is_over("pppppp")
-    assert not is_over("--", "finetune.patience_rounds=3")
-    assert is_over("---", "finetune.patience_rounds=3")
-    assert not is_over("-----", "finetune.patience_rounds=null")
+    assert not ends("")
+    assert not ends("-")
+    assert ends("--")
+    assert ends("p--")
+    assert not ends("-p-")
+    assert ends("pppppp")
+    assert not ends("--", "finetune.patience_rounds=3")
+    assert ends("---", "finetune.patience_rounds=3")
+    assert not ends("-----", "finetune.patience_rounds=null")
     # Other settings are a new chance, for as many rounds.
-    assert not is_over("--", "finetune.from_round={3: {lr: 2.0e-5}}")
-    assert not is_over("---", "finetune.from_round={3: {lr: 2.0e-5}}")
-    assert is_over("----", "finetune.from_round={3: {lr: 2.0e-5}}")
+    assert not ends("--", "finetune.from_round={3: {lr: 2.0e-5}}")
+    assert not ends("---", "finetune.from_round={3: {lr: 2.0e-5}}")
+    assert ends("----", "finetune.from_round={3: {lr: 2.0e-5}}")
 
 
 def test_dry_run_tells_what_may_end_a_run_early(tmp_path):

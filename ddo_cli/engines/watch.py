@@ -1,7 +1,7 @@
 """What watches a run from outside: its page, its trackers, and lines for people. Training knows nothing of it."""
 
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +31,22 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.tracking.close()
 
-    def follow(
-        self, events: Iterable[loop.Event], batch: int, series: str = "", title: str = "", before: int = 0
-    ) -> Generator[loop.Event, None, None]:
-        """The same events. Each has been dealt with by their consumer when the next one is asked for.
+    def saw(self, event: loop.Event, batch: int, series: str = "", title: str = "", before: int = 0) -> None:
+        """Passes on an event that its consumer has dealt with.
 
-        batch: images of a step. series: begins the names that trackers get. before: images of earlier rounds.
+        batch: images of a step. series: begins the names that trackers get. title: of the lines for people, none if
+        empty. before: images of earlier rounds.
         """
-        is_first = True
-        for event in events:
-            if is_first and isinstance(event, loop.Stepped) and event.step > 1:
-                console.info(f"{title or 'training'} continues at step {event.step - 1}")
-            is_first = False
-            yield event
-            images = before + event.step * batch
-            if isinstance(event, loop.Evaluate):
-                self.measured(f"{series}score", event.figures, images, event.picture)
-                if event.figures and title:
-                    told = ", ".join(f"{key} {value:.4g}" for key, value in event.figures.items())
-                    console.info(f"{title}: {told} at step {event.step}")
-                self.refresh(AFTER_EVALUATION)
-            elif isinstance(event, loop.Stepped) and event.figures is not None:
-                self.tracking.figures(f"{series}train", event.figures, images)
-                self.refresh(BETWEEN)
+        images = before + event.step * batch
+        if isinstance(event, loop.Evaluate):
+            self.measured(f"{series}score", event.figures, images, event.picture)
+            if event.figures and title:
+                told = ", ".join(f"{key} {value:.4g}" for key, value in event.figures.items())
+                console.info(f"{title}: {told} at step {event.step}")
+            self.refresh(AFTER_EVALUATION)
+        elif isinstance(event, loop.Stepped) and event.figures is not None:
+            self.tracking.figures(f"{series}train", event.figures, images)
+            self.refresh(BETWEEN)
 
     def measured(self, series: str, figures: dict[str, float], images: int, picture: Path | None = None) -> None:
         """Sends figures of an evaluation, and its picture, to the trackers."""

@@ -101,11 +101,15 @@ def local_rows(batch: int, micro_batch: int | None) -> list[tuple[int, int]]:
     return [(start, start + micro) for start in range(first, first + share, micro)]
 
 
-def averaged(events: Iterable[Event]) -> dict[str, Tensor]:
-    """Trains to the end with nothing to evaluate on the way; returns the averaged weights. events: of `fit`."""
-    *_, last = events
-    assert isinstance(last, Finished), "the last event"
-    return last.averages.whole()
+def averaged(events: Iterable[Event], saw: Callable[[Event], None] = lambda event: None) -> dict[str, Tensor]:
+    """Trains to the end with nothing to evaluate on the way; returns the averaged weights.
+
+    events: of `fit`. saw: is told of each.
+    """
+    for event in events:
+        saw(event)
+    assert isinstance(event, Finished), "the last event"
+    return event.averages.whole()
 
 
 def fit(
@@ -141,6 +145,8 @@ def fit(
             raise RunError(
                 f"{plan.state_file} is of step {step}, after step {last}; remove it, and training starts again"
             )
+        if 0 < step < last:
+            console.info(f"{plan.title} continues at step {step}")
         meter.trim(step)
         wrapped = model if sharding.is_sharded(model) else dist.wrap(model, device)
         pieces = local_rows(settings.batch, settings.micro_batch)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ddo_cli import checkpoint, console, dist, rundir
+from ddo_cli.engines import pages
 from ddo_cli.engines.ddo import report, sweep
 from ddo_cli.engines.ddo.round import Chain, Round, copy_weights
 from ddo_cli.engines.ddo.trial import TRAIN_STATE, Trial, candidates_of
@@ -123,6 +124,22 @@ def mend_weights(chain: Chain, records: Sequence[dict[str, Any]]) -> None:
             console.info(f"{best} is copied again from {source}")
         elif record is records[-1]:
             raise RunError(f"{best} {problem}, and so is {source}; restore one of them from a copy")
+
+
+def needed(chains: Sequence[Chain], run_dir: rundir.RunDir, state: dict[str, Any], name: str) -> str | None:
+    """For `RunDir.inspect`. Of finished rounds their weights, which `mend_weights` looks after; of the round that comes
+    next its candidates and their scores.
+    """
+    path = run_dir.path / name
+    if path.name in ("best.safetensors", "final.safetensors", pages.FILE):
+        return ""
+    here = next((place for chain in chains if (place := chain.next_path(state)) in path.parents), None)
+    if here is None:
+        return "" if path.name == "reference-scores.json" and "reference" not in state else None
+    is_read = path.name == "metrics.json" or path.parent.name == "checkpoints"
+    if is_read and here.exists():  # to remove it is a user's way to begin the round again
+        return f"restore it from a copy, or remove {here}, and the round begins again"
+    return None if path.suffix == ".png" else ""
 
 
 def drop_candidates(chain: Chain, records: Sequence[dict[str, Any]]) -> None:

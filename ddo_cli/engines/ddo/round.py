@@ -79,6 +79,11 @@ class Chain(NamedTuple):
         records: list[dict[str, Any]] = state.get(self.name, [])
         return records
 
+    def is_done(self, state: dict[str, Any]) -> bool:
+        """Whether nothing is left to train. A control goes through as many rounds as DDO did, promoted or not."""
+        records = self.records(state)
+        return len(records) >= len(state.get("rounds", [])) if self.is_control else is_over(self.recipe, records)
+
     def path_of(self, number: int) -> Path:
         """The directory of round `number`."""
         return self.path / f"round-{number:02d}"
@@ -90,6 +95,18 @@ class Chain(NamedTuple):
     def weights_after(self, rounds: int) -> str | Path:
         """The reference that so many rounds have led to."""
         return self.path_of(rounds) / "best.safetensors" if rounds else self.recipe.model.ckpt
+
+
+def is_over(recipe: Recipe, rounds: Sequence[dict[str, Any]]) -> bool:
+    """Whether all rounds are done, or the last ones, under the settings of the next, led to no promotion."""
+    settings, done = recipe.finetune, len(rounds)
+    if done >= settings.rounds or settings.patience_rounds is None:
+        return done >= settings.rounds
+    last = range(done - settings.patience_rounds + 1, done + 1)
+    if last.start < 1 or any(rounds[number - 1]["promoted"] for number in last):
+        return False
+    following = settings.of_round(done + 1)
+    return all(settings.of_round(number) == following for number in last)
 
 
 class Round(NamedTuple):

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ class Trial:
         self.reached = max(map(int, self.rungs), default=0)  # the step that training has come to
         self.is_scoring = False
         self.steps, self.candidates_at = of_round.plan.steps, of_round.plan.candidates_at
+        watch, batch = of_round.chain.watch, self.settings.batch
+        prefix = "control/" if of_round.chain.is_control else f"{setting.directory}/" if self.is_node else ""
+        self.saw = partial(watch.saw, batch=batch, series=prefix, title=self.title, before=of_round.images_before)
 
     def train(self, until: int) -> None:
         """Trains on to a rung and scores the averaged weights there; on the way to the last rung, all candidates.
@@ -58,19 +62,20 @@ class Trial:
             model = self.networks.fresh()
             task = self.networks.task
             objective = task.objective(model, self.setting)
-            events = loop.fit(model, objective, task.stream, self._plan(until), self._meter())
-            with contextlib.closing(events):
-                for event in self._watched(events):
+            fitted = loop.fit(model, objective, task.stream, self._plan(until), self._meter())
+            with contextlib.closing(fitted) as events:
+                for event in events:
                     match event:
                         case loop.Stepped(step, figures):
                             self._check(step, figures)
                         case loop.Evaluate():
                             self._evaluate(event, is_last)
-                            if is_last and self.is_over:
-                                break
                         case loop.Finished(step, averages) if not is_last:
                             self.rungs[str(step)] = self._measure(step, averages.whole(), self.round.plan.images)
                             self._write()
+                    self.saw(event)
+                    if is_last and self.is_over:
+                        break
         except NumericsError as error:
             # Samples that are not finite are met by one process only: the others wait for its share of the score.
             if not self.is_node or (self.is_scoring and dist.world_size() > 1):
@@ -159,11 +164,6 @@ class Trial:
         """Of a line of the log. beta · std(r) tells whether beta fits."""
         figures = self.networks.task.figures(means)
         return {**figures, **({"beta_r_std": self.setting.beta * figures["r_std"]} if "r_std" in figures else {})}
-
-    def _watched(self, events: Iterator[loop.Event]) -> Iterator[loop.Event]:
-        chain = self.round.chain
-        prefix = "control/" if chain.is_control else f"{self.setting.directory}/" if self.is_node else ""
-        return chain.watch.follow(events, self.settings.batch, prefix, self.title, self.round.images_before)
 
     def _preview_file(self, step: int) -> Path | None:
         """Images of a candidate beside the reference's, on the same seeds; None of a density."""
@@ -260,6 +260,17 @@ class Trial:
 
     def _by_step(self, figures: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
         return [{"step": step, "score": figures[str(step)][self.scoring.key]} for step in sorted(map(int, figures))]
+
+
+def halving(trials: Sequence[Trial], rungs: Sequence[sweep.Rung]) -> Iterator[tuple[Trial, int]]:
+    """What to train how far: to each rung in turn, those that the scores at the one before have left."""
+    alive, reached = trials, 0
+    for step, num_trials in rungs:
+        if reached:
+            alive = better_half(trials, alive, reached, num_trials)
+        for trial in alive:
+            yield trial, step
+        reached = step
 
 
 def better_half(trials: Sequence[Trial], alive: Sequence[Trial], step: int, num: int) -> list[Trial]:

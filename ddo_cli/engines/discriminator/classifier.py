@@ -83,7 +83,7 @@ def run(
             objective = Objective(partial(_batch, base.codec, law), partial(_cross_entropy, base.codec))
             events = loop.fit(network, objective, stream, plan, meter)
             with Watch(run_dir, recipe, page, log_to) as watch:
-                ema = loop.averaged(watch.follow(events, settings.batch))
+                ema = loop.averaged(events, partial(watch.saw, batch=settings.batch))
             network.load_state_dict(ema)
             held_out = encoded(base, real.items, rows.held_out, "classifier", recipe.seed, device=device)
             labels = torch.from_numpy(real.labels[rows.held_out])

@@ -233,11 +233,12 @@ class _Training:
         candidates, objective = self.candidate(0).parent, Objective(self.batch, self.loss)
         plan = plan._replace(last_good=lambda: max(candidates.glob("step-*"), default="none yet"))
         with contextlib.closing(loop.fit(self.network, objective, self.pairs, plan, meter)) as events, self.watch:
-            for event in self.watch.follow(events, settings.batch, title="discriminator"):
+            for event in events:
                 if isinstance(event, loop.Evaluate):
                     event.figures = self.evaluate(event.step, event.averages.whole())
-                    if self.settled():
-                        break
+                self.watch.saw(event, settings.batch, title="discriminator")
+                if isinstance(event, loop.Evaluate) and self.settled():
+                    break
 
     def batch(self, real: Examples, fake: Examples, rng: StepRng) -> _Batch:
         """Real and generated rows, each with a time and noise of its own."""

@@ -90,9 +90,10 @@ def run(
             job = training_run.plan_of(run_dir, recipe, "pretraining", steps, settings, device, snapshots.due)
             fitted = contextlib.closing(loop.fit(model, objective, stream, *job))
             with Watch(run_dir, recipe, page, log_to) as watch, fitted as events:
-                for event in watch.follow(events, settings.batch):
+                for event in events:
                     if isinstance(event, loop.Evaluate):
                         snapshots.keep(event)
+                    watch.saw(event, settings.batch)
                 assert isinstance(event, loop.Finished), "the last event"
                 ema, header = event.averages.whole(), snapshots.header_at(steps, None)
                 if sharding.is_sharded(model):

@@ -81,7 +81,7 @@ def run(
             job = training_run.plan_of(run_dir, recipe, "pretraining", steps, settings, device)
             events = loop.fit(model, objective, stream, *job)
             with Watch(run_dir, recipe, page, log_to) as watch:
-                ema = loop.averaged(watch.follow(events, settings.batch))
+                ema = loop.averaged(events, partial(watch.saw, batch=settings.batch))
                 model.load_state_dict(ema)
                 model.eval()
                 figures = _finish(model, ema, recipe, real, scoring, steps, run_dir)
