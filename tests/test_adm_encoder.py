@@ -190,7 +190,7 @@ GUIDANCE = {  # sigma -> log-ratio, norms of G, first four values of G, which is
 @pytest.mark.parametrize("sigma", GUIDANCE)
 def test_the_guidance_term(pixel_extractor, sigma):
     log_ratio, norms, values = (torch.tensor(numbers) for numbers in GUIDANCE[sigma])
-    discriminator = TrunkDiscriminator(pixel_extractor, filled(lambda: head(512, 0)), "")
+    discriminator = TrunkDiscriminator(pixel_extractor, filled(lambda: head(512, 0)), "", (512, 8, 8))
     x = 1.5 * fill((2, 3, 32, 32), zlib.crc32(b"input"))
     value, direction = guidance.climb(discriminator, x, torch.tensor(sigma), torch.tensor([-1, -1]))
     assert_close(value, log_ratio, **GOLDEN)

@@ -12,18 +12,21 @@ import torch
 from conftest import CPU, make_checkpoint, tiny_disc_recipe, torchrun
 from kills import KilledError
 
-from ddo_cli import checkpoint, cli, files
+from ddo_cli import checkpoint, cli, console, files
+from ddo_cli.data import cache
 from ddo_cli.data.images import open_images
 from ddo_cli.data.pairs import split
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.engines.analysis import analyze
 from ddo_cli.engines.discriminator import data as disc_data
 from ddo_cli.engines.discriminator import train as train_disc
+from ddo_cli.engines.discriminator.features import CachedRows
 from ddo_cli.engines.sampling import guide_sample, guides, sample
 from ddo_cli.errors import CheckpointError, DataError, RecipeError, RunError, UsageError
 from ddo_cli.metrics.discrimination import LEVELS, HeldOut, noisy
 from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.recipe.load import load
+from ddo_cli.rng import StepRng
 from ddo_cli.trainable import Trainable
 
 
@@ -381,18 +384,90 @@ def test_labels_reach_a_conditional_network_and_no_other():
         assert (not torch.equal(one, other)) == differ
 
 
-def test_a_discriminator_on_a_frozen_trunk(tmp_path):
+def random_trunk(path):
+    """A classifier with random weights, written to `path`, and its header."""
     options = {"widths": [16], "depths": [1], "emb_width": 16}
     config = discriminators.config_of("classifier", "time-encoder-classifier", (3, 32, 32), 10, options)
     torch.manual_seed(0)
     trunk = discriminators.build("classifier", config)
     header = {"kind": "classifier", "config": config, "process": discriminators.PROCESS}
-    checkpoint.save(tmp_path / "trunk.safetensors", trunk.state_dict(), header)
+    checkpoint.save(path, trunk.state_dict(), header)
+    return trunk, header
+
+
+def on_trunk(ckpt, path, *settings):
+    options = f"discriminator.options={{trunk: {path}, widths: [8], depths: [1], emb_width: 16}}"
+    return tiny_disc_recipe(ckpt, "discriminator.name=trunk", options, *settings)
+
+
+def test_features_kept_on_disk_change_nothing_until_they_are_used_again(ckpt, tmp_path, monkeypatch):
+    monkeypatch.setenv("DDO_CACHE", str(tmp_path / "cache"))
+    said = []
+    monkeypatch.setattr(console, "warn", said.append)
+    random_trunk(tmp_path / "trunk.safetensors")
+
+    def trained(out, cached):
+        path = tmp_path / "trunk.safetensors"
+        recipe = on_trunk(ckpt, path, "discriminator.images=24", f"discriminator.cached_images={cached}")
+        train_disc.run(recipe, tmp_path / out, device=CPU)
+        return checkpoint.load(tmp_path / out / "final.safetensors").tensors
+
+    plain, kept = trained("plain", 0), trained("kept", 24)
+    assert all(torch.equal(plain[name], kept[name]) for name in plain)
+    (entry,) = (tmp_path / "cache").glob("*-trunk-*.npy")
+    features = np.load(entry)
+    assert features.shape == (24, 2 * 16, 8, 8)
+    entry.write_bytes(entry.read_bytes()[:-1])
+    again = trained("damaged", 24)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    assert f"{entry} is damaged and is made again" in said
+    np.testing.assert_array_equal(np.load(entry), features)
+
+
+def test_features_on_disk_come_again_in_other_orders():
+    features = np.arange(6, dtype=np.float32).reshape(6, 1, 1, 1).repeat(4, axis=1)  # (N, 2 C, h, w)
+    labels = torch.arange(6)[:, None] + torch.tensor([[0, 10]])
+    stream = CachedRows(features, labels, labels.to(torch.float64), None, 0)
+    drawn = [stream.rows(6 * epoch, 6 * epoch + 6)[0][:, 0, 0, 0].tolist() for epoch in (0, 1, 2, 0)]
+    assert drawn[0] == drawn[3] == list(range(6))
+    assert sorted(drawn[1]) == sorted(drawn[2]) == drawn[0]
+    assert drawn[0] != drawn[1] != drawn[2]
+    batch = stream.batch(*stream.rows(4, 8), StepRng((0,), 0, range(4)))
+    assert batch.features.shape == (8, 2, 1, 1)
+    assert (batch.features[:, 0, 0, 0] == batch.label % 10).all()
+    assert (batch.label >= 10).tolist() == [False] * 4 + [True] * 4  # real rows first
+    assert (batch.t == batch.label).all()
+
+
+def test_features_on_disk_are_foretold_and_refused_where_they_cannot_be(ckpt, tmp_path, monkeypatch):
+    monkeypatch.setenv("DDO_CACHE", str(tmp_path / "cache"))
+    random_trunk(tmp_path / "trunk.safetensors")
+
+    def tried(recipe):
+        return train_disc.run(recipe, tmp_path / "run", device=CPU, dry_run=True)
+
+    def of_trunk(cached):
+        return on_trunk(ckpt, tmp_path / "trunk.safetensors", f"discriminator.cached_images={cached}")
+
+    assert tried(of_trunk(16))["cached_features"] == f"0.000131 GB in {tmp_path / 'cache'}"
+    assert "cached_features" not in tried(of_trunk(0))
+    with pytest.raises(UsageError, match="frozen trunk, which time-encoder has not"):
+        tried(tiny_disc_recipe(ckpt, "discriminator.cached_images=16"))
+    for cached in (17, 1 << 20):
+        with pytest.raises(UsageError, match=r"a multiple of discriminator\.batch = 8, and at most"):
+            tried(of_trunk(cached))
+    monkeypatch.setattr(cache, "MARGIN", 1 << 60)
+    with pytest.raises(RunError, match=r"0\.0 GB of features cannot be kept in .* make room"):
+        train_disc.run(of_trunk(16), tmp_path / "full", device=CPU)
+    monkeypatch.setenv("DDO_CACHE", "off")
+    with pytest.raises(UsageError, match="which DDO_CACHE turns off"):
+        tried(of_trunk(16))
+
+
+def test_a_discriminator_on_a_frozen_trunk(tmp_path):
+    trunk, header = random_trunk(tmp_path / "trunk.safetensors")
     ckpt = make_checkpoint(tmp_path / "m.safetensors")
-    recipe = tiny_disc_recipe(
-        ckpt, "discriminator.name=trunk",
-        f"discriminator.options={{trunk: {tmp_path / 'trunk.safetensors'}, widths: [8], depths: [1], emb_width: 16}}",
-    )  # fmt: skip
+    recipe = on_trunk(ckpt, tmp_path / "trunk.safetensors")
     train_disc.run(recipe, tmp_path / "run", device=CPU)
     found = discriminators.load("discriminator", tmp_path / "run" / "final.safetensors", CPU)
     assert all(name.startswith("head.") for name in found.checkpoint.tensors)  # the trunk is not copied

@@ -1,4 +1,4 @@
-"""Cache of decoded images: one uint8 array per set, which later runs map into memory instead of decoding again.
+"""Cache of large arrays, which later runs map into memory: decoded images, and features to train on.
 
 The file name holds a hash of the source, so an entry is never read for another one. Entries are never removed; the
 directory may be emptied whenever nothing runs.
@@ -63,23 +63,11 @@ def kept(
     None if the cache is off, or, with a warning, if it cannot hold them. Errors of `fill` pass through; it must not
     raise OSError.
     """
-    path = _entry(source, key)
-    if path is None:
-        return None
-    items = _mapped(path, num)
-    if items is not None:
-        console.info(f"{source}: decoded images taken from {path}")
-        return items
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(source, path):
-            items = _mapped(path, num)  # written by the process that held the lock
-            if items is None:
-                _write(path, (num, *shape()), fill)
-                console.info(f"{source}: decoded images kept in {path} for later runs (data.cache)")
-                items = _mapped(path, num)
-        return items
+        return array(source, key, num, shape, fill, "decoded images", "data.cache")
     except OSError as error:  # such as a full disk, or a file system without locks
+        path = _entry(source, key)
+        assert path is not None, "without a cache nothing is written"
         _warn_once(
             f"{source}: its decoded images cannot be kept in {path.parent} ({reason(error)}) and are held in memory; "
             "make room, or set DDO_CACHE to another directory, or to off"
@@ -87,40 +75,73 @@ def kept(
         return None
 
 
-def _alone(source: str, path: Path) -> AcquireReturnProxy:
-    """Lock of an entry, for `with`: one process of a run decodes, the others wait and share the result."""
+def array(
+    source: str,
+    key: str,
+    num: int,
+    shape: Callable[[], Sequence[int]],
+    fill: Callable[[np.ndarray], None],
+    what: str,
+    setting: str,
+    dtype: type[np.generic] = np.uint8,
+) -> np.ndarray | None:
+    """The entry of any four-dimensional array (num, *shape()), as `kept`; None if the cache is off.
+
+    what, setting: its content and the recipe key behind it, for people. Raises OSError where it cannot be written.
+    """
+    path = _entry(source, key)
+    if path is None:
+        return None
+    items = _mapped(path, num, dtype)
+    if items is not None:
+        console.info(f"{source}: {what} taken from {path}")
+        return items
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(source, path, what):
+        items = _mapped(path, num, dtype)  # written by the process that held the lock
+        if items is None:
+            _write(path, (num, *shape()), fill, dtype)
+            console.info(f"{source}: {what} kept in {path} for later runs ({setting})")
+            items = _mapped(path, num, dtype)
+    return items
+
+
+def _alone(source: str, path: Path, what: str) -> AcquireReturnProxy:
+    """Lock of an entry, for `with`: one process of a run makes it, the others wait and share the result."""
     place = path.with_name(f".{path.name}.lock")
     try:
         return lock(place, timeout=0)
     except Timeout:
-        console.info(f"{source}: another process is decoding its images; waiting for it")
+        console.info(f"{source}: another process makes its {what}; waiting for it")
         return lock(place)
 
 
-def _mapped(path: Path, num: int) -> np.ndarray | None:
-    """An entry, uint8 (num, C, H, W), read-only; None if missing or, with a warning, damaged."""
+def _mapped(path: Path, num: int, dtype: type[np.generic] = np.uint8) -> np.ndarray | None:
+    """An entry (num, C, H, W), read-only; None if missing or, with a warning, damaged."""
     try:
         with open(path, "rb") as file:
-            shape, is_fortran, dtype = npz.read_header(file)
+            shape, is_fortran, found = npz.read_header(file)
             offset, size = file.tell(), os.fstat(file.fileno()).st_size
-        if is_fortran or dtype != np.uint8 or len(shape) != 4 or shape[0] != num or offset + math.prod(shape) != size:
+        if is_fortran or found != dtype or len(shape) != 4 or shape[0] != num:
             raise ValueError("another array")
+        if offset + math.prod(shape) * found.itemsize != size:
+            raise ValueError("cut off")
         # asarray: without the subclass memmap, which indexing would pass on
-        return np.asarray(np.memmap(path, np.uint8, "r", offset, shape))
+        return np.asarray(np.memmap(path, dtype, "r", offset, shape))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError):
-        _warn_once(f"{path} is damaged; the images are decoded again")
+        _warn_once(f"{path} is damaged and is made again")
         return None
 
 
-def _write(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None]) -> None:
-    size, free = math.prod(shape), shutil.disk_usage(path.parent).free
+def _write(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None], dtype: type[np.generic]) -> None:
+    size, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
     if free < size + MARGIN:
         raise OSError(errno.ENOSPC, f"{size / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free, of which 1 stays free")
     sweep(path.parent, name=path.name)
     with replacing(path) as temporary:
-        items = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+        items = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
         if hasattr(os, "posix_fallocate"):
             # The mapped file is sparse: if the disk filled up meanwhile, writing to it would kill the process.
             with open(temporary, "r+b") as file:

@@ -365,6 +365,12 @@ class DiscriminatorRecipe(TrainRecipe):
     select: Literal["bce", "gain", "fid"] = key(
         "bce", "Final checkpoint: by held-out bce, by the held-out gain in nats, or by fid of guided samples."
     )
+    cached_images: int = key(
+        0,
+        "Keep on disk the trunk's features of this many real images, as training draws them, and of as many generated "
+        "ones. Training beyond them sees them again, with the same noise. 0: noise is always drawn anew.",
+        ge=0,
+    )
     control: bool = key(False, "Keep and measure the untrained network, too: untrained.safetensors.")
     lr: float = Field(3e-4, gt=0)
     weight_decay: float = Field(1e-7, ge=0)

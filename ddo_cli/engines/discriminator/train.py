@@ -26,16 +26,19 @@ from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.diffusion.guidance import GradientGuide
 from ddo_cli.engines import training_run
 from ddo_cli.engines.discriminator import data as disc_data
+from ddo_cli.engines.discriminator import features as disc_features
 from ddo_cli.engines.discriminator import report as disc_report
+from ddo_cli.engines.discriminator.features import CachedRows
 from ddo_cli.engines.sampling import guides, sample
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.engines.watch import Watch
-from ddo_cli.files import read_json, sha256, write_json
+from ddo_cli.files import cache_directory, read_json, sha256, write_json
 from ddo_cli.generation import check_labels, encoded
 from ddo_cli.metrics import gain as gains
 from ddo_cli.metrics.discrimination import HeldOut, noisy
 from ddo_cli.models import registry
 from ddo_cli.models.discriminators import registry as discriminators
+from ddo_cli.models.discriminators.on_trunk import TrunkDiscriminator
 from ddo_cli.objectives.discriminator import discriminator_loss
 from ddo_cli.recipe.schema import Recipe, SamplingRecipe
 from ddo_cli.rng import StepRng, seed_from
@@ -82,6 +85,7 @@ def run(
     )
     network = _untrained(config, recipe, device)
     loop.check(network, settings)
+    cached_bytes = disc_features.size_of(network, settings)
     scoring = Scoring(recipe, real, spec, device) if settings.select == "fid" else None
     guide = guides.discriminator_guide(network, recipe.guidance, base)
     if scoring is not None:
@@ -101,6 +105,7 @@ def run(
             "out": str(out), "dry_run": True, "model": recipe.model.ckpt, "data": real.name,
             "discriminator": settings.name, "parameters": sum(p.numel() for p in network.parameters()),
             "fake": settings.fake or f"{settings.num_fake} to draw", "images": settings.images, "batch": settings.batch,
+            **({"cached_features": f"{cached_bytes / 1e9:.3g} GB in {cache_directory()}"} if cached_bytes else {}),
             **({"control": "the untrained network: held-out figures and no training"} if settings.control else {}),
         }  # fmt: skip
     with training_run.claimed("train-disc", recipe, out, identity, _needed) as (run_dir, state):
@@ -230,15 +235,33 @@ class _Training:
         plan, meter = training_run.plan_of(
             self.run_dir, self.recipe, "discriminator", steps, settings, self.device, evaluate_at
         )
-        candidates, objective = self.candidate(0).parent, Objective(self.batch, self.loss)
+        candidates, objective, stream = self.candidate(0).parent, Objective(self.batch, self.loss), self.stream()
+        if isinstance(stream, CachedRows):
+            objective = Objective(stream.batch, self.loss_of_features)
         plan = plan._replace(last_good=lambda: max(candidates.glob("step-*"), default="none yet"))
-        with contextlib.closing(loop.fit(self.network, objective, self.pairs, plan, meter)) as events, self.watch:
+        with contextlib.closing(loop.fit(self.network, objective, stream, plan, meter)) as events, self.watch:
             for event in events:
                 if isinstance(event, loop.Evaluate):
                     event.figures = self.evaluate(event.step, event.averages.whole())
                 self.watch.saw(event, settings.batch, title="discriminator")
                 if isinstance(event, loop.Evaluate) and self.settled():
                     break
+
+    def stream(self) -> Pairs | CachedRows:
+        """The rows to train on: real and generated items, or features of the frozen trunk that are kept on disk."""
+        if not self.settings.cached_images:
+            return self.pairs
+        assert isinstance(self.network, TrunkDiscriminator), "size_of has checked it"
+        trained_on = self.header["trained_on"]
+        content = {
+            "data": trained_on["data_sha256"], "fake": trained_on["fake_sha256"],
+            "encoder": self.base.codec.encoder_id(), "hflip": self.recipe.data.hflip, "device": self.device.type,
+            "draw": self.base.draw_options.model_dump(mode="json"),
+        }  # fmt: skip
+        return disc_features.cached(
+            self.network, self.batch, self.states, self.pairs, self.law, self.settings, self.recipe.seed, content,
+            f"{self.recipe.name}-trunk", self.device,
+        )  # fmt: skip
 
     def batch(self, real: Examples, fake: Examples, rng: StepRng) -> _Batch:
         """Real and generated rows, each with a time and noise of its own."""
@@ -252,12 +275,16 @@ class _Training:
 
     def loss(self, wrapped: nn.Module, batch: _Batch) -> Loss:
         """Cross-entropy of real and generated rows."""
-        n = len(batch.label) // 2
+        return _cross_entropy(wrapped(self.states(batch), batch.t, batch.label), batch.weight)
+
+    def loss_of_features(self, wrapped: nn.Module, batch: disc_features.FeatureBatch) -> Loss:
+        """The same of rows whose features are known."""
+        return _cross_entropy(wrapped(None, batch.t, batch.label, batch.features), batch.weight)
+
+    def states(self, batch: _Batch) -> Tensor:
+        """Noisy states (2n, ...), real rows first."""
         x0 = torch.cat([self.base.codec.encode(*side) for side in (batch.real, batch.fake)])
-        logit = wrapped(noisy(x0, batch.t, batch.eps), batch.t, batch.label)  # (2n,)
-        weights = (None, None) if batch.weight is None else batch.weight.split(n)
-        figures = discriminator_loss(logit[:n], logit[n:], *weights)._asdict()
-        return Loss(figures.pop("loss"), figures)
+        return noisy(x0, batch.t, batch.eps)
 
     def evaluate(self, step: int, ema: dict[str, Tensor]) -> dict[str, float]:
         """Keeps the checkpoint of a step and its held-out figures; returns the main ones."""
@@ -328,6 +355,14 @@ class _Training:
         early = [bce for step, bce in history if step <= history[-1][0] / 2]
         best = min(bce for _, bce in history)
         return self.settled() or bool(early and min(early) - best <= STILL_FALLING * (math.log(2) - best))
+
+
+def _cross_entropy(logit: Tensor, weight: Tensor | None) -> Loss:
+    """logit, weight: (2n,), real rows first."""
+    n = len(logit) // 2
+    weights = (None, None) if weight is None else weight.split(n)
+    figures = discriminator_loss(logit[:n], logit[n:], *weights)._asdict()
+    return Loss(figures.pop("loss"), figures)
 
 
 def by_step(evaluations: dict[str, dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:

@@ -43,4 +43,4 @@ def build(shape: tuple[int, ...], num_classes: int, options: AdmDiscriminatorOpt
         time=getattr(trunk, "time", "linear"),
         **options.model_dump(exclude={"trunk", "trunk_sha256", "label_rows"}),
     )
-    return TrunkDiscriminator(trunk, head, options.trunk_sha256)
+    return TrunkDiscriminator(trunk, head, options.trunk_sha256, (channels, side, side))

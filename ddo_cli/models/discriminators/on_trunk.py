@@ -41,14 +41,22 @@ class TrunkOptions(TrunkFile):
 class TrunkDiscriminator(Trainable):
     """head(trunk.features(x_vp, t), t, label). Only the head has parameters and a place in the state dict."""
 
-    def __init__(self, trunk: Classifier, head: nn.Module, trunk_sha256: str) -> None:
+    def __init__(
+        self, trunk: Classifier, head: nn.Module, trunk_sha256: str, feature_shape: tuple[int, int, int]
+    ) -> None:
         super().__init__()
-        self.head, self.trunk_sha256 = head, trunk_sha256
+        self.head, self.trunk_sha256, self.feature_shape = head, trunk_sha256, feature_shape
         self._trunk = [trunk]  # in a list: nn.Module would register it, and weight files would carry it
 
-    def forward(self, x_vp: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """(B,). The trunk is differentiated with respect to x_vp where x_vp is, as guidance needs."""
-        return self.head(self._trunk[0].features(x_vp, t), t, label)
+    def forward(self, x_vp: Tensor | None, t: Tensor, label: Tensor, features: Tensor | None = None) -> Tensor:
+        """(B,). The trunk is differentiated with respect to x_vp where x_vp is, as guidance needs.
+
+        features: the trunk's, where they are known; x_vp is then not needed.
+        """
+        if features is None:
+            assert x_vp is not None, "states or their features"
+            features = self._trunk[0].features(x_vp, t)
+        return self.head(features, t, label)
 
     @property
     def trunk(self) -> Classifier:
@@ -105,4 +113,6 @@ def build(shape: tuple[int, ...], num_classes: int, options: TrunkOptions) -> Tr
         patch=1,
         **options.model_dump(include={"widths", "depths", "emb_width"}),
     )
-    return TrunkDiscriminator(trunk, head.to(memory_format=torch.channels_last), options.trunk_sha256)
+    return TrunkDiscriminator(
+        trunk, head.to(memory_format=torch.channels_last), options.trunk_sha256, (channels, side, side)
+    )
