@@ -329,7 +329,7 @@ def test_the_second_process_waits(tmp_path, kept, said, monkeypatch):
     monkeypatch.setattr(console, "info", finished)
     monkeypatch.setattr(ImageFiles, "item", lambda *args: pytest.fail("decoded a second time"))
     np.testing.assert_array_equal(open_images(str(path)).items, some_items())
-    assert "another process is decoding" in said[1]
+    assert "another process makes its decoded images" in said[1]
 
 
 def test_everything_takes_a_mapped_set(tmp_path):
