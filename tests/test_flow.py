@@ -300,6 +300,28 @@ def test_samplers_equal_the_official_ones(golden, options, sampling):
 
 
 @pytest.mark.parametrize(
+    ("options", "golden"),
+    [
+        ({"unused_variance": True}, (-0.1949007, 1.3071633, (-1.338027, -1.000127, -0.378693, 0.295980))),
+        ({}, (-0.0604293, 1.2489164, (-2.001603, 0.364657, -0.484921, 2.626806))),
+    ],
+    ids=["sit", "sit-plain"],
+)
+def test_heun_s_limit_is_the_official_adaptive_solution(options, golden):
+    """SiT's default solver, dopri5 of torchdiffeq at rtol 1e-7; errors of h^2 are taken off by two numbers of steps."""
+    model = test_dit.loaded(test_dit.build(precond="flow", **options))
+    few, many = (
+        model.sample(torch.tensor([1, 3]), GoldenNoise(), SamplingRecipe(sampler="flow-heun", steps=steps)).x
+        for steps in (12, 24)
+    )
+    mean, std, first = golden
+    found = (4 * many - few) / 3
+    torch.testing.assert_close([found.mean().item(), found.std(unbiased=False).item()], [mean, std], atol=2e-5, rtol=0)
+    torch.testing.assert_close(found[0, 0, 0, :4].tolist(), list(first), atol=2e-4, rtol=0)  # what h^3 leaves
+    assert (many[0, 0, 0, :4] - torch.tensor(first)).abs().max() > 5e-4  # so neither alone is
+
+
+@pytest.mark.parametrize(
     ("options", "complaint"),
     [
         ({"sampler": "flow-heun", "dtype": "float32"}, "dtype = float32: flow-heun is float64"),

@@ -33,6 +33,8 @@ def test_every_benchmark_has_figures():
         ("cifar10-uncond", "fid", "EDM + DDO", 1.38, 35),
         ("cifar10-cond", "fid", "EDM + DG", 1.64, None),
         ("ffhq64", "fid", "EDM", 2.39, 79),
+        ("celeba64", "fid", "DDPM++ with Soft Truncation + DG", 1.34, None),
+        ("imagenet256", "fid", "SiT-XL/2, guidance 1.5", 2.06, 500),
         ("imagenet64", "fid", "EDM", 1.36, 511),
         ("imagenet64", "fid", "EDM2-S + DDO", 0.97, 63),
         ("imagenet64", "fid", "EDM2-S + autoguidance", 1.01, None),

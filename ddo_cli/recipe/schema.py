@@ -206,7 +206,7 @@ def _merged(stored: S, changes: dict[str, Any], given: dict[str, Any], place: st
 
 # Benchmarks with published results in `metrics.published`.
 Benchmark = Literal[
-    "cifar10-uncond", "cifar10-cond", "ffhq64", "afhqv2-64", "imagenet64", "imagenet256", "imagenet512"
+    "cifar10-uncond", "cifar10-cond", "ffhq64", "afhqv2-64", "celeba64", "imagenet64", "imagenet256", "imagenet512"
 ]  # fmt: skip
 
 
