@@ -75,7 +75,7 @@ TABLE: dict[Benchmark, Published] = {
     "ffhq64": Published(EDM_PROTOCOL, (Figure("EDM", "fid", 2.39, EDM, 79), Figure("EDM + DG", "fid", 1.98, DG))),
     "afhqv2-64": Published(EDM_PROTOCOL, (Figure("EDM", "fid", 1.96, EDM, 79),)),
     "celeba64": Published(
-        "50,000 images against the 162,770 of the training set; Soft Truncation's code scores by clean-fid, in mode clean",
+        "50,000 images against the 162,770 of the training set, by clean-fid (mode clean)",
         (
             Figure("DDPM++ with Soft Truncation", "fid", 1.90, SOFT_TRUNCATION),
             Figure("DDPM++ with Soft Truncation + DG", "fid", 1.34, DG),
