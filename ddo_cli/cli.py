@@ -57,6 +57,7 @@ COMMANDS = {  # in the order of the help text
     "ema": weights.ema,
     "convert": weights.convert,
     "export": weights.export,
+    "push": weights.push,
     "info": weights.info,
     "recipes": about.recipes,
     "doctor": about.doctor,

@@ -69,6 +69,10 @@ EXAMPLES = {
         "ddo export runs/quickstart --out for-diffusers",
         "ddo export runs/mine --out finetuned.pkl --like edm-cifar10-32x32-uncond-vp.pkl",
     ),
+    "push": (
+        "ddo push runs/quickstart user/quickstart --dry-run",
+        "ddo push runs/mine/round-02/best.safetensors user/mine --private --license cc-by-4.0",
+    ),
     "info": ("ddo info runs/quickstart", "ddo info samples --json"),
     "recipes": ("ddo recipes quickstart --copy mine.yaml", "ddo recipes --keys"),
     "doctor": ("ddo doctor", "ddo doctor --json"),

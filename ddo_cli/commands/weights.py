@@ -1,4 +1,4 @@
-"""Commands about weight files: `convert`, `export`, `ema`, `info`; `encode` for data."""
+"""Commands about weight files: `convert`, `export`, `ema`, `push`, `info`; `encode` for data."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -104,6 +104,31 @@ def encode(
         data, ckpt, out, num=num_images, shard=shard, batch=batch, dtype=dtype, workers=workers, device=device,
         dry_run=dry_run,
     )  # fmt: skip
+
+
+def push(
+    source: Annotated[
+        str, Argument(metavar="RUN", autocompletion=completion.weights, help="A run directory or a weight file.")
+    ],
+    repo: Annotated[str, Argument(metavar="USER/NAME", help="Repository of the Hub; created if there is none.")],
+    private: Annotated[bool, Option("--private", help="Only you and your organisation can see it.")] = False,
+    revision: Annotated[
+        str | None, Option(help="Branch to commit to, created if there is none.", show_default="main")
+    ] = None,
+    license_: Annotated[
+        str | None,
+        Option("--license", help="As the Hub names it, e.g. apache-2.0.", show_default="that of the base, where known"),
+    ] = None,
+    dry_run: Annotated[
+        bool, options.run_option("--dry-run", help="Print what would be sent, and the card; send nothing.")
+    ] = False,
+) -> options.Result:
+    """Publish weights on the Hugging Face Hub, with their recipe and a card made from their provenance."""
+    from ddo_cli.engines.weights import push
+
+    figures = push.run(source, repo, private=private, revision=revision, licence=license_, dry_run=dry_run)
+    shown = {key: value for key, value in figures.items() if key != "card"}
+    return options.Result(figures, shown, text=f"\n\n{figures['card']}" if dry_run else "")
 
 
 def info(

@@ -79,29 +79,63 @@ def cost(logs: Sequence[Lines], notes: Sequence[str] = ()) -> Section:
 
 def provenance(weights: str | Path, inputs: dict[str, Any]) -> Section:
     """Where the weights come from, step by step, and the hashes of what the run has read."""
-    rows: list[tuple[str, ...]] = []
     try:
         links = checkpoint.read_header(weights).get("provenance", [])
     except (CheckpointError, OSError):
         links = []
+    told = html.Text(f"{weights} does not tell where it comes from.")
+    hashes = [
+        (key.removesuffix("_sha256"), value) for key, value in inputs.items() if key.endswith("_sha256") and value
+    ]
+    return Section(
+        "Provenance",
+        [steps_table(links) if links else told, html.Table("Inputs", ["", "SHA-256"], hashes, of_texts=True)],
+    )
+
+
+# What a score is, by the name of the recipe's metric.
+_SCORES = {
+    "fd_embedded": "the Fréchet distance between features of a small digit classifier, which is no FID",
+    "fid": "the Fréchet distance between features of Inception-v3",
+    "fd_dinov2": "the Fréchet distance between features of DINOv2",
+    "fd_clip": "the Fréchet distance between features of CLIP",
+    "js": "the Jensen-Shannon divergence of the model's density from the data's, on a grid",
+}
+
+
+def protocol(recipe: Recipe, weights: str | Path, key: str) -> html.Text:
+    """How the scores were measured. weights: tell how samples are drawn."""
+    metric = recipe.metric
+    what = f"the Fréchet distance between features of {metric.extractor}" if metric.extractor else _SCORES[metric.name]
+    words = f"{key} is {what}, against {metric.ref or recipe.data.source}"
+    if metric.name != "js":
+        ranges = "one range" if metric.repeats == 1 else f"each of {metric.repeats} ranges"
+        words += f": {metric.num_images:,} images in {ranges} of seeds"
+    sampling = checkpoint.read_header(weights).get("sampling", {})
+    if "sampler" in sampling and "steps" in sampling:
+        words += f", drawn by {sampling['sampler']} with {sampling['steps']} steps"
+    return html.Text(f"{words}.")
+
+
+def steps_table(links: Sequence[dict[str, Any]]) -> html.Table:
+    """The steps of a provenance: command, recipe, data, settings, and the weights that each began with."""
+    rows: list[tuple[str, ...]] = []
     for number, link in enumerate(links, start=1):
         recipe = link.get("recipe", {})
         of_round = f", round {link['round']}" if "round" in link else ""
         what = f"{link['command']}{' (control)' if link.get('control') else ''}{of_round}"
-        settings = {**_settings(link, recipe), **{key: link[key] for key in ("alpha", "beta", "steps") if key in link}}
+        settings = _settings(link, recipe) | {key: link[key] for key in ("alpha", "beta", "steps") if key in link}
         told = ", ".join(f"{key} {value}" for key, value in settings.items())
-        source = recipe.get("data", {}).get("source") if isinstance(recipe.get("data"), dict) else None
-        rows.append((str(number), what, str(recipe.get("name", "-")), str(source or "-"), told or "-",
+        rows.append((str(number), what, str(recipe.get("name", "-")), data_of(link) or "-", told or "-",
                      str(link.get("reference_sha256", "-"))[:12]))  # fmt: skip
-    columns = ["", "command", "recipe", "data", "settings", "from weights (SHA-256)"]
-    blocks: list[html.Block] = [html.Table("", columns, rows, of_texts=True)]
-    if not rows:
-        blocks = [html.Text(f"{weights} does not tell where it comes from.")]
-    hashes = [
-        (key.removesuffix("_sha256"), value) for key, value in inputs.items() if key.endswith("_sha256") and value
-    ]
-    blocks.append(html.Table("Inputs", ["", "SHA-256"], hashes, of_texts=True))
-    return Section("Provenance", blocks)
+    return html.Table("", ["", "command", "recipe", "data", "settings", "from weights (SHA-256)"], rows, of_texts=True)
+
+
+def data_of(link: dict[str, Any]) -> str:
+    """The data of a step of the provenance; empty if it does not tell."""
+    recipe: dict[str, Any] = link.get("recipe", {})
+    data = recipe.get("data")
+    return str(data.get("source") or "") if isinstance(data, dict) else ""
 
 
 def _settings(link: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:

@@ -29,13 +29,7 @@ PAGES: dict[str, Callable[[rundir.RunDir, Recipe, dict[str, Any]], html.Page]] =
 
 def run(place: Path, out: Path | None = None) -> dict[str, Any]:
     """Writes the page of a directory into it, or as the file `out`; returns its path and headline."""
-    try:
-        page = page_of(place)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise RunError(
-            f"{place}: its figures are damaged or of another version of ddo ({type(error).__name__}: {reason(error)}); "
-            "make the page with that version, or run the command again elsewhere"
-        ) from error
+    page = page_of(place)
     if out is not None:
         if out.suffix != ".html":
             raise UsageError(f"--out {out} is not the name of a page; write for example --out {place.name}.html")
@@ -49,6 +43,16 @@ def run(place: Path, out: Path | None = None) -> dict[str, Any]:
 
 def page_of(place: Path) -> html.Page:
     """Raises UsageError where no command has left figures, RunError where they are damaged."""
+    try:
+        return _page_of(place)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise RunError(
+            f"{place}: its figures are damaged or of another version of ddo ({type(error).__name__}: {reason(error)}); "
+            "make the page with that version, or run the command again elsewhere"
+        ) from error
+
+
+def _page_of(place: Path) -> html.Page:
     if rundir.is_run(place):
         run_dir = rundir.RunDir(place)
         state = run_dir.state()

@@ -84,6 +84,8 @@ def page(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any]) -> html.
     chains = [ddo, twin] if control or recipe.finetune.control else [ddo]
     log, title = ddo.log(), pages.title(method, run_dir.path, recipe)
     blocks = [*_tiles(state, key), *pages.warnings(state), *_notes(recipe, state, log)]
+    if "reference" in state:
+        blocks.append(pages.protocol(recipe, _newest(run_dir, recipe, rounds), key))
     if "reference" not in state:
         return html.Page(title, "No figure yet: the reference is being scored.", blocks, [pages.recipe_section(recipe)])
     sections = [

@@ -25,7 +25,9 @@ def page(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any]) -> html.
         tiles.insert(
             0, (key, str(score), f"{len(figures)} ranges of seeds" if len(figures) > 1 else "one range of seeds")
         )
-    results = [html.Tiles(tiles)] if tiles else []
+    results: list[html.Block] = (
+        [html.Tiles(tiles), pages.protocol(recipe, run_dir.final, state["metric"])] if tiles else []
+    )
     grid = Picture(
         run_dir.path / "grid.png", "images and their reconstructions" if "image_error" in state else "samples"
     )

@@ -83,6 +83,7 @@ def run(
     given = parse_settings(settings)
     digest = _digest(source) if source.is_dir() else sha256(source)
     link = {"command": "convert", "source": source.resolve().name, "source_sha256": digest}
+    link |= diffusers_files.licence_of(source)
     if vae is not None:
         link |= {"vae": vae.resolve().name, "vae_sha256": sha256(vae)}
     is_there = out.exists() and not dry_run

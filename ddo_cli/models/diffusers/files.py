@@ -27,6 +27,7 @@ from ddo_cli.models import registry
 from ddo_cli.models.diffusers import from_adm as diffusers_adm
 from ddo_cli.models.diffusers import unet as diffusers_unet
 from ddo_cli.models.diffusers.unet import Config
+from ddo_cli.recipe import syntax
 
 INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model"
@@ -238,6 +239,19 @@ def _notes(scheduler: Config, tensors: dict[str, Tensor]) -> dict[str, Any]:
         "noise_levels": len(known.sigmas) if isinstance(known, Discrete) else "all",
         "stored_tensors": len(tensors),
     }
+
+
+def licence_of(folder: Path) -> dict[str, str]:
+    """{"licence": ...} as the model card of a folder states it; empty without a card, or where it states none."""
+    card = folder / "README.md"
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2) if card.is_file() else []
+    try:
+        head = syntax.parse(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    except ValueError:
+        return {}
+    head = head if isinstance(head, dict) else {}
+    stated = head.get("license_name") if head.get("license") == "other" else head.get("license")
+    return {"licence": printable(stated, 60)} if isinstance(stated, str) else {}
 
 
 def json_of(path: Path) -> Config:

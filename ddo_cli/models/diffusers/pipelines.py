@@ -134,6 +134,7 @@ def weight_file(folder: Path) -> Path:
         size = sum(tensor.nbytes for tensor in content.tensors.values())
         console.info(f"{folder}: its {text_unet.UNET_CLASS} is written to {file} ({size / 1e9:.1f} GB), once")
         link = {"command": "convert", "source": folder.resolve().name, "source_sha256": digest_of(folder)}
+        link |= files.licence_of(folder)
         header = {"kind": "model", "config": content.config, "sampling": content.sampling, "provenance": [link]}
         file.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save(file, content.tensors, header)
