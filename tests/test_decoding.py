@@ -96,7 +96,7 @@ def test_latents_of_the_autoencoder_are_exact(monkeypatch):
         found["decoded"] = in_force()
         return SimpleNamespace(sample=torch.zeros(len(latents), 3, 8, 8))
 
-    monkeypatch.setattr(vae_codec, "_load", lambda place, device: SimpleNamespace(encode=encode, decode=decode))
+    monkeypatch.setattr(vae_codec, "_load", lambda *_: SimpleNamespace(encode=encode, decode=decode))
     with inference_precision("tf32", CPU):
         codec.decode(codec.encode(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)))
     assert found == {"encoded": EXACT, "decoded": TF32}

@@ -14,18 +14,20 @@ from conftest import CPU
 from safetensors.torch import load_file
 from test_images import encoded as png
 from test_images import write_folder
-from tiny_pipeline import make_pipeline
+from tiny_pipeline import KINDS, make_pipeline
 
 from ddo_cli import checkpoint
 from ddo_cli.data.images import open_images
 from ddo_cli.data.latents import stored_texts
+from ddo_cli.diffusion.precond import Discrete
 from ddo_cli.engines import encode
 from ddo_cli.engines.sampling import sample
-from ddo_cli.engines.weights import convert
+from ddo_cli.engines.weights import convert, export
 from ddo_cli.errors import CheckpointError, DataError, UsageError
-from ddo_cli.models import registry
+from ddo_cli.models import adapters, registry
 from ddo_cli.models.diffusers import pipelines, texts
-from ddo_cli.models.diffusers.text_unet import ddim_sigmas
+from ddo_cli.models.diffusers.families import FAMILIES
+from ddo_cli.recipe.training import AdapterRecipe
 from ddo_cli.rng import RowRng
 
 PROMPTS = ("a red cup", "a blue dog", "a red cup")
@@ -47,46 +49,81 @@ def drawn(loaded, spec, label=(0, 1)):
     return loaded.model.sample(torch.tensor(label), RowRng(range(len(label))), spec).x
 
 
-@pytest.mark.slow  # the library's pipeline is slow to import
-@pytest.mark.parametrize(
-    ("scheduler", "negative"),
-    [({}, ""), ({"prediction_type": "v_prediction"}, "bad"),
-     ({"set_alpha_to_one": True, "timestep_spacing": "trailing", "steps_offset": 0, "beta_schedule": "linear"}, "")],
-)  # fmt: skip
-def test_samples_are_those_of_the_pipeline(tmp_path, monkeypatch, scheduler, negative):
-    from diffusers import StableDiffusionPipeline
+# The pipelines' own schedulers and others: (family, scheduler, negative prompt, the pipeline's name of cfg_scale 3).
+PIPELINES = [
+    ("sd", {}, "", 3.0),
+    ("sd", {"prediction_type": "v_prediction"}, "bad", 3.0),
+    ("sd", {"set_alpha_to_one": True, "timestep_spacing": "trailing", "beta_schedule": "linear"}, "", 3.0),
+    ("sdxl", {}, None, 3.0),
+    ("sdxl", {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}, "bad", 3.0),
+]  # fmt: skip
 
+
+def their_pipeline(path):
+    import diffusers
+
+    theirs = getattr(diffusers, json.loads((path / "model_index.json").read_text())["_class_name"])
+    found = theirs.from_pretrained(path)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+@pytest.mark.slow  # the library's pipelines are slow to import
+@pytest.mark.parametrize(("kind", "scheduler", "negative", "scale"), PIPELINES)
+def test_samples_are_those_of_the_pipeline(tmp_path, monkeypatch, kind, scheduler, negative, scale):
     monkeypatch.setenv("DDO_CACHE", str(tmp_path / "cache"))
-    path = make_pipeline(tmp_path / "sd", scheduler)
-    theirs = StableDiffusionPipeline.from_pretrained(path, safety_checker=None)
-    theirs.set_progress_bar_config(disable=True)
-    loaded = registry.told(registry.load_model(path, CPU), PROMPTS, negative)
-    x = RowRng([0, 1]).randn(loaded.model.codec.state_shape)
-    given = {"prompt": list(PROMPTS[:2]), "negative_prompt": [negative] * 2, "latents": x}
-    for steps, scale in ((5, 7.5), (4, 1.0)):
-        expected = theirs(
-            **given, num_inference_steps=steps, guidance_scale=scale, output_type="latent", return_dict=False
-        )[0]  # fmt: skip
-        found = drawn(loaded, sample.spec_of(loaded.checkpoint, steps=steps, cfg_scale=scale))
+    path = make_pipeline(tmp_path / "base", kind, scheduler)
+    theirs = their_pipeline(path)
+    loaded = registry.told(registry.load_model(path, CPU), PROMPTS, negative or "")
+    model = loaded.model
+    x = RowRng([0, 1]).randn(model.codec.state_shape)
+    given = {"prompt": list(PROMPTS[:2]), "latents": x, "height": model.codec.shape[1], "width": model.codec.shape[2]}
+    if negative is not None:
+        given["negative_prompt"] = [negative] * 2
+
+    def compared(loaded, steps, ours):
+        call = {**given, "num_inference_steps": steps, "guidance_scale": scale + ours - 3, "return_dict": False}
+        expected = theirs(**call, output_type="latent")[0]
+        found = drawn(loaded, sample.spec_of(loaded.checkpoint, steps=steps, cfg_scale=ours)).float()
         # Random networks blow states up to some 50; 1e-4 of their deviation, in float32.
-        torch.testing.assert_close(found.float(), expected, rtol=0, atol=1e-4 * float(expected.std()))
-    images = theirs(**given, num_inference_steps=4, guidance_scale=1.0, output_type="np", return_dict=False)[0]
-    pixels = loaded.model.codec.decode(found).permute(0, 2, 3, 1).numpy()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.std()))
+        return found, call
+
+    compared(loaded, 5, 3.0)
+    found, call = compared(loaded, 4, 1.0)
+    images = theirs(**call, output_type="np")[0]
+    pixels = model.codec.decode(found).permute(0, 2, 3, 1).numpy()
     assert np.abs(pixels - 255 * images).max() < 1.01  # 127.5 x + 128 is cut, where the pipeline rounds
+    # An exported adapter is the same there, wherever an adapter fits.
+    pytest.importorskip("peft")
+    settings = AdapterRecipe(kind="lora", rank=2, alpha=3.0)
+    file = adapters.add(model, loaded.checkpoint, settings, 0, loaded.checkpoint.path)
+    for tensor in model.state_dict().values():
+        tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(tensor.numel())) * 0.3)
+    checkpoint.save(tmp_path / "adapter.safetensors", model.state_dict(), file.header)
+    export.run(str(tmp_path / "adapter.safetensors"), tmp_path / "lora")
+    theirs.load_lora_weights(tmp_path / "lora")
+    assert (compared(loaded, 4, 1.0)[0] - found).abs().max() > 0.1
 
 
 def test_levels_are_those_of_the_scheduler():
-    from diffusers import DDIMScheduler
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
     for spacing in ("leading", "trailing", "linspace"):
         scheduler = DDIMScheduler(timestep_spacing=spacing, steps_offset=1, set_alpha_to_one=False)
         sigmas = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()
+        known, config = Discrete(sigmas), {**scheduler.config, "_class_name": "DDIMScheduler"}
         scheduler.set_timesteps(7)
         expected = torch.cat([sigmas[scheduler.timesteps], sigmas[:1]])
-        assert torch.equal(ddim_sigmas(dict(scheduler.config), sigmas, 7), expected)
-    assert ddim_sigmas({}, sigmas, 4)[-1] == 0  # the library's default
+        assert torch.equal(FAMILIES["sd"].levels(config, known, 7, ()), expected)
+    config["set_alpha_to_one"] = True  # the library's default
+    assert FAMILIES["sd"].levels(config, known, 4, ())[-1] == 0
+    euler = EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1)
+    euler.set_timesteps(7)
+    config = {**euler.config, "_class_name": "EulerDiscreteScheduler", "set_alpha_to_one": False}
+    torch.testing.assert_close(FAMILIES["sdxl"].levels(config, known, 7, ()), euler.sigmas)
     with pytest.raises(UsageError, match="trained at 1000 noise levels"):
-        ddim_sigmas({}, sigmas, 1001)
+        FAMILIES["sd"].levels(config, known, 1001, ())
 
 
 def test_the_label_is_a_prompt(here):
@@ -144,22 +181,22 @@ def test_encoding_captions(here, tmp_path, monkeypatch):
     assert (opened.labels.tolist(), opened.num_classes) == ([0, 1, 2], 3)
     torch.testing.assert_close(torch.from_numpy(opened.items[:]), model.codec.latents(torch.from_numpy(images.items)))
     digest, stored, table = stored_texts(tmp_path / "set")
-    assert header["text_encoder"] == digest == texts.digest_of(here)
+    assert header["text_encoder"] == digest == texts.digest_of(here, FAMILIES["sd"])
     assert stored == [*PROMPTS, ""]
     texts._known.clear()
-    assert torch.equal(texts.embeddings_of(model.net.encoder, stored, CPU), table)
+    assert torch.equal(texts.conditions_of(model.net.encoder, stored, CPU)["tokens"], table["tokens"])
     labels = [load_file(tmp_path / "set" / f"texts-{number:06d}.safetensors")["labels"].tolist() for number in (0, 1)]
     assert labels == [[0, 1, -1], [2]]
     (tmp_path / "set" / "texts-000001.safetensors").unlink()
     with pytest.raises(DataError, match=r"texts-000001\.safetensors is damaged"):
         stored_texts(tmp_path / "set")
     encode.run(str(source), here, tmp_path / "set", shard=2, device=CPU)
-    assert torch.equal(stored_texts(tmp_path / "set")[2], table)
+    assert torch.equal(stored_texts(tmp_path / "set")[2]["tokens"], table["tokens"])
     # What is stored needs no text encoder, and is found for a part of the set.
     monkeypatch.setattr(texts, "encode", None)
     texts._known.clear()
     texts.remember(digest, stored, table)
-    assert torch.equal(texts.embeddings_of(model.net.encoder, [""], CPU), table[3:])
+    assert torch.equal(texts.conditions_of(model.net.encoder, [""], CPU)["tokens"], table["tokens"][3:])
     (source / "1.txt").unlink()
     (source / "0.txt").unlink()
     (source / "2.txt").unlink()
@@ -237,12 +274,14 @@ def recipe(folder, source, *more):
 
 
 @pytest.mark.slow  # trains
-@pytest.mark.parametrize("adapter", [False, True])
-def test_rounds_on_captions(here, tmp_path, monkeypatch, adapter):
+@pytest.mark.parametrize(("kind", "adapter"), [("sd", False), *((kind, True) for kind in KINDS)])
+def test_rounds_on_captions(here, tmp_path, monkeypatch, kind, adapter):
     if adapter:
         pytest.importorskip("peft")
     from ddo_cli.engines.ddo import finetune, promotion
 
+    if kind != "sd":
+        here = make_pipeline(tmp_path / kind, kind)
     monkeypatch.setattr(promotion, "is_better", lambda gain, margin: True)  # so that round 2 starts from round 1's
     source = photos(tmp_path / "photos")
     more = ["finetune.rounds=2", "finetune.draw.label_dropout=0.5", "finetune.fake_as=images"]

@@ -144,7 +144,7 @@ def test_the_identity_is_of_the_encoder(folder, tmp_path, monkeypatch):
 
 def test_what_is_missing(folder, tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, str(tmp_path / "nowhere" / "vae"))
-    with pytest.raises(CheckpointError, match=r"DDO_VAE.*holds no autoencoder"):
+    with pytest.raises(CheckpointError, match=r"holds no autoencoder.*set DDO_VAE"):
         CODEC.latents(images(1))
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     with pytest.raises(CheckpointError, match="holds no autoencoder"):

@@ -1,5 +1,6 @@
 """A whole text-to-image pipeline of the real classes with tiny random networks, as diffusers writes it."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,18 @@ from typing import Any
 import torch
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
-UNET: dict[str, Any] = {
+Config = dict[str, Any]
+UNET: Config = {
     "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "cross_attention_dim": 32,
     "attention_head_dim": 2, "norm_num_groups": 4, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }  # fmt: skip
-SCHEDULER = {  # Stable Diffusion 1.5's
+XL: Config = {
+    **UNET, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "attention_head_dim": (2, 4),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "use_linear_projection": True, "cross_attention_dim": 40,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 60,
+}  # fmt: skip
+SCHEDULER = {  # Stable Diffusion 1.5's and XL's, but for the class
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
     "set_alpha_to_one": False, "clip_sample": False, "timestep_spacing": "leading",
 }  # fmt: skip
@@ -36,34 +43,72 @@ def make_tokenizer(folder: Path) -> Any:
     return CLIPTokenizer(vocab, [], model_max_length=16)
 
 
-def make_pipeline(folder: Path, scheduler: dict[str, Any] | None = None, seed: int = 0, **unet: Any) -> Path:
-    """scheduler, unet: changes of the two configurations."""
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+def clip(tokenizer: Any, width: int = 32, projection: int | None = None) -> torch.nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    size = len(tokenizer)
+    config = CLIPTextConfig(
+        vocab_size=size, hidden_size=width, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=16, bos_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1,
+        projection_dim=projection or width,
+    )  # fmt: skip
+    return randomised((CLIPTextModel if projection is None else CLIPTextModelWithProjection)(config), 0.5)
+
+
+def autoencoder(channels: int, kind: str = "AutoencoderKL", **config: Any) -> torch.nn.Module:
+    import diffusers
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    tiny = {"block_out_channels": (4,) * 4, "layers_per_block": 1, "norm_num_groups": 2, **blocks}
+    return randomised(getattr(diffusers, kind)(**tiny, latent_channels=channels, **config))
+
+
+def _sd(folder: Path, network: Config) -> Config:
+    from diffusers import UNet2DConditionModel
+
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    unet = randomised(UNet2DConditionModel(**{**UNET, **network}))
+    return {"unet": unet, "vae": autoencoder(4), "text_encoder": clip(tokenizer), "tokenizer": tokenizer}
+
+
+def _sdxl(folder: Path, network: Config) -> Config:
+    second = make_tokenizer(folder / "tokenizer_2")
+    vae, further = autoencoder(4, scaling_factor=0.13025), {"text_encoder_2": clip(second, 8, 12)}
+    return {**_sd(folder, {**XL, **network}), "vae": vae, **further, "tokenizer_2": second}
+
+
+KINDS = {"sd": ("StableDiffusionPipeline", "DDIMScheduler", _sd)}
+KINDS |= {"sdxl": ("StableDiffusionXLPipeline", "EulerDiscreteScheduler", _sdxl)}
+
+
+def make_pipeline(
+    folder: Path, kind: str = "sd", scheduler: Config | None = None, seed: int = 0, **network: Any
+) -> Path:
+    """kind: a key of `KINDS`; scheduler, network: changes of the two configurations."""
+    import diffusers
 
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer(folder / "tokenizer")
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=16, bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1,
-        pad_token_id=len(tokenizer) - 1,
-    )  # fmt: skip
-    widths = (4, 4, 4, 4)
-    vae = AutoencoderKL(
-        block_out_channels=widths, layers_per_block=1, norm_num_groups=2, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
-    network = randomised(UNet2DConditionModel(**{**UNET, **unet}))
-    for name, parameter in network.named_parameters():
+    pipeline, scheduler_class, make = KINDS[kind]
+    changes = dict(scheduler or {})
+    made_by = getattr(diffusers, changes.pop("_class_name", scheduler_class))
+    known = inspect.signature(made_by.__init__).parameters
+    parts = make(folder, network)
+    trained = parts.get("unet") or parts["transformer"]
+    for name, parameter in trained.named_parameters():
         if ".attn2." in name:  # else prompts would hardly show
             torch.nn.init.normal_(parameter, std=0.6)
-    parts = {"unet": network, "vae": randomised(vae), "text_encoder": randomised(CLIPTextModel(text), 0.5)}
-    parts |= {"tokenizer": tokenizer, "scheduler": DDIMScheduler(**{**SCHEDULER, **(scheduler or {})})}
+    config = {key: value for key, value in SCHEDULER.items() if key in known} | changes
+    parts["scheduler"] = made_by(**config)
     # As `save_pretrained` of the pipeline, whose import takes seconds.
     for name, part in parts.items():
         part.save_pretrained(folder / name)
-    homes = {"text_encoder": "transformers", "tokenizer": "transformers"}
-    index = {name: [homes.get(name, "diffusers"), type(part).__name__] for name, part in parts.items()}
-    index = {"_class_name": "StableDiffusionPipeline", **index, "safety_checker": [None, None]}
-    (folder / "model_index.json").write_text(json.dumps(index | {"feature_extractor": [None, None]}))
+    index = {
+        name: ["transformers" if name.startswith(("tok", "text")) else "diffusers", type(part).__name__]
+        for name, part in parts.items()
+    }
+    further = {"safety_checker": [None, None]} if kind == "sd" else {}
+    index = {"_class_name": pipeline, **index, **further}
+    if pipeline.startswith("StableDiffusion"):
+        index["feature_extractor"] = [None, None]
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder

@@ -99,8 +99,8 @@ def text_file(path: Path, number: int) -> Path:
     return path / f"texts-{number:06d}.safetensors"
 
 
-def stored_texts(path: Path) -> tuple[str, list[str], Tensor] | None:
-    """The text encoder's hash, captions and their embeddings (N, L, E) of a set, with the empty prompt as a last one.
+def stored_texts(path: Path) -> tuple[str, list[str], dict[str, Tensor]] | None:
+    """The text encoder's hash, captions and their embeddings (N, ...) of a set, with the empty prompt as a last one.
 
     None for a set without. Raises DataError if a file is damaged or missing.
     """
@@ -114,9 +114,10 @@ def stored_texts(path: Path) -> tuple[str, list[str], Tensor] | None:
             parts.append(load_tensors(file))
         labels = torch.cat([part["labels"] for part in parts])
         order = torch.argsort(torch.where(labels < 0, len(labels), labels))
-        embeddings = torch.cat([part["embeddings"] for part in parts])[order]
-        if len(embeddings) != len(told.captions) + 1:
-            raise ValueError(f"{len(embeddings)} embeddings for {len(told.captions)} captions and the empty prompt")
+        names = parts[0].keys() - {"labels"}
+        embeddings = {name: torch.cat([part[name] for part in parts])[order] for name in sorted(names)}
+        if len(order) != len(told.captions) + 1:
+            raise ValueError(f"{len(order)} embeddings for {len(told.captions)} captions and the empty prompt")
     except TENSOR_ERRORS as error:
         raise _damaged(file, error) from None
     return manifest["text_encoder"], [*told.captions, ""], embeddings

@@ -74,7 +74,7 @@ def run(
     item_size = math.prod(shape) * kind.itemsize + 8
     if encoder.texts is not None:
         manifest["text_encoder"] = encoder.texts.digest
-        item_size += texts.encode(encoder.texts, [texts.NONE], device).nbytes
+        item_size += sum(part.nbytes for part in texts.encode(encoder.texts, [texts.NONE], device).values())
     num_shards, size = -(-stream.num // shard), int(stream.num * item_size * MARGIN)
     result = {
         "out": str(out), "num_images": stream.num, "shape": list(shape), "dtype": manifest["dtype"],
@@ -127,7 +127,7 @@ class _Encoder:
         labels = [*rows.tolist(), *([NO_LABEL] if 0 in rows else [])]
         assert self.texts is not None, "see files"
         table = texts.encode(self.texts, [captions[k] if k >= 0 else texts.NONE for k in labels], self.device)
-        write_tensors(file, {"embeddings": table, "labels": torch.tensor(labels)})
+        write_tensors(file, {**table, "labels": torch.tensor(labels)})
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ BUILTIN = {
     "adm-unet": "ddo_cli.models.adm.unet",
     "edm2-unet": "ddo_cli.models.edm2.unet",
     "diffusers-unet": "ddo_cli.models.diffusers.unet",
-    "text-unet": "ddo_cli.models.diffusers.text_unet",
+    "text-to-image": "ddo_cli.models.diffusers.text_model",
     "pixel-transformer": "ddo_cli.models.toy.pixel_transformer",
     "dit": "ddo_cli.models.dit.transformer",
     "var": "ddo_cli.models.var.transformer",

@@ -88,11 +88,10 @@ def digest_of(found: Found) -> str:
     return total.hexdigest()
 
 
-def find(folder: Path, has_text: bool = False) -> Found:
+def find(folder: Path) -> Found:
     """The files of a folder: both configurations, and the weights in one file or in shards.
 
-    has_text: whether the pipeline is one of text, with further parts. Raises CheckpointError if a file is missing, or
-    if there are parts of another kind of pipeline.
+    Raises CheckpointError if a file is missing, or if there are parts of another kind of pipeline.
     """
     inside = [folder / name for name in ("unet", AVERAGED) if (folder / name).is_dir()]
     unet_folder = inside[0] if inside else folder
@@ -106,7 +105,7 @@ def find(folder: Path, has_text: bool = False) -> Found:
         parents = folder.resolve().parents  # of the pipeline, if this is its unet, or a checkpoint of its training
         homes += parents[:1] if unet_folder != folder else parents[:2]
     for home in homes:
-        if (home / INDEX).is_file() and not has_text:
+        if (home / INDEX).is_file():
             _check_parts(home / INDEX)
     name = "scheduler_config.json"
     places = [home / "scheduler" / name for home in homes] + [home / name for home in homes[:2]]

@@ -11,11 +11,17 @@ from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.errors import CheckpointError, UsageError
 from ddo_cli.files import replacing
 from ddo_cli.models.adapters import NAME
-from ddo_cli.models.diffusers import files, unet
+from ddo_cli.models.diffusers import files, text_model, unet
+from ddo_cli.models.diffusers.families import FAMILIES
 
 FILE = "pytorch_lora_weights.safetensors"  # the library's own name
-# By the name of our model: what goes before the names of its network's tensors, and the pipeline's part.
-PARTS = {unet.NAME: (files.PREFIX, "unet")}
+
+
+def _place(config: dict[str, Any]) -> tuple[str, str] | None:
+    """What goes before the names of a network's tensors in our model, and the pipeline's part; None: not diffusers'."""
+    if config["name"] == text_model.NAME:
+        return text_model.PREFIX, FAMILIES[config["options"]["family"]].part
+    return (files.PREFIX, "unet") if config["name"] == unet.NAME else None
 
 
 def write_folder(file: Checkpoint, out: Path, dry_run: bool = False) -> dict[str, Any]:
@@ -55,13 +61,13 @@ def _holds(folder: Path, tensors: dict[str, Tensor]) -> bool:
 
 def _theirs(file: Checkpoint) -> dict[str, Tensor]:
     """The tensors by the library's names. B takes in alpha / rank, since readers without an alpha use the rank."""
-    name, settings = file.header["config"]["name"], file.header["adapter"]
-    if name not in PARTS:
+    config, settings = file.header["config"], file.header["adapter"]
+    if (place := _place(config)) is None:
         raise CheckpointError(
-            f"{file.path} is an adapter of the network {name}, which diffusers does not have; add --merge for a weight "
-            "file of the whole network"
+            f"{file.path} is an adapter of the network {config['name']}, which diffusers does not have; add "
+            "--merge for a weight file of the whole network"
         )
-    prefix, part = PARTS[name]
+    prefix, part = place
     scale = settings["alpha"] / settings["rank"]
     return {
         f"{part}.{key.removeprefix(prefix).replace(f'.{NAME}.', '.')}": tensor * scale if ".lora_B." in key else tensor

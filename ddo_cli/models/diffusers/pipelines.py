@@ -1,11 +1,11 @@
 """Folders of text-to-image pipelines as diffusers writes them -> our models.
 
     model_index.json                              the pipeline's class and its parts
-    unet/, scheduler/                             as in `files`
-    text_encoder/, tokenizer/                     read where prompts are encoded, see `texts`
+    unet/ or transformer/, scheduler/             as in `files`
+    text_encoder/, tokenizer/, ...                read where prompts are encoded, see `texts`
     vae/                                          read where images are encoded or decoded, see `vae_codec`
 
-Weights of the UNet go into a weight file, the other parts stay where they are: the file names the folder.
+Weights of the network go into a weight file, the other parts stay where they are: the file names the folder.
 """
 
 import hashlib
@@ -16,27 +16,20 @@ from typing import Any
 import torch
 
 from ddo_cli import checkpoint, console, dist
-from ddo_cli.diffusion.precond import Discrete
 from ddo_cli.errors import CheckpointError, RecipeError, UsageError, printable
 from ddo_cli.files import cache_directory, sha256
 from ddo_cli.models import registry
-from ddo_cli.models.diffusers import files, text_unet, texts
-from ddo_cli.models.diffusers import unet as diffusers_unet
-from ddo_cli.models.diffusers.files import INDEX, PREFIX, Folder
+from ddo_cli.models.diffusers import files, text_model, texts
+from ddo_cli.models.diffusers.families import FAMILIES
+from ddo_cli.models.diffusers.family import INDEX, Family
+from ddo_cli.models.diffusers.files import Folder, Found
+from ddo_cli.models.diffusers.text_model import PREFIX
 
-PARTS = ("unet", "scheduler", "vae", *texts.PARTS)
-CLASSES = ("StableDiffusionPipeline",)
 # Networks that few-step distillation has made: their estimate is of no noise level's denoiser.
-_DISTILLED = re.compile(r"turbo|lightning|hyper-?sd|schnell|\blcm\b|sdxs|dmd2?\b", re.IGNORECASE)
+_DISTILLED = re.compile(r"turbo|lightning|hyper-?sd|schnell|\blcm\b|sdxs|dmd2?\b|klein-(?!base)", re.IGNORECASE)
 _DISTILLED_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
-_UNREAD = (
-    "safety_checker",
-    "feature_extractor",
-    "image_encoder",
-    "requires_safety_checker",
-    "force_zeros_for_empty_prompt",
-)
-SAMPLING = {"sampler": "ddim", "steps": 50, "cfg_scale": 7.5, "batch": 4}  # of the library's pipeline; images at once
+_GUIDED = ("FluxPipeline", "Flux2Pipeline")  # pipelines whose networks are distilled from guided samples
+_UNREAD = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
 
 
 def is_pipeline(path: str | Path) -> bool:
@@ -45,45 +38,69 @@ def is_pipeline(path: str | Path) -> bool:
     return index.is_file() and any(key.startswith("text_encoder") for key in files.json_of(index))
 
 
-def read(folder: Path) -> Folder:
-    """The model of a pipeline's folder, without prompts; tensors in float32.
-
-    Raises CheckpointError for a pipeline of another kind or a distilled network, UsageError where a library is missing.
-    """
-    index = files.json_of(folder / INDEX)
-    if (name := str(index.get("_class_name"))) not in CLASSES:
+def _family(folder: Path) -> Family:
+    """The family of a pipeline's folder. Raises CheckpointError for a class that is in none."""
+    name = str(files.json_of(folder / INDEX).get("_class_name"))
+    known = {family.pipeline: family for family in FAMILIES.values()}
+    if name in _GUIDED:
         raise CheckpointError(
-            f"{folder} is a {printable(name, 60)}; of text-to-image pipelines {' and '.join(CLASSES)} (Stable "
-            "Diffusion 1.x and 2.x) can be used"
+            f"{folder} is a {name}, whose network is distilled from guided samples: its estimate is no denoiser's, and "
+            "ratios of its likelihoods mean little; give a base such as FLUX.2-klein-base"
         )
-    found = files.find(folder, has_text=True)
-    assert found.scheduler is not None, "see find"
-    raw = files.json_of(found.network)
-    scheduler = {**files.public(files.json_of(found.scheduler)), "steps_offset": 1}  # which the pipeline sets, too
-    _refuse_distilled(folder, raw, scheduler, str(index.get("_name_or_path", "")))
-    for part in ("vae", *texts.PARTS):
+    if name not in known:
+        raise CheckpointError(
+            f"{folder} is a {printable(name, 60)}; of text-to-image pipelines {', '.join(sorted(known))} can be used"
+        )
+    return known[name]
+
+
+def _find(folder: Path, family: Family) -> Found:
+    """The files of network and scheduler. Raises CheckpointError where a part of the pipeline is missing."""
+    for part in (family.part, "scheduler", "vae", *family.texts):
         if not (folder / part).is_dir():
             raise CheckpointError(f"{folder} has no {part}/, which its pipeline needs; copy the whole folder")
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    return Found(folder / family.part / "config.json", scheduler, files.weights_of(folder / family.part))
+
+
+def read(folder: Path, side: int | None = None) -> Folder:
+    """The model of a pipeline's folder, without prompts; tensors in float32.
+
+    side: of images in pixels; None: that of the network's training. Raises CheckpointError for a pipeline of another
+    kind or a distilled network, UsageError where a library is missing.
+    """
+    family, index = _family(folder), files.json_of(folder / INDEX)
+    found = _find(folder, family)
+    assert found.scheduler is not None, "see _find"
+    network, scheduler = files.json_of(found.network), files.public(files.json_of(found.scheduler))
+    scheduler |= family.scheduler
+    _refuse_distilled(folder, network, scheduler, index)
     vae = files.json_of(folder / "vae" / "config.json")
-    encoder = texts.Encoder(str(folder.resolve()), texts.digest_of(folder))
+    if (kind := vae.get("_class_name")) != family.vae:
+        shown = printable(str(kind), 40)
+        raise CheckpointError(f"{folder} has a {shown} in vae/, and {family.title} needs a {family.vae}")
+    encoder = texts.Encoder(family.name, str(folder.resolve()), texts.digest_of(folder, family))
     try:
-        config = text_unet.config_of(
-            files.public(raw), scheduler, encoder, vae.get("scaling_factor", 0.18215), vae.get("shift_factor") or 0.0
-        )
+        network = files.public(network)
+        side = side or family.side(family.arguments(network), vae)
+        config = text_model.config_of(family, network, scheduler, encoder, side, family.affine(vae, folder / "vae"))
         tensors = {PREFIX + key: tensor for path in found.weights for key, tensor in files.tensors_of(path).items()}
         with torch.device("meta"):
             model = registry.build(config)
         files.check_fit(tensors, model.state_dict(), found.weights[0].parent)
     except (ValueError, RecipeError) as error:
         raise CheckpointError(f"{folder} cannot be used: {error}") from None
-    return Folder(config, tensors, SAMPLING, {**files.choices(folder, found.weights[0]), **_notes(index, scheduler)})
+    notes = {**files.choices(folder, found.weights[0]), **_notes(family, index, scheduler)}
+    return Folder(config, tensors, dict(family.sampling), notes)
 
 
-def _refuse_distilled(folder: Path, unet: dict[str, Any], scheduler: dict[str, Any], origin: str) -> None:
-    names = [folder.name, origin, str(unet.get("_name_or_path", ""))]
+def _refuse_distilled(folder: Path, network: Any, scheduler: dict[str, Any], index: dict[str, Any]) -> None:
+    names = [folder.name, *(str(part.get("_name_or_path", "")) for part in (index, network))]
     what = next((name for name in names if _DISTILLED.search(name)), None)
     if scheduler.get("_class_name") in _DISTILLED_SCHEDULERS:
         what = scheduler["_class_name"]
+    if index.get("is_distilled"):
+        what = f"is_distilled of {INDEX}"
     if what:
         raise CheckpointError(
             f"{folder} is distilled to few steps, as {printable(what, 60)} tells: its estimate is no denoiser's, and "
@@ -91,23 +108,20 @@ def _refuse_distilled(folder: Path, unet: dict[str, Any], scheduler: dict[str, A
         )
 
 
-def _notes(index: dict[str, Any], scheduler: dict[str, Any]) -> dict[str, Any]:
-    known = diffusers_unet.process(scheduler).preconditioner
-    assert isinstance(known, Discrete), "see config_of"
+def _notes(family: Family, index: dict[str, Any], scheduler: dict[str, Any]) -> dict[str, Any]:
     left = sorted(key for key in _UNREAD if isinstance(index.get(key), list) and index[key][0])
-    own = scheduler["_class_name"]
     return {
-        "pipeline": index["_class_name"],
-        "predicts": known.prediction,
-        "scheduler": own if own == "DDIMScheduler" else f"{own}, whose noise levels are drawn from by ddim",
+        "pipeline": family.pipeline,
+        **family.notes(scheduler),
         **({"left_out": ", ".join(left)} if left else {}),
     }
 
 
 def digest_of(folder: Path) -> str:
     """One SHA-256 of the files that a model needs: those of `files.digest_of`, text encoder and autoencoder."""
-    total = hashlib.sha256(files.digest_of(files.find(folder, has_text=True)).encode())
-    total.update(texts.digest_of(folder).encode())
+    family = _family(folder)
+    total = hashlib.sha256(files.digest_of(_find(folder, family)).encode())
+    total.update(texts.digest_of(folder, family).encode())
     for path in sorted((folder / "vae").glob("*.json")) + sorted((folder / "vae").glob("*.safetensors")):
         total.update(f"{path.name} {sha256(path)}\n".encode())
     return total.hexdigest()
@@ -118,8 +132,10 @@ def weight_file(folder: Path) -> Path:
 
     Raises UsageError where there is no cache.
     """
-    key = hashlib.sha256(str(folder.resolve()).encode())
-    for path in sorted(path for part in PARTS for path in (folder / part).glob("*")):
+    family = _family(folder)
+    key = hashlib.sha256(f"{text_model.NAME} {folder.resolve()}".encode())
+    parts = (family.part, "scheduler", "vae", *family.texts)
+    for path in sorted([folder / INDEX, *(path for part in parts for path in (folder / part).glob("*"))]):
         stat = path.stat()
         key.update(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     cache = cache_directory()
@@ -132,7 +148,7 @@ def weight_file(folder: Path) -> Path:
         for note, value in content.notes.items():
             console.info(f"{folder}: {note} {value}")
         size = sum(tensor.nbytes for tensor in content.tensors.values())
-        console.info(f"{folder}: its {text_unet.UNET_CLASS} is written to {file} ({size / 1e9:.1f} GB), once")
+        console.info(f"{folder}: its {family.network} is written to {file} ({size / 1e9:.1f} GB), once")
         link = {"command": "convert", "source": folder.resolve().name, "source_sha256": digest_of(folder)}
         link |= files.licence_of(folder)
         header = {"kind": "model", "config": content.config, "sampling": content.sampling, "provenance": [link]}

@@ -1,4 +1,4 @@
-"""Prompts -> the embeddings that a text-to-image network is conditioned on, by the text encoder of a pipeline's folder.
+"""Prompts -> what a text-to-image network is conditioned on, by the text encoders of a pipeline's folder.
 
 A condition stays a label: the number of a prompt, -1 for none. Embeddings are computed once for a process, or read from
 what `ddo encode` has stored, and are no part of a model's weights. Each prompt is encoded by itself, so that its
@@ -16,27 +16,32 @@ import torch
 from torch import Tensor
 
 from ddo_cli import console
-from ddo_cli.errors import CheckpointError, UsageError, printable, reason
-from ddo_cli.files import sha256
+from ddo_cli.errors import CheckpointError, printable
+from ddo_cli.files import read_json, sha256
+from ddo_cli.models.diffusers.families import FAMILIES
+from ddo_cli.models.diffusers.family import INDEX, NONE, Condition, Family, Parts
 from ddo_cli.precision import inference_precision
 
 VARIABLE = "DDO_PIPELINE"  # environment variable: the pipeline's folder, in place of the one that a weight file names
-PARTS = ("tokenizer", "text_encoder")
-NONE = ""  # the prompt of the label -1, unless there is a negative one
 ON_DEVICE = 1 << 30  # bytes of embeddings that are kept on the device; our choice
-EXTRA = "pip install 'ddo-cli[t2i]'"
+
+
+def place_of(pipeline: str) -> Path:
+    """The folder of a pipeline that a weight file names, or $DDO_PIPELINE."""
+    return Path(os.environ.get(VARIABLE) or pipeline)
 
 
 class Encoder(NamedTuple):
-    """A text encoder. place: the pipeline's folder; digest: of its tokenizer and text encoder, see `digest_of`."""
+    """The text encoders of a pipeline. place: its folder; digest: of their files, see `digest_of`."""
 
+    family: str
     place: str
     digest: str
 
     def folder(self) -> Path:
-        """The pipeline's folder, or $DDO_PIPELINE. Raises CheckpointError if its text encoder is another one."""
-        folder = Path(os.environ.get(VARIABLE) or self.place)
-        if digest_of(folder) != self.digest:
+        """The pipeline's folder. Raises CheckpointError if its text encoders are others."""
+        folder = place_of(self.place)
+        if digest_of(folder, FAMILIES[self.family]) != self.digest:
             problem = "holds another text encoder" if (folder / "text_encoder").is_dir() else "has no text encoder"
             raise CheckpointError(
                 f"{folder} {problem} where the model needs the one that it was trained with; set {VARIABLE} to the "
@@ -46,9 +51,10 @@ class Encoder(NamedTuple):
 
 
 def encoder_of(config: Mapping[str, Any]) -> Encoder | None:
-    """The text encoder of a model's configuration; None where it reads no text."""
+    """The text encoders of a model's configuration; None where it reads no text."""
     options = config["options"]
-    return Encoder(options["pipeline"], options["text_encoder"]) if "text_encoder" in options else None
+    told = "text_encoder" in options
+    return Encoder(options["family"], options["pipeline"], options["text_encoder"]) if told else None
 
 
 class Prompts(NamedTuple):
@@ -58,46 +64,55 @@ class Prompts(NamedTuple):
     negative: str = NONE
 
 
-_known: dict[tuple[str, str], Tensor] = {}  # (encoder's digest, text) -> (L, E), on the CPU
+_known: dict[tuple[str, str], Condition] = {}  # (encoder's digest, text) -> of one prompt, on the CPU
 
 
-def remember(digest: str, texts: Sequence[str], embeddings: Tensor) -> None:
-    """Takes embeddings (N, L, E) of an encoder for those that `embeddings_of` would compute."""
-    _known.update(((digest, text), row) for text, row in zip(texts, embeddings, strict=True))
+def remember(digest: str, texts: Sequence[str], conditions: Condition) -> None:
+    """Takes conditions of an encoder, a row for each text, for those that `conditions_of` would compute."""
+    rows = [dict(zip(conditions, row, strict=True)) for row in zip(*conditions.values(), strict=True)]
+    _known.update(((digest, text), row) for text, row in zip(texts, rows, strict=True))
 
 
-def embeddings_of(encoder: Encoder, texts: Sequence[str], device: torch.device) -> Tensor:
-    """(N, L, E) float32 on the CPU. device: where the text encoder runs, if it is needed."""
+def conditions_of(encoder: Encoder, texts: Sequence[str], device: torch.device) -> Condition:
+    """Of texts, (N, ...) on the CPU. device: where the text encoders run, if they are needed."""
     missing = [text for text in dict.fromkeys(texts) if (encoder.digest, text) not in _known]
     if missing:
         remember(encoder.digest, missing, encode(encoder, missing, device))
-        _load.cache_clear()  # its memory is the network's
-    return torch.stack([_known[encoder.digest, text] for text in texts])
+        _parts.cache_clear()  # its memory is the network's
+    return _stacked([_known[encoder.digest, text] for text in texts])
+
+
+def _stacked(rows: Sequence[Condition]) -> Condition:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 @functools.lru_cache(maxsize=2)  # with and without a negative prompt
-def _table(encoder: Encoder, prompts: Prompts, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Embeddings of the texts that differ (U, L, E), and the row of each label, that of -1 last, (N + 1,)."""
+def _table(encoder: Encoder, prompts: Prompts, device: torch.device) -> tuple[Condition, Tensor]:
+    """Conditions of the texts that differ (U, ...), and the row of each label, that of -1 last, (N + 1,)."""
     texts = [*prompts.texts, prompts.negative]
     row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-    table = embeddings_of(encoder, list(row_of), device)
-    place = device if table.nbytes <= ON_DEVICE else torch.device("cpu")
-    return table.to(place), torch.tensor([row_of[text] for text in texts], device=place)
+    table = conditions_of(encoder, list(row_of), device)
+    place = device if sum(part.nbytes for part in table.values()) <= ON_DEVICE else torch.device("cpu")
+    rows = torch.tensor([row_of[text] for text in texts], device=place)
+    return {name: part.to(place) for name, part in table.items()}, rows
 
 
-def rows(encoder: Encoder, prompts: Prompts, label: Tensor) -> Tensor:
-    """The embeddings of labels (B,), -1 for none: (B, L, E) on their device."""
+def rows(encoder: Encoder, prompts: Prompts, label: Tensor) -> Condition:
+    """The conditions of labels (B,), -1 for none: (B, ...) on their device."""
     table, row_of = _table(encoder, prompts, label.device)
-    return table[row_of[label.to(table.device)]].to(label.device)
+    row = row_of[label.to(row_of.device)]
+    return {name: part[row].to(label.device) for name, part in table.items()}
 
 
-def digest_of(folder: Path) -> str:
-    """Hash of the files of tokenizer and text encoder; that of none where there is no such folder."""
+def digest_of(folder: Path, family: Family) -> str:
+    """Hash of the files of tokenizers and text encoders; that of none where there are no such folders."""
     total = hashlib.sha256()
-    for part in PARTS:
+    for part in family.texts:
         for path in sorted((folder / part).glob("*")):
-            if path.suffix in (".json", ".txt", ".model", ".safetensors"):
+            if path.suffix in (".json", ".txt", ".model", ".jinja", ".safetensors"):
                 total.update(f"{part}/{path.name} {_sha256(str(path), path.stat().st_mtime_ns)}\n".encode())
+    for key in family.told_by_index:
+        total.update(f"{key} {_index(folder).get(key)}\n".encode())
     return total.hexdigest()[:32]
 
 
@@ -107,48 +122,26 @@ def _sha256(path: str, mtime: int) -> str:
     return sha256(Path(path))
 
 
-def library() -> Any:
-    """transformers, imported where it is needed because that takes seconds. Raises UsageError where it is missing."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise UsageError(
-            f"prompts need the library transformers, which cannot be imported ({reason(error, 80)}); install it: "
-            f"{EXTRA}"
-        ) from None
-    return transformers
+def _index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    return read_json(path) if path.is_file() else {}
 
 
-def encode(encoder: Encoder, texts: Sequence[str], device: torch.device) -> Tensor:
-    """(N, L, E) float32 on the CPU, computed anew.
-
-    As StableDiffusionPipeline: padded or cut to the tokenizer's length, the encoder's last hidden state.
-    """
-    tokenizer, network = _load(encoder, device)
-    length, parts = tokenizer.model_max_length, []
-    ids = [tokenizer(text, padding="max_length", max_length=length, truncation=True).input_ids for text in texts]
-    if cut := [text for text in texts if len(tokenizer(text).input_ids) > length]:
-        console.warn(f"{len(cut)} prompts are longer than {length} tokens and cut, such as {printable(cut[0], 60)!r}")
+def encode(encoder: Encoder, texts: Sequence[str], device: torch.device) -> Condition:
+    """Conditions of texts, (N, ...) on the CPU, computed anew as the pipeline does, in float32."""
+    family = FAMILIES[encoder.family]
+    parts = _parts(encoder, device)
+    parts.cut.clear()
     with torch.no_grad(), inference_precision("float32", device):
-        for each in ids:
-            parts.append(network(torch.tensor([each], device=device))[0].cpu())
-    return torch.cat(parts)
+        found = [{name: part.cpu() for name, part in family.encode(parts, text).items()} for text in texts]
+    if parts.cut:
+        text, length = next(iter(parts.cut.items()))
+        console.warn(
+            f"{len(parts.cut)} prompts are longer than {length} tokens and cut, such as {printable(text, 60)!r}"
+        )
+    return _stacked(found)
 
 
 @functools.lru_cache(maxsize=1)
-def _load(encoder: Encoder, device: torch.device) -> tuple[Any, Any]:
-    """Tokenizer and text encoder, frozen."""
-    folder, transformers = encoder.folder(), library()
-    transformers.utils.logging.disable_progress_bar()  # for a file that loads at once
-    try:
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        network = transformers.CLIPTextModel.from_pretrained(
-            folder / "text_encoder", use_safetensors=True, torch_dtype=torch.float32
-        )
-    except Exception as error:  # of transformers, tokenizers or safetensors, as the failure may be
-        raise CheckpointError(
-            f"{folder}: its text encoder cannot be loaded ({reason(error, 100)}); copy the folder again"
-        ) from None
-    if getattr(network.config, "use_attention_mask", False):
-        raise CheckpointError(f"{folder}: its text encoder uses attention masks, which is not supported; use another")
-    return tokenizer, network.to(device).eval().requires_grad_(False)
+def _parts(encoder: Encoder, device: torch.device) -> Parts:
+    return Parts(encoder.folder(), FAMILIES[encoder.family].texts, device)
