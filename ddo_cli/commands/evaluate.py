@@ -18,7 +18,7 @@ class Metrics(NamedTuple):
     """What is measured."""
 
     metrics: Annotated[
-        str, Option(help="Some of fid, sfid, is, kid, precision, recall, density, coverage, fd_dinov2, fd_clip.")
+        str, Option(help="Some of fid, sfid, is, kid, precision, recall, density, coverage, fd_dinov2, fd_clip, clip.")
     ] = "fid"
     uncertainty: Annotated[
         bool, Option("--uncertainty", help="Standard error of the FID, and its limit for N to infinity.")
@@ -42,8 +42,8 @@ class Extractor(NamedTuple):
     weights: Annotated[
         list[str] | None,
         Option(
-            help="Inception-v3 weights of torch-fidelity; NAME=PATH for another network (fd_dinov2, fd_clip), may be "
-            "repeated. Default: those found on this machine, or else the embedded extractor."
+            help="Inception-v3 weights of torch-fidelity; NAME=PATH for another network (fd_dinov2, fd_clip; clip, a "
+            "folder of transformers), may be repeated. Default: those found on this machine, or the embedded extractor."
         ),
     ] = None
     extractor: Annotated[

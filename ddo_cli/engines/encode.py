@@ -14,10 +14,10 @@ from torch import Tensor
 from ddo_cli import console, dist, rundir
 from ddo_cli.checkpoint import write_tensors
 from ddo_cli.data import latents
-from ddo_cli.data.captions import METADATA
 from ddo_cli.data.inspection import LIMBS, Inspection
 from ddo_cli.data.items import describe, wrong_shape
 from ddo_cli.data.stream import ImageStream, open_stream
+from ddo_cli.engines import captions
 from ddo_cli.errors import DataError, RunError, UsageError
 from ddo_cli.files import read_json
 from ddo_cli.likelihood import NO_LABEL, LikelihoodModel
@@ -57,11 +57,8 @@ def run(
             + wrong_shape(data, stream.shape, model.codec.shape)
         )
     encoder = _Encoder(model, texts.encoder_of(file.header["config"]), dtype, device)
-    if encoder.texts is not None and not stream.captions:
-        raise DataError(
-            f"{data} has no captions, which a text-to-image model is trained on; write a .txt beside each image, or "
-            f"{METADATA}"
-        )
+    if encoder.texts is not None:
+        captions.of(stream)
     shape, kind, speed = encoder.probe(stream, batch)
     manifest = {
         "format": latents.FORMAT, "encoder": model.codec.encoder_id(),

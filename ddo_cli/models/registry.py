@@ -130,19 +130,28 @@ def file_of(path: str | Path) -> str:
     return str(pipelines.weight_file(Path(path)) if pipelines.is_pipeline(path) else path)
 
 
-def reads_text(config: dict[str, Any]) -> bool:
-    """Whether a model's labels are the numbers of prompts."""
-    return "prompts" in find(config["name"]).options.model_fields
+def reads_text(name: str) -> bool:
+    """Whether labels of this model are the numbers of prompts."""
+    return "prompts" in find(name).options.model_fields
+
+
+def tell(model: LikelihoodModel, config: dict[str, Any], texts: Sequence[str], negative: str = "") -> dict[str, Any]:
+    """Gives a model these prompts for its labels, and `negative` for the label -1; returns its new configuration.
+
+    Raises UsageError for a model that reads no text.
+    """
+    tell = getattr(model, "tell", None)
+    if tell is None:
+        kind = type(model).__name__
+        raise UsageError(f"prompts: a {kind} reads no text; leave them out, or give a text-to-image model")
+    return {**config, **tell(texts, negative)}
 
 
 def told(loaded: Loaded, texts: Sequence[str], negative: str = "") -> Loaded:
-    """The model with these prompts for its labels, and `negative` for the label -1. Raises UsageError without text."""
-    header, tell = loaded.checkpoint.header, getattr(loaded.model, "tell", None)
-    if tell is None:
-        kind = type(loaded.model).__name__
-        raise UsageError(f"prompts: a {kind} reads no text; leave them out, or give a text-to-image model")
-    config = {**header["config"], **tell(texts, negative)}
-    return loaded._replace(checkpoint=loaded.checkpoint._replace(header={**header, "config": config}))
+    """`tell` of a model of a file, whose header gets the new configuration."""
+    header = loaded.checkpoint.header
+    header = {**header, "config": tell(loaded.model, header["config"], texts, negative)}
+    return loaded._replace(checkpoint=loaded.checkpoint._replace(header=header))
 
 
 def load_model(path: str | Path, device: torch.device, draw: dict[str, Any] | None = None) -> Loaded:

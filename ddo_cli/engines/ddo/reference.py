@@ -10,14 +10,12 @@ import torch
 from torch import nn
 
 from ddo_cli import compilation, console, dist, sharding
-from ddo_cli.data import latents
-from ddo_cli.data.captions import METADATA
 from ddo_cli.data.items import ItemSet
 from ddo_cli.data.pairs import Shuffled
-from ddo_cli.errors import DataError, UsageError
+from ddo_cli.engines.captions import told
+from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import adapters, registry
-from ddo_cli.models.diffusers import texts
 from ddo_cli.objectives.ddo_step import ddo_batch
 from ddo_cli.precision import inference_precision, resolved
 from ddo_cli.recipe.schema import FinetuneRecipe, Recipe
@@ -47,20 +45,6 @@ def start_of(recipe: Recipe, file: str | Path, device: torch.device) -> registry
             "weights of what `ddo export --merge` makes of it"
         )
     return loaded
-
-
-def told(loaded: registry.Loaded, real: ItemSet) -> registry.Loaded:
-    """The model with the captions of the real images for its labels, if it reads text. Raises DataError without any."""
-    if not registry.reads_text(loaded.checkpoint.header["config"]):
-        return loaded
-    if not real.captions:
-        raise DataError(
-            f"{real.name} has no captions, which a text-to-image model is trained on; write a .txt beside each image, "
-            f"or {METADATA}"
-        )
-    if real.encoded is not None and (stored := latents.stored_texts(Path(real.name))) is not None:
-        texts.remember(*stored)
-    return registry.told(loaded, real.captions)
 
 
 def copies_of(loaded: registry.Loaded, draw: dict[str, Any]) -> Callable[[], LikelihoodModel]:

@@ -27,12 +27,13 @@ REPLAYED = 256  # rows of stored features that accumulators take at a time, as o
 class Source(Protocol):
     """Images (N, C, H, W) that a pass can take: `data.stream.ImageStream`, or a model that draws them.
 
-    identity: of the files, for the first level; None for images that are drawn.
+    identity: of the files, for the first level; None for images that are drawn. captions: that labels mean, or ().
     """
 
     name: str
     labels: np.ndarray  # (N,)
     num_classes: int
+    captions: tuple[str, ...]
     identity: str | None
 
     @property

@@ -27,6 +27,7 @@ from ddo_cli.engines.fid.inputs import PUBLISHED_NUM, Reference, Side
 from ddo_cli.engines.fid.one_pass import Wanted, on_main
 from ddo_cli.engines.fid.scores import MANIFOLD
 from ddo_cli.errors import DdoError, UsageError
+from ddo_cli.metrics.extractors import clip_text
 from ddo_cli.metrics.extractors.base import Extractor, Mode, Precision
 from ddo_cli.metrics.extractors.select import select_extractor
 from ddo_cli.metrics.inception_score import SPLITS
@@ -36,7 +37,7 @@ from ddo_cli.recipe.schema import nearest as nearest_name
 
 DEFAULT_REFERENCE = "embedded:digits16"
 MAIN = "fid"  # the network shared by all metrics but those of OWN_NETWORK
-OWN_NETWORK = ("fd_dinov2", "fd_clip")  # metrics with an extractor of their own
+OWN_NETWORK = ("fd_dinov2", "fd_clip", clip_text.KEY)  # metrics with an extractor of their own
 METRICS = ("fid", "sfid", "is", "kid", *MANIFOLD, *OWN_NETWORK)
 CHUNKS = 10  # of the jackknife
 KID_SUBSET = 1000  # images per subset, as published
@@ -46,7 +47,7 @@ class Options(NamedTuple):
     """What is measured, and how."""
 
     metrics: tuple[str, ...] = ("fid",)  # of METRICS
-    # A file of the main extractor (of the only one, where there is one), or files by `metrics.weights.Network`.
+    # A file of the main extractor (of the only one, where there is one), or files by `metrics.weights.NAMES`.
     weights: str | Mapping[str, str] | None = None
     extractor: str | None = None  # this one, `precision` and `download` as for `select_extractor`
     precision: Precision = "float32"
@@ -97,9 +98,11 @@ def run(
     sources = fid_inputs.open_sources(source, options.num, options.repeat, options.sampling or {}, device, preparation)
     source = source if isinstance(source, str) else source.name
     wanted = [_wanted(options, extractor) for extractor in extractors]
+    captions = fid_inputs.captions_of(sources[0]) if wanted[-1].captions else ()
     reference = None
-    if any(of_one.moments or of_one.features or of_one.classes for of_one in wanted):
-        reference = fid_inputs.open_reference(ref or DEFAULT_REFERENCE, wanted, preparation)
+    compared_with = [of_one for of_one in wanted if of_one.has_reference]
+    if compared_with:
+        reference = fid_inputs.open_reference(ref or DEFAULT_REFERENCE, compared_with, preparation)
     fid_report.check(log, benchmark, options.pictures if options.nearest or options.nll is not None else None)
     _check_numbers(options, sources[0], reference)
     warnings = _warnings(source, sources[0], reference, extractors, options.per_class)
@@ -123,7 +126,8 @@ def run(
     accumulate = partial(one_pass.run, batch=options.batch, workers=options.workers, device=device, cache=options.cache)
     sides = [Side({}) for _ in wanted]
     if reference is not None:
-        sides, of_reference = fid_inputs.sides(reference, wanted, options.batch, accumulate)
+        found, of_reference = fid_inputs.sides(reference, compared_with, options.batch, accumulate)
+        sides[: len(found)] = found
         warnings += _warned(of_reference.warnings(reference.name) if of_reference is not None else [])
     if options.nll is not None:
         spatial = sides[0].moments["spatial"]
@@ -134,10 +138,13 @@ def run(
     for number, images in enumerate(sources, 1):
         title = source if options.repeat == 1 else f"{source} {number}/{options.repeat}"
         passed = accumulate(images, wanted, title)
+        texts = [captions[label] for label in images.labels.tolist()] if captions else []
         num_cached += images.num if passed.is_cached else 0
         warnings += _warned(passed.inspection.warnings(source))
         repeats.append(
-            on_main(partial(fid_scores.of_set, passed.taken, sides, options.metrics, options.uncertainty, subset))
+            on_main(
+                partial(fid_scores.of_set, passed.taken, sides, options.metrics, options.uncertainty, subset, texts)
+            )
         )
     num_computed = sum(images.num for images in sources) - num_cached
     seconds = max(time.monotonic() - started, 1e-9)
@@ -229,16 +236,20 @@ def _check_mode(ref: str, mode: Mode) -> None:
 def _extractors(options: Options, device: torch.device) -> list[Extractor]:
     """The main extractor, where a metric needs it, then one for each metric that has its own."""
     of_main = [metric for metric in options.metrics if metric not in OWN_NETWORK]
-    networks = [*([MAIN] if of_main else []), *(metric for metric in options.metrics if metric in OWN_NETWORK)]
+    own = [metric for metric in options.metrics if metric in OWN_NETWORK]
+    networks = [*([MAIN] if of_main else []), *sorted(own, key=clip_text.KEY.__eq__)]  # that of captions is the last
     files = _weight_files(options, networks)
     if options.download and set(networks) <= files.keys() | ({MAIN} if options.extractor else set()):
         option = f"--extractor {options.extractor}" if options.extractor else "--weights"
         raise UsageError(f"--download has no effect beside {option}, which needs no download; leave one of them out")
-    extractors = []
+    extractors: list[Extractor] = []
     for network in networks:
         extractor = options.extractor if network == MAIN else None
         metric: Any = "fd_embedded" if extractor else network
         weights = files.get(network)
+        if network == clip_text.KEY:
+            extractors.append(clip_text.load(weights, device, options.precision))
+            continue
         mode: Mode = options.mode if network == MAIN else "legacy"
         extractors.append(
             select_extractor(metric, weights, extractor, device, options.precision, options.download, mode)
@@ -274,6 +285,8 @@ def _weight_files(options: Options, networks: Sequence[str]) -> Mapping[str, str
 
 
 def _wanted(options: Options, extractor: Extractor) -> Wanted:
+    if extractor.key == clip_text.KEY:
+        return Wanted(extractor, features=True, captions=True)
     if extractor.key in OWN_NETWORK:
         return Wanted(extractor, ("pool",))
     metrics = set(options.metrics)
@@ -368,6 +381,8 @@ def _warned(warnings: list[str]) -> list[str]:
 
 def few(name: str, num: int, extractor: Extractor) -> list[str]:
     """A warning where a distance of `num` images means little, or cannot be compared."""
+    if extractor.key == clip_text.KEY:  # a mean over images
+        return []
     if num <= extractor.num_features:
         return [
             f"{name}: {num} images for {extractor.num_features} features leave the covariance rank-deficient, and the "

@@ -12,14 +12,13 @@ from torch import Tensor
 from ddo_cli import dist, rundir
 from ddo_cli.data.inspection import Inspection
 from ddo_cli.data.pictures import Preparation, spelled
-from ddo_cli.data.samples import MAX_SEED
+from ddo_cli.data.samples import MAX_SEED, manifest_of
 from ddo_cli.data.stream import ImageStream, open_stream
 from ddo_cli.engines.fid.cache import Source
 from ddo_cli.engines.fid.one_pass import Passed, Wanted
 from ddo_cli.engines.sampling.sample import spec_of
 from ddo_cli.errors import DataError, UsageError
 from ddo_cli.generation import check_channels, check_labels, generate, labels_of, num_batches
-from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.metrics import references
 from ddo_cli.metrics.references import ReferenceFile
 from ddo_cli.metrics.stats import Moments, Statistics
@@ -40,8 +39,10 @@ class Drawn:
     warnings: tuple[str, ...] = ()
     identity: str | None = None  # its images are known only once they are drawn
 
-    def __init__(self, name: str, model: LikelihoodModel, spec: SamplingRecipe, first: int, num: int, device: Any):
-        self.name, self.model, self.spec, self.device = name, model, spec, device
+    def __init__(self, loaded: registry.Loaded, spec: SamplingRecipe, first: int, num: int, device: Any):
+        model = loaded.model
+        self.name, self.model, self.spec, self.device = str(loaded.checkpoint.path), model, spec, device
+        self.captions = tuple(loaded.checkpoint.header["config"]["options"].get("prompts", ()))
         self.seeds = range(first, first + num)
         self.num, self.shape = num, model.codec.shape
         self.num_classes = model.num_classes if spec.labels != "random" else 0
@@ -141,7 +142,20 @@ def _drawn(name: str, num: int, repeat: int, sampling: dict[str, Any], device: t
     if len(loaded.model.codec.shape) != 3:
         raise UsageError(f"{name} draws points, not images; a Frechet distance needs images")
     for i in range(repeat):
-        yield Drawn(name, loaded.model, spec, i * num, num, device)
+        yield Drawn(loaded, spec, i * num, num, device)
+
+
+def captions_of(source: Source) -> tuple[str, ...]:
+    """The texts that a set's labels mean: captions of images, or prompts of samples. Raises DataError."""
+    captions = source.captions
+    if not captions and isinstance(source, ImageStream):
+        captions = tuple(manifest_of(Path(source.name)).get("prompts", ()))
+    if not captions:
+        raise DataError(
+            f"{source.name} has no captions, which the CLIP score compares images with; give images with a .txt beside "
+            "each, or a set that `ddo sample` drew of prompts"
+        )
+    return captions
 
 
 def comparable(

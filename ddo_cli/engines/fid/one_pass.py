@@ -27,6 +27,7 @@ class Wanted(NamedTuple):
     """What one extractor's metrics need of a set.
 
     moments: kinds of features ("pool", "spatial"); chunks: random parts that the moments of "pool" are kept apart for.
+    captions: whether features are compared with those of captions, and not with a reference's.
     """
 
     extractor: Extractor
@@ -36,6 +37,12 @@ class Wanted(NamedTuple):
     features: bool = False
     classes: bool = False
     gaussian: FeatureGaussian | None = None
+    captions: bool = False
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference is needed."""
+        return bool(self.moments or self.features or self.classes) and not self.captions
 
 
 class Taken:

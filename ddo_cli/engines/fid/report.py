@@ -21,8 +21,16 @@ from ddo_cli.metrics.nearest import nearest as nearest_rows
 from ddo_cli.recipe.schema import nearest
 from ddo_cli.report import pictures
 
-HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage")
-NAMES = {"fid": "FID", "sfid": "sFID", "is": "IS", "kid": "KID", "fd_dinov2": "FD-DINOv2", "fd_clip": "FD-CLIP"}
+HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage", "clip")
+NAMES = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "is": "IS",
+    "kid": "KID",
+    "fd_dinov2": "FD-DINOv2",
+    "fd_clip": "FD-CLIP",
+    "clip": "CLIP score",
+}
 DESCRIBED = ("source", "reference", "num_images", "extractor", "extractor_sha256", "comparable", "content_digest")
 DETAILS = ("_std", "_std_error", "_min", "_infinity")  # suffixes of keys shown in the row of their score
 NEIGHBOURS = 3  # nearest images of the reference that are shown

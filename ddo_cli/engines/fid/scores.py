@@ -9,6 +9,7 @@ from torch import Tensor
 from ddo_cli.engines.fid.inputs import Side
 from ddo_cli.engines.fid.one_pass import Taken
 from ddo_cli.metrics import frechet
+from ddo_cli.metrics.extractors import clip_text
 from ddo_cli.metrics.kid import kernel_distance
 from ddo_cli.metrics.manifold import manifold
 from ddo_cli.metrics.uncertainty import merged, uncertainty
@@ -17,12 +18,25 @@ MANIFOLD = ("precision", "recall", "density", "coverage")
 
 
 def of_set(
-    taken: Sequence[Taken], sides: Sequence[Side], metrics: Sequence[str], with_error: bool, kid_subset: int
+    taken: Sequence[Taken],
+    sides: Sequence[Side],
+    metrics: Sequence[str],
+    with_error: bool,
+    kid_subset: int,
+    captions: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """All scores of one set, by the extractors in their order. with_error: standard error and limit of the FID."""
+    """All scores of one set, by the extractors in their order.
+
+    with_error: standard error and limit of the FID; captions: of each image, for the CLIP score.
+    """
     scores: dict[str, Any] = {}
     for of_set, side in zip(taken, sides, strict=True):
         key = of_set.extractor.key
+        if isinstance(of_set.extractor, clip_text.ClipTextExtractor):
+            assert of_set.features is not None, "see fid"
+            values = clip_text.scores(of_set.features.result(), of_set.extractor.of_texts(captions))
+            scores |= {key: float(values.mean()), f"{key}_std_error": float(values.std() / len(values) ** 0.5)}
+            continue
         # Another network's scores get its name, so that they are never taken for Inception's.
         end = "" if key == "fid" else f"_{key.removeprefix('fd_')}"
         if "pool" in of_set.moments:

@@ -15,8 +15,8 @@ from ddo_cli.data.images import open_images
 from ddo_cli.data.items import check_enough, check_fits
 from ddo_cli.data.items import identity as identity_of
 from ddo_cli.data.pairs import Shuffled
+from ddo_cli.engines import captions, training_run
 from ddo_cli.engines import dry_run as dry_runs
-from ddo_cli.engines import training_run
 from ddo_cli.engines.pretrain import tokenizer as pretrain_tokenizer
 from ddo_cli.engines.pretrain.page import page
 from ddo_cli.engines.scoring import Scoring
@@ -51,12 +51,16 @@ def run(
         return pretrain_tokenizer.run(recipe, out, device=device, dry_run=dry_run, measure=measure, log_to=log_to)
     registry.load_file(recipe.model.file)
     real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
+    reads_text = registry.reads_text(recipe.model.name)
     config = registry.config_of(
-        recipe.model.name, real.shape, real.num_classes, recipe.model.options, recipe.model.draw
+        recipe.model.name, real.shape, 0 if reads_text else real.num_classes, recipe.model.options, recipe.model.draw
     )
     steps = training_run.num_steps(settings.images, settings.batch)
     torch.manual_seed(seed_from("init", recipe.seed))  # weights are the only thing drawn from the global generator
     model = registry.build(config).to(device)
+    if reads_text:
+        config = registry.tell(model, config, captions.of(real))
+        captions.remember(real)
     check_fits(real, model, recipe.data.hflip)
     check_enough(real.name, len(real.items), settings.batch, "pretrain.batch")
     loop.check(model, settings)

@@ -84,6 +84,9 @@ PUBLISHED: dict[Network, Published] = {
 }
 
 
+NAMES = (*PUBLISHED, "clip")  # of `by_network`; that of the CLIP score is a folder, see `clip_text`
+
+
 class WeightFile(NamedTuple):
     """A weight file, its hash, and whether it is the published one. label: its name in messages."""
 
@@ -183,10 +186,10 @@ def by_network(given: Sequence[str]) -> str | dict[str, str] | None:
         name, separator, path = text.partition("=")
         if not separator or "/" in name or Path(text).is_file():
             name, path = "fid", text
-        if name not in PUBLISHED or not path:
+        if name not in NAMES or not path:
             raise UsageError(
-                f"--weights {text}: {name or 'an empty name'} is no network with published weights, or its path is "
-                f"missing; write PATH, or NAME=PATH with one of {', '.join(PUBLISHED)}"
+                f"--weights {text}: {name or 'an empty name'} is no network that takes weights, or its path is "
+                f"missing; write PATH, or NAME=PATH with one of {', '.join(NAMES)}"
             )
         if name in paths:
             raise UsageError(f"--weights gives {name} two files, {paths[name]} and {path}; leave one out")

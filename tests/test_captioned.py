@@ -1,0 +1,107 @@
+"""Text to image with a small network of one's own: benchmarks/captioned_unet.py on captioned digits."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import CPU
+
+from ddo_cli import checkpoint
+from ddo_cli.data.images import open_images
+from ddo_cli.engines.pretrain import model as pretrain
+from ddo_cli.engines.sampling import sample
+from ddo_cli.errors import DataError, UsageError
+from ddo_cli.models import registry
+from ddo_cli.recipe.load import load
+from ddo_cli.rng import RowRng
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def digits():
+    spec = importlib.util.spec_from_file_location("captioned_digits", BENCHMARKS / "captioned_digits.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.NUM = 24
+    return module
+
+
+@pytest.fixture(scope="module")
+def root(digits, tmp_path_factory):
+    """24 images of each part."""
+    place = tmp_path_factory.mktemp("captioned")
+    digits.make(place)
+    return place
+
+
+def recipe(root, *more):
+    """The benchmark's, of two steps."""
+    file = root / "recipe.yaml"
+    content = yaml.safe_load((BENCHMARKS / "captioned-digits.yaml").read_text())
+    content["data"]["source"], content["metric"]["ref"] = str(root / "train"), str(root / "held-out")
+    content["model"]["file"] = str(BENCHMARKS / "captioned_unet.py")
+    content["model"]["ckpt"] = str(root / "base" / "final.safetensors")
+    content["sampling"] |= {"steps": 2, "batch": 8}
+    content["metric"] |= {"num_images": 8, "repeats": 1}
+    content["pretrain"] |= {"images": 16, "batch": 8, "warmup": 0}
+    content["finetune"] |= {"batch": 8, "images_per_round": 16, "eval_every": 16, "num_fake": 8, "warmup": 0}
+    file.write_text(yaml.safe_dump(content))
+    return load(str(file), list(more))
+
+
+@pytest.fixture(scope="module")
+def base(root):
+    """The result of `ddo pretrain`."""
+    return pretrain.run(recipe(root), root / "base", device=CPU)
+
+
+def test_images_show_their_captions(digits, root, tmp_path):
+    captions = open_images(str(root / "train")).captions
+    assert len(captions) == 24
+    assert {digits.read(text).ink for text in captions} <= set(digits.COLOURS)
+    assert digits.accuracy(str(root / "train"))["caption"] == 1
+    swapped = root / "train" / "00000.txt"
+    before = swapped.read_text()
+    said = digits.read(before)
+    swapped.write_text(f"a {said.paper} {said.digit} on {said.ink}")
+    found = digits.accuracy(str(root / "train"))
+    swapped.write_text(before)
+    assert (found["digit"], found["ink"], found["paper"]) == (1, 23 / 24, 23 / 24)
+
+
+def test_pretraining_on_captions(root, base):
+    loaded = registry.load_model(base["final"], CPU)
+    options = loaded.checkpoint.header["config"]["options"]
+    captions = open_images(str(root / "train")).captions
+    assert tuple(options["prompts"]) == captions
+    assert loaded.model.num_classes == 24
+    spec = sample.spec_of(loaded.checkpoint)
+    told = registry.told(loaded, [captions[3], captions[0]], captions[1])
+    found = told.model.sample(torch.tensor([0, 1, -1]), RowRng([5, 5, 5]), spec).x
+    again = registry.told(loaded, captions)
+    expected = again.model.sample(torch.tensor([3, 0, 1]), RowRng([5, 5, 5]), spec).x
+    assert torch.equal(found, expected)
+    assert (found[0] - found[1]).abs().max() > 0
+    with pytest.raises(UsageError, match="the word 'cup' is not known; known: a, on, zero"):
+        registry.told(loaded, ["a red cup on blue"])
+
+
+def test_captions_are_needed(root, tmp_path):
+    bare = tmp_path / "bare.npz"
+    np.savez(bare, arr_0=np.zeros((24, 16, 16, 3), dtype=np.uint8))
+    with pytest.raises(DataError, match=r"has no captions, which a text-to-image model is trained on; write a \.txt"):
+        pretrain.run(recipe(root, f"data.source={bare}"), tmp_path / "run", device=CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_samples_of_prompts_are_judged(digits, root, base, tmp_path):
+    found = sample.run(base["final"], range(4), tmp_path / "drawn", device=CPU)
+    assert found["num_images"] == 4
+    manifest = json.loads((tmp_path / "drawn" / "manifest.json").read_text())
+    assert manifest["prompts"] == list(checkpoint.load(base["final"]).header["config"]["options"]["prompts"])
+    assert 0 <= digits.accuracy(str(tmp_path / "drawn"))["caption"] < 1  # two steps of training
