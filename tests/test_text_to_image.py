@@ -56,6 +56,7 @@ PIPELINES = [
     ("sd", {"set_alpha_to_one": True, "timestep_spacing": "trailing", "beta_schedule": "linear"}, "", 3.0),
     ("sdxl", {}, None, 3.0),
     ("sdxl", {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}, "bad", 3.0),
+    ("sd3", {}, "bad", 3.0),
 ]  # fmt: skip
 
 
@@ -251,7 +252,7 @@ def test_without_a_cache_or_a_part(here, tmp_path, monkeypatch):
         pipelines.read(tmp_path / "part")
 
 
-def recipe(folder, source, *more):
+def recipe(folder, source, *more, kind="sd"):
     from ddo_cli.recipe.load import load
 
     settings = [
@@ -267,7 +268,7 @@ def recipe(folder, source, *more):
         "quickstart",
         [
             f"model.ckpt={folder}", f"data.source={source}",
-            "sampling={sampler: ddim, steps: 1, cfg_scale: 1, batch: 3}",
+            f"sampling={{sampler: {FAMILIES[kind].sampling['sampler']}, steps: 1, cfg_scale: 1, batch: 3}}",
             "metric={name: fd_embedded, num_images: 3, repeats: 1}", f"finetune={{{', '.join(settings)}}}", *more,
         ],
     )  # fmt: skip
@@ -289,7 +290,9 @@ def test_rounds_on_captions(here, tmp_path, monkeypatch, kind, adapter):
         encode.run(str(source), here, tmp_path / "set", device=CPU)
         texts._known.clear()
         more += ["finetune.adapter={kind: lora, rank: 2, alpha: 2}", f"metric.ref={source}"]
-    found = finetune.run(recipe(here, tmp_path / "set" if adapter else source, *more), tmp_path / "run", device=CPU)
+    found = finetune.run(
+        recipe(here, tmp_path / "set" if adapter else source, *more, kind=kind), tmp_path / "run", device=CPU
+    )
     assert len(found["rounds"]) == 2
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     first = [next(line for line in log if line.get("round") == number) for number in (1, 2)]

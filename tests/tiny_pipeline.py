@@ -77,8 +77,34 @@ def _sdxl(folder: Path, network: Config) -> Config:
     return {**_sd(folder, {**XL, **network}), "vae": vae, **further, "tokenizer_2": second}
 
 
+def _sd3(folder: Path, network: Config) -> Config:
+    from diffusers import SD3Transformer2DModel
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    tokenizer, second = (make_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2"))
+    marks = [(mark, 0.0) for mark in ("<pad>", "</s>", "<unk>")]
+    third = T5TokenizerFast([*marks, ("\u2581", -2.0), *((letter, -3.0) for letter in ALPHABET)], extra_ids=0)
+    t5 = T5Config(vocab_size=len(third), d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    transformer = SD3Transformer2DModel(
+        **{
+            "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2,
+            "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 32, "pos_embed_max_size": 8,
+            "caption_projection_dim": 16, "pooled_projection_dim": 20, "dual_attention_layers": (0,),
+            "qk_norm": "rms_norm", **network,
+        }
+    )  # fmt: skip
+    return {
+        "transformer": randomised(transformer), "vae": autoencoder(4, scaling_factor=1.5, shift_factor=0.06),
+        "text_encoder": clip(tokenizer, 16, 12), "text_encoder_2": clip(second, 8, 8), "tokenizer": tokenizer,
+        "text_encoder_3": randomised(T5EncoderModel(t5), 0.5), "tokenizer_2": second, "tokenizer_3": third,
+    }  # fmt: skip
+
+
+FLOW = "FlowMatchEulerDiscreteScheduler"
 KINDS = {"sd": ("StableDiffusionPipeline", "DDIMScheduler", _sd)}
 KINDS |= {"sdxl": ("StableDiffusionXLPipeline", "EulerDiscreteScheduler", _sdxl)}
+
+KINDS |= {"sd3": ("StableDiffusion3Pipeline", FLOW, _sd3)}
 
 
 def make_pipeline(
@@ -97,7 +123,8 @@ def make_pipeline(
     for name, parameter in trained.named_parameters():
         if ".attn2." in name:  # else prompts would hardly show
             torch.nn.init.normal_(parameter, std=0.6)
-    config = {key: value for key, value in SCHEDULER.items() if key in known} | changes
+    given = {"shift": 3.0} if scheduler_class == FLOW else SCHEDULER
+    config = {key: value for key, value in given.items() if key in known} | changes
     parts["scheduler"] = made_by(**config)
     # As `save_pretrained` of the pipeline, whose import takes seconds.
     for name, part in parts.items():

@@ -9,20 +9,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ddo_cli.diffusion.precond import Flow, Preconditioner
 from ddo_cli.errors import CheckpointError, UsageError, printable, reason
 from ddo_cli.files import read_json
-from ddo_cli.models.diffusers.unet import Config, Process, library, with_defaults
+from ddo_cli.models.diffusers.unet import Config, Process, Values, check_values, library, with_defaults
 
 INDEX = "model_index.json"
 NONE = ""  # the empty prompt
 FACTOR = 8  # pixels per side of a latent, in every family
 EXTRA = "pip install 'ddo-cli[t2i]'"
+LARGE = 4 << 30  # bytes of a text encoder's files; our choice: CLIP is below, T5-XXL and Qwen3 are above
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 
 Condition = dict[str, Tensor]  # what a network is told of a prompt, by name; of a batch with rows first
@@ -67,7 +69,7 @@ class Parts:
         try:
             if name.startswith("tokenizer"):
                 return made_by.from_pretrained(self.folder / name)
-            network = made_by.from_pretrained(self.folder / name, use_safetensors=True, torch_dtype=torch.float32)
+            network = made_by.from_pretrained(self.folder / name, use_safetensors=True, torch_dtype=self._dtype(name))
         except Exception as error:  # of transformers, tokenizers or safetensors, as the failure may be
             raise CheckpointError(
                 f"{self.folder}: {name} cannot be loaded ({reason(error, 100)}); copy the folder again"
@@ -75,6 +77,11 @@ class Parts:
         if getattr(network.config, "use_attention_mask", False):
             raise CheckpointError(f"{self.folder}: {name} uses attention masks, which is not supported; use another")
         return network.to(self.device).eval().requires_grad_(False)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """bfloat16 for large encoders on a GPU, where networks are in memory, too."""
+        size = sum(path.stat().st_size for path in (self.folder / name).glob("*.safetensors"))
+        return torch.bfloat16 if self.device.type == "cuda" and size > LARGE else torch.float32
 
     def tokens(self, name: str, text: str, length: int | None = None) -> dict[str, Tensor]:
         """input_ids and attention_mask (1, length) of a text, padded or cut. length: None: the tokenizer's own."""
@@ -183,19 +190,36 @@ class Family(ABC):
         """Blocks of the network, for activation checkpointing."""
 
 
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Tokens = Annotated[int, Field(ge=1, le=1 << 24)]
+
+
+class _FlowScheduler(Values):
+    """What the configuration of a scheduler must hold before the library gets it, which checks the rest."""
+
+    num_train_timesteps: Literal[1000] = 1000
+    invert_sigmas: Literal[False] = False
+    shift: _Positive = 1.0
+    use_dynamic_shifting: bool = False
+    base_shift: _Positive | None = None
+    max_shift: _Positive | None = None
+    base_image_seq_len: _Tokens = 256
+    max_image_seq_len: _Tokens = 4096
+
+
 class FlowFamily(Family):
     """Transformers with flow matching. Time and velocity are those of `precond.Flow`, `reversed` or not."""
 
     part = "transformer"
     reversed: ClassVar[bool] = True  # the time is the share of noise n and F = eps - x0; else 1 - n and x0 - eps
+    tokens_of: ClassVar[int] = 4  # positions of the state in one token
     draw_std: ClassVar[float] = 1.0  # logit-normal n (arXiv 2403.03206); its mean is that of the pipeline's own steps
 
     def process(self, scheduler: Config) -> Process:
         name = scheduler.get("_class_name")
         if name != FLOW_SCHEDULER:
             raise ValueError(f"the scheduler is a {printable(str(name), 60)}; {self.title} has a {FLOW_SCHEDULER}")
-        if scheduler.get("num_train_timesteps", 1000) != 1000 or scheduler.get("invert_sigmas"):
-            raise ValueError(f"num_train_timesteps must be 1000 and invert_sigmas false, as in {self.title}")
+        check_values(_FlowScheduler, scheduler)
         try:
             self._scheduler(scheduler)
         except Exception as error:  # whatever the library makes of the values
@@ -214,13 +238,11 @@ class FlowFamily(Family):
 
     def shares(self, num_steps: int) -> list[float] | None:
         """n before the shift, as the pipeline hands it to the scheduler; None: the scheduler's own."""
-        return [1 + (1 / num_steps - 1) * step / max(num_steps - 1, 1) for step in range(num_steps)]
+        return torch.linspace(1.0, 1 / num_steps, num_steps, dtype=torch.float64, device="cpu").tolist()
 
     def _mu(self, scheduler: Config, num_steps: int, state_shape: tuple[int, ...]) -> float | None:
         tokens = math.prod(state_shape[1:]) // self.tokens_of
         return self.dynamic_shift(scheduler, num_steps, tokens) if scheduler.get("use_dynamic_shifting") else None
-
-    tokens_of: ClassVar[int] = 4  # positions of the state in one token
 
     def levels(self, scheduler: Config, known: Preconditioner, num_steps: int, state_shape: tuple[int, ...]) -> Tensor:
         made = self._scheduler(scheduler)
@@ -244,6 +266,6 @@ class FlowFamily(Family):
 def linear_shift(scheduler: Config, num_tokens: int, max_shift: float) -> float:
     """mu by a line through two numbers of tokens, those of the scheduler. max_shift: the pipeline's default."""
     low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
-    first, last = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", max_shift)
-    slope = (last - first) / (high - low)
+    first, last = scheduler.get("base_shift") or 0.5, scheduler.get("max_shift") or max_shift
+    slope = (last - first) / max(high - low, 1)
     return float(num_tokens * slope + first - slope * low)

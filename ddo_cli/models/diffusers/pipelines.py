@@ -82,7 +82,10 @@ def read(folder: Path, side: int | None = None) -> Folder:
     encoder = texts.Encoder(family.name, str(folder.resolve()), texts.digest_of(folder, family))
     try:
         network = files.public(network)
-        side = side or family.side(family.arguments(network), vae)
+        full = family.arguments(network)
+        if (channels := vae.get("latent_channels", 4) * family.patch**2) != full["in_channels"]:
+            raise ValueError(f"in_channels = {full['in_channels']}, and its autoencoder makes {channels}")
+        side = side or family.side(full, vae)
         config = text_model.config_of(family, network, scheduler, encoder, side, family.affine(vae, folder / "vae"))
         tensors = {PREFIX + key: tensor for path in found.weights for key, tensor in files.tensors_of(path).items()}
         with torch.device("meta"):

@@ -128,18 +128,22 @@ def _index(folder: Path) -> dict[str, Any]:
 
 
 def encode(encoder: Encoder, texts: Sequence[str], device: torch.device) -> Condition:
-    """Conditions of texts, (N, ...) on the CPU, computed anew as the pipeline does, in float32."""
+    """Conditions of texts, (N, ...) on the CPU, computed anew as the pipeline does; float32."""
     family = FAMILIES[encoder.family]
     parts = _parts(encoder, device)
     parts.cut.clear()
     with torch.no_grad(), inference_precision("float32", device):
-        found = [{name: part.cpu() for name, part in family.encode(parts, text).items()} for text in texts]
+        found = [{name: _stored(part) for name, part in family.encode(parts, text).items()} for text in texts]
     if parts.cut:
         text, length = next(iter(parts.cut.items()))
         console.warn(
             f"{len(parts.cut)} prompts are longer than {length} tokens and cut, such as {printable(text, 60)!r}"
         )
     return _stacked(found)
+
+
+def _stored(part: Tensor) -> Tensor:
+    return part.cpu().float() if part.is_floating_point() else part.cpu()
 
 
 @functools.lru_cache(maxsize=1)

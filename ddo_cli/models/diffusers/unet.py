@@ -53,13 +53,13 @@ _Size = Annotated[int, Field(ge=1, le=1 << 16)]
 _Level = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class _Values(BaseModel):
+class Values(BaseModel):
     """Base of what both configurations must hold before the library gets them, which checks the rest."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
 
-class _Unet(_Values):
+class _Unet(Values):
     sample_size: _Size | list[_Size] | tuple[_Size, ...] | None = None
     in_channels: _Size = 3
     out_channels: _Size = 3
@@ -75,7 +75,7 @@ class _Unet(_Values):
     time_embedding_type: str = ""
 
 
-class _Scheduler(_Values):
+class _Scheduler(Values):
     class_name: str = Field(alias="_class_name")
     num_train_timesteps: _Steps = 1000
     beta_start: _Level = 1e-4
@@ -93,7 +93,7 @@ class _Scheduler(_Values):
     sigma_data: _Level = 0.5
 
 
-def _check(schema: type[_Values], config: Config) -> None:
+def check_values(schema: type[Values], config: Config) -> None:
     """Raises ValueError that names the first value of a wrong kind."""
     try:
         schema.model_validate(config)
@@ -139,7 +139,7 @@ def unet_arguments(unet: Config) -> Config:
         shown = printable(str(name), 60)
         raise ValueError(f"the network is a {shown}; only a {UNET_CLASS}, unconditional or with class labels, fits")
     full = with_defaults(UNET_CLASS, unet)
-    _check(_Unet, full)
+    check_values(_Unet, full)
     if isinstance(size := full["sample_size"], (list, tuple)) and len(set(size)) == 1:
         full["sample_size"] = size[0]
     wrong = [
@@ -173,7 +173,7 @@ def process(scheduler: Config) -> Process:
     Raises ValueError for a scheduler that is no noise schedule of discrete steps, nor EDM's.
     """
     diffusers = library()
-    _check(_Scheduler, scheduler)
+    check_values(_Scheduler, scheduler)
     name = scheduler["_class_name"]
     discrete = {each.name for each in diffusers.schedulers.scheduling_utils.KarrasDiffusionSchedulers}
     if name not in (discrete | set(EDM_SCHEDULERS)):
