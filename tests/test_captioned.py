@@ -12,11 +12,14 @@ from conftest import CPU
 
 from ddo_cli import checkpoint
 from ddo_cli.data.images import open_images
+from ddo_cli.engines.ddo import finetune
+from ddo_cli.engines.ddo.round import fake_spec
 from ddo_cli.engines.pretrain import model as pretrain
 from ddo_cli.engines.sampling import sample
 from ddo_cli.errors import DataError, UsageError
 from ddo_cli.models import registry
 from ddo_cli.recipe.load import load
+from ddo_cli.recipe.schema import FinetuneRecipe, SamplingRecipe
 from ddo_cli.rng import RowRng
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -50,6 +53,7 @@ def recipe(root, *more):
     content["metric"] |= {"num_images": 8, "repeats": 1}
     content["pretrain"] |= {"images": 16, "batch": 8, "warmup": 0}
     content["finetune"] |= {"batch": 8, "images_per_round": 16, "eval_every": 16, "num_fake": 8, "warmup": 0}
+    del content["finetune"]["adapter"]  # peft takes seconds to import
     file.write_text(yaml.safe_dump(content))
     return load(str(file), list(more))
 
@@ -105,3 +109,21 @@ def test_samples_of_prompts_are_judged(digits, root, base, tmp_path):
     manifest = json.loads((tmp_path / "drawn" / "manifest.json").read_text())
     assert manifest["prompts"] == list(checkpoint.load(base["final"]).header["config"]["options"]["prompts"])
     assert 0 <= digits.accuracy(str(tmp_path / "drawn"))["caption"] < 1  # two steps of training
+
+
+def test_guided_fakes(root, base, tmp_path):
+    """finetune.fake_cfg is of fake sets alone; without an image without label there is nothing to guide away from."""
+    finetune.run(recipe(root, "finetune.fake_cfg=3.0"), tmp_path / "run", device=CPU)
+    drawn = json.loads((tmp_path / "run" / "round-01" / "samples" / "manifest.json").read_text())
+    assert drawn["sampling"]["cfg_scale"] == 3
+    (candidate,) = (tmp_path / "run" / "round-01").rglob("step-*.safetensors")
+    assert "cfg_scale" not in checkpoint.load(candidate).header["sampling"]
+    for ckpt, lacks in (
+        ("embedded:digits16", "was trained without dropping labels"), ("embedded:toy2d", "has no classes or captions"),
+    ):  # fmt: skip
+        file, settings = checkpoint.load(ckpt), FinetuneRecipe(fake_cfg=1.5)
+        with pytest.raises(UsageError, match=rf"fake_cfg = 1\.5 guides away .* {ckpt} {lacks}; leave it out"):
+            fake_spec(settings, SamplingRecipe(), file)
+        assert fake_spec(FinetuneRecipe(fake_cfg=1.0), SamplingRecipe(), file).cfg_scale == 1
+    with pytest.raises(UsageError, match="has no classes or captions"):
+        finetune.run(load("toy2d", ["finetune.fake_cfg=2.0"]), tmp_path / "other", device=CPU)

@@ -181,9 +181,9 @@ def _numbers(value: Any) -> Any:
 # Keys that an objective does not read: a pair has no weight of its fake side; cca and dpo draw no samples.
 _UNREAD: dict[ObjectiveName, tuple[str, ...]] = {
     "ddo": (),
-    "cca": ("num_fake", "fake_as"),
+    "cca": ("num_fake", "fake_as", "fake_cfg"),
     "spin": ("alpha", "divide_by_alpha"),
-    "dpo": ("alpha", "divide_by_alpha", "num_fake", "fake_as"),
+    "dpo": ("alpha", "divide_by_alpha", "num_fake", "fake_as", "fake_cfg"),
 }
 
 
@@ -241,6 +241,12 @@ class FinetuneRecipe(TrainRecipe):
     )
     num_fake: int = key(4096, "Samples drawn from the reference per round.", ge=1, le=100_000_000)
     fake_as: Literal["images", "latents"] | None = key(None, "How these samples are stored.")
+    fake_cfg: float | None = key(
+        None,
+        "Scale of classifier-free guidance while they are drawn, in place of sampling.cfg_scale. 1: samples of the "
+        "reference, which DDO compares with. Others are a heuristic: a guided image is no sample of the reference.",
+        ge=0,
+    )
     reference_precision: Literal["float32", "bf16"] = key(
         "float32", "Storage of the reference's weights. bf16 saves memory and changes the log-ratio a little."
     )

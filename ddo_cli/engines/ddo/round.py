@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ddo_cli import checkpoint, rundir
+from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.data.items import ItemSet
 from ddo_cli.data.pairs import Shuffled, compared
 from ddo_cli.data.samples import open_samples
@@ -21,13 +22,14 @@ from ddo_cli.engines.ddo.sweep import Plan, Setting
 from ddo_cli.engines.sampling import sample
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.engines.watch import Watch
+from ddo_cli.errors import UsageError
 from ddo_cli.files import replacing
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import adapters, registry
 from ddo_cli.objectives.ddo import DdoSettings, r_std
 from ddo_cli.objectives.ddo_step import ddo_objective
 from ddo_cli.objectives.likelihood import plain_objective
-from ddo_cli.recipe.schema import FinetuneRecipe, Recipe
+from ddo_cli.recipe.schema import FinetuneRecipe, Recipe, SamplingRecipe
 from ddo_cli.trainable import Objective
 from ddo_cli.training.feed import Stream
 
@@ -148,10 +150,11 @@ class Round(NamedTuple):
 
     def draw_fakes(self, real: ItemSet) -> None:
         """Draws the fake set from the reference to disk, or what an interrupted run left to draw."""
-        whole, settings, spec = self.chain.recipe, self.recipe.finetune, self.chain.scoring.spec
+        whole, settings = self.chain.recipe, self.recipe.finetune
         before = sum(whole.finetune.of_round(number).num_fake for number in range(1, self.number))
         first = FIRST_FAKE_SEED + before  # rounds do not overlap
         loaded = reference.told(registry.load_model(self.ref_file, self.chain.device), real)
+        spec = fake_spec(settings, self.chain.scoring.spec, loaded.checkpoint)
         sample.run(
             loaded, range(first, first + settings.num_fake), self.path / "samples", form="shards",
             sampling=spec.model_dump(), keep=sample.kept_of_fakes(loaded.model, settings.fake_as, spec),
@@ -201,6 +204,24 @@ class Round(NamedTuple):
         }
         before = self.chain.scoring.few(scratch)
         return Networks(task, start.sha256, fresh, scratch, header, precision_error, before)
+
+
+def fake_spec(settings: FinetuneRecipe, spec: SamplingRecipe, file: Checkpoint) -> SamplingRecipe:
+    """How a reference of this file draws a fake set. spec: how its scores are drawn.
+
+    Raises UsageError for guidance of a reference that knows no images without label.
+    """
+    if settings.fake_cfg is None:
+        return spec
+    config = file.header["config"]
+    is_known = config["num_classes"] and config["draw"].get("label_dropout")
+    if settings.fake_cfg != 1 and not is_known:
+        lacks = "was trained without dropping labels" if config["num_classes"] else "has no classes or captions"
+        raise UsageError(
+            f"finetune.fake_cfg = {settings.fake_cfg:g} guides away from what the model draws without label, and "
+            f"{file.path} {lacks}; leave it out"
+        )
+    return spec.merged(cfg_scale=settings.fake_cfg)
 
 
 class Task(NamedTuple):

@@ -14,7 +14,7 @@ from ddo_cli.engines import dry_run as dry_runs
 from ddo_cli.engines import training_run
 from ddo_cli.engines.ddo import auto, reference, report, sweep
 from ddo_cli.engines.ddo.rejected import open_rejected
-from ddo_cli.engines.ddo.round import FIRST_FAKE_SEED, Chain
+from ddo_cli.engines.ddo.round import FIRST_FAKE_SEED, Chain, fake_spec
 from ddo_cli.engines.sampling import sample
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.engines.watch import Watch
@@ -115,7 +115,9 @@ def _plans(recipe: Recipe, start: registry.Loaded, scoring: Scoring, real: ItemS
         loop.check(start.model, settings)
         check_enough(real.name, len(real.items), settings.batch, "finetune.batch")
         if settings.num_drawn:
-            sample.kept_of_fakes(start.model, settings.fake_as, scoring.spec)
+            spec = fake_spec(settings, scoring.spec, start.checkpoint)
+            start.model.check_sampling(spec)
+            sample.kept_of_fakes(start.model, settings.fake_as, spec)
             check_labels(scoring.spec, start.model.num_classes, settings.num_fake)
             check_enough("a fake set (finetune.num_fake)", settings.num_fake, settings.batch, "finetune.batch")
         if settings.margin and scoring.density is None and scoring.repeats == 1:
