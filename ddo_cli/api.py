@@ -113,7 +113,8 @@ class Model:
 def load(path: str | Path, *, device: str | None = None, model_file: str | Path | None = None) -> Model:
     """The model of a weight file, a run's directory, or "embedded:<name>".
 
-    device: "cuda" or "cpu"; None: cuda if there is one. model_file: Python file that registers the model's class.
+    device: "cuda", "mps" or "cpu"; None: cuda if there is one, else cpu.
+    model_file: Python file that registers the model's class.
 
     >>> import ddo_cli as ddo
     >>> model = ddo.load("embedded:digits16")

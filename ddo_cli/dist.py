@@ -12,6 +12,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 
+from ddo_cli import console
 from ddo_cli.errors import UsageError
 from ddo_cli.precision import allow_tf32
 
@@ -70,11 +71,27 @@ def _check_device(device: str | None) -> None:
             f"--device {device}: choose the GPU by CUDA_VISIBLE_DEVICES={number} before the command (of torchrun, a "
             "list such as 0,1), and give --device cuda"
         )
-    if device not in (None, "cpu", "cuda"):
-        raise UsageError(f"--device {device} is not known; use cuda or cpu")
+    if device not in (None, "cpu", "cuda", "mps"):
+        raise UsageError(f"--device {device} is not known; use cuda, mps or cpu")
     if device == "cuda" and not torch.cuda.is_available():
         why = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device here"
         raise UsageError(f"--device cuda: {why}; leave the option out or use cpu")
+    if device == "mps":
+        _check_mps()
+
+
+def _check_mps() -> None:
+    """Raises UsageError unless this is one process on a Mac whose GPU torch can use; says what is different there."""
+    mps = torch.backends.mps
+    if not mps.is_available():
+        why = "torch finds no Apple GPU, or macOS is older than 14" if mps.is_built() else "this torch is not for Macs"
+        raise UsageError(f"--device mps: {why}; leave the option out or use cpu")
+    if world_size() > 1:
+        raise UsageError(f"--device mps: {world_size()} processes cannot share an Apple GPU; start one, or use cpu")
+    console.info(
+        "device mps: not tried on a Mac by the authors. States of sampling are float32, and features are computed on "
+        "the CPU: these GPUs have no float64. What needs it, such as discriminator guidance, is refused"
+    )
 
 
 def _take_over_srun() -> None:

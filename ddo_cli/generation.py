@@ -56,6 +56,7 @@ def generate(
 
     Samples are drawn in spec.precision and decoded in `decoding_precision`. On a CPU images are decoded in float32.
     """
+    spec = on_device(model, spec, device)
     model.check_sampling(spec)
     if compilation.is_on(spec.compile, device):
         compilation.compile_network(model)
@@ -77,6 +78,18 @@ def generate(
             items = (sampled.x if as_latents else model.codec.decode(sampled.x)).cpu()[: len(kept)]
         cost = None if sampled.cost is None else torch.stack(sampled.cost, dim=1)[: len(kept)]
         yield Batch(number, items, label[: len(kept)], torch.tensor(kept), sampled.nfe, sampled.disc_nfe, cost)
+
+
+def on_device(model: LikelihoodModel, spec: SamplingRecipe, device: Device) -> SamplingRecipe:
+    """The settings with what the device decides: states of diffusion are float32 on Apple's GPUs, which lack float64.
+
+    Raises UsageError for settings that need float64 there.
+    """
+    if torch.device(device).type != "mps" or model.codec.is_discrete:
+        return spec
+    if spec.dtype == "float64":
+        raise UsageError("sampling.dtype = float64: Apple's GPUs have no float64; leave it out, or use --device cpu")
+    return spec.model_copy(update={"dtype": "float32"})
 
 
 def num_batches(num_seeds: int, batch: int) -> int:

@@ -68,7 +68,7 @@ def test_every_command(line):
     [
         ("cuda:1", "CUDA_VISIBLE_DEVICES=1 before the command"),
         ("3", "CUDA_VISIBLE_DEVICES=3"),
-        ("mps", "--device mps is not known; use cuda or cpu"),
+        ("xpu", "--device xpu is not known; use cuda, mps or cpu"),
     ],
 )
 def test_devices(device, message):

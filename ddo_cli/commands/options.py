@@ -188,7 +188,9 @@ Measure = Annotated[bool, run_option(" /--no-measure", help="With --dry-run: the
 Device = Annotated[
     str | None,
     run_option(
-        metavar="cuda|cpu", autocompletion=completion.choices("cuda", "cpu"), help="Default: cuda if there is one."
+        metavar="cuda|mps|cpu",
+        autocompletion=completion.choices("cuda", "mps", "cpu"),
+        help="Default: cuda if there is one, else cpu. mps: a Mac's GPU, not tried.",
     ),
 ]
 ModelFile = Annotated[str | None, run_option(help="Python file that registers your own model.")]

@@ -142,7 +142,8 @@ def check(spec: SamplingRecipe, span: tuple[float, float], known: Preconditioner
         )
     if sampler.spacing == "flow" and spec.dtype == "float32":
         raise UsageError(
-            f"sampling.dtype = float32: {sampler.name} is float64, as velocities near 0 noise; leave it out"
+            f"sampling.dtype = float32: {sampler.name} is float64, as velocities near 0 noise; leave it out, and "
+            "use --device cpu in place of mps"
         )
     if sampler.spacing == "sde" and not isinstance(known, Vp):
         raise UsageError(
@@ -154,7 +155,9 @@ def check(spec: SamplingRecipe, span: tuple[float, float], known: Preconditioner
     if choice is not None:
         asked = generalised_keys(spec)
         if spec.dtype == "float32":
-            raise UsageError(f"{asked}: EDM's generalised sampler is float64; leave sampling.dtype out")
+            raise UsageError(
+                f"{asked}: EDM's generalised sampler is float64; leave sampling.dtype out (not on mps: use cpu)"
+            )
         if not sampler.generalised or spec.spacing is not None:
             usable = samplers.names(lambda sampler: sampler.generalised)
             raise UsageError(f"{asked}: EDM's generalised sampler needs sampler {usable} and no sampling.spacing")

@@ -14,7 +14,7 @@ from ddo_cli import console, dist, ledger, rundir
 from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.data.samples import Format, Writer, read_manifest, spell_seeds
 from ddo_cli.errors import CheckpointError, UsageError, printable
-from ddo_cli.generation import Batch, check_channels, check_labels, generate, num_batches
+from ddo_cli.generation import Batch, check_channels, check_labels, generate, num_batches, on_device
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import registry
 from ddo_cli.precision import settled
@@ -128,7 +128,7 @@ def checked(
     device: torch.device,
 ) -> SamplingRecipe:
     """The settings by which these seeds are drawn. Raises UsageError if the model cannot be sampled so."""
-    spec = settled(spec_of(file, **sampling), device)
+    spec = on_device(model, settled(spec_of(file, **sampling), device), device)
     model.check_sampling(spec)
     check_channels(model.codec.shape)
     check_labels(spec, model.num_classes, len(seeds), classes)

@@ -43,7 +43,9 @@ class Extractor(ABC):
         # Reduced precision changes the third digit of a distance, hence another name.
         self.name = name if precision == "float32" else f"{name}-{precision}"
         self.num_features, self.sha256, self.content_sha256 = num_features, digest, content or digest
-        self.device, self.precision, self.is_published = torch.device(device), precision, is_published
+        # Sums of features are float64, which Apple's GPUs lack.
+        self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
+        self.precision, self.is_published = precision, is_published
 
     def protocol(self) -> dict[str, str]:
         """Everything that features depend on: two extractors are comparable if their protocols are equal."""
