@@ -30,8 +30,8 @@ SEEDS = (0, 1, 2)
 class Experiment(NamedTuple):
     """Lines of `ddo`, carried out for each training seed, and where their figures stand in the answers."""
 
-    # {seed} is the training seed, {place} the directory of this seed, {quickstart} the quickstart's of this seed,
-    # {shared} one for all seeds; a line without the others is carried out once.
+    # {seed} is the training seed, {place} the directory of this seed, {of[NAME]} that of another experiment for this
+    # seed, {shared} one for all seeds; a line without the others is carried out once.
     lines: tuple[str, ...]
     figures: dict[str, str]  # name -> number of the line, then keys of its JSON object
     seeds: tuple[int, ...] = SEEDS
@@ -55,6 +55,7 @@ _FINETUNED = {
 SAMPLERS = ("heun 18", "heun 36", "dpmpp-2m 20", "dpm-v3 20")
 WEIGHTS = (1, 2, 4)
 _SEEDS_OF_SCORES = "--seeds 100000-112287"  # three ranges of 4096, which no run draws
+_FEWER_SEEDS = "--seeds 100000-103071"  # three of 1024
 
 
 def _finetuned(line: int = 0, has_errors: bool = True) -> dict[str, str]:
@@ -63,32 +64,37 @@ def _finetuned(line: int = 0, has_errors: bool = True) -> dict[str, str]:
     return {name: _FINETUNED[name].format(line) for name in kept}
 
 
-def _scored(draw: str, out: str) -> tuple[str, str]:
+def _scored(draw: str, out: str, seeds: str = _SEEDS_OF_SCORES) -> tuple[str, str]:
     """Draws a set and scores it."""
-    place = f"{{place}}/{out}" if "{" in draw else f"{{shared}}/{out}"
-    return f"{draw} {_SEEDS_OF_SCORES} --format npz --out {place}", f"fid {place} --repeat 3"
+    place = f"{{place}}/{out}" if _is_of_seed(draw) else f"{{shared}}/{out}"
+    return f"{draw} {seeds} --format npz --out {place}", f"fid {place} --repeat 3"
+
+
+def _is_of_seed(line: str) -> bool:
+    """Whether a line differs from one training seed to another."""
+    return any(part in line for part in ("{seed}", "{place}", "{of["))
 
 
 def _samplers() -> Experiment:
     lines, figures = list[str](), dict[str, str]()
     for sampler in SAMPLERS:
         name, steps = sampler.split()
-        for model, file in (("reference", "embedded:digits16"), ("improved", "{quickstart}/run/final.safetensors")):
+        for model, file in (("reference", "embedded:digits16"), ("improved", "{of[quickstart]}/run/final.safetensors")):
             draw = f"sample --ckpt {file} sampler={name} steps={steps}"
             lines += _scored(draw, f"{model}-{name}-{steps}")
             figures[f"{model}, {sampler}"] = f"{len(lines) - 1} fd_embedded"
     return Experiment(tuple(lines), figures)
 
 
-def _guided(model: str, disc: str) -> Experiment:
+def _guided(model: str, disc: str, recipe: str = "", seeds: str = _SEEDS_OF_SCORES) -> Experiment:
     """A discriminator against a model, and guidance by it at several weights; by an untrained one for a control."""
-    lines = [f"train-disc --ckpt {model} --control --seed {{seed}} --out {{place}}/{disc}"]
+    lines = [f"train-disc{recipe} --ckpt {model} --control --seed {{seed}} --out {{place}}/{disc}"]
     figures = {"gain": "0 gain gain", "error": "0 gain error", "accuracy": "0 heldout_accuracy"}
     trained, untrained = f"{{place}}/{disc}/final.safetensors", f"{{place}}/{disc}/untrained.safetensors"
-    lines += _scored(f"sample --ckpt {model}", "plain")
+    lines += _scored(f"sample --ckpt {model}", "plain", seeds)
     figures["reference"] = f"{len(lines) - 1} fd_embedded"
     for weight, file, name in ((1, untrained, "control"), *((w, trained, f"weight {w}") for w in WEIGHTS)):
-        lines += _scored(f"guide-sample --disc {file} --dg-weight {weight}", name.replace(" ", "-"))
+        lines += _scored(f"guide-sample --disc {file} --dg-weight {weight}", name.replace(" ", "-"), seeds)
         figures[name] = f"{len(lines) - 1} fd_embedded"
     return Experiment(tuple(lines), figures)
 
@@ -98,7 +104,7 @@ EXPERIMENTS = {
     "quickstart": Experiment((f"finetune-ddo --rounds 4 --alpha 4 --beta 0.05 {_RUN}",), _finetuned()),
     "samplers": _samplers(),
     "dg": _guided("embedded:digits16", "disc"),
-    "dg-of-ddo": _guided("{quickstart}/run/final.safetensors", "disc"),
+    "dg-of-ddo": _guided("{of[quickstart]}/run/final.safetensors", "disc"),
     "toy2d": Experiment((f"finetune-ddo --recipe toy2d {_RUN}",), _finetuned(has_errors=False)),
     "digits8-ar": Experiment((f"finetune-ddo --recipe digits8-ar {_RUN}",), _finetuned()),
     "digits32-var": Experiment(
@@ -117,6 +123,20 @@ EXPERIMENTS = {
         ),
         _finetuned(1),
     ),
+    "digits16-flow": Experiment(
+        (
+            "pretrain --recipe digits16-flow --seed {seed} --out {place}/digits16-flow",
+            f"finetune-ddo --recipe digits16-flow --ckpt {{place}}/digits16-flow/final.safetensors {_RUN} "
+            "metric.num_images=1024",
+        ),
+        _finetuned(1),
+    ),
+    "digits16-flow-dg": _guided(
+        "{of[digits16-flow]}/digits16-flow/final.safetensors", "disc", " --recipe digits16-flow", _FEWER_SEEDS
+    ),
+    "digits16-flow-dg-of-ddo": _guided(
+        "{of[digits16-flow]}/run/final.safetensors", "disc", " --recipe digits16-flow", _FEWER_SEEDS
+    ),
 }  # fmt: skip
 README_ROWS = (
     Row("DDO, four rounds (`--rounds 4 --alpha 4 --beta 0.05`)", "quickstart"),
@@ -134,6 +154,12 @@ ROWS = (
     Row("DDO, autoregressive (`--recipe digits8-ar`)", "digits8-ar"),
     Row("DDO, VAR (`--recipe digits32-var`)", "digits32-var"),
     Row("DDO, EDM2 (`--recipe digits32-edm2`)", "digits32-edm2"),
+    Row("DDO, flow matching (`--recipe digits16-flow`)", "digits16-flow"),
+    *(Row(f"DG, flow matching, `--dg-weight {w}`", "digits16-flow-dg", after=f"weight {w}") for w in WEIGHTS),
+    *(
+        Row(f"DG of the DDO model, flow matching, `--dg-weight {w}`", "digits16-flow-dg-of-ddo", after=f"weight {w}")
+        for w in WEIGHTS
+    ),
 )  # fmt: skip
 
 
@@ -221,11 +247,11 @@ def run(name: str, root: Path) -> dict[str, Any]:
     figures: dict[str, dict[str, float]] = {figure: {} for figure in experiment.figures}
     for seed in experiment.seeds:
         place, shared = root / name / f"seed-{seed}", root / name / "shared"
-        quickstart, answers = root / "quickstart" / f"seed-{seed}", []
+        of, answers = {other: root / other / f"seed-{seed}" for other in EXPERIMENTS}, []
         for number, text in enumerate(experiment.lines):
-            words = shlex.split(text.format(seed=seed, place=place, shared=shared, quickstart=quickstart))
+            words = shlex.split(text.format(seed=seed, place=place, shared=shared, of=of))
             print(f"{name}, seed {seed}: ddo {shlex.join(words)}", flush=True)
-            is_of_seed = any(part in text for part in ("{seed}", "{place}", "{quickstart}"))
+            is_of_seed = any(part in text for part in ("{seed}", "{place}", "{of[quickstart]}"))
             answers.append(answer(words, (place if is_of_seed else shared) / f"answer-{number}.json"))
         for figure, path in experiment.figures.items():
             try:
@@ -238,7 +264,9 @@ def run(name: str, root: Path) -> dict[str, Any]:
 def told_lines(name: str) -> list[str]:
     """The lines of an experiment, for people."""
     lines = EXPERIMENTS[name].lines
-    return [text.format(seed="SEED", place=name, shared=name, quickstart="quickstart") for text in lines]
+    return [
+        text.format(seed="SEED", place=name, shared=name, of={other: other for other in EXPERIMENTS}) for text in lines
+    ]
 
 
 def machine() -> str:
