@@ -100,11 +100,58 @@ def _sd3(folder: Path, network: Config) -> Config:
     }  # fmt: skip
 
 
+def qwen(folder: Path, width: int, num_layers: int, kind: str) -> Config:
+    """A tokenizer of letters with a template for chats, and a language model."""
+    import transformers
+
+    letters = ["<|endoftext|>", *ALPHABET, "\u0120", ":", "|"]  # the last but two is a blank
+    tokenizer = transformers.Qwen2TokenizerFast({letter: number for number, letter in enumerate(letters)}, [])
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}|{% endfor %}"
+        "{% if add_generation_prompt %}model:{% endif %}{% if not enable_thinking %}||{% endif %}"
+    )
+    config = transformers.Qwen3Config(
+        vocab_size=len(letters), hidden_size=width, intermediate_size=8, num_hidden_layers=num_layers, head_dim=4,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    return {"tokenizer": tokenizer, "text_encoder": randomised(getattr(transformers, kind)(config), 0.3)}
+
+
+def _flux2(folder: Path, network: Config) -> Config:
+    from diffusers import Flux2Transformer2DModel
+
+    transformer = Flux2Transformer2DModel(
+        **{
+            "in_channels": 8, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8,
+            "num_attention_heads": 2, "joint_attention_dim": 12, "timestep_guidance_channels": 8,
+            "axes_dims_rope": (2, 2, 2, 2), "guidance_embeds": False, **network,
+        }
+    )  # fmt: skip
+    vae = autoencoder(2, "AutoencoderKLFlux2", sample_size=64)
+    vae.bn.running_mean.copy_(torch.randn(8))
+    vae.bn.running_var.copy_(torch.rand(8) + 0.5)
+    return {"transformer": randomised(transformer, 0.3), "vae": vae, **qwen(folder, 4, 28, "Qwen3ForCausalLM")}
+
+
+def _z_image(folder: Path, network: Config) -> Config:
+    from diffusers import ZImageTransformer2DModel
+
+    transformer = ZImageTransformer2DModel(
+        **{
+            "in_channels": 4, "dim": 16, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+            "cap_feat_dim": 8, "axes_dims": [4, 2, 2], "axes_lens": [1024, 16, 16], **network,
+        }
+    )  # fmt: skip
+    vae = autoencoder(4, scaling_factor=0.36, shift_factor=0.12, sample_size=64)
+    return {"transformer": randomised(transformer), "vae": vae, **qwen(folder, 8, 2, "Qwen3Model")}
+
+
 FLOW = "FlowMatchEulerDiscreteScheduler"
 KINDS = {"sd": ("StableDiffusionPipeline", "DDIMScheduler", _sd)}
 KINDS |= {"sdxl": ("StableDiffusionXLPipeline", "EulerDiscreteScheduler", _sdxl)}
 
-KINDS |= {"sd3": ("StableDiffusion3Pipeline", FLOW, _sd3)}
+KINDS |= {"sd3": ("StableDiffusion3Pipeline", FLOW, _sd3), "flux2": ("Flux2KleinPipeline", FLOW, _flux2)}
+KINDS |= {"z-image": ("ZImagePipeline", FLOW, _z_image)}
 
 
 def make_pipeline(
@@ -123,7 +170,7 @@ def make_pipeline(
     for name, parameter in trained.named_parameters():
         if ".attn2." in name:  # else prompts would hardly show
             torch.nn.init.normal_(parameter, std=0.6)
-    given = {"shift": 3.0} if scheduler_class == FLOW else SCHEDULER
+    given = {"shift": 3.0, "use_dynamic_shifting": kind == "flux2"} if scheduler_class == FLOW else SCHEDULER
     config = {key: value for key, value in given.items() if key in known} | changes
     parts["scheduler"] = made_by(**config)
     # As `save_pretrained` of the pipeline, whose import takes seconds.

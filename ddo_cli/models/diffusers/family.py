@@ -263,6 +263,13 @@ class FlowFamily(Family):
         return {"p_mean": round(mu, 3), "p_std": self.draw_std}
 
 
+def image_side(vae: Config) -> int:
+    """Side in pixels of an autoencoder's images, where the network's configuration has none. Raises ValueError."""
+    if not isinstance(side := vae.get("sample_size", 1024), int):
+        raise ValueError(f"sample_size = {printable(repr(side), 40)} of vae/config.json must be a side in pixels")
+    return side
+
+
 def linear_shift(scheduler: Config, num_tokens: int, max_shift: float) -> float:
     """mu by a line through two numbers of tokens, those of the scheduler. max_shift: the pipeline's default."""
     low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)

@@ -26,7 +26,7 @@ from ddo_cli.models.diffusers.files import Folder, Found
 from ddo_cli.models.diffusers.text_model import PREFIX
 
 # Networks that few-step distillation has made: their estimate is of no noise level's denoiser.
-_DISTILLED = re.compile(r"turbo|lightning|hyper-?sd|schnell|\blcm\b|sdxs|dmd2?\b|klein-(?!base)", re.IGNORECASE)
+_DISTILLED = re.compile(r"turbo|lightning|hyper-?sd|schnell|\blcm\b|sdxs|dmd2?\b|flux\.2-klein-(?!base)", re.IGNORECASE)
 _DISTILLED_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 _GUIDED = ("FluxPipeline", "Flux2Pipeline")  # pipelines whose networks are distilled from guided samples
 _UNREAD = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
