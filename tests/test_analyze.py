@@ -445,7 +445,7 @@ def flat(value, key=""):
 
 
 def test_held_out_rows_are_those_that_training_left_out(disc, ckpt):
-    recipe, base = tiny_disc_recipe(ckpt), registry.load_model(ckpt, CPU).model
+    recipe, base = tiny_disc_recipe(ckpt), registry.load_model(ckpt, CPU)
     known = checkpoint.read_header(disc)["trained_on"]["data_sha256"]
     real, rows = analyze._held_out(recipe, None, known, base, disc)
     assert len(real.items) == 96

@@ -14,8 +14,12 @@ from ddo_cli import checkpoint
 from ddo_cli.data.images import open_images
 from ddo_cli.engines.ddo import finetune
 from ddo_cli.engines.ddo.round import fake_spec
+from ddo_cli.engines.discriminator import classifier
+from ddo_cli.engines.discriminator import train as train_disc
+from ddo_cli.engines.edit import edit
+from ddo_cli.engines.pretrain import extractor
 from ddo_cli.engines.pretrain import model as pretrain
-from ddo_cli.engines.sampling import sample
+from ddo_cli.engines.sampling import guide_sample, guides, sample
 from ddo_cli.errors import DataError, UsageError
 from ddo_cli.models import registry
 from ddo_cli.recipe.load import load
@@ -30,13 +34,13 @@ def digits():
     spec = importlib.util.spec_from_file_location("captioned_digits", BENCHMARKS / "captioned_digits.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.NUM = 24
+    module.NUM = 40
     return module
 
 
 @pytest.fixture(scope="module")
 def root(digits, tmp_path_factory):
-    """24 images of each part."""
+    """40 images of each part."""
     place = tmp_path_factory.mktemp("captioned")
     digits.make(place)
     return place
@@ -66,7 +70,7 @@ def base(root):
 
 def test_images_show_their_captions(digits, root, tmp_path):
     captions = open_images(str(root / "train")).captions
-    assert len(captions) == 24
+    assert len(captions) == 40
     assert {digits.read(text).ink for text in captions} <= set(digits.COLOURS)
     assert digits.accuracy(str(root / "train"))["caption"] == 1
     swapped = root / "train" / "00000.txt"
@@ -75,7 +79,7 @@ def test_images_show_their_captions(digits, root, tmp_path):
     swapped.write_text(f"a {said.paper} {said.digit} on {said.ink}")
     found = digits.accuracy(str(root / "train"))
     swapped.write_text(before)
-    assert (found["digit"], found["ink"], found["paper"]) == (1, 23 / 24, 23 / 24)
+    assert (found["digit"], found["ink"], found["paper"]) == (1, 39 / 40, 39 / 40)
 
 
 def test_pretraining_on_captions(root, base):
@@ -83,7 +87,7 @@ def test_pretraining_on_captions(root, base):
     options = loaded.checkpoint.header["config"]["options"]
     captions = open_images(str(root / "train")).captions
     assert tuple(options["prompts"]) == captions
-    assert loaded.model.num_classes == 24
+    assert loaded.model.num_classes == 40
     spec = sample.spec_of(loaded.checkpoint)
     told = registry.told(loaded, [captions[3], captions[0]], captions[1])
     found = told.model.sample(torch.tensor([0, 1, -1]), RowRng([5, 5, 5]), spec).x
@@ -97,7 +101,7 @@ def test_pretraining_on_captions(root, base):
 
 def test_captions_are_needed(root, tmp_path):
     bare = tmp_path / "bare.npz"
-    np.savez(bare, arr_0=np.zeros((24, 16, 16, 3), dtype=np.uint8))
+    np.savez(bare, arr_0=np.zeros((40, 16, 16, 3), dtype=np.uint8))
     with pytest.raises(DataError, match=r"has no captions, which a text-to-image model is trained on; write a \.txt"):
         pretrain.run(recipe(root, f"data.source={bare}"), tmp_path / "run", device=CPU)
     assert not (tmp_path / "run").exists()
@@ -127,3 +131,66 @@ def test_guided_fakes(root, base, tmp_path):
         assert fake_spec(FinetuneRecipe(fake_cfg=1.0), SamplingRecipe(), file).cfg_scale == 1
     with pytest.raises(UsageError, match="has no classes or captions"):
         finetune.run(load("toy2d", ["finetune.fake_cfg=2.0"]), tmp_path / "other", device=CPU)
+
+
+def discriminating(root, *more):
+    settings = {"num_fake": 40, "held_out": 16, "images": 8, "batch": 4, "eval_every": 8, "warmup": 0}
+    return recipe(root, *(f"discriminator.{key}={value}" for key, value in settings.items()), *more)
+
+
+@pytest.mark.slow  # trains
+def test_a_discriminator_beside_captions(root, base, tmp_path, capsys):
+    """It reads no text; the model that it guides does."""
+    with pytest.raises(UsageError, match=r"conditional = true: the labels of .* are prompts"):
+        train_disc.run(discriminating(root, "discriminator.conditional=true"), tmp_path / "disc", device=CPU)
+    found = train_disc.run(discriminating(root), tmp_path / "disc", device=CPU)
+    assert "the discriminator sees no captions" in capsys.readouterr().err
+    assert checkpoint.load(found["final"]).header["config"]["num_classes"] == 0
+    drawn = json.loads((tmp_path / "disc" / "samples" / "manifest.json").read_text())
+    assert drawn["prompts"] == list(open_images(str(root / "train")).captions)
+    prompts = ["a red one on blue", "a blue two on white"]
+    sets = {}
+    for weight in (0.0, 2.0):
+        out, guidance = tmp_path / f"weight-{weight:g}", {"dg_weight": weight}
+        guide_sample.run(
+            found["final"], None, range(2), out, prompts=(prompts, None), guidance=guidance, device=CPU, form="npz"
+        )
+        sets[weight] = open_images(str(out)).items
+        assert json.loads((out / "manifest.json").read_text())["prompts"] == prompts
+    plain = registry.told(registry.load_model(base["final"], CPU), prompts)
+    sample.run(plain, range(2), tmp_path / "plain", device=CPU, form="npz")
+    assert np.array_equal(sets[0.0], open_images(str(tmp_path / "plain")).items)
+    assert not np.array_equal(sets[2.0], sets[0.0])
+
+
+def test_what_reads_classes_refuses_captions(root, base, tmp_path):
+    source, loaded = str(root / "train"), registry.load_model(base["final"], CPU)
+    with pytest.raises(DataError, match="has captions, and a classifier is of classes"):
+        classifier.run(recipe(root), tmp_path / "classifier", device=CPU)
+    with pytest.raises(DataError, match="has captions, and an extractor's training is of classes"):
+        extractor.run(source, tmp_path / "x.safetensors", held_out=None, images=16, seed=0, device=CPU)
+    with pytest.raises(UsageError, match="ddo edit takes no prompts"):
+        edit.run(source, tmp_path / "edited", [1.0], ckpt=base["final"], device=CPU)
+    with pytest.raises(UsageError, match="reads no prompts, and the model does"):
+        guides.of_plain_sampling(guides.Others("embedded:digits16", 2.0), loaded, CPU)
+    with pytest.raises(UsageError, match="tells classes, and the model's labels are prompts"):
+        guides.other_guides(guides.Others(classifier="c.safetensors"), loaded.model, CPU)
+
+
+def test_a_network_of_classes_ignores_captions(root, tmp_path, capsys):
+    found = pretrain.run(load("quickstart", [
+        f"data.source={root / 'train'}", "pretrain={images: 8, batch: 8}", "metric={num_images: 8, repeats: 1}",
+        "sampling.steps=2",
+    ]), tmp_path / "run", device=CPU)  # fmt: skip
+    assert registry.load_model(found["final"], CPU).model.num_classes == 0
+    assert "captions are not read" in capsys.readouterr().err
+
+
+def test_autoguidance_by_the_same_prompts(root, base):
+    """A second network is told the prompts of the first, whatever its own are."""
+    loaded = registry.told(registry.load_model(base["final"], CPU), ["a red one on blue"], "a blue two on white")
+    guided, _ = guides.of_plain_sampling(guides.Others(base["final"], 2.0), loaded, CPU)
+    spec, labels, rng = sample.spec_of(loaded.checkpoint), torch.tensor([0, -1]), RowRng([1, 2])
+    # The same weights: D + (2 - 1) (D - D) = D.
+    found = guided.model.sample(labels, rng, spec).x
+    torch.testing.assert_close(found, loaded.model.sample(labels, RowRng([1, 2]), spec).x)

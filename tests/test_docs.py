@@ -28,6 +28,7 @@ from PIL import Image
 
 from ddo_cli import cli
 from ddo_cli.commands.examples import EXAMPLES
+from ddo_cli.metrics.extractors import weights
 from ddo_cli.models.adm.published import Told
 from ddo_cli.models.dit import files as dit_files
 from ddo_cli.recipe.load import recipe_names
@@ -306,7 +307,9 @@ def check_words(words: list[str], hooks) -> None:
     options = {option for parameter in parameters for option in parameter.opts + parameter.secondary_opts}
     assert {word for word in words[2:] if word.startswith("--")} <= options, words
     keys = {*Told._fields, *dit_files.Told._fields} if words[1] == "convert" else known
-    assert {word.partition("=")[0] for word in words[2:] if "=" in word} <= keys, words
+    named = {f"{name}=" for name in weights.NAMES} if words[1] == "fid" else set()  # networks of --weights
+    given = {word.partition("=")[0] for word in words[2:] if "=" in word and not word.startswith(tuple(named))}
+    assert given <= keys, words
 
 
 def test_examples_of_help(hooks):

@@ -90,6 +90,7 @@ class Rejection(NamedTuple):
     second_network=options.second_network,
     classifier=Classifier,
     rejection=Rejection,
+    prompts=options.prompts_of,
     seeds=options.seeds_of,
     classes=options.classes_of,
     sampling=options.of_sampling(*SAMPLING),
@@ -101,6 +102,7 @@ def guide_sample(
     second_network: "guides.Others",
     classifier: Classifier,
     rejection: Rejection,
+    prompts: options.Prompts,
     seeds: Sequence[int],
     classes: list[int] | None,
     sampling: dict[str, Any],
@@ -118,7 +120,8 @@ def guide_sample(
             raise UsageError(f"--{key.replace('_', '-')} {value:g} has no effect without --diffrs; add it")
     by_rejection = diffrs.Options(**{key.removeprefix("diffrs_"): value for key, value in given.items()})
     return guide_sample.run(
-        discriminator.disc, discriminator.ckpt, seeds, out, form=form, classes=classes, sampling=sampling,
+        discriminator.disc, discriminator.ckpt, seeds, out, form=form, classes=classes, prompts=prompts,
+        sampling=sampling,
         guidance=guidance, others=second_network._replace(**classifier._asdict()),
         rejection=by_rejection if rejection.diffrs else None, force=discriminator.force, device=device, dry_run=dry_run,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ddo_cli.data import latents
 from ddo_cli.data.captions import METADATA
-from ddo_cli.data.items import ItemSet
+from ddo_cli.data.items import INDEX, ItemSet
 from ddo_cli.data.stream import ImageStream
 from ddo_cli.errors import DataError
 from ddo_cli.models import registry
@@ -25,6 +25,15 @@ def remember(real: ItemSet) -> None:
     """Takes the embeddings of the captions that `ddo encode` has stored, if it has."""
     if real.encoded is not None and (stored := latents.stored_texts(Path(real.name))) is not None:
         texts.remember(*stored)
+
+
+def refuse(real: ItemSet, use: str) -> None:
+    """Raises DataError for images with captions, whose labels are no classes. use: what needs classes."""
+    if real.captions:
+        raise DataError(
+            f"{real.name} has captions, and {use} is of classes; give images with labels ({INDEX}, or a subfolder per "
+            "class)"
+        )
 
 
 def told(loaded: registry.Loaded, real: ItemSet) -> registry.Loaded:

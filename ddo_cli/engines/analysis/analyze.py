@@ -13,14 +13,14 @@ from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet, check_fits, describe_items, digest, holds_images
 from ddo_cli.data.pairs import split
-from ddo_cli.diffusion.denoiser import DiffusionModel
-from ddo_cli.engines import pages
+from ddo_cli.engines import captions, pages
 from ddo_cli.engines.analysis import analyses, report
 from ddo_cli.engines.analysis.regeneration import regeneration
 from ddo_cli.engines.analysis.subject import Finding, Settings, Subject
 from ddo_cli.engines.sampling import guides, sample
 from ddo_cli.errors import CheckpointError, DataError, UsageError, reason
 from ddo_cli.files import read_json, write_json
+from ddo_cli.models import registry
 from ddo_cli.precision import settled
 from ddo_cli.recipe.schema import Recipe, SamplingRecipe, nearest
 
@@ -58,10 +58,10 @@ def run(
     chosen = guides.choose(disc, ckpt, guidance or {}, device=device, force=force)
     base, file = guides.diffusion_model(chosen.model), chosen.discriminator.checkpoint
     spec = settled(sample.spec_of(chosen.model.checkpoint, **(sampling or {})), device)
-    base.check_sampling(spec)
     guides.warn_of_other_sampler(chosen.discriminator, spec)
     recipe = _recipe_of(file)
-    real, rows = _held_out(recipe, data, file.header["trained_on"].get("data_sha256"), base, file.path)
+    real, rows = _held_out(recipe, data, file.header["trained_on"].get("data_sha256"), chosen.model, file.path)
+    base.check_sampling(spec)  # of a model that reads text once it is told the captions
     guide = guides.discriminator_guide(chosen.discriminator.network, chosen.settings, base)
     subject = Subject(base, guide, spec, recipe or Recipe(), real, rows, device)
     names = select(what, subject)
@@ -197,7 +197,7 @@ def _recipe_of(file: Checkpoint) -> Recipe | None:
 
 
 def _held_out(
-    recipe: Recipe | None, data: str | None, trained_sha256: str | None, base: DiffusionModel, file: str
+    recipe: Recipe | None, data: str | None, trained_sha256: str | None, model: registry.Loaded, file: str
 ) -> tuple[ItemSet, np.ndarray]:
     """Real items, and the rows that the discriminator was not trained on, known by the hash of its training data.
 
@@ -221,7 +221,7 @@ def _held_out(
     else:
         rows = np.arange(len(real.items))
         console.info(f"{data}: all {len(rows)} items are taken for held out; the gain is too large on trained ones")
-    check_fits(real, base)
+    check_fits(real, captions.told(model, real).model)
     if len(rows) < 2:
         raise DataError(f"{real.name} holds {len(rows)} held-out item; a standard error needs two, and sense hundreds")
     return real, rows

@@ -18,7 +18,7 @@ from ddo_cli.data.items import identity as identity_of
 from ddo_cli.data.pairs import Shuffled, split
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.diffusion.denoiser import DiffusionModel
-from ddo_cli.engines import pages, training_run
+from ddo_cli.engines import captions, pages, training_run
 from ddo_cli.engines.sampling import guides
 from ddo_cli.engines.watch import Watch
 from ddo_cli.errors import DataError
@@ -49,6 +49,7 @@ def run(
     loaded = registry.load_model(recipe.model.ckpt, device)
     base = guides.diffusion_model(loaded)
     real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache, base.codec)
+    captions.refuse(real, "a classifier")
     num_classes = base.num_classes or real.num_classes
     check_fits(real, base, recipe.data.hflip, num_classes=num_classes)
     if not num_classes:

@@ -9,8 +9,9 @@ from ddo_cli import console, rundir
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet, check_balance, check_enough, check_fits
 from ddo_cli.data.samples import manifest_of
+from ddo_cli.engines import captions
 from ddo_cli.engines.sampling import sample
-from ddo_cli.errors import DataError
+from ddo_cli.errors import DataError, UsageError
 from ddo_cli.models import registry
 from ddo_cli.recipe.schema import DiscriminatorRecipe, Recipe, SamplingRecipe
 
@@ -41,6 +42,23 @@ def given_set(
     return fake
 
 
+def labels_seen(loaded: registry.Loaded, settings: DiscriminatorRecipe) -> int:
+    """How many classes the discriminator tells apart; 0: it sees no label.
+
+    That of a text-to-image model sees no captions: nearly every image has one of its own, by which it would be known by
+    heart. Raises UsageError where the recipe asks for them.
+    """
+    if not registry.reads_text(loaded.checkpoint.header["config"]["name"]):
+        return loaded.model.num_classes if settings.conditional else 0
+    if settings.conditional and "conditional" in settings.model_fields_set:
+        raise UsageError(
+            f"discriminator.conditional = true: the labels of {loaded.checkpoint.path} are prompts, which no "
+            "discriminator reads; set it to false"
+        )
+    console.info("the discriminator sees no captions; the model is still drawn by them")
+    return 0
+
+
 def check_classes(real: ItemSet, num_fake: int, label_use: int) -> None:
     """Raises DataError if `num_fake` samples of all classes and the real set cannot have the same classes."""
     labels = np.arange(num_fake) % max(label_use, 1)
@@ -53,7 +71,7 @@ def draw(
     """Draws the model's samples into the run, or what an interrupted run left to draw."""
     path = run_dir.path / "samples"
     seeds = range(FIRST_FAKE_SEED, FIRST_FAKE_SEED + recipe.discriminator.num_fake)
-    loaded = registry.load_model(recipe.model.ckpt, device)
+    loaded = captions.told(registry.load_model(recipe.model.ckpt, device), real)
     sample.run(
         loaded, seeds, path, form="shards", sampling=spec.model_dump(), device=device, title="generated set",
         keep=sample.kept_of_fakes(loaded.model, None, spec),

@@ -24,7 +24,7 @@ from ddo_cli.data.samples import manifest_of
 from ddo_cli.diffusion import vp_sde
 from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.diffusion.guidance import GradientGuide
-from ddo_cli.engines import training_run
+from ddo_cli.engines import captions, training_run
 from ddo_cli.engines.discriminator import data as disc_data
 from ddo_cli.engines.discriminator import features as disc_features
 from ddo_cli.engines.discriminator import report as disc_report
@@ -74,7 +74,8 @@ def run(
     base = guides.diffusion_model(loaded)
     loaded.model.requires_grad_(False)
     real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache, base.codec)
-    label_use = base.num_classes if settings.conditional else 0
+    loaded = captions.told(loaded, real)
+    label_use = disc_data.labels_seen(loaded, settings)
     check_fits(real, base, recipe.data.hflip, num_classes=label_use)
     sampling = {key: getattr(recipe.sampling, key) for key in recipe.sampling.model_fields_set}
     spec = sample.spec_of(loaded.checkpoint, **sampling)  # what the recipe does not set is the checkpoint's

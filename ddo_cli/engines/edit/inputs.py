@@ -124,6 +124,8 @@ def open_sources(source: str, num: int, label: int | None, base: DiffusionModel)
         raise UsageError(
             f"ddo edit needs images, and this model draws items of shape {base.codec.shape}; use another --ckpt"
         )
+    if guides.prompts_of(base) is not None:
+        raise UsageError("ddo edit takes no prompts, which this model draws images of; use another --ckpt")
     if label is not None and not 0 <= label < base.num_classes:
         has = f"has classes 0 to {base.num_classes - 1}" if base.num_classes else "has no classes: leave it out"
         raise UsageError(f"--label {label} is not possible; this model {has}")

@@ -15,7 +15,7 @@ from ddo_cli import checkpoint, console, dist, rundir
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import check_images
 from ddo_cli.data.pairs import Examples, Shuffled
-from ddo_cli.engines import training_run
+from ddo_cli.engines import captions, training_run
 from ddo_cli.errors import CheckpointError, DataError, UsageError
 from ddo_cli.files import sweep
 from ddo_cli.metrics.extractors.digit_net import DigitNet
@@ -118,6 +118,7 @@ def _examples(sources: str) -> Examples:
         if opened.items.ndim != 4:
             raise DataError(f"{source} holds points; an extractor is trained on images")
         check_images(opened, "an extractor is trained on images")
+        captions.refuse(opened, "an extractor's training")
         if (opened.labels < 0).any():
             raise DataError(f"{source} has images without a label; an extractor is trained as a classifier")
         for start in range(0, len(opened.items), 4096):

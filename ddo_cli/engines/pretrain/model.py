@@ -52,9 +52,8 @@ def run(
     registry.load_file(recipe.model.file)
     real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
     reads_text = registry.reads_text(recipe.model.name)
-    config = registry.config_of(
-        recipe.model.name, real.shape, 0 if reads_text else real.num_classes, recipe.model.options, recipe.model.draw
-    )
+    num_classes = 0 if real.captions else real.num_classes  # captions are no classes, see `check_fits`
+    config = registry.config_of(recipe.model.name, real.shape, num_classes, recipe.model.options, recipe.model.draw)
     steps = training_run.num_steps(settings.images, settings.batch)
     torch.manual_seed(seed_from("init", recipe.seed))  # weights are the only thing drawn from the global generator
     model = registry.build(config).to(device)

@@ -24,6 +24,7 @@ def run(
     *,
     form: Format | None = None,
     classes: Sequence[int] | None = None,
+    prompts: tuple[Sequence[str], str | None] = ((), None),
     sampling: dict[str, Any] | None = None,
     guidance: dict[str, Any] | None = None,
     others: Others = Others(),  # noqa: B008 (immutable)
@@ -36,11 +37,13 @@ def run(
 
     disc: None: the newest discriminator below runs/; ckpt: None: the model that it was trained against.
     guidance: values of GuidanceRecipe that override those stored with the discriminator.
+    prompts: as `sample.with_prompts` takes them.
     rejection: DiffRS in place of guidance by the gradient.
     With weight 0 and no other guide the items are those of `ddo sample`, bit for bit.
     """
     given = guidance or {}
     chosen = guides.choose(disc, ckpt, given, device=device, force=force)
+    chosen = chosen._replace(model=sample.with_prompts(chosen.model, *prompts))
     base = guides.diffusion_model(chosen.model)
     file, settings = chosen.discriminator.checkpoint, chosen.settings
     spec = sample.spec_of(chosen.model.checkpoint, **(sampling or {}))

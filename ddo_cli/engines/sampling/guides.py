@@ -18,7 +18,7 @@ from ddo_cli.diffusion.guidance import AutoGuide, GradientGuide, Guide, Interval
 from ddo_cli.diffusion.precond import Discrete
 from ddo_cli.errors import CheckpointError, RunError, UsageError, printable
 from ddo_cli.files import sha256
-from ddo_cli.likelihood import NO_LABEL
+from ddo_cli.likelihood import NO_LABEL, LikelihoodModel
 from ddo_cli.models import registry
 from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.models.discriminators.adm_encoder import AdmClassifier
@@ -229,6 +229,10 @@ def other_guides(others: Others, base: DiffusionModel, device: torch.device) -> 
         if others.interval:
             record["autoguidance"]["interval"] = list(others.interval)
     if others.classifier is not None:
+        if prompts_of(base) is not None:
+            raise UsageError(
+                f"--classifier {others.classifier} tells classes, and the model's labels are prompts; leave it out"
+            )
         loaded = discriminators.load("classifier", others.classifier, device)
         config = loaded.checkpoint.header["config"]
         if tuple(config["shape"]) != base.codec.state_shape or config["num_classes"] != base.num_classes:
@@ -245,6 +249,10 @@ def other_guides(others: Others, base: DiffusionModel, device: torch.device) -> 
 def _second_network(ckpt: str, base: DiffusionModel, device: torch.device) -> tuple[Network, str]:
     """The denoiser that --guide-ckpt names, and its hash."""
     loaded = registry.load_model(ckpt, device)
+    if (prompts := prompts_of(base)) is not None:
+        if prompts_of(loaded.model) is None:
+            raise UsageError(f"--guide-ckpt {ckpt} reads no prompts, and the model does; give a version of this model")
+        loaded = registry.told(loaded, *prompts)
     model = diffusion_model(loaded)
     if model.codec.state_shape != base.codec.state_shape or model.num_classes not in (0, base.num_classes):
         raise UsageError(
@@ -259,6 +267,12 @@ def _second_network(ckpt: str, base: DiffusionModel, device: torch.device) -> tu
             "same space"
         )
     return (model if model.num_classes or not base.num_classes else _Unconditional(model)), loaded.checkpoint.sha256
+
+
+def prompts_of(model: LikelihoodModel) -> tuple[Sequence[str], str] | None:
+    """What labels of a model that reads text mean, and what -1; None for a model of classes."""
+    options: Any = getattr(model, "options", None)
+    return (options.prompts, options.negative_prompt) if hasattr(options, "prompts") else None
 
 
 class _Unconditional(NamedTuple):
