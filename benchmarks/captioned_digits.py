@@ -60,16 +60,21 @@ def render(seed: int, levels: np.ndarray, digits: np.ndarray) -> Iterator[tuple[
         yield image, f"a {names[ink]} {NUMBERS[digits[row]]} on {names[paper]}"
 
 
+def write(folder: Path, images: Iterator[tuple[np.ndarray, str]]) -> None:
+    """A .png and a .txt of each image."""
+    folder.mkdir(parents=True)
+    for number, (image, caption) in enumerate(images):
+        Image.fromarray(image).save(folder / f"{number:05d}.png")
+        (folder / f"{number:05d}.txt").write_text(caption + "\n")
+
+
 def make(root: Path) -> None:
-    """Writes both parts: a .png and a .txt of each image."""
+    """Writes both parts."""
     with np.load(checkpoint.ASSETS / "digits.npz") as content:
         levels, digits = content["levels"], content["labels"]
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(levels))
     for seed, (part, rows) in enumerate((("train", order[:TRAINED_ON]), ("held-out", order[TRAINED_ON:]))):
-        (root / part).mkdir(parents=True)
-        for number, (image, caption) in enumerate(render(seed, levels[rows], digits[rows])):
-            Image.fromarray(image).save(root / part / f"{number:05d}.png")
-            (root / part / f"{number:05d}.txt").write_text(caption + "\n")
+        write(root / part, render(seed, levels[rows], digits[rows]))
 
 
 # --- Caption accuracy

@@ -2,13 +2,17 @@
 
 import importlib.util
 import json
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CPU
+from conftest import CPU, torchrun
+from launch import launch
+from PIL import Image
 
 from ddo_cli import checkpoint
 from ddo_cli.data.images import open_images
@@ -29,13 +33,17 @@ from ddo_cli.rng import RowRng
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def digits():
+def captioned_digits():
     spec = importlib.util.spec_from_file_location("captioned_digits", BENCHMARKS / "captioned_digits.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.NUM = 40
     return module
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return captioned_digits()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +54,7 @@ def root(digits, tmp_path_factory):
     return place
 
 
-def recipe(root, *more):
+def recipe(root, *more, adapter=False):
     """The benchmark's, of two steps."""
     file = root / "recipe.yaml"
     content = yaml.safe_load((BENCHMARKS / "captioned-digits.yaml").read_text())
@@ -57,7 +65,8 @@ def recipe(root, *more):
     content["metric"] |= {"num_images": 8, "repeats": 1}
     content["pretrain"] |= {"images": 16, "batch": 8, "warmup": 0}
     content["finetune"] |= {"batch": 8, "images_per_round": 16, "eval_every": 16, "num_fake": 8, "warmup": 0}
-    del content["finetune"]["adapter"]  # peft takes seconds to import
+    if not adapter:  # peft takes seconds to import
+        del content["finetune"]["adapter"]
     file.write_text(yaml.safe_dump(content))
     return load(str(file), list(more))
 
@@ -194,3 +203,106 @@ def test_autoguidance_by_the_same_prompts(root, base):
     # The same weights: D + (2 - 1) (D - D) = D.
     found = guided.model.sample(labels, rng, spec).x
     torch.testing.assert_close(found, loaded.model.sample(labels, RowRng([1, 2]), spec).x)
+
+
+# --- Bad input, at the command line
+
+
+def refused(ddo, *line):
+    """The one message of a line that must end with exit code 2 and without a directory of a run."""
+    lines = ddo(*line, "--out", "run", code=2).stderr.splitlines()
+    (message,) = [text for text in lines if text.startswith("error: ")]
+    assert lines[-1] == message
+    assert not Path("run").exists()
+    return message.replace(str(Path.cwd()), "").replace(str(Path.cwd().parent), "")
+
+
+def spoilt(folder, remove=(), **texts):
+    """Eight images with captions, then changed: files are removed, and texts are written."""
+    levels, digits = np.full((8, 8, 8), 8, dtype=np.uint8), np.arange(8)
+    module = captioned_digits()
+    module.NUM = 8
+    module.write(folder, module.render(0, levels, digits))
+    for name in remove:
+        (folder / name).unlink()
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+def test_bad_data_is_one_message(root, base, ddo, tmp_path):
+    recipe(root)
+    line = ["finetune-ddo", "--recipe", root / "recipe.yaml", "--data"]
+    lonely = spoilt(tmp_path / "lonely", remove=["00003.png"])
+    assert "caption 00003.txt has no image of its name; add the image" in refused(ddo, *line, lonely)
+    bare = spoilt(tmp_path / "bare", remove=["00003.txt"])
+    assert "image 00003.png has no caption; write it into 00003.txt" in refused(ddo, *line, bare)
+    (tmp_path / "empty").mkdir()
+    assert "empty holds no images" in refused(ddo, *line, tmp_path / "empty")
+    mixed = spoilt(tmp_path / "mixed")
+    Image.open(mixed / "00003.png").resize((8, 8)).save(mixed / "00003.png")
+    assert "all images must have one size" in refused(ddo, *line, mixed)
+    unknown = spoilt(tmp_path / "unknown", **{"00003": "a cup"})
+    message = refused(ddo, *line, unknown)
+    assert "prompt 'a cup': the word 'cup' is not known" in message
+    assert len(message) <= 300
+
+
+def test_bad_models_are_one_message(root, base, ddo, tmp_path):
+    place = tmp_path / "base.safetensors"
+    shutil.copy(base["final"], place)
+    header = checkpoint.load(place).header
+    adapter = {"kind": "lora", "rank": 1, "alpha": 1.0, "targets": ["conv1"]}
+    origin = {"path": str(place), "sha256": "0" * 64}
+    checkpoint.save(
+        tmp_path / "lora.safetensors", {"x": torch.zeros(1)}, {**header, "adapter": adapter, "base": origin}
+    )
+    line = ["sample", "--model-file", BENCHMARKS / "captioned_unet.py", "--num-images", 2, "--ckpt"]
+    message = refused(ddo, *line, tmp_path / "lora.safetensors")
+    assert "is an adapter, and its base" in message
+    assert "is another file now; put the file with the SHA-256 0000" in message
+    index = {"_class_name": "StableCascadePipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text(json.dumps(index))
+    assert "is a StableCascadePipeline; of text-to-image" in refused(ddo, *line, tmp_path / "other")
+
+
+@pytest.mark.slow  # diffusers takes seconds to import
+def test_a_distilled_base_is_one_message(ddo, tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    from tiny_pipeline import make_pipeline
+
+    monkeypatch.setenv("DDO_CACHE", str(tmp_path / "cache"))
+    folder = make_pipeline(tmp_path / "sd-turbo")
+    message = refused(ddo, "sample", "--prompt", "a cup", "--ckpt", folder)
+    assert "is distilled to few steps, as sd-turbo tells" in message
+    assert len(message) <= 300
+
+
+# --- Killed and continued; several processes
+
+
+@pytest.mark.slow  # trains, in processes of its own
+def test_a_killed_run_and_two_processes_end_alike(root, base, tmp_path):
+    pytest.importorskip("peft")
+    recipe(root, adapter=True)
+    line = ["-m", "ddo_cli", "finetune-ddo", "--recipe", root / "recipe.yaml", "--device", "cpu"]
+    line += ["finetune.save_every=1", "finetune.log_every=1", "finetune.images_per_round=32", "finetune.eval_every=32"]
+
+    def weights(out):
+        return checkpoint.load(next((out / "round-01").rglob("step-*.safetensors"))).tensors
+
+    whole, killed, two = tmp_path / "whole", tmp_path / "killed", tmp_path / "two"
+    torchrun(*map(str, line), "--out", str(whole), processes=1)
+    done = launch(*line, "--out", killed, until=lambda: any(killed.rglob("train-state.safetensors")))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (killed / "final.safetensors").exists()
+    torchrun(*map(str, line), "--out", str(killed), processes=1)
+    assert all(torch.equal(weights(killed)[name], tensor) for name, tensor in weights(whole).items())
+    assert (killed / "final.safetensors").read_bytes() == (whole / "final.safetensors").read_bytes()
+    assert json.loads((killed / "state.json").read_text()) == json.loads((whole / "state.json").read_text())
+    torchrun(*map(str, line), "--out", str(two))
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(two)[name], tensor, rtol=1e-4, atol=1e-6)
+    manifests = [json.loads((out / "round-01" / "samples" / "manifest.json").read_text()) for out in (whole, two)]
+    assert manifests[0] == manifests[1]
