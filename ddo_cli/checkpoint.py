@@ -135,7 +135,9 @@ def resolve(path: str | Path, kind: str = "model") -> Path:
         return rundir.weights_of(file)
     if not file.is_file():
         made_by = f" ({_MAKERS[kind]})" if kind in _MAKERS else ""
-        raise CheckpointError(f"{name} does not exist; give the path of a weight file{made_by}", missing=name)
+        is_repo = hub.ADDRESS.fullmatch(f"hf://{name}") and not file.parent.exists() and file.suffix != ".safetensors"
+        of_hub = f", or hf://{name} for a repository of the Hub" if is_repo else ""
+        raise CheckpointError(f"{name} does not exist; give the path of a weight file{made_by}{of_hub}", missing=name)
     if what := disguise(file):
         raise CheckpointError(f"{name} is {what}")
     return file

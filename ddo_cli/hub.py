@@ -1,7 +1,7 @@
 """Weights on the Hugging Face Hub: hf://user/name[@revision]."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,34 @@ def download(name: str) -> Path:
         raise CheckpointError(
             f"{name}: {FILE} cannot be fetched ({type(error).__name__}: {reason(error, 90)}); check name, revision and "
             "network, and for a private one `hf auth login`"
+        ) from None
+
+
+def index_of(name: str, file: str) -> Path | None:
+    """A small file of a repository that says what is in it; None if there is none, or it cannot be read."""
+    repo, revision = _parts(name)
+    library = _library(name)
+    try:
+        return Path(library.hf_hub_download(repo, file, revision=revision))
+    except Exception:  # as above; `download` tells
+        return None
+
+
+def folder(name: str, wanted: Sequence[str], unwanted: Sequence[str]) -> Path:
+    """Those files of a repository that match patterns, in the Hub's cache on this machine. Raises CheckpointError."""
+    repo, revision = _parts(name)
+    try:
+        return Path(
+            _library(name).snapshot_download(
+                repo, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(unwanted)
+            )
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{name} cannot be fetched ({type(error).__name__}: {reason(error, 110)}); check network and free disk "
+            "space, and whether its licence has to be accepted on its page"
         ) from None
 
 

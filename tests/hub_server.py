@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import unquote
 
 TOKEN = "hf_of_the_tests"
+MAIN = hashlib.sha1(b"main").hexdigest()  # the commit of main
 
 
 class Hub:
@@ -27,8 +28,12 @@ class Hub:
         """Status, headers and content, JSON or bytes. is_known: whether the token came with the request."""
         parts = [unquote(part) for part in path.partition("?")[0].strip("/").split("/")]
         match method, parts:
-            case "GET" | "HEAD", [user, name, "resolve", revision, file]:
-                return self.file(f"{user}/{name}", revision, file, is_known)
+            case "GET" | "HEAD", [user, name, "resolve", revision, *file]:
+                return self.file(f"{user}/{name}", revision, "/".join(file), is_known)
+            case "GET", ["api", "models", user, name, "tree", revision] if f"{user}/{name}" in self.repos:
+                files = self.repos[f"{user}/{name}"][self.branch(f"{user}/{name}", revision)]
+                listed = [{"type": "file", "path": path, "size": len(body), "oid": "0"} for path, body in files.items()]
+                return 200, {}, listed
             case "GET", ["api", "models", user, name, *_]:
                 repo = f"{user}/{name}"
                 if repo not in self.repos or (repo in self.private and not is_known):
@@ -36,7 +41,7 @@ class Hub:
                 card = self.repos[repo]["main"].get("README.md", b"").decode()
                 stated = re.findall(r"^license: (.+)$", card, re.MULTILINE)
                 card_data = {"license": stated[0]} if stated else {}
-                return 200, {}, {"id": repo, "private": repo in self.private, "cardData": card_data, "sha": "0" * 40}
+                return 200, {}, {"id": repo, "private": repo in self.private, "cardData": card_data, "sha": MAIN}
         if not is_known:
             return 401, {}, {"error": "Invalid username or password."}
         told = json.loads(body) if body[:1] == b"{" and b"\n{" not in body else {}
@@ -85,12 +90,15 @@ class Hub:
                 return 200, {}, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""}
         return 404, {}, {"error": f"the stand-in knows no {method} {path}"}
 
+    def branch(self, repo: str, revision: str) -> str:
+        """By its name, or that of its commit."""
+        return {hashlib.sha1(name.encode()).hexdigest(): name for name in self.repos[repo]}.get(revision, revision)
+
     def file(self, repo: str, revision: str, file: str, is_known: bool) -> tuple[int, dict[str, str], Any]:
         """A file of a branch; a commit's name is the hash of its branch's name."""
         if repo not in self.repos or (repo in self.private and not is_known):
             return 404, {"X-Error-Code": "RepoNotFound"}, b""
-        names = {hashlib.sha1(branch.encode()).hexdigest(): branch for branch in self.repos[repo]}
-        branch = names.get(revision, revision)
+        branch = self.branch(repo, revision)
         if branch not in self.repos[repo]:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
         if (content := self.repos[repo][branch].get(file)) is None:

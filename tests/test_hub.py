@@ -15,6 +15,7 @@ from ddo_cli import checkpoint, hub
 from ddo_cli.engines.ddo import finetune
 from ddo_cli.engines.weights import card, push
 from ddo_cli.errors import CheckpointError
+from ddo_cli.models import registry
 from ddo_cli.models.diffusers import files
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -213,3 +214,31 @@ def test_without_the_library(monkeypatch):
 def test_only_weights_are_fetched(ddo):
     assert "is not fetched" in ddo("finetune-ddo", "--data", "hf://user/name", code=2).stderr
     assert "write hf://user/name" in ddo("sample", "--ckpt", "hf://user", code=2).stderr
+
+
+@pytest.mark.slow  # imports transformers
+def test_pipelines_are_fetched(server, tmp_path, monkeypatch):
+    """What is read of a text-to-image pipeline, and of a distilled one its index alone."""
+    pytest.importorskip("transformers")
+    from tiny_pipeline import make_pipeline
+
+    made = make_pipeline(tmp_path / "sd")
+    content = {str(file.relative_to(made)): file.read_bytes() for file in made.rglob("*") if file.is_file()}
+    unread = {"unet/diffusion_pytorch_model.fp16.safetensors": b"", "safety_checker/config.json": b"{}", "a.ckpt": b""}
+    server.repos |= {repo: {"main": content | unread} for repo in ("user/sd", "user/sd-turbo")}
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setenv("DDO_CACHE", str(tmp_path / "cache"))
+    loaded = registry.load_model("hf://user/sd", CPU)
+    expected = registry.load_model(made, CPU)
+    assert {name: tensor.tolist() for name, tensor in loaded.model.state_dict().items()} == {
+        name: tensor.tolist() for name, tensor in expected.model.state_dict().items()
+    }
+    place = Path(loaded.checkpoint.header["config"]["options"]["pipeline"])
+    assert {str(file.relative_to(place)) for file in place.rglob("*") if file.is_file()} == content.keys()
+    with pytest.raises(CheckpointError, match="distilled to few steps, as models--user--sd-turbo tells"):
+        registry.load_model("hf://user/sd-turbo", CPU)
+    assert len(list((tmp_path / "hf" / "models--user--sd-turbo" / "snapshots").rglob("*.*"))) == 1
+    with pytest.raises(CheckpointError, match=r"user/sd does not exist.*, or hf://user/sd for a repository of the Hub"):
+        registry.load_model("user/sd", CPU)
+    with pytest.raises(CheckpointError, match=r"user/gone: model\.safetensors cannot be fetched"):
+        registry.load_model("hf://user/gone", CPU)

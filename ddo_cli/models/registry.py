@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ddo_cli import checkpoint
+from ddo_cli import checkpoint, hub
 from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.errors import CheckpointError, RecipeError, UsageError, reason
 from ddo_cli.likelihood import LikelihoodModel
@@ -123,11 +123,15 @@ class Loaded(NamedTuple):
 
 
 def file_of(path: str | Path) -> str:
-    """The weight file of what is given as a model: of a text-to-image pipeline's folder, the one made of it."""
-    if not (Path(path) / "model_index.json").is_file():
+    """The weight file of what is given as a model: of a text-to-image pipeline's folder, the one made of it.
+
+    The folder may be a repository of the Hub, which is fetched.
+    """
+    if not hub.is_address(str(path)) and not (Path(path) / "model_index.json").is_file():
         return str(path)
     pipelines = importlib.import_module(PIPELINES)
-    return str(pipelines.weight_file(Path(path)) if pipelines.is_pipeline(path) else path)
+    folder = pipelines.folder_of(str(path))
+    return str(path if folder is None else pipelines.weight_file(folder))
 
 
 def reads_text(name: str) -> bool:

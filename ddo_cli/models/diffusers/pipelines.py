@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ddo_cli import checkpoint, console, dist
+from ddo_cli import checkpoint, console, dist, hub
 from ddo_cli.errors import CheckpointError, RecipeError, UsageError, printable
 from ddo_cli.files import cache_directory, sha256
 from ddo_cli.models import registry
@@ -29,6 +29,7 @@ from ddo_cli.models.diffusers.text_model import PREFIX
 _DISTILLED = re.compile(r"turbo|lightning|hyper-?sd|schnell|\blcm\b|sdxs|dmd2?\b|flux\.2-klein-(?!base)", re.IGNORECASE)
 _DISTILLED_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 _GUIDED = ("FluxPipeline", "Flux2Pipeline")  # pipelines whose networks are distilled from guided samples
+_VARIANTS = ("*.fp16*", "*.bf16*", "*.non_ema*")  # weights of the Hub that are there in float32, too
 _UNREAD = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
 
 
@@ -36,6 +37,30 @@ def is_pipeline(path: str | Path) -> bool:
     """Whether this is the folder of a pipeline with a text encoder."""
     index = Path(path) / INDEX
     return index.is_file() and any(key.startswith("text_encoder") for key in files.json_of(index))
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder of a pipeline with a text encoder, by its path or its address on the Hub; None where it is neither.
+
+    Of the Hub only what is read is fetched, after a look at what it is. Raises CheckpointError for a pipeline of
+    another kind or a distilled network.
+    """
+    if not hub.is_address(name):
+        return Path(name) if is_pipeline(name) else None
+    index = hub.index_of(name, INDEX)
+    if index is None or not is_pipeline(index.parent):
+        return None
+    family = _family(index.parent)
+    _refuse_distilled(index.parent, {}, {}, files.json_of(index))
+    parts = (family.part, "scheduler", "vae", *family.texts)
+    wanted = [f"{part}/*.{ending}" for part in parts for ending in ("json", "txt", "model", "jinja", "safetensors")]
+    console.info(f"{name}: a {family.pipeline}, fetched from the Hub unless it is in its cache")
+    return hub.folder(name, [INDEX, *wanted], _VARIANTS)
+
+
+def _names(folder: Path) -> list[str]:
+    """What a folder is called, in the Hub's cache by the repository."""
+    return [*(part for part in folder.resolve().parts if part.startswith("models--")), folder.resolve().name]
 
 
 def _family(folder: Path) -> Family:
@@ -98,7 +123,7 @@ def read(folder: Path, side: int | None = None) -> Folder:
 
 
 def _refuse_distilled(folder: Path, network: Any, scheduler: dict[str, Any], index: dict[str, Any]) -> None:
-    names = [folder.name, *(str(part.get("_name_or_path", "")) for part in (index, network))]
+    names = [*_names(folder), *(str(part.get("_name_or_path", "")) for part in (index, network))]
     what = next((name for name in names if _DISTILLED.search(name)), None)
     if scheduler.get("_class_name") in _DISTILLED_SCHEDULERS:
         what = scheduler["_class_name"]
@@ -144,7 +169,7 @@ def weight_file(folder: Path) -> Path:
     cache = cache_directory()
     if cache is None:
         raise UsageError(f"{folder} is read into the cache, which DDO_CACHE turns off; give the file of `ddo convert`")
-    stem = re.sub(r"[^A-Za-z0-9._-]", "_", folder.resolve().name)[:40]
+    stem = re.sub(r"[^A-Za-z0-9._-]", "_", _names(folder)[0].removeprefix("models--"))[:40]
     file = cache / "pipelines" / f"{stem}-{key.hexdigest()[:16]}.safetensors"
     if dist.is_main() and not file.is_file():
         content = read(folder)
