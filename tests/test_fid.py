@@ -12,10 +12,11 @@ from ddo_cli.data import embedded
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet
 from ddo_cli.engines.fid import fid
-from ddo_cli.errors import DataError
+from ddo_cli.errors import DataError, UsageError
 from ddo_cli.metrics.extractors.digit_net import DigitNet
 from ddo_cli.metrics.extractors.select import EMBEDDED_EXTRACTOR, load_extractor
 from ddo_cli.metrics.scorer import FrechetScorer, moments_of, share_of_batches
+from ddo_cli.report import html
 
 NUM = 600
 
@@ -78,6 +79,25 @@ def test_result(sets, extractor):
         "reference": str(sets / "ref.npz"),
     }
     assert expected.items() <= found.items()
+
+
+def test_page(sets, extractor, tmp_path):
+    """Scores as they are printed, the protocol, and what speaks against comparing; names are no elements."""
+    odd = tmp_path / "<b>other.npz"
+    odd.write_bytes((sets / "other.npz").read_bytes())
+    options = fid.Options(extractor=extractor, metrics=("fid", "kid"), kid_subset=100, nearest=2, pictures=tmp_path)
+    found = fid.run(str(odd), str(sets / "ref.npz"), options, device=CPU, report=tmp_path / "scores.html")
+    page = (tmp_path / "scores.html").read_text(encoding="utf-8")
+    assert f"fd_embedded {found['fd_embedded']:.4g} (lower is better)." in page
+    assert "&lt;b&gt;other.npz, 600 images against" in page
+    assert found["warnings"]
+    assert all(html.text(f"Warning: {warning}") in page for warning in found["warnings"])
+    assert "Not to be compared with published figures" in page
+    assert found["content_digest"] in page
+    assert files.sha256(Path(extractor)) in page
+    assert page.count("data:image/png;base64,") == 2
+    with pytest.raises(UsageError, match=r"--report scores\.pdf is not the name of a page"):
+        fid.run(str(odd), str(sets / "ref.npz"), options, device=CPU, report=Path("scores.pdf"))
 
 
 def test_statistics_as_reference(sets, extractor, tmp_path):

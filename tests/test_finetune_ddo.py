@@ -481,6 +481,7 @@ def test_rounds_without_promotion_end_a_run(finished_of, tmp_path, capsys):
     page = (out / "report.html").read_text()
     assert "Ended after round 2 of 3" in page
     assert page.count("; ended at 8<") == 2  # the second candidate, of three
+    assert page.count("reference left, candidate right") == 2 * 2  # as caption and as alternative text
     assert (out / "final.safetensors").read_bytes() == Path(ckpt).read_bytes()
     more = tiny_recipe(ckpt, "autoregressive", *still, "finetune.patience_rounds=null")
     result = finetune.run(more, out, device=CPU)

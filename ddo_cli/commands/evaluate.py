@@ -109,6 +109,9 @@ def fid(
     repeat: Annotated[int, Option(min=1, max=100, help="Number of seed ranges, each with its own score.")] = 1,
     benchmark: Annotated[str | None, Option(help="Show published results, e.g. of cifar10-uncond.")] = None,
     csv: Annotated[Path | None, Option(help="CSV file to which a row is appended.")] = None,
+    report_: Annotated[
+        Path | None, Option("--report", help="Write a page with scores, protocol and images, e.g. scores.html.")
+    ] = None,
     dry_run: options.DryRun = False,
 ) -> options.Result:
     """Fréchet distance between a set of images and a reference, and related metrics: IS, KID, precision, recall, ..."""
@@ -130,7 +133,7 @@ def fid(
         pictures=pictures.pictures or Path("fid-pictures"), batch=passes.batch, workers=passes.workers,
         cache=not passes.no_cache, sampling=sampling, resize=options.size_of("--resize", resize),
     )  # fmt: skip
-    figures = fid.run(source, ref, asked, device=device, benchmark=benchmark, log=csv, dry_run=dry_run)
+    figures = fid.run(source, ref, asked, device=device, benchmark=benchmark, log=csv, report=report_, dry_run=dry_run)
     if dry_run:
         return options.Result(figures)
     lines = ("reference", "extractor", "extractor_sha256", "images_per_second", "images_from_cache", "comparable")

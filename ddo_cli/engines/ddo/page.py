@@ -19,6 +19,7 @@ from ddo_cli.report.pictures import Curve
 from ddo_cli.training import meter
 
 Record = dict[str, Any]
+MOST_PREVIEWS = 12  # in the page
 
 
 class _Chain(NamedTuple):
@@ -91,6 +92,7 @@ def page(run_dir: rundir.RunDir, recipe: Recipe, state: dict[str, Any]) -> html.
     sections = [
         Section("Scores", _scores(recipe, state, key, chains)),
         Section("Same seeds, before and after", _comparison(run_dir, chains)),
+        Section("Candidates of the newest round", _previews(ddo, key)),
         Section("Training", [html.Charts(_training(log, recipe)), *_of_control(twin)]),
         Section("Settings that were tried", _tried(recipe, rounds, key)),
         pages.cost([chain.log() for chain in chains], [text] if (text := report.sweep_cost(rounds)) else []),
@@ -138,7 +140,8 @@ def _notes(recipe: Recipe, state: dict[str, Any], log: pages.Lines) -> list[html
     rounds, notes = state.get("rounds", []), list[html.Block]()
     if not state.get("finished"):
         done = f" {log[-1]['images']:,} images so far." if log else ""
-        notes.append(html.Text(f"Unfinished: this page is written again at every evaluation.{done}", "warning"))
+        told = f"Unfinished: this page is written again at evaluations, at most every 30 seconds.{done}"
+        notes.append(html.Text(told, "warning"))
     if ending := report.ending(recipe, rounds) if state.get("finished") else "":
         notes.append(html.Text(f"{ending.capitalize()}."))
     if "reference" in state and len(state["reference"]["repeats"]) > 1:
@@ -188,6 +191,24 @@ def _comparison(run_dir: rundir.RunDir, chains: Sequence[_Chain]) -> list[html.B
         if pictures or not chain.is_control:
             blocks.append(html.Compare(f"round of {chain.label}", [before, *pictures]))
     return blocks
+
+
+def _previews(chain: _Chain, key: str) -> list[html.Block]:
+    """Images of the candidates of the round that is being trained, else of the last, beside the reference's."""
+    number, by_step = max(chain.candidates().items(), default=(0, {}))
+    place, batch = chain.place / f"round-{number:02d}", chain.recipe.finetune.of_round(max(number, 1)).batch
+    steps = sorted(map(int, by_step))
+    kept = steps if len(steps) <= MOST_PREVIEWS else [steps[i * (len(steps) - 1) // (MOST_PREVIEWS - 1)]
+                                                      for i in range(MOST_PREVIEWS)]  # fmt: skip
+    shown = [
+        Picture(
+            place / "previews" / f"step-{step:06d}.png",
+            f"round {number}, {step * batch:,} images, {key} {by_step[str(step)][key]:.4g}: "
+            "reference left, candidate right",
+        )
+        for step in kept
+    ]
+    return [html.Compare(f"candidates of round {number}", shown)] if shown else []
 
 
 def _training(log: pages.Lines, recipe: Recipe) -> list[Chart]:

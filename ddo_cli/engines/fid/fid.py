@@ -20,6 +20,7 @@ from ddo_cli.data.pictures import Preparation
 from ddo_cli.data.stream import ImageStream
 from ddo_cli.engines.fid import inputs as fid_inputs
 from ddo_cli.engines.fid import one_pass
+from ddo_cli.engines.fid import page as fid_page
 from ddo_cli.engines.fid import report as fid_report
 from ddo_cli.engines.fid import scores as fid_scores
 from ddo_cli.engines.fid.cache import Source
@@ -77,13 +78,14 @@ def run(
     device: torch.device,
     benchmark: str | None = None,
     log: Path | None = None,
+    report: Path | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """The scores by metric, what they were computed from, and what speaks against comparing them.
 
     source: images that `open_stream` reads, a run directory or a weight file; ref: images or statistics, see
     `metrics.references`; None: the embedded digits. Images may be in memory: see `data.stream.of_array`.
-    benchmark: whose published figures are shown beside the scores; log: a CSV file that gets a row.
+    benchmark: whose published figures are shown beside the scores; log: a CSV file that gets a row; report: a page.
     Images are shared out over the processes that torchrun started.
     Raises DataError, CheckpointError or UsageError for bad inputs, before the first network pass where that is
     possible. What cannot be drawn or written afterwards is listed in `not_written`, and the scores are returned.
@@ -104,6 +106,7 @@ def run(
     if compared_with:
         reference = fid_inputs.open_reference(ref or DEFAULT_REFERENCE, compared_with, preparation)
     fid_report.check(log, benchmark, options.pictures if options.nearest or options.nll is not None else None)
+    fid_page.check(report)
     _check_numbers(options, sources[0], reference)
     warnings = _warnings(source, sources[0], reference, extractors, options.per_class)
     if reference is not None:
@@ -179,6 +182,9 @@ def run(
     if log is not None:
         with _noting(failed, f"--csv {log}"):
             on_main(partial(fid_report.append, log, result))
+    if report is not None:
+        with _noting(failed, f"--report {report}"):
+            on_main(partial(fid_page.write, report, result, images))
     return {**result, **({"not_written": failed} if failed else {})}
 
 

@@ -119,12 +119,12 @@ def check(log: Path | None, benchmark: str | None, directory: Path | None = None
     elif log is not None and (log.exists() or not log.parent.is_dir()):
         raise UsageError(f"--csv {log} cannot be written; give a CSV file in a directory that exists")
     if log is not None:
-        _probe(log.parent, f"--csv {log}")
+        probe(log.parent, f"--csv {log}")
     if directory is not None:
-        _probe(next(place for place in (directory, *directory.parents) if place.exists()), f"--pictures {directory}")
+        probe(next(place for place in (directory, *directory.parents) if place.exists()), f"--pictures {directory}")
 
 
-def _probe(directory: Path, option: str) -> None:
+def probe(directory: Path, option: str) -> None:
     """Raises UsageError where no file can be created and filled, tried with a nameless temporary one."""
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
@@ -179,9 +179,9 @@ def draw_nearest(
     fake = taken.features.result()
     neighbours = nearest_rows(fake, side.features.to(fake), NEIGHBOURS)
     order = neighbours.distances[:, 0].argsort()[:count]
-    rows = {"generated": _images(source, order.numpy())}
+    rows = {"generated": images_of(source, order.numpy())}
     for rank in range(NEIGHBOURS):
-        rows[f"nearest {rank + 1}"] = _images(reference.stream, neighbours.rows[order, rank].cpu().numpy())
+        rows[f"nearest {rank + 1}"] = images_of(reference.stream, neighbours.rows[order, rank].cpu().numpy())
     pictures.image_rows(rows, path)
     return {
         "rows": order.tolist(),
@@ -192,7 +192,7 @@ def draw_nearest(
     }
 
 
-def _images(source: Source, rows: np.ndarray) -> np.ndarray:
+def images_of(source: Source, rows: np.ndarray) -> np.ndarray:
     """uint8 (n, C, H, W) in the order of `rows`, which may repeat."""
     images: dict[int, np.ndarray] = {}
     for numbers, batch in source.batches(64, np.unique(rows)):
