@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib.util
 import json
 import shutil
 
@@ -31,6 +32,7 @@ from ddo_cli.models.diffusers import flux2, pipelines, texts
 from ddo_cli.models.diffusers.families import FAMILIES
 from ddo_cli.recipe.training import AdapterRecipe
 from ddo_cli.rng import RowRng
+from ddo_cli.training.recompute import recompute_units
 
 PROMPTS = ("a red cup", "a blue dog", "a red cup")
 
@@ -167,6 +169,23 @@ def test_the_label_is_a_prompt(folder_of, here, monkeypatch, kind):
     guided = sample.spec_of(loaded.checkpoint, steps=2)
     assert (drawn(away, guided, (-1,)) - x[3]).abs().max() > 0.01
     assert (drawn(away, guided, (0,)) - x[0]).abs().max() > 0.01
+    if importlib.util.find_spec("peft"):
+        assert_the_whole_adapter_learns(told)
+
+
+def assert_the_whole_adapter_learns(loaded):
+    """Also when blocks are recomputed: no default target lies where it changes nothing."""
+    model = loaded.model
+    adapters.add(model, loaded.checkpoint, AdapterRecipe(kind="lora", rank=2, alpha=2.0), 0, loaded.checkpoint.path)
+    recompute_units(model)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained.keys() == model.state_dict().keys()
+    for tensor in trained.values():
+        torch.nn.init.normal_(tensor, std=0.1)
+    rng = RowRng([0, 1])
+    draw, x = model.draw(2, rng), rng.randn(model.codec.state_shape)
+    model.log_lik(model.predict(x, torch.tensor([0, 1]), draw), x, draw).sum().backward()
+    assert [name for name, parameter in trained.items() if parameter.grad is None or not parameter.grad.any()] == []
 
 
 @pytest.mark.slow  # whole commands
@@ -301,6 +320,18 @@ def test_an_autoencoder_without_statistics(folder):
         FAMILIES["flux2"].affine({}, folder / "vae")
     with pytest.raises(ValueError, match="must be a side in pixels"):
         FAMILIES["z-image"].side({}, {"sample_size": [1, 2]})
+
+
+def test_another_size(folder_of, here, tmp_path):
+    """The first numbers of a state are those of the seed; the network takes any size that it has positions for."""
+    convert.run(folder_of("sd3"), tmp_path / "m.safetensors", settings=["size=96"])
+    loaded = registry.told(registry.load_model(tmp_path / "m.safetensors", CPU), PROMPTS)
+    assert drawn(loaded, sample.spec_of(loaded.checkpoint, steps=1, cfg_scale=1.0)).shape == (2, 4, 12, 12)
+    for size, match in ((100, "a side of 100 pixels, and 16 must divide it"), (144, "at most 128")):
+        with pytest.raises(CheckpointError, match=match):
+            convert.run(folder_of("sd3"), tmp_path / "n.safetensors", settings=[f"size={size}"])
+    with pytest.raises(UsageError, match="is a pipeline, of which only size can be told; leave heads out"):
+        convert.run(folder_of("sd3"), tmp_path / "n.safetensors", settings=["heads=2"])
 
 
 def test_another_text_encoder(here, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ FileSettings = Annotated[
         metavar="[KEY=VALUE]...",
         help="What the file does not tell. ADM .pt: size=, qkv=legacy|new, heads= or head_channels=, "
         "schedule=linear|cosine, steps=, rescale=true|false; updown= and scale_shift= are checked. "
-        "DiT or SiT .pt: arch=dit|sit|repa, heads=. VAR .pth: patch_nums=1,2,3,...",
+        "DiT or SiT .pt: arch=dit|sit|repa, heads=. VAR .pth: patch_nums=1,2,3,... Text-to-image folder: size=.",
         show_default=False,
     ),
 ]

@@ -67,7 +67,8 @@ def run(
     a published discriminator; a .pt of a DiT or SiT; a .pth of VAR or its tokenizer; or a folder of diffusers with a
     UNet2DModel or a DiTTransformer2DModel and its scheduler. model, trunk: the model that a discriminator guides, and
     the converted classifier under it.
-    settings: KEY=VALUE texts, see `parse_settings`, for what a file of ADM's, DG's, DiT's or VAR does not contain.
+    settings: KEY=VALUE texts, see `parse_settings`, for what a file of ADM's, DG's, DiT's or VAR does not contain,
+    and the size of images of a text-to-image pipeline.
     vae: the tokenizer of a VAR. verify: read the written file again and compare every tensor.
     Raises CheckpointError if the file cannot be used, UsageError where an option does not fit it.
     """
@@ -219,13 +220,18 @@ def _foreign(source: Path) -> str:
 
 def _read(source: Path, model: str | None, trunk: str | None, given: dict[str, Any], vae: Path | None) -> Content:
     """The file's content, of any family."""
+    if source.is_dir() and pipelines.is_pipeline(source):
+        if unknown := given.keys() - {"size"}:
+            raise UsageError(f"{source} is a pipeline, of which only size can be told; leave {min(unknown)} out")
+        folder = pipelines.read(source, given.get("size"))
+        return Content("diffusers", folder.config, folder.tensors, folder.sampling, folder.notes)
     if given and source.suffix not in (".pt", ".pth"):
         raise UsageError(f"{source} tells its configuration itself; KEY=VALUE is for .pt and .pth files")
     if source.is_dir() and (found := dit_diffusers.find(source)) is not None:
         dit = dit_diffusers.read(source, found)
         return Content("diffusers", dit.config, dit.tensors, dit_files.SAMPLING["dit"], dit.notes)
     if source.is_dir():
-        folder = (pipelines if pipelines.is_pipeline(source) else diffusers_files).read(source)
+        folder = diffusers_files.read(source)
         return Content("diffusers", folder.config, folder.tensors, folder.sampling, folder.notes)
     if source.suffix not in FORMATS:
         raise UsageError(

@@ -66,6 +66,7 @@ class Parts:
     def _load(self, name: str) -> Any:
         made_by = getattr(transformers(), self.classes[name])
         transformers().utils.logging.disable_progress_bar()  # for a file that loads at once
+        transformers().utils.logging.set_verbosity_error()  # which tensors of a language model are not read
         try:
             if name.startswith("tokenizer"):
                 return made_by.from_pretrained(self.folder / name)
@@ -154,6 +155,10 @@ class Family(ABC):
     @abstractmethod
     def multiple(self, full: Config) -> int:
         """What divides the side in pixels of every image."""
+
+    def largest(self, full: Config) -> int:
+        """The largest side in pixels that the network has positions for."""
+        return 1 << 15  # our choice, where there is none
 
     @abstractmethod
     def process(self, scheduler: Config) -> Process:

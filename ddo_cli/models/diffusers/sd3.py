@@ -50,6 +50,9 @@ class StableDiffusion3(FlowFamily):
     def multiple(self, full: Config) -> int:
         return 2 * FACTOR
 
+    def largest(self, full: Config) -> int:
+        return int(2 * FACTOR * full["pos_embed_max_size"])
+
     def dynamic_shift(self, scheduler: Config, num_steps: int, num_tokens: int) -> float:
         return linear_shift(scheduler, num_tokens, max_shift=1.16)
 

@@ -48,8 +48,9 @@ def config_of(
 
 def _state_shape(family: Family, full: Config, side: int) -> tuple[int, ...]:
     """Of x. Raises ValueError for a side that the network cannot take."""
-    if side < 1 or side % (multiple := family.multiple(full)):
-        raise ValueError(f"images have a side of {side} pixels, and {multiple} must divide it")
+    multiple, largest = family.multiple(full), family.largest(full)
+    if not 1 <= side <= largest or side % multiple:
+        raise ValueError(f"images have a side of {side} pixels, and {multiple} must divide it, at most {largest}")
     small = side // (FACTOR * family.patch)
     return full["in_channels"], small, small
 

@@ -39,6 +39,9 @@ class ZImage(FlowFamily):
     def multiple(self, full: Config) -> int:
         return 2 * FACTOR
 
+    def largest(self, full: Config) -> int:
+        return int(2 * FACTOR * min(full["axes_lens"][1:]))
+
     def dynamic_shift(self, scheduler: Config, num_steps: int, num_tokens: int) -> float:
         return linear_shift(scheduler, num_tokens, max_shift=1.15)
 
