@@ -25,6 +25,7 @@ from ddo_cli.engines.pretrain import extractor
 from ddo_cli.engines.pretrain import model as pretrain
 from ddo_cli.engines.sampling import guide_sample, guides, sample
 from ddo_cli.errors import DataError, UsageError
+from ddo_cli.files import sha256
 from ddo_cli.models import registry
 from ddo_cli.recipe.load import load
 from ddo_cli.recipe.schema import FinetuneRecipe, SamplingRecipe
@@ -285,6 +286,7 @@ def test_a_distilled_base_is_one_message(ddo, tmp_path, monkeypatch):
 @pytest.mark.slow  # trains, in processes of its own
 def test_a_killed_run_and_two_processes_end_alike(root, base, tmp_path):
     pytest.importorskip("peft")
+    before = sha256(Path(base["final"]))
     recipe(root, adapter=True)
     line = ["-m", "ddo_cli", "finetune-ddo", "--recipe", root / "recipe.yaml", "--device", "cpu"]
     line += ["finetune.save_every=1", "finetune.log_every=1", "finetune.images_per_round=32", "finetune.eval_every=32"]
@@ -294,6 +296,10 @@ def test_a_killed_run_and_two_processes_end_alike(root, base, tmp_path):
 
     whole, killed, two = tmp_path / "whole", tmp_path / "killed", tmp_path / "two"
     torchrun(*map(str, line), "--out", str(whole), processes=1)
+    first = json.loads((whole / "log.jsonl").read_text().splitlines()[0])
+    assert (first["r_real"], first["r_fake"], first["r_std"]) == (0, 0, 0)
+    assert all(tensor.any() for tensor in weights(whole).values())  # B, too, which starts at 0
+    assert sha256(Path(base["final"])) == before
     done = launch(*line, "--out", killed, until=lambda: any(killed.rglob("train-state.safetensors")))
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (killed / "final.safetensors").exists()

@@ -104,6 +104,8 @@ def test_what_is_refused(folder, photos, tmp_path):
         fid.run(str(source), None, fid.Options(metrics=("clip",)), device=CPU)
     with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
         score(source, tmp_path)
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+        score(source, "nowhere")
     broken = shutil.copytree(folder, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(CheckpointError, match="CLIP cannot be loaded") as raised:

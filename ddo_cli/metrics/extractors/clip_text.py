@@ -92,6 +92,8 @@ def load(path: str | None, device: Device = "cpu", precision: Precision = "float
             "install it: pip install 'ddo-cli[t2i]'"
         ) from None
     folder, file = Path(path), Path(path, "model.safetensors")
+    if not folder.is_dir():
+        raise CheckpointError(f"{path} does not exist, or is no folder; {_REMEDY}", missing=path)
     for needed in (file, folder / "config.json"):
         if not needed.is_file():
             raise CheckpointError(f"{path} holds no {needed.name}; {_REMEDY}")
