@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from rich.console import Console, Group
@@ -164,9 +164,10 @@ def _speed(speed: float, unit: str) -> str:
 
 
 class _Screen:
-    """Two parts: bars, and below each of their figures one line that is never wrapped, so that no resize breaks it."""
+    """Bars, below each of their figures one line that is never wrapped, so that no resize breaks it, and a panel."""
 
-    def __init__(self) -> None:
+    def __init__(self, panel: Callable[[], Sequence[str]] = tuple) -> None:
+        self.panel = panel
         title = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
         whole = [Column(no_wrap=True, justify="right") for _ in range(3)]
         numbers = _Count(whole[0]), _Speed(whole[1]), TimeRemainingColumn(compact=True, table_column=whole[2])
@@ -180,8 +181,9 @@ class _Screen:
         if _err.width != self.width:  # the terminal has wrapped the lines of before, and only it knows where
             self.width = _err.width
             _err.clear()
-        lines = [Text(f"  {text}", no_wrap=True, overflow="ellipsis") for text in self.figures.values() if text]
-        return Group(self.progress.get_renderable(), *lines)
+        shown = [f"  {text}" for text in list(self.figures.values()) if text] + list(self.panel())
+        lines = [Text(text, no_wrap=True, overflow="ellipsis") for text in shown]
+        return Group(self.progress.get_renderable(), *lines) if self.progress.tasks else Group(*lines)
 
 
 class _Live:
@@ -217,30 +219,45 @@ class _Plain:
 @contextlib.contextmanager
 def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
     """A progress bar with speed and time left; plain lines if stderr is no terminal; nothing on other ranks."""
-    global _active
     title = visible(title)
     if not _is_main():
         yield _Silent()
     elif not _err.is_terminal:
         yield _Plain(title, total, done, unit)
-    elif _active is not None:  # a stage within another: one more line
-        with _bar(_active, f"  {title}", total, done, unit) as bar:
+    elif _active is not None:  # below a panel; or a stage within another: one more line
+        with _bar(_active, f"  {title}" if _active.progress.tasks else title, total, done, unit) as bar:
             yield bar
     else:
-        _active = _Screen()
-        try:
-            with (
-                Live(get_renderable=_active.render, console=_err, transient=True, vertical_overflow="crop"),
-                _bar(_active, title, total, done, unit) as bar,
-            ):
-                yield bar
-        finally:
-            _active = None
+        with _live(_Screen()) as screen, _bar(screen, title, total, done, unit) as bar:
+            yield bar
+
+
+@contextlib.contextmanager
+def panel(lines: Callable[[], Sequence[str]]) -> Iterator[None]:
+    """Shows these lines below the bars of all stages inside; only where stderr is a terminal. Called in any thread."""
+    if not _is_main() or not _err.is_terminal or _active is not None:
+        yield
+        return
+    with _live(_Screen(lambda: [visible(line) for line in lines()])):
+        yield
+
+
+@contextlib.contextmanager
+def _live(screen: _Screen) -> Iterator[_Screen]:
+    global _active
+    _active = screen
+    try:
+        with Live(get_renderable=screen.render, console=_err, transient=True, vertical_overflow="crop"):
+            yield screen
+    finally:
+        _active = None
 
 
 @contextlib.contextmanager
 def _bar(screen: _Screen, title: str, total: int, done: int, unit: str) -> Iterator[Bar]:
     task = screen.progress.add_task(title, total=total, completed=done, unit=unit)
-    yield _Live(screen, task)
-    screen.progress.remove_task(task)
-    screen.figures.pop(task, None)
+    try:
+        yield _Live(screen, task)
+    finally:  # also where training ends before its last step
+        screen.progress.remove_task(task)
+        screen.figures.pop(task, None)

@@ -2,15 +2,19 @@
 
 import io
 import re
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
 from ddo_cli import console
 from ddo_cli.commands.options import lines_of
 from ddo_cli.data import images
+from ddo_cli.engines.panel import ROUNDS, Panel, _table
 from ddo_cli.errors import LONGEST, CheckpointError, DataError, printable
+from ddo_cli.recipe.load import load
 from ddo_cli.report import html
 from ddo_cli.report.charts import Chart
 from ddo_cli.report.pictures import Curve
@@ -97,3 +101,51 @@ def test_problems_of_a_recipe_keep_their_lines(shown):
     console.error("recipe", f"x.yaml: a = 1\nx.yaml: {'b' * 4000}\nx.yaml: c\x1b; leave it out")
     lines = shown.getvalue().split("\n")
     assert [len(line) for line in lines] == [len("error: x.yaml: a = 1"), LONGEST, 27, 0]
+
+
+def test_bars_and_panel_fit_the_smallest_terminal(monkeypatch):
+    """80 x 24, and after a resize: no line is wrapped. Off a terminal there are lines for a log and no panel."""
+    rounds = [
+        {"round": number, "promoted": number != 2, "improvement": {"value": 3.5 - 2 * number, "std_error": 0.25},
+         "repeats": [{"fid": 10.0 - number}, {"fid": 11.0 - number}]}
+        for number in range(1, 20)
+    ]  # fmt: skip
+    state = {"metric": "fid", "reference": {"repeats": [{"fid": 12.0}]}, "rounds": rounds}
+    shown = Panel(load("quickstart", ["finetune.rounds=20", "finetune.control=true"]))
+    shown.begins(Path("runs/" + "long/" * 30), torch.nn.Linear(1000, 1000), torch.device("cpu"), state)
+    with monkeypatch.context() as patch:
+        patch.setattr("ddo_cli.engines.panel.time.monotonic", iter([0.0, 100.0]).__next__)
+        shown.stepped(7680, False)
+        shown.stepped(15360, False)
+    for value, reached in ((9.5, 2560), (8.25, 5120), (8.75, 7680)):
+        shown.scored("round 20/20", "fid", value, reached)
+    for width in (80, 120):
+        made = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=width, height=24)
+        monkeypatch.setattr(console, "_err", made)
+        with console.panel(lambda: shown.lines), console.progress("round 20/20", 7680, "images") as bar:
+            bar.advance(2560, "step 40/120  " + "loss 2.47  " * 30)
+            with console.progress("fid, seeds 0 to 4095", 4096, "images"):
+                made = Console(file=(drawn := io.StringIO()), color_system=None, width=width)
+                made.print(console._active.render())
+        lines = drawn.getvalue().rstrip("\n").split("\n")
+        assert len(lines) == 6 + 1 + ROUNDS
+        assert all(len(line.rstrip()) <= width for line in lines)
+        text = "\n".join(lines)
+        assert "  fid, seeds 0 to 4095 " in text
+        # 2 of 40 rounds in two measurements of which the first is the start: 1 in 100 s, 38 are left.
+        assert "run: 5%, 1:03:20 left at most" in text
+        assert "round 20/20: fid 8.75 at 7,680 images; best 8.25 at 5,120" in text
+        assert "reference                 12" in text
+        assert "round 19" in text
+        assert "round 11" not in text
+    assert "round 2 " in "\n".join(_table({**state, "rounds": rounds[:2]}, "fid"))
+    assert "not promoted, worse by 0.50 ± 0.25" in _table({**state, "rounds": rounds[:2]}, "fid")[-1]
+    with console.panel(tuple):
+        stage = console.progress("ended early", 10, "images")
+        stage.__enter__()
+        stage.gen.close()  # as a generator that is closed where training ends before its last step
+        assert not console._active.progress.tasks
+    monkeypatch.setattr(console, "_err", Console(file=(text := io.StringIO()), force_terminal=False))
+    with console.panel(lambda: shown.lines), console.progress("round 1/1", 10, "images") as bar:
+        bar.advance(5)
+    assert text.getvalue() == ""

@@ -7,6 +7,7 @@ from typing import Any
 
 from ddo_cli import console, dist, rundir
 from ddo_cli.engines import pages
+from ddo_cli.engines.panel import Panel
 from ddo_cli.recipe.schema import Recipe
 from ddo_cli.report import html
 from ddo_cli.tracking import Tracking
@@ -18,9 +19,19 @@ AFTER_EVALUATION, BETWEEN = 30.0, 600.0
 
 
 class Watch:
-    """Of one run, for `with`. page: makes its page from directory, recipe and state; log_to: its trackers."""
+    """Of one run, for `with`. page: makes its page from directory, recipe and state; log_to: its trackers;
+    panel: of the rounds, for a terminal.
+    """
 
-    def __init__(self, run_dir: rundir.RunDir, recipe: Recipe, page: Page, log_to: Sequence[str] = ()):
+    def __init__(
+        self,
+        run_dir: rundir.RunDir,
+        recipe: Recipe,
+        page: Page,
+        log_to: Sequence[str] = (),
+        panel: Panel | None = None,
+    ):
+        self.panel = panel
         self.run_dir, self.recipe, self.page = run_dir, recipe, page
         self.tracking = Tracking(log_to if dist.is_main() else (), run_dir.path, recipe.model_dump(mode="json"))
         self.written = time.monotonic()
@@ -40,12 +51,17 @@ class Watch:
         images = before + event.step * batch
         if isinstance(event, loop.Evaluate):
             self.measured(f"{series}score", event.figures, images, event.picture)
+            if self.panel is not None and event.figures:
+                key, value = next(iter(event.figures.items()))
+                self.panel.scored(title, key, value, event.step * batch)
             if event.figures and title:
                 told = ", ".join(f"{key} {value:.4g}" for key, value in event.figures.items())
                 console.info(f"{title}: {told} at step {event.step}")
             self.refresh(AFTER_EVALUATION)
         elif isinstance(event, loop.Stepped) and event.figures is not None:
             self.tracking.figures(f"{series}train", event.figures, images)
+            if self.panel is not None:
+                self.panel.stepped(images, series.startswith("control/"))
             self.refresh(BETWEEN)
 
     def measured(self, series: str, figures: dict[str, float], images: int, picture: Path | None = None) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddo_cli import console
 from ddo_cli.diffusion.mixture import GaussianMixture
 from ddo_cli.errors import UsageError
 from ddo_cli.likelihood import NO_LABEL, LikelihoodModel
@@ -80,10 +81,12 @@ class DensityScorer:
                 f"{model.codec.shape} and {model.num_classes} classes"
             )
         device = next((p.device for p in chain(model.parameters(), model.buffers())), torch.device("cpu"))
-        chunks = [
-            model.log_density(points.to(device), torch.full((len(points),), NO_LABEL, device=device), spec).cpu()
-            for points in self.points.split(CHUNK)
-        ]
+        chunks = []
+        with console.progress(f"density on a {self.size}x{self.size} grid", len(self.points), "points") as bar:
+            for points in self.points.split(CHUNK):
+                label = torch.full((len(points),), NO_LABEL, device=device)
+                chunks.append(model.log_density(points.to(device), label, spec).cpu())
+                bar.advance(len(points))
         return torch.cat(chunks).to(torch.float64)
 
     def _normalised(self, log_p: Tensor) -> tuple[Tensor, float]:

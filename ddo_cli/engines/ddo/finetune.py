@@ -22,6 +22,7 @@ from ddo_cli.engines.ddo.result import result_of
 from ddo_cli.engines.ddo.round import Round, copy_weights
 from ddo_cli.engines.ddo.setup import Setup, prepare
 from ddo_cli.engines.ddo.trial import Trial, halving
+from ddo_cli.engines.panel import Panel
 from ddo_cli.engines.watch import Watch
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.recipe.schema import Recipe
@@ -46,10 +47,11 @@ def run(
     run_dir.check("finetune-ddo", setup.recipe, **setup.identity)
     if dry_run:
         return setup.forecast(loaded, out, measure)
-    watch = Watch(run_dir, setup.recipe, page, log_to)
+    panel = Panel(setup.recipe)
+    watch = Watch(run_dir, setup.recipe, page, log_to, panel)
     chains = setup.chains(run_dir, watch)
     claimed = training_run.claimed("finetune-ddo", setup.recipe, out, setup.identity, partial(promotion.needed, chains))
-    with claimed as (_, state), watch:
+    with claimed as (_, state), watch, panel.shown():
         for chain in chains:
             promotion.mend_weights(chain, chain.records(state))
         is_done, finals = all(chain.is_done(state) for chain in chains), [chain.final for chain in chains]
@@ -59,6 +61,7 @@ def run(
             return result_of(chains[0], state)
         if state.get("finished"):  # more rounds, or a control: those files that a run ends with are to be written again
             state = run_dir.advance(finished=False)
+        panel.begins(out, loaded.model, device, state)
         state = _scored(loaded.model, setup, run_dir, watch, state)
         del loaded  # each round loads its own
         for chain in chains:  # that of DDO, and that of its control
@@ -114,3 +117,5 @@ def _tell(this: Round, record: dict[str, Any]) -> None:
     figures = {chain.scoring.key: record["score"], "promoted": float(record["promoted"])}
     chain.watch.measured("control/round" if chain.is_control else "round", figures, images, this.path / "grid.png")
     chain.watch.refresh()
+    if chain.watch.panel is not None:
+        chain.watch.panel.rounds_of(chain.run_dir.state())
