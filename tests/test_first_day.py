@@ -1,5 +1,6 @@
 """What a new user meets: files that are missing, other networks, other data, and figures as people read them."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from ddo_cli import __version__
 from ddo_cli.data.images import open_images
 from ddo_cli.engines.fid import report as fid_report
 from ddo_cli.engines.scoring import Scoring
+from ddo_cli.recipe.keys import described
 from ddo_cli.recipe.load import load
 from ddo_cli.recipe.schema import Recipe
 
@@ -82,3 +84,16 @@ def test_what_the_package_says_of_itself():
     assert citation["version"] == __version__
     assert [entry["url"][-10:] for entry in citation["references"]] == ["2503.01103", "2211.17091"]
     assert "source $(BIN)/activate" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_help_tells_units():
+    """Images or steps, noise levels, VP times, nats."""
+    for key in described():
+        last = key.name.rpartition(".")[2]
+        if last.endswith(("images", "_every", "num_fake", "held_out", "batch", "warmup", "half_life")):
+            assert re.search("[Ii]mages|[Ss]teps", key.meaning), key
+        if last in ("sigma_min", "sigma_max", "s_min", "s_max"):
+            assert re.search(r"\[-1, 1\]|as sigma_min", key.meaning), key
+        if last.startswith(("t_min", "time_")):
+            assert "VP time" in key.meaning, key
+    assert "(nats)" in next(key.meaning for key in described() if key.name == "finetune.beta")

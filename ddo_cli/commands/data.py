@@ -15,7 +15,7 @@ def data(
     source: Annotated[str, Argument(help="Pictures: a folder, zip, npz, or any other set that `ddo` reads.")],
     out: Annotated[Path, Option(help="The .zip file to write.")],
     size: Annotated[
-        str | None, Option(metavar=options.SIZE, help="Size of the images. Default: that of all pictures.")
+        str | None, Option(metavar=options.SIZE, help="Size of the images in pixels. Default: that of all pictures.")
     ] = None,
     crop: Annotated[
         Literal["center", "center-adm", "center-celeba", "pad", "none"],

@@ -187,7 +187,9 @@ class Analyses(NamedTuple):
     ] = None
     num_images: Annotated[int | None, Option(min=2, help="nfe: images per score.", show_default="1024")] = None
     steps_list: Annotated[str | None, Option(help="nfe: numbers of sampling steps.", show_default="4,6,8,12,18")] = None
-    noise_level: Annotated[float | None, Option(help="regeneration: scale of the noise.", show_default="1.0")] = None
+    noise_level: Annotated[
+        float | None, Option(help="regeneration: noise level; pixels lie in [-1, 1].", show_default="1.0")
+    ] = None
     regenerations: Annotated[int | None, Option(min=1, help="regeneration: repeats per image.", show_default="100")] = (
         None
     )

@@ -202,7 +202,7 @@ Images = Annotated[str, Argument(help="Images: a folder, zip, npz, sample set, o
 SIZE = "SIDE|WxH"
 Resize = Annotated[
     str | None,
-    Option(metavar=SIZE, help="Crop and reduce images of mixed sizes to this one, as `ddo data` does."),
+    Option(metavar=SIZE, help="Crop and reduce images of mixed sizes to this one, in pixels, as `ddo data` does."),
 ]
 NumImages = Annotated[int | None, Option(min=2, help="Number of images, always the same ones. Default: all.")]
 Form = Annotated[
@@ -432,7 +432,9 @@ def second_network(
         str | None, of_weights(help="Weaker or unconditional version of the model, which guides it.")
     ] = None,
     autoguidance_scale: Annotated[float, Option(help="Scale of this guidance, 1 = off.")] = 1.0,
-    guidance_interval: Annotated[str | None, Option(metavar="LOW,HIGH", help="Noise levels at which it acts.")] = None,
+    guidance_interval: Annotated[
+        str | None, Option(metavar="LOW,HIGH", help="Noise levels at which it acts; pixels lie in [-1, 1].")
+    ] = None,
 ) -> "guides.Others":
     """Guidance by a second network (autoguidance, arXiv 2406.02507)."""
     from ddo_cli.engines.sampling import guides

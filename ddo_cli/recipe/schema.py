@@ -114,12 +114,14 @@ class SamplingRecipe(Section):
     respacing: Annotated[Annotated[str, _RESPACING] | None, BeforeValidator(_respacing)] = key(
         None, "Of spacing steps: 250, ddim25 or 10,15,20."
     )
-    sigma_min: float | None = key(None, "Smallest noise level.", gt=0)
-    sigma_max: float | None = key(None, "Largest noise level.", gt=0)
+    sigma_min: float | None = key(
+        None, "Smallest noise level: a standard deviation, where pixels lie in [-1, 1].", gt=0
+    )
+    sigma_max: float | None = key(None, "Largest noise level, as sigma_min.", gt=0)
     rho: float | None = key(None, "Exponent of the Karras spacing.", gt=0)
     s_churn: float | None = key(None, "EDM's stochasticity S_churn (heun and euler).", ge=0)
-    s_min: float | None = key(None, "Smallest noise level with churn.", ge=0)
-    s_max: float | None = key(None, "Largest noise level with churn.", gt=0)
+    s_min: float | None = key(None, "Smallest noise level with churn, as sigma_min.", ge=0)
+    s_max: float | None = key(None, "Largest noise level with churn, as sigma_min.", gt=0)
     s_noise: float | None = key(None, "Standard deviation of the churn's noise.", gt=0)
     discretization: Literal["vp", "ve", "iddpm", "edm"] | None = key(
         None,

@@ -223,8 +223,8 @@ class FinetuneRecipe(TrainRecipe):
     alpha: Coefficient = key(4.0, "Weight of the fake term. Several values, such as 1,2,4, are swept.")
     beta: CoefficientOrAuto = key(
         0.05,
-        "Scale of the log-ratio, about 1 / dimension. Several values are swept; auto: each round finds its own by "
-        "short trainings.",
+        "Scale of the log-ratio (nats), about 1 / dimension. Several values are swept; auto: each round finds its own "
+        "by short trainings.",
     )
     divide_by_alpha: bool = key(False, "Divide the loss by max(alpha, 1), as VAR's trainer does.")
     images_per_round: int = key(7680, "Real images per round.", ge=1)
@@ -239,7 +239,7 @@ class FinetuneRecipe(TrainRecipe):
         "the ranges of seeds.",
         ge=0,
     )
-    num_fake: int = key(4096, "Samples drawn from the reference per round.", ge=1, le=100_000_000)
+    num_fake: int = key(4096, "Images drawn from the reference per round.", ge=1, le=100_000_000)
     fake_as: Literal["images", "latents"] | None = key(None, "How these samples are stored.")
     fake_cfg: float | None = key(
         None,
@@ -361,7 +361,7 @@ class DiscriminatorRecipe(TrainRecipe):
     time: Literal["importance", "uniform", "model"] = key(
         "importance", "Density of the VP time t; model: the one that the model's own noise levels have."
     )
-    t_min: float = key(1e-5, "Smallest t of importance and uniform.", gt=0, lt=1)
+    t_min: float = key(1e-5, "Smallest VP time, in [0, 1], of importance and uniform.", gt=0, lt=1)
     weighting: Literal["none", "likelihood"] = key(
         "none", "likelihood: rows are weighted so that every density of t optimises importance's objective."
     )
@@ -392,7 +392,7 @@ class ClassifierRecipe(TrainRecipe):
     options: dict[str, Any] = key({}, "Its constructor options.")
     held_out: int = key(1024, "Images held out to measure the accuracy.", ge=16)
     time: Literal["importance", "uniform", "model"] = key("uniform", "Density of the VP time t.")
-    t_min: float = key(1e-5, "Smallest t of importance and uniform.", gt=0, lt=1)
+    t_min: float = key(1e-5, "Smallest VP time, in [0, 1], of importance and uniform.", gt=0, lt=1)
     images: int = key(500_000, "Images to train on, counting repeats.", ge=1)
     lr: float = Field(3e-4, gt=0)
     weight_decay: float = Field(1e-7, ge=0)
