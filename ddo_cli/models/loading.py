@@ -18,25 +18,25 @@ Module = TypeVar("Module", bound=nn.Module)
 
 SPARE = 1000  # parameters beyond twice a file's tensors that a network may make as it is built, such as a library's
 # What constructors raise for options that pass their schema and still describe no network.
-_NO_NETWORK = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, AssertionError, MemoryError)
+NO_NETWORK = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, AssertionError, MemoryError)
 
 
 def of_file(build: Callable[[], Module], file: Checkpoint, device: torch.device) -> Module:
     """A module of this program's own kinds with a file's weights. Raises CheckpointError if the file has none such."""
     checkpoint.check_sizes(file.header["config"], file.tensors, file.path)
     try:
-        with _at_most(2 * len(file.tensors) + SPARE):
+        with at_most(2 * len(file.tensors) + SPARE):
             return with_tensors(build, file.tensors, device)
     except RuntimeError as error:
         text = f"{file.path}: tensors do not fit the model its header describes: {reason(error)}"
         raise CheckpointError(text) from None
-    except _NO_NETWORK as error:
+    except NO_NETWORK as error:
         what = f"{type(error).__name__}: {reason(error)}"
         raise CheckpointError(f"{file.path}: its header describes no network ({what}); copy the file again") from None
 
 
 @contextlib.contextmanager
-def _at_most(num: int) -> Iterator[None]:
+def at_most(num: int) -> Iterator[None]:
     """Raises ValueError when more parameters than this are made: a header may describe any number of layers."""
     count = 0
 

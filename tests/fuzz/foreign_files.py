@@ -22,6 +22,7 @@ from test_edm2_files import THEIRS, snapshot, stored_tensors
 from test_edm2_files import random_model as edm2_model
 from test_foreign import ADM, KINDS, NETWORK, network, official_names, official_tensors, pickled_network, random_model
 from test_var_files import NARROW_VAE
+from tiny_pipeline import make_pipeline
 
 from ddo_cli.models import registry
 from ddo_cli.models.discriminators import registry as discriminators
@@ -99,7 +100,18 @@ def diffusers_folder() -> dict[str, bytes]:
     """A pipeline's folder, by name of file."""
     with tempfile.TemporaryDirectory() as place:
         make_folder(Path(place))
-        return {str(file.relative_to(place)): file.read_bytes() for file in Path(place).rglob("*") if file.is_file()}
+        return _contents(Path(place))
+
+
+@functools.cache
+def text_pipeline(kind: str) -> dict[str, bytes]:
+    """A text-to-image pipeline's folder, by name of file."""
+    with tempfile.TemporaryDirectory() as place:
+        return _contents(make_pipeline(Path(place), kind))
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def saved(content: Any, **options: Any) -> bytes:

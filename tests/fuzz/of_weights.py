@@ -34,6 +34,7 @@ from seeds import (
     weights_near,
     zip_near,
 )
+from tiny_pipeline import KINDS
 
 from ddo_cli import checkpoint
 from ddo_cli.engines.sampling import guides
@@ -214,12 +215,25 @@ def of_states(kind: str) -> Inputs:
 
 
 def of_diffusers() -> Inputs:
-    folder = foreign_files.diffusers_folder()
-    configs = {name: json.loads(content) for name, content in folder.items() if name.endswith(".json")}
+    return of_folder(foreign_files.diffusers_folder())
+
+
+def of_pipelines() -> Inputs:
+    """What `convert` reads of them: not tokenizers and text encoders."""
+    return st.one_of(*(of_folder(foreign_files.text_pipeline(kind), ("tok", "text")) for kind in KINDS))
+
+
+def of_folder(folder: dict[str, bytes], unread: tuple[str, ...] = ()) -> Inputs:
+    """Folders near one. unread: beginnings of names that are left alone."""
+    configs = {
+        name: json.loads(content)
+        for name, content in folder.items()
+        if name.endswith(".json") and not name.startswith(unread)
+    }
     each = []
     for name, config in configs.items():
         each += [files(**{**folder, name: json_near([config])})] * 2
-    weights = next(name for name in folder if name.endswith(".safetensors"))
+    weights = next(name for name in folder if name.startswith(("unet/diff", "transformer/diff")))
     return st.one_of(*each, files(**{**folder, weights: outer_near(folder[weights])})).map(
         lambda contents: {f"{SET}/{name}": content for name, content in contents.items()}
     )
@@ -253,4 +267,5 @@ TARGETS = (
         }.items()
     ),
     Target("diffusers", of_diffusers, converted),
+    Target("pipelines", of_pipelines, converted),
 )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ddo_cli import checkpoint, console, dist, hub
-from ddo_cli.errors import CheckpointError, RecipeError, UsageError, printable
+from ddo_cli.errors import CheckpointError, RecipeError, UsageError, printable, reason
 from ddo_cli.files import cache_directory, sha256
 from ddo_cli.models import registry
 from ddo_cli.models.diffusers import files, text_model, texts
@@ -24,6 +24,7 @@ from ddo_cli.models.diffusers.families import FAMILIES
 from ddo_cli.models.diffusers.family import INDEX, Family
 from ddo_cli.models.diffusers.files import Folder, Found
 from ddo_cli.models.diffusers.text_model import PREFIX
+from ddo_cli.models.loading import NO_NETWORK, SPARE, at_most
 
 # Networks that few-step distillation has made: their estimate is of no noise level's denoiser.
 _DISTILLED = re.compile(r"turbo|lightning|hyper-?sd|schnell|\blcm\b|sdxs|dmd2?\b|flux\.2-klein-(?!base)", re.IGNORECASE)
@@ -113,11 +114,14 @@ def read(folder: Path, side: int | None = None) -> Folder:
         side = side or family.side(full, vae)
         config = text_model.config_of(family, network, scheduler, encoder, side, family.affine(vae, folder / "vae"))
         tensors = {PREFIX + key: tensor for path in found.weights for key, tensor in files.tensors_of(path).items()}
-        with torch.device("meta"):
+        with torch.device("meta"), at_most(2 * len(tensors) + SPARE):
             model = registry.build(config)
         files.check_fit(tensors, model.state_dict(), found.weights[0].parent)
     except (ValueError, RecipeError) as error:
         raise CheckpointError(f"{folder} cannot be used: {error}") from None
+    except NO_NETWORK as error:
+        what = f"{type(error).__name__}: {reason(error, 80)}"
+        raise CheckpointError(f"{folder}: a config.json of it describes no network ({what}); copy it again") from None
     notes = {**files.choices(folder, found.weights[0]), **_notes(family, index, scheduler)}
     return Folder(config, tensors, dict(family.sampling), notes)
 

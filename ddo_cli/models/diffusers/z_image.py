@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddo_cli.errors import printable
 from ddo_cli.models.diffusers.family import FACTOR, Condition, FlowFamily, Parts, image_side, linear_shift
 from ddo_cli.models.diffusers.unet import Config
 
 LENGTH = 512  # tokens of the pipeline
+_LONGEST = 1 << 16  # positions along an axis; our choice, so that a damaged configuration builds nothing huge
 
 
 class ZImage(FlowFamily):
@@ -32,6 +34,8 @@ class ZImage(FlowFamily):
     def check(self, full: Config) -> None:
         if (list(full["all_patch_size"]), list(full["all_f_patch_size"])) != ([2], [1]):
             raise ValueError(f"all_patch_size and all_f_patch_size must be [2] and [1], as in {self.title}")
+        if not all(isinstance(length, int) and 1 <= length <= _LONGEST for length in full["axes_lens"]):
+            raise ValueError(f"axes_lens = {printable(repr(full['axes_lens']), 60)} must be numbers up to {_LONGEST}")
 
     def side(self, full: Config, vae: Config) -> int:
         return image_side(vae)
