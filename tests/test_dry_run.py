@@ -4,6 +4,9 @@ import pytest
 import torch
 from conftest import CPU, KINDS, make_checkpoint, tiny_recipe
 
+from ddo_cli.codec import PixelCodec
+from ddo_cli.data.images import open_images
+from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.engines import dry_run
 from ddo_cli.engines.ddo import finetune
 from ddo_cli.engines.pretrain import model as pretrain
@@ -80,3 +83,31 @@ def test_what_does_not_fit_is_said():
     message = r"does not fit into the memory of .* \(CUDA out of memory\); lower micro_batch"
     with pytest.raises(UsageError, match=message), dry_run._measured(CPU):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+class Odd(torch.nn.Module):
+    """Of ten classes, without a row for no label; or of another shape."""
+
+    def __init__(self, is_larger: bool):
+        super().__init__()
+        self.label, self.is_larger = torch.nn.Embedding(10, 3), is_larger
+
+    def forward(self, x, c_noise, label):
+        return x.repeat(1, 1, 1, 1 + self.is_larger) + self.label(label)[:, :, None, None]
+
+
+def test_a_network_of_one_s_own_is_called_with_and_without_labels(capsys):
+    images = open_images("embedded:digits16", 4)
+
+    def built(is_larger: bool, num_classes: int) -> DiffusionModel:
+        options = DiffusionOptions(), DiffusionDrawOptions()
+        return DiffusionModel(Odd(is_larger), PixelCodec((3, 16, 16)), num_classes, *options)
+
+    dry_run.try_network(built(False, 10), images, CPU)
+    assert "fails (IndexError: index out of range in self) on label -1, none; label_dropout" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"fails \(IndexError: .*\) on label -1; mend it"):
+        dry_run.try_network(built(False, 0), images, CPU)
+    with pytest.raises(UsageError, match=r"RuntimeError: .* on label 0; mend it"):
+        dry_run.try_network(built(True, 10), images, CPU)
+    dry_run.try_network(registry.load_model("embedded:digits16", CPU)[0], images, CPU)
+    assert not capsys.readouterr().err

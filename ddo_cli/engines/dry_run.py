@@ -18,11 +18,13 @@ from ddo_cli.engines.ddo import auto, reference, sweep
 from ddo_cli.engines.ddo.round import ddo_task
 from ddo_cli.engines.sampling import sample
 from ddo_cli.engines.scoring import Scoring
-from ddo_cli.errors import UsageError
-from ddo_cli.likelihood import LikelihoodModel
+from ddo_cli.errors import UsageError, reason
+from ddo_cli.generation import encoded
+from ddo_cli.likelihood import NO_LABEL, LikelihoodModel
 from ddo_cli.models import adapters, registry
 from ddo_cli.recipe.schema import Recipe, SamplingRecipe, TrainRecipe
-from ddo_cli.trainable import Objective, Trainable
+from ddo_cli.rng import RowRng
+from ddo_cli.trainable import Objective, Trainable, map_tensors
 from ddo_cli.training import loop
 from ddo_cli.training.feed import Stream
 from ddo_cli.training.meter import Meter
@@ -39,6 +41,30 @@ class Work(NamedTuple):
     scored: int  # images drawn for scores
     fake: int  # images drawn for fake sets
     stored: int  # weight files that stay on disk
+
+
+@torch.no_grad()
+def try_network(model: LikelihoodModel, real: ItemSet, device: torch.device) -> None:
+    """Calls a network of one's own once with labels, where it has classes, and once without: -1.
+
+    Raises UsageError where it fails, or returns another shape than x; of one with classes a call without only warns.
+    """
+    rows = np.arange(min(2, len(real.items)))
+    x = encoded(model, real.items, rows, "try", device=device).to(device)
+    rng = RowRng.for_rows("try", rows=range(len(rows)))
+    draw = map_tensors(lambda tensor: tensor.to(device), model.draw(len(rows), rng))
+    for value in (0, NO_LABEL) if model.num_classes else (NO_LABEL,):
+        problem = ""
+        try:
+            shape = model.predict(x, torch.full((len(rows),), value, device=device), draw).shape
+            if not model.codec.is_discrete and shape != x.shape:
+                problem = f"returns {tuple(shape)} for images {tuple(x.shape)}"
+        except Exception as error:  # whatever the user's code raises
+            problem = f"fails ({type(error).__name__}: {reason(error)})"
+        if problem and model.num_classes and value == NO_LABEL:
+            console.warn(f"the network {problem} on label -1, none; label_dropout, cfg_scale, unlabelled data need it")
+        elif problem:
+            raise UsageError(f"the network {problem} on label {value}; mend it in the file given as --model-file")
 
 
 def of_finetuning(

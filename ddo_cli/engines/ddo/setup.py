@@ -48,6 +48,8 @@ class Setup(NamedTuple):
     def forecast(self, loaded: registry.Loaded, out: Path, measure: bool) -> dict[str, Any]:
         """What `--dry-run` tells. measure: carry out two steps and a batch of samples, too."""
         plan = _forecast(self.recipe, out, loaded.model, self.plans[0])
+        if self.recipe.model.file is not None:
+            dry_runs.try_network(loaded.model, self.real, self.scoring.device)
         if not measure:
             return plan
         parts = (self.plans, self.real, self.rejected, self.scoring)

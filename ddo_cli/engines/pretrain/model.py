@@ -76,6 +76,8 @@ def run(
             "out": str(out), "dry_run": True, "model": config["name"], "parameters": parameters,
             "images": steps * settings.batch, "steps": steps, "batch": settings.batch, "data": real.name,
         }  # fmt: skip
+        if recipe.model.file is not None:
+            dry_runs.try_network(model, real, device)
         if measure:
             model.start_training()
             plan |= dry_runs.of_pretraining(recipe, model, objective, stream, device, model, scoring.images)
