@@ -31,11 +31,11 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def build(family: str, seed: int = 0) -> LikelihoodModel:
-    """A model with random weights, none of them zero, as training has it before its first step."""
+def build(family: str, seed: int = 0, **changed: object) -> LikelihoodModel:
+    """A model with random weights, none of them zero, as training has it before its first step. changed: options."""
     name, shape, options = FAMILIES[family]
     torch.manual_seed(seed)
-    model = registry.build(registry.config_of(name, shape, 10, options, {}))
+    model = registry.build(registry.config_of(name, shape, 10, {**options, **changed}, {}))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     model.before_step()
