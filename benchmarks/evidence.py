@@ -86,10 +86,16 @@ def _samplers() -> Experiment:
     return Experiment(tuple(lines), figures)
 
 
-def _guided(model: str, disc: str, recipe: str = "", seeds: str = _SEEDS_OF_SCORES) -> Experiment:
-    """A discriminator against a model, and guidance by it at several weights; by an untrained one for a control."""
-    lines = [f"train-disc{recipe} --ckpt {model} --control --seed {{seed}} --out {{place}}/{disc}"]
-    figures = {"gain": "0 gain gain", "error": "0 gain error", "accuracy": "0 heldout_accuracy"}
+def _guided(
+    model: str, disc: str, recipe: str = "", seeds: str = _SEEDS_OF_SCORES, first: Sequence[str] = ()
+) -> Experiment:
+    """A discriminator against a model, and guidance by it at several weights; by an untrained one for a control.
+
+    first: lines that make the model.
+    """
+    lines = [*first, f"train-disc{recipe} --ckpt {model} --control --seed {{seed}} --out {{place}}/{disc}"]
+    at = len(first)
+    figures = {"gain": f"{at} gain gain", "error": f"{at} gain error", "accuracy": f"{at} heldout_accuracy"}
     trained, untrained = f"{{place}}/{disc}/final.safetensors", f"{{place}}/{disc}/untrained.safetensors"
     lines += _scored(f"sample --ckpt {model}", "plain", seeds)
     figures["reference"] = f"{len(lines) - 1} fd_embedded"
@@ -99,6 +105,7 @@ def _guided(model: str, disc: str, recipe: str = "", seeds: str = _SEEDS_OF_SCOR
     return Experiment(tuple(lines), figures)
 
 
+_FLOW = "pretrain --recipe digits16-flow --out {shared}/digits16-flow"
 _RUN = "--control --seed {seed} --out {place}/run"
 EXPERIMENTS = {
     "quickstart": Experiment((f"finetune-ddo --rounds 4 --alpha 4 --beta 0.05 {_RUN}",), _finetuned()),
@@ -125,14 +132,14 @@ EXPERIMENTS = {
     ),
     "digits16-flow": Experiment(
         (
-            "pretrain --recipe digits16-flow --seed {seed} --out {place}/digits16-flow",
-            f"finetune-ddo --recipe digits16-flow --ckpt {{place}}/digits16-flow/final.safetensors {_RUN} "
+            _FLOW,
+            f"finetune-ddo --recipe digits16-flow --ckpt {{shared}}/digits16-flow/final.safetensors {_RUN} "
             "metric.num_images=1024",
         ),
         _finetuned(1),
     ),
     "digits16-flow-dg": _guided(
-        "{of[digits16-flow]}/digits16-flow/final.safetensors", "disc", " --recipe digits16-flow", _FEWER_SEEDS
+        "{shared}/digits16-flow/final.safetensors", "disc", " --recipe digits16-flow", _FEWER_SEEDS, [_FLOW]
     ),
     "digits16-flow-dg-of-ddo": _guided(
         "{of[digits16-flow]}/run/final.safetensors", "disc", " --recipe digits16-flow", _FEWER_SEEDS
