@@ -421,3 +421,27 @@ def test_training_needs_captions(here, tmp_path):
         file.unlink()
     with pytest.raises(DataError, match=r"has no captions, which a text-to-image model is trained on; write a \.txt"):
         finetune.run(recipe(here, source), tmp_path / "run", device=CPU)
+
+
+@pytest.mark.slow  # trains
+def test_a_killed_run_ends_with_the_same_bytes(here, tmp_path):
+    """Of encoded images, with an adapter; texts are read again by each start."""
+    pytest.importorskip("peft")
+    from kills import until_done
+
+    from ddo_cli.engines.ddo import finetune
+
+    source = photos(tmp_path / "photos")
+    encode.run(str(source), here, tmp_path / "set", device=CPU)
+    more = ["finetune.adapter={kind: lora, rank: 2, alpha: 2}", f"metric.ref={source}", "finetune.save_every=1"]
+
+    def run(out):
+        texts._known.clear()
+        finetune.run(recipe(here, tmp_path / "set", *more), tmp_path / out, device=CPU)
+
+    run("whole")
+    until_done(lambda: run("killed"), every=17)
+    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.safetensors")]
+    assert len(files) >= 4  # candidates, the fake set, the best and the final one
+    for file in files:
+        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
