@@ -336,9 +336,11 @@ def test_another_size(folder_of, here, tmp_path):
 
 def test_another_text_encoder(here, tmp_path, monkeypatch):
     moved = shutil.copytree(here, tmp_path / "moved")
-    encoder = registry.load_model(here, CPU).model.net.encoder
+    model = registry.load_model(here, CPU).model
+    encoder = model.net.encoder
     monkeypatch.setenv("DDO_PIPELINE", str(moved))
     assert encoder.folder() == moved
+    assert model.codec.place()[0] == str(moved / "vae")
     change(moved / "text_encoder" / "config.json", num_hidden_layers=1)
     with pytest.raises(CheckpointError, match="holds another text encoder where the model needs"):
         encoder.folder()

@@ -125,7 +125,7 @@ class Family(ABC):
     fixed: ClassVar[Mapping[str, Any]] = {}  # arguments of the network, and the values that fit
     targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")  # of adapters by default
     sampling: ClassVar[Mapping[str, Any]]  # that of the library's pipeline; batch: images at once
-    patch: ClassVar[int] = 1  # the state has a side of patch^2 more channels at 1 / patch the side of the latent
+    patch: ClassVar[int] = 1  # patch x patch positions of the latent are one of the state, with more channels
     label_dropout: ClassVar[float] = 0.1  # of Stable Diffusion's training
 
     # --- Configurations

@@ -29,11 +29,11 @@ class Flux2(FlowFamily):
 
     name, title = "flux2", "FLUX.2-klein-base"
     pipeline, network = "Flux2KleinPipeline", "Flux2Transformer2DModel"
-    texts = {"tokenizer": "Qwen2TokenizerFast", "text_encoder": "Qwen3Model"}  # noqa: RUF012
+    texts = {"tokenizer": "Qwen2TokenizerFast", "text_encoder": "Qwen3Model"}
     vae = "AutoencoderKLFlux2"
-    fixed = {"patch_size": 1}  # noqa: RUF012
+    fixed = {"patch_size": 1}
     targets = ("to_q", "to_k", "to_v", "to_out", "to_qkv_mlp_proj")
-    sampling = {"sampler": "flow-euler", "steps": 50, "cfg_scale": 4.0, "batch": 1}  # noqa: RUF012
+    sampling = {"sampler": "flow-euler", "steps": 50, "cfg_scale": 4.0, "batch": 1}
     patch, tokens_of = 2, 1
 
     def check(self, full: Config) -> None:

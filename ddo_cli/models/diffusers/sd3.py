@@ -26,15 +26,15 @@ class StableDiffusion3(FlowFamily):
 
     name, title = "sd3", "Stable Diffusion 3"
     pipeline, network = "StableDiffusion3Pipeline", "SD3Transformer2DModel"
-    texts = {  # noqa: RUF012
+    texts = {
         "tokenizer": "CLIPTokenizer", "text_encoder": "CLIPTextModelWithProjection",
         "tokenizer_2": "CLIPTokenizer", "text_encoder_2": "CLIPTextModelWithProjection",
         "tokenizer_3": "T5TokenizerFast", "text_encoder_3": "T5EncoderModel",
     }  # fmt: skip
-    fixed = {"patch_size": 2}  # noqa: RUF012
+    fixed = {"patch_size": 2}
     # Without add_q_proj: the last block's queries of the text change nothing.
     targets = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "to_add_out")
-    sampling = {"sampler": "flow-euler", "steps": 28, "cfg_scale": 7.0, "batch": 1}  # noqa: RUF012
+    sampling = {"sampler": "flow-euler", "steps": 28, "cfg_scale": 7.0, "batch": 1}
 
     def check(self, full: Config) -> None:
         side, largest = full["sample_size"], full["pos_embed_max_size"]

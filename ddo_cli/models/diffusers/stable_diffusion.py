@@ -29,14 +29,14 @@ class StableDiffusion(Family):
     name, title = "sd", "Stable Diffusion 1 and 2"
     pipeline = "StableDiffusionPipeline"
     part, network = "unet", "UNet2DConditionModel"
-    texts = {"tokenizer": "CLIPTokenizer", "text_encoder": "CLIPTextModel"}  # noqa: RUF012
-    scheduler = {"steps_offset": 1}  # noqa: RUF012
-    fixed = {  # noqa: RUF012  # arguments that would add inputs or change what the network estimates
+    texts = {"tokenizer": "CLIPTokenizer", "text_encoder": "CLIPTextModel"}
+    scheduler = {"steps_offset": 1}
+    fixed = {  # arguments that would add inputs or change what the network estimates
         "center_input_sample": False, "class_embed_type": None, "num_class_embeds": None, "addition_embed_type": None,
         "encoder_hid_dim": None, "encoder_hid_dim_type": None, "time_embedding_type": "positional",
         "in_channels": CHANNELS, "out_channels": CHANNELS,
     }  # fmt: skip
-    sampling = {"sampler": "ddim", "steps": 50, "cfg_scale": 7.5, "batch": 4}  # noqa: RUF012
+    sampling = {"sampler": "ddim", "steps": 50, "cfg_scale": 7.5, "batch": 4}
 
     def check(self, full: Config) -> None:
         if full["time_cond_proj_dim"] is not None:
@@ -107,13 +107,13 @@ class StableDiffusionXl(StableDiffusion):
 
     name, title = "sdxl", "Stable Diffusion XL"
     pipeline = "StableDiffusionXLPipeline"
-    texts = {  # noqa: RUF012
+    texts = {
         **StableDiffusion.texts, "tokenizer_2": "CLIPTokenizer", "text_encoder_2": "CLIPTextModelWithProjection",
     }  # fmt: skip
-    scheduler = {}  # noqa: RUF012
+    scheduler = {}
     told_by_index = ("force_zeros_for_empty_prompt",)
-    fixed = {**StableDiffusion.fixed, "addition_embed_type": "text_time"}  # noqa: RUF012
-    sampling = {"sampler": "ddim", "steps": 50, "cfg_scale": 5.0, "batch": 1}  # noqa: RUF012
+    fixed = {**StableDiffusion.fixed, "addition_embed_type": "text_time"}
+    sampling = {"sampler": "ddim", "steps": 50, "cfg_scale": 5.0, "batch": 1}
 
     def encode(self, parts: Parts, text: str) -> Condition:
         (first, _), (second, pooled) = parts.clip("", text), parts.clip("_2", text)

@@ -26,9 +26,9 @@ class ZImage(FlowFamily):
 
     name, title = "z-image", "Z-Image"
     pipeline, network = "ZImagePipeline", "ZImageTransformer2DModel"
-    texts = {"tokenizer": "Qwen2TokenizerFast", "text_encoder": "Qwen3Model"}  # noqa: RUF012
-    fixed = {"siglip_feat_dim": None}  # noqa: RUF012
-    sampling = {"sampler": "flow-euler", "steps": 50, "cfg_scale": 6.0, "batch": 1}  # noqa: RUF012
+    texts = {"tokenizer": "Qwen2TokenizerFast", "text_encoder": "Qwen3Model"}
+    fixed = {"siglip_feat_dim": None}
+    sampling = {"sampler": "flow-euler", "steps": 50, "cfg_scale": 6.0, "batch": 1}
     reversed = False
 
     def check(self, full: Config) -> None:
