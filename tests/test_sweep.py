@@ -51,6 +51,19 @@ def test_a_round_can_be_too_short_for_its_rungs():
         rungs_of(4, 2, 3)
 
 
+@pytest.mark.parametrize(
+    ("keys", "is_told"),
+    [(["ema_half_life=9"], True), (["ema_half_life=8"], False), (["ema_half_life=9", "sweep_rungs=1"], False),
+     (["ema_half_life=9", "ema_widths=[0.1]"], False)],
+)  # fmt: skip
+def test_a_rung_before_the_averages_have_moved_is_told(keys, is_told):
+    """The first of three rungs of 24 images in steps of 4 comes after 8 images."""
+    recipe = tiny_recipe("m", "diffusion", *(f"finetune.{key}" for key in keys), "finetune.beta=[0.01,0.02,0.03,0.04]")
+    told = sweep.too_early(plan_of(recipe, lambda images: images), recipe.finetune)
+    assert bool(told) == is_told
+    assert ("after 8 images already" in told) == is_told
+
+
 def test_survivors_are_the_lowest_and_ties_go_to_the_earlier():
     assert survivors([3.0, 1.0, 2.0], 2) == [1, 2]
     assert survivors([5.0, 4.0, 5.0, 4.0], 3) == [0, 1, 3]

@@ -128,6 +128,8 @@ def _plans(recipe: Recipe, start: registry.Loaded, scoring: Scoring, real: ItemS
                 "tell; set metric.repeats to 2 or more, or leave the margin out"
             )
         plans.append(sweep.plan_of(recipe.of_round(number), partial(scoring.passes, start.model)))
+        if number == 1 and (early := sweep.too_early(plans[-1], settings)):
+            console.warn(early)
     last = (scoring.table_ranges.stop * recipe.metric.num_images) - 1
     if scoring.density is None and last >= FIRST_FAKE_SEED:
         raise UsageError(

@@ -122,6 +122,17 @@ def plan_of(recipe: Recipe, passes: Callable[[int], int]) -> Plan:
     return Plan(settings, steps, candidates_at, rungs, images, Costs(training, passes(images), passes(num_images)))
 
 
+def too_early(plan: Plan, settings: FinetuneRecipe) -> str:
+    """What to tell of a sweep that compares averages before half of them is trained weights; else empty."""
+    images, half_life = plan.rungs[0].step * settings.batch, settings.ema_half_life
+    if len(plan.rungs) == 1 or settings.ema_widths or images >= half_life:
+        return ""
+    return (
+        f"the sweep drops nodes after {images:,} images already, when averages of finetune.ema_half_life = "
+        f"{half_life:,.0f} images are mostly the reference still; lower it, or finetune.sweep_rungs"
+    )
+
+
 def settings_of(recipe: FinetuneRecipe) -> list[Setting]:
     """Every pair of an alpha and a beta, in the recipe's order; one pair: no sweep."""
     alpha = None if "alpha" in recipe.unread else recipe.alpha
