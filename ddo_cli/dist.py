@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from ddo_cli import console
 from ddo_cli.errors import UsageError
@@ -60,8 +61,20 @@ def init(device: str | None = None) -> torch.device:
         # connects in the first collective call, where a process that has failed shows as a hang.
         options: dict[str, Any] = {"device_id": torch.device(device)} if device.startswith("cuda") else {}
         with _stdout_to_stderr():
-            torch_dist.init_process_group("nccl" if options else "gloo", timeout=_TIMEOUT, **options)
+            backend = "nccl" if options else "gloo"
+            torch_dist.init_process_group(backend, timeout=_TIMEOUT, **_after_restart(), **options)
     return torch.device(device)
+
+
+def _after_restart() -> dict[str, Any]:
+    """For `init_process_group` once torchrun has started all processes again (--max-restarts): names of their own.
+
+    torchrun keeps one store for all restarts, where addresses of processes that have ended would be read.
+    """
+    if (count := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == "0":
+        return {}
+    store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
+    return {"store": torch_dist.PrefixStore(count, store), "rank": rank, "world_size": size}
 
 
 def _check_device(device: str | None) -> None:

@@ -152,6 +152,8 @@ def test_levels_are_those_of_the_scheduler():
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_label_is_a_prompt(folder_of, here, monkeypatch, kind):
     monkeypatch.setattr(flux2, "LENGTH", 40)  # tokens of the tiny encoder's 28 layers
+    monkeypatch.setattr(texts, "_known", {})  # of this length, as long as the test goes on
+    monkeypatch.setattr(texts, "_table", functools.cache(texts._table.__wrapped__))
     loaded = registry.load_model(folder_of(kind), CPU)
     with pytest.raises(UsageError, match="none is given; add --prompt TEXT"):
         loaded.model.check_sampling(sample.spec_of(loaded.checkpoint))
