@@ -112,7 +112,7 @@ def _run() -> None:
         _fail("usage", f"{problem} ({_help_of(error)} lists the options)", 2)
     except (typer.Abort, KeyboardInterrupt):
         _interrupted()
-    except (TypeError, RuntimeError) as error:  # NotImplementedError is one
+    except (TypeError, RuntimeError) as error:  # as torch refuses what a Mac's GPU cannot do
         if "MPS" not in str(error) or not {"mps", "--device=mps"} & set(sys.argv):
             raise
         _fail("usage", f"--device mps: torch cannot do this there ({reason(error)}); use --device cpu", 2)

@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 DAMAGE = (
-    OSError, ValueError, EOFError, KeyError, NotImplementedError, RuntimeError, MemoryError, OverflowError,
+    OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, OverflowError,
     struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
 )  # fmt: skip
 MAGIC = b"\x93NUMPY"

@@ -53,7 +53,7 @@ def test_means_and_improvements_by_hand():
     assert found.value == 2.0
     assert found.std_error == pytest.approx(1 / math.sqrt(3))
     assert str(found) == "2.00 ± 0.58"
-    assert report.better(found._replace(value=-2.0)) == "worse by 2.00 ± 0.58"
+    assert found._replace(value=-2.0).as_improvement == "worse by 2.00 ± 0.58"
     shown = {(42.183, 0.0874): "42.18 ± 0.09", (5959.4, 14.2): "5959 ± 14", (0.0, 0.0): "0", (0.04037, None): "0.04037"}
     assert {given: str(Mean(*given)) for given in shown} == shown
     assert math.isnan(mean([1.0, math.nan]).value)

@@ -27,7 +27,7 @@ from ddo_cli.errors import DataError, reason
 from ddo_cli.npz import local_header_size, read_header
 
 ZIP_ERRORS = (
-    OSError, RuntimeError, EOFError, ValueError, OverflowError, NotImplementedError, zipfile.BadZipFile, zlib.error,
+    OSError, RuntimeError, EOFError, ValueError, OverflowError, zipfile.BadZipFile, zlib.error,
     lzma.LZMAError,
 )  # fmt: skip
 TENSOR_ERRORS = (SafetensorError, OSError, ValueError, KeyError, TypeError, EOFError)

@@ -82,9 +82,8 @@ def _table(state: dict[str, Any], key: str) -> list[str]:
     rows = [("reference", _score(state["reference"], key), "")]
     for name, title in (("rounds", "round"), ("control", "control")):
         for record in state.get(name, []):
-            gain = Mean(**record["improvement"])
             outcome = "promoted" if record["promoted"] else "not promoted"
-            than = f"{'worse' if gain.value < 0 else 'better'} by {gain._replace(value=abs(gain.value))}"
+            than = Mean(**record["improvement"]).as_improvement
             rows.append((f"{title} {record['round']}", _score(record, key), f"{outcome}, {than}"))
     rows = [rows[0], *rows[1:][-ROUNDS:]] if len(rows) > 1 else []
     return [f"{name:<12}{score:>16}  {outcome}" for name, score, outcome in rows]

@@ -250,7 +250,7 @@ def _is_archive(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()[:1] == [_name(0)]
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile):
         return False
 
 
@@ -264,7 +264,7 @@ def _holds(path: Path, entries: Iterator[tuple[str, bytes]]) -> bool:
             try:
                 if archive.read(name) != content:
                     return False
-            except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, EOFError):  # damaged
+            except (zipfile.BadZipFile, RuntimeError, zlib.error, EOFError):  # damaged
                 return False
         return next(names, None) is None
 

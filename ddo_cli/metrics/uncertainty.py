@@ -29,6 +29,11 @@ class Mean(NamedTuple):
         decimals = min(1 - _exponent(self.std_error), 3 - _exponent(self.value))
         return f"{self.value:.{max(decimals, 0)}f} ± {self.std_error:.{max(decimals, 0)}f}"
 
+    @property
+    def as_improvement(self) -> str:
+        """ "better by 1.2 ± 0.3", of what `improvement` returns."""
+        return f"{'worse' if self.value < 0 else 'better'} by {self._replace(value=abs(self.value))}"
+
 
 def _exponent(value: float) -> int:
     return math.floor(math.log10(abs(value)))

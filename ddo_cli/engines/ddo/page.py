@@ -111,11 +111,11 @@ def headline(recipe: Recipe, state: dict[str, Any], key: str) -> str:
     last, told = rounds[-1], report.improvements(state, key)
     number, method = len(rounds), recipe.finetune.objective.upper()
     words = f"{number} round{'s' if number > 1 else ''} of {method} took {key} from {first} to {_score(last, key)}"
-    words += f" (lower is better), {report.better(Mean(**told['better_than_reference']))} in pairs of the same seeds"
+    words += f" (lower is better), {Mean(**told['better_than_reference']).as_improvement} in pairs of the same seeds"
     if "better_than_control" in told:
         twin = state["control"][-1]
         words += f". Its control, trained without discrimination, is at {_score(twin, key)}: {method} is "
-        words += f"{report.better(Mean(**told['better_than_control']))} than the control"
+        words += f"{Mean(**told['better_than_control']).as_improvement} than the control"
     return words + "."
 
 

@@ -41,7 +41,7 @@ def promote(this: Round, trials: list[Trial], before: dict[str, Any]) -> dict[st
     gain = improvement(_of(key, before["promotion"]), _of(key, promotion))
     promoted = is_better(gain, this.recipe.finetune.margin)
     images = step * this.recipe.finetune.batch
-    told = f"{trial.title}: after {images} images {key} {report.better(gain)} than the reference on fresh seeds"
+    told = f"{trial.title}: after {images} images {key} {gain.as_improvement} than the reference on fresh seeds"
     console.info(f"{told}, {'promoted' if promoted else 'NOT promoted: the reference is kept'}")
     repeats = before["repeats"]
     if promoted:

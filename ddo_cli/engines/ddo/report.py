@@ -25,7 +25,7 @@ def table(state: dict[str, Any], key: str) -> tuple[list[str], list[Row]]:
         if "alpha" in record:
             outcome += f", {_setting(record).title}"
         if not record["promoted"]:
-            outcome = f"kept; candidate {better(Mean(**record['improvement']))}"
+            outcome = f"kept; candidate {Mean(**record['improvement']).as_improvement}"
         if record.get("ended_early"):
             outcome += f"; ended at {record['trained_images']:,}"
         ratio = f"{record['score'] / start['score']:.3f}" if start["score"] else "-"
@@ -52,15 +52,10 @@ def told(figures: dict[str, Any]) -> dict[str, str]:
     ranges = figures["metric_repeats"]
     paired = f", paired over {ranges} ranges of seeds" if ranges > 1 else ""
     return {
-        f"than {name}": f"{better(Mean(**figures[f'better_than_{name}']))}{paired}"
+        f"than {name}": f"{Mean(**figures[f'better_than_{name}']).as_improvement}{paired}"
         for name in ("reference", "control")
         if f"better_than_{name}" in figures
     }
-
-
-def better(gain: Mean) -> str:
-    """ "better by 1.2 ± 0.3"."""
-    return f"{'worse' if gain.value < 0 else 'better'} by {gain._replace(value=abs(gain.value))}"
 
 
 def _improvement(before: dict[str, Any], after: dict[str, Any], key: str) -> Mean:

@@ -80,8 +80,7 @@ def prepare(recipe: Recipe, device: torch.device) -> tuple[registry.Loaded, Setu
 
 def _sampling(recipe: Recipe, start: registry.Loaded) -> SamplingRecipe:
     """The recipe's sampling; what it does not set is the reference's."""
-    given = {key: getattr(recipe.sampling, key) for key in recipe.sampling.model_fields_set}
-    spec = sample.spec_of(start.checkpoint, **given)
+    spec = sample.spec_of(start.checkpoint, **recipe.sampling.model_dump(exclude_unset=True))
     start.model.check_sampling(spec)
     return spec
 

@@ -77,8 +77,8 @@ def run(
     loaded = captions.told(loaded, real)
     label_use = disc_data.labels_seen(loaded, settings)
     check_fits(real, base, recipe.data.hflip, num_classes=label_use)
-    sampling = {key: getattr(recipe.sampling, key) for key in recipe.sampling.model_fields_set}
-    spec = sample.spec_of(loaded.checkpoint, **sampling)  # what the recipe does not set is the checkpoint's
+    # What the recipe does not set is the checkpoint's.
+    spec = sample.spec_of(loaded.checkpoint, **recipe.sampling.model_dump(exclude_unset=True))
     base.check_sampling(spec)
     given = disc_data.given_set(loaded, real, label_use, settings, force) if settings.fake is not None else None
     config = discriminators.config_of(
