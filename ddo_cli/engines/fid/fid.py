@@ -243,7 +243,7 @@ def _extractors(options: Options, device: torch.device) -> list[Extractor]:
     """The main extractor, where a metric needs it, then one for each metric that has its own."""
     of_main = [metric for metric in options.metrics if metric not in OWN_NETWORK]
     own = [metric for metric in options.metrics if metric in OWN_NETWORK]
-    networks = [*([MAIN] if of_main else []), *sorted(own, key=clip_text.KEY.__eq__)]  # that of captions is the last
+    networks = [*([MAIN] if of_main else []), *sorted(own, key=lambda metric: metric == clip_text.KEY)]  # last
     files = _weight_files(options, networks)
     if options.download and set(networks) <= files.keys() | ({MAIN} if options.extractor else set()):
         option = f"--extractor {options.extractor}" if options.extractor else "--weights"
