@@ -24,8 +24,8 @@ from ddo_cli.engines.fid import scores as fid_scores
 from ddo_cli.metrics.extractors.select import select_extractor
 from ddo_cli.metrics.kid import kernel_distance
 
-NUM = 30
-SUBSET = 20  # of KID, which takes 1000 images otherwise
+NUM = 20
+SUBSET = 14  # of KID, which takes 1000 images otherwise
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_sfid_against_a_reference_file(root, found, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(root, found):
-    """Of 30 images: a batch of 16 on one process, 14 on the other."""
+    """Of 20 images: a batch of 16 on one process, 4 on the other."""
     arguments = ["--ref", root / "real", "--weights", root / "inception.pth", "--batch", 16, "--no-cache", "--json"]
     done = torchrun(
         "-m", "ddo_cli", "fid", str(root / "fake"), *map(str, arguments), "--metrics", "fid,is,precision,recall"

@@ -20,6 +20,7 @@ from ddo_cli.diffusion import vp_sde
 from ddo_cli.engines.analysis import analyze
 from ddo_cli.engines.discriminator import data as disc_data
 from ddo_cli.engines.discriminator import train as train_disc
+from ddo_cli.engines.discriminator import training
 from ddo_cli.engines.discriminator.features import CachedRows
 from ddo_cli.engines.sampling import guide_sample, guides, sample
 from ddo_cli.errors import CheckpointError, DataError, RecipeError, RunError, UsageError
@@ -86,7 +87,7 @@ def test_the_gain_is_measured_on_held_out_items_and_stored(finished, ckpt):
 def test_the_control_is_the_untrained_network_and_a_finished_run_gets_it_later(finished, ckpt, tmp_path, monkeypatch):
     out, result = finished
     shutil.copytree(out, tmp_path / "run")
-    monkeypatch.setattr(train_disc.loop, "fit", None)  # nothing is trained
+    monkeypatch.setattr(training.loop, "fit", None)  # nothing is trained
     found = train_disc.run(tiny_disc_recipe(ckpt, "discriminator.control=true"), tmp_path / "run", device=CPU)
     control = found.pop("control")
     assert {**found, "out": result["out"], "final": result["final"], "best": result["best"]} == result
@@ -175,7 +176,7 @@ def test_a_lost_file_of_a_finished_run_is_made_again(finished, ckpt, tmp_path, m
         path = tmp_path / "run" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if len(lost) == 1:  # everything needed is there: nothing is trained
-        monkeypatch.setattr(train_disc.loop, "fit", None)
+        monkeypatch.setattr(training.loop, "fit", None)
     assert train_disc.run(tiny_disc_recipe(ckpt), tmp_path / "run", device=CPU)["heldout_bce"] == result["heldout_bce"]
     assert (tmp_path / "run" / "final.safetensors").read_bytes() == (out / "final.safetensors").read_bytes()
 
@@ -196,7 +197,7 @@ def test_two_processes_agree_with_one(finished, ckpt, tmp_path):
 
 @pytest.mark.slow
 def test_it_learns_to_tell_noise_from_digits(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_disc, "STILL_FALLING", -1.0)  # nothing counts as settled
+    monkeypatch.setattr(training, "STILL_FALLING", -1.0)  # nothing counts as settled
     ckpt = make_checkpoint(tmp_path / "m.safetensors")  # random weights: samples look nothing like data
     recipe = tiny_disc_recipe(
         ckpt, "discriminator.images=3200", "discriminator.eval_every=800", "discriminator.lr=1e-2"
@@ -267,7 +268,7 @@ def test_classes_are_checked_before_drawing(ckpt, tmp_path):
     ],
 )
 def test_settled_is_judged_by_the_second_half(bce, settled):
-    class Run(train_disc._Training):
+    class Run(training.Training):
         def __init__(self):
             self.settings = load("quickstart").discriminator
             self.evaluations = {str(100 * (i + 1)): {"bce": value} for i, value in enumerate(bce)}

@@ -63,7 +63,7 @@ class Plan(NamedTuple):
 
 # --few: each kind of fault.
 FEW = (
-    Plan("kill", "random", 1), Plan("kill", "renames", 1), Plan("full", "all", 1), Plan("io", "all", 1),
+    Plan("kill", "renames", 1), Plan("full", "all", 1), Plan("io", "all", 1),
     Plan("io", "reads", 2, only=("encode", "export-pt", "export-folder", "ema")),
     Plan("term", "random", 1, only=("sample-png", "encode", "finetune-ddo")),
     Plan("int", "random", 1, only=("sample-png", "encode", "finetune-ddo")),
