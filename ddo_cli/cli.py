@@ -14,9 +14,9 @@ import typer
 
 from ddo_cli import __version__, console
 from ddo_cli.commands import about, completion, data, evaluate, sample, train, weights
+from ddo_cli.commands.command import Command
 from ddo_cli.commands.examples import EXAMPLES
-from ddo_cli.commands.options import Command
-from ddo_cli.errors import SIGNALS, DdoError, reason
+from ddo_cli.errors import SIGNALS, DdoError
 
 # Raised for a bad option, by click or by the copy of it inside newer versions of Typer.
 _ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -112,10 +112,6 @@ def _run() -> None:
         _fail("usage", f"{problem} ({_help_of(error)} lists the options)", 2)
     except (typer.Abort, KeyboardInterrupt):
         _interrupted()
-    except (TypeError, RuntimeError) as error:  # as torch refuses what a Mac's GPU cannot do
-        if "MPS" not in str(error) or not {"mps", "--device=mps"} & set(sys.argv):
-            raise
-        _fail("usage", f"--device mps: torch cannot do this there ({reason(error)}); use --device cpu", 2)
     except OSError as error:
         if error.strerror is None:
             raise

@@ -9,7 +9,7 @@ from conftest import CPU, make_checkpoint, tiny_recipe
 from kills import until_done
 
 from ddo_cli import checkpoint
-from ddo_cli.commands.options import coefficient
+from ddo_cli.commands.recipe_options import coefficient
 from ddo_cli.engines.ddo import auto, finetune
 from ddo_cli.engines.ddo.sweep import Setting, plan_of
 from ddo_cli.errors import NumericsError, RecipeError, UsageError

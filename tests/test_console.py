@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from ddo_cli import console
-from ddo_cli.commands.options import lines_of
+from ddo_cli.commands.command import lines_of
 from ddo_cli.data import images
 from ddo_cli.engines.panel import ROUNDS, Panel, _table
 from ddo_cli.errors import LONGEST, CheckpointError, DataError, printable

@@ -10,7 +10,7 @@ from conftest import CPU, fit_events, make_checkpoint, tiny_recipe, torchrun
 from kills import KilledError, until_done
 
 from ddo_cli import checkpoint
-from ddo_cli.commands.options import coefficient
+from ddo_cli.commands.recipe_options import coefficient
 from ddo_cli.engines.ddo import finetune, sweep
 from ddo_cli.engines.ddo.sweep import Costs, Rung, Setting, is_past_best, plan_of, rungs_of, survivors
 from ddo_cli.engines.ddo.trial import Trial

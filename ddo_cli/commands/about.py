@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from ddo_cli.commands import options
+from ddo_cli.commands import command
 from ddo_cli.errors import UsageError
 
 
@@ -16,7 +16,7 @@ def recipes(
         Path | None, Option(help="Write a copy of the recipe to this new file, to be edited and given as --recipe.")
     ] = None,
     keys: Annotated[bool, Option("--keys", help="Every key of a recipe instead: default, type, meaning.")] = False,
-) -> options.Result:
+) -> command.Result:
     """The recipes that come with the program; with a name, that recipe."""
     if name is None and copy is not None:
         raise UsageError(
@@ -29,11 +29,11 @@ def recipes(
     return _keys() if keys else _all()
 
 
-def _all() -> options.Result:
+def _all() -> command.Result:
     from ddo_cli.recipe.load import recipe_names
 
     headers = {name: path.read_text(encoding="utf-8").splitlines() for name, path in recipe_names().items()}
-    return options.Result(
+    return command.Result(
         {
             name: next((line.lstrip("# ") for line in lines if line.startswith("#")), "")
             for name, lines in headers.items()
@@ -41,15 +41,15 @@ def _all() -> options.Result:
     )
 
 
-def _keys() -> options.Result:
+def _keys() -> command.Result:
     from ddo_cli.recipe.keys import described
 
     known = {key.name: key for key in described()}
     lines = [f"{key.name:<36} {json.dumps(key.default):<14} {key.type}; {key.meaning}" for key in known.values()]
-    return options.Result({name: key._asdict() for name, key in known.items()}, {}, text="\n".join(lines))
+    return command.Result({name: key._asdict() for name, key in known.items()}, {}, text="\n".join(lines))
 
 
-def _one(name: str, copy: Path | None) -> options.Result:
+def _one(name: str, copy: Path | None) -> command.Result:
     from ddo_cli.files import write_text
     from ddo_cli.recipe.load import find_recipe, load
 
@@ -58,19 +58,19 @@ def _one(name: str, copy: Path | None) -> options.Result:
     text = file.read_text(encoding="utf-8")
     figures = {"name": recipe.name, "file": str(file), "recipe": recipe.model_dump(mode="json")}
     if copy is None:
-        return options.Result(figures, {}, text=text.rstrip("\n"))
+        return command.Result(figures, {}, text=text.rstrip("\n"))
     if copy.is_dir() or copy.suffix not in (".yaml", ".yml"):
         raise UsageError(f"--copy {copy} is not the name of a YAML file; write for example --copy mine.yaml")
     if copy.exists():
         raise UsageError(f"--copy {copy}: there is such a file already; choose another name")
     copy.parent.mkdir(parents=True, exist_ok=True)
     write_text(copy, text)
-    return options.Result({**figures, "copy": str(copy)}, {"copy": str(copy), "use": f"--recipe {copy}"})
+    return command.Result({**figures, "copy": str(copy)}, {"copy": str(copy), "use": f"--recipe {copy}"})
 
 
-def doctor() -> options.Result:
+def doctor() -> command.Result:
     """What of this machine matters: versions, devices, disk, cache, weights; to paste into an issue."""
     from ddo_cli.engines import doctor
 
     figures = doctor.run()
-    return options.Result(figures, {}, text=doctor.screen(figures))
+    return command.Result(figures, {}, text=doctor.screen(figures))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from ddo_cli import console
-from ddo_cli.commands import options
+from ddo_cli.commands import command, options
 from ddo_cli.errors import UsageError, printable
 
 
@@ -35,7 +35,7 @@ def data(
     ] = None,
     upscale: Annotated[bool, Option("--upscale", help="Enlarge smaller pictures; refused otherwise.")] = False,
     dry_run: options.DryRun = False,
-) -> options.Result:  # fmt: skip
+) -> command.Result:  # fmt: skip
     """Make a zip of equal images, as EDM's tool does, of pictures of any size, mode and format."""
     if rgb and grey:
         raise UsageError("--rgb and --grey exclude each other; leave one of them out")
@@ -52,7 +52,7 @@ def data(
     title = f"{out}: {figures['num_images']:,} images"
     table = console.table(title, ["what is done", "images"], rows) if rows else None
     hidden = ("effects", "left_out", "problems", "classes", "background", "padding")
-    return options.Result(figures, {key: value for key, value in figures.items() if key not in hidden}, table)
+    return command.Result(figures, {key: value for key, value in figures.items() if key not in hidden}, table)
 
 
 def _colour(text: str) -> tuple[int, int, int]:

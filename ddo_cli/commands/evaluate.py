@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from typer import Argument, Option
 
 from ddo_cli import console
-from ddo_cli.commands import completion, options
+from ddo_cli.commands import command, completion, options, recipe_options
 from ddo_cli.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ class Passes(NamedTuple):
     no_cache: Annotated[bool, options.run_option("--no-cache", help="Neither use nor store features.")] = False
 
 
-@options.add(
-    sampling=options.of_sampling(),
+@command.add(
+    sampling=recipe_options.of_sampling(),
     metrics=Metrics,
     extractor=Extractor,
     pictures=Pictures,
@@ -113,7 +113,7 @@ def fid(
         Path | None, Option("--report", help="Write a page with scores, protocol and images, e.g. scores.html.")
     ] = None,
     dry_run: options.DryRun = False,
-) -> options.Result:
+) -> command.Result:
     """Fréchet distance between a set of images and a reference, and related metrics: IS, KID, precision, recall, ..."""
     if pictures.compare and not pictures.nll:
         raise UsageError("--compare adds a set to the histogram of --nll; give both")
@@ -135,7 +135,7 @@ def fid(
     )  # fmt: skip
     figures = fid.run(source, ref, asked, device=device, benchmark=benchmark, log=csv, report=report_, dry_run=dry_run)
     if dry_run:
-        return options.Result(figures)
+        return command.Result(figures)
     lines = ("reference", "extractor", "extractor_sha256", "images_per_second", "images_from_cache", "comparable")
     shown = {key: figures[key] for key in (*lines, "nearest", "likelihoods") if figures.get(key) is not None}
     resized = f", resized ({spelled(figures['resize'])})" if "resize" in figures else ""
@@ -144,10 +144,10 @@ def fid(
     if "not_written" in figures:
         missing = "; ".join(figures["not_written"])
         error = RunError(f"the figures above are whole, but {missing}; mend that and run it again")
-    return options.Result(figures, shown, table, f"\n\n{figures['markdown']}", error)
+    return command.Result(figures, shown, table, f"\n\n{figures['markdown']}", error)
 
 
-@options.add(device=options.device_of)
+@command.add(device=options.device_of)
 def stats(
     device: "torch.device",
     data: options.Images,
@@ -207,11 +207,11 @@ class Analyses(NamedTuple):
                 )
 
 
-@options.add(
+@command.add(
     discriminator=options.Pair,
     analyses=Analyses,
-    guidance=options.of_guidance("dg_weight", "dg_weight_2nd", "time_min", "time_max"),
-    sampling=options.of_sampling("sampler", "steps", "s_churn", "cfg_scale", "batch", "precision", "compile"),
+    guidance=recipe_options.of_guidance("dg_weight", "dg_weight_2nd", "time_min", "time_max"),
+    sampling=recipe_options.of_sampling("sampler", "steps", "s_churn", "cfg_scale", "batch", "precision", "compile"),
     device=options.device_and_models,
 )
 def analyze(
@@ -225,7 +225,7 @@ def analyze(
     ] = None,
     out: Annotated[Path, Option(help="Directory of the pictures and figures.")] = Path("analysis"),
     dry_run: options.DryRun = False,
-) -> options.Result:
+) -> command.Result:
     """Measure what a discriminator's guidance does to a model: its gain in nats, trajectories, regenerated images."""
     steps = options.parsed(
         "--steps-list", analyses.steps_list, options.numbers, "write numbers of steps such as 4,8,18"
@@ -245,7 +245,7 @@ def analyze(
     table = None
     if "gain" in figures:
         table = console.table("Gain by noise level", *analyze.table_of(Path(figures["out"])))
-    return options.Result(figures, table=table)
+    return command.Result(figures, table=table)
 
 
 def report(

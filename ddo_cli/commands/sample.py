@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from typer import Option
 
 from ddo_cli import console
-from ddo_cli.commands import options
+from ddo_cli.commands import command, options, recipe_options
 from ddo_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 SAMPLING = ("labels", "sampler", "steps", "s_churn", "cfg_scale", "batch", "precision", "compile", "rng")
 
 
-@options.add(
+@command.add(
     prompts=options.prompts_of,
     seeds=options.seeds_of,
     classes=options.classes_of,
-    sampling=options.of_sampling(*SAMPLING),
+    sampling=recipe_options.of_sampling(*SAMPLING),
     second_network=options.second_network,
     device=options.device_and_models,
 )
@@ -81,9 +81,9 @@ class Rejection(NamedTuple):
     ] = None
 
 
-@options.add(
+@command.add(
     discriminator=options.Pair,
-    guidance=options.of_guidance(
+    guidance=recipe_options.of_guidance(
         "dg_weight", "dg_weight_2nd", "time_min", "time_max", "decay", "boost", "boost_churn_period",
         "boost_weight_period",
     ),
@@ -93,7 +93,7 @@ class Rejection(NamedTuple):
     prompts=options.prompts_of,
     seeds=options.seeds_of,
     classes=options.classes_of,
-    sampling=options.of_sampling(*SAMPLING),
+    sampling=recipe_options.of_sampling(*SAMPLING),
     device=options.device_and_models,
 )  # fmt: skip
 def guide_sample(
@@ -157,10 +157,10 @@ class Score(NamedTuple):
     extractor: Annotated[str | None, Option(help="An extractor of `ddo train-extractor`.")] = None
 
 
-@options.add(
+@command.add(
     model=Editor,
-    guidance=options.of_guidance("dg_weight", "dg_weight_2nd", "time_min", "time_max"),
-    sampling=options.of_sampling("sampler", "steps", "s_churn", "cfg_scale", "batch", "precision", "compile"),
+    guidance=recipe_options.of_guidance("dg_weight", "dg_weight_2nd", "time_min", "time_max"),
+    sampling=recipe_options.of_sampling("sampler", "steps", "s_churn", "cfg_scale", "batch", "precision", "compile"),
     score=Score,
     device=options.device_and_models,
 )
@@ -178,7 +178,7 @@ def edit(
     out: Annotated[Path, Option(help="Directory of the edited images.")] = Path("edited"),
     form: options.Form = None,
     dry_run: options.DryRun = False,
-) -> options.Result:
+) -> command.Result:
     """Edit images (SDEdit): add noise, then sample from there with and without guidance. Run again to continue."""
     levels = options.parsed("--level", level, options.floats, "write noise levels such as 0.5,1,2")
     from ddo_cli.engines.edit import edit, report
@@ -189,6 +189,6 @@ def edit(
         **score._asdict(), force=model.force, device=device, dry_run=dry_run,
     )  # fmt: skip
     if dry_run:
-        return options.Result(figures)
+        return command.Result(figures)
     shown = {key: value for key, value in figures.items() if key != "levels"}
-    return options.Result(figures, shown, console.table("Edited images", *report.table(figures)))
+    return command.Result(figures, shown, console.table("Edited images", *report.table(figures)))

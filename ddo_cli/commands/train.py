@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from ddo_cli import console
-from ddo_cli.commands import options
+from ddo_cli.commands import command, options, recipe_options
 from ddo_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ddo_cli.recipe.schema import Recipe
 
 
-@options.add(
-    recipe=options.of_recipe(
+@command.add(
+    recipe=recipe_options.of_recipe(
         "model.ckpt", "data.source", "data.rejected", "finetune.objective",
         "finetune.rounds", "finetune.alpha", "finetune.beta", "finetune.lr",
         "finetune.batch", "finetune.images_per_round", "finetune.eval_every", "finetune.num_fake", "finetune.control",
@@ -32,7 +32,7 @@ def finetune_ddo(
     log_to: options.LogTo = "none",
     dry_run: options.MeasuredDryRun = False,
     measure: options.Measure = True,
-) -> options.Result:
+) -> command.Result:
     """Finetune a model in rounds with the DDO loss or a relative; also `ddo finetune`. Run again to continue."""
     from ddo_cli import rundir
     from ddo_cli.engines.ddo import finetune, report
@@ -67,20 +67,20 @@ def finetune_ddo(
     shown["report"] = str(Path(figures["out"]) / "report.html")
     if "sweep_cost" in figures:
         shown["sweep cost"] = f"{figures['sweep_cost']:.2f} of the full grid"
-    return options.Result(figures, shown, console.table(title, columns, rows))
+    return command.Result(figures, shown, console.table(title, columns, rows))
 
 
-def _plan(recipe: "Recipe", section: Any, figures: dict[str, Any], table: Any = None) -> options.Result:
+def _plan(recipe: "Recipe", section: Any, figures: dict[str, Any], table: Any = None) -> command.Result:
     """What --dry-run prints: the plan, then the loss's and optimizer's settings; with --json the whole recipe."""
     settings = {key: getattr(section, key) for key in ("alpha", "beta", "lr") if hasattr(section, key)}
     shown = {key: value for key, value in figures.items() if key != "settings_by_round"}
-    return options.Result(
+    return command.Result(
         {**figures, **settings, "recipe": recipe.model_dump(mode="json")}, {**shown, **settings}, table
     )
 
 
-@options.add(
-    recipe=options.of_recipe(
+@command.add(
+    recipe=recipe_options.of_recipe(
         "model.ckpt", "data.source", "discriminator.fake", "discriminator.num_fake", "discriminator.images",
         "discriminator.eval_every", "metric.num_images", "discriminator.lr", "discriminator.batch",
         "discriminator.select", "discriminator.precision", "discriminator.compile", "discriminator.conditional",
@@ -98,7 +98,7 @@ def train_disc(
     force: Annotated[bool, Option("--force", help="Use a --fake set of another model.")] = False,
     log_to: options.LogTo = "none",
     dry_run: options.DryRun = False,
-) -> options.Result:
+) -> command.Result:
     """Train a discriminator of real against generated images, for `ddo guide-sample`. Run again to continue."""
     from ddo_cli.engines.discriminator import train
 
@@ -111,11 +111,11 @@ def train_disc(
     if dry_run:
         return _plan(recipe, recipe.discriminator, figures)
     table = console.table("Held-out images by noise level", *train.table_of(Path(figures["out"])))
-    return options.Result(figures, {**figures, "report": str(Path(figures["out"]) / "report.html")}, table)
+    return command.Result(figures, {**figures, "report": str(Path(figures["out"]) / "report.html")}, table)
 
 
-@options.add(
-    recipe=options.of_recipe(
+@command.add(
+    recipe=recipe_options.of_recipe(
         "data.source", "pretrain.images", "pretrain.lr", "pretrain.batch", "pretrain.precision",
         "pretrain.compile", "seed", "model.file",
         check_model=True,
@@ -129,17 +129,17 @@ def pretrain(
     log_to: options.LogTo = "none",
     dry_run: options.MeasuredDryRun = False,
     measure: options.Measure = True,
-) -> options.Result:
+) -> command.Result:
     """Train a model by maximum likelihood, to have a reference. Run again to continue."""
     from ddo_cli.engines.pretrain import model
 
     out = out or Path("runs") / f"{recipe.name}-pretrain"
     figures = model.run(recipe, out, device=device, dry_run=dry_run, measure=measure, log_to=options.trackers(log_to))
-    return _plan(recipe, recipe.pretrain, figures) if dry_run else options.Result(figures)
+    return _plan(recipe, recipe.pretrain, figures) if dry_run else command.Result(figures)
 
 
-@options.add(
-    recipe=options.of_recipe(
+@command.add(
+    recipe=recipe_options.of_recipe(
         "model.ckpt", "data.source", "classifier.images", "classifier.lr", "classifier.batch", "classifier.precision",
         "classifier.compile", "seed", "model.file",
     ),
@@ -151,16 +151,16 @@ def train_classifier(
     out: Annotated[Path | None, Option(help="Directory of the run. Default: runs/<recipe>-classifier.")] = None,
     log_to: options.LogTo = "none",
     dry_run: options.DryRun = False,
-) -> options.Result:
+) -> command.Result:
     """Train a classifier of noisy images, for classifier guidance or under a discriminator. Run again to continue."""
     from ddo_cli.engines.discriminator import classifier
 
     out = out or Path("runs") / f"{recipe.name}-classifier"
     figures = classifier.run(recipe, out, device=device, dry_run=dry_run, log_to=options.trackers(log_to))
-    return _plan(recipe, recipe.classifier, figures) if dry_run else options.Result(figures)
+    return _plan(recipe, recipe.classifier, figures) if dry_run else command.Result(figures)
 
 
-@options.add(device=options.device_of)
+@command.add(device=options.device_of)
 def train_extractor(
     device: "torch.device",
     data: Annotated[str, Option(help="Labelled images: a folder, zip, npz, or embedded:<name>.")],

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Argument, Option
 
 from ddo_cli import console
-from ddo_cli.commands import completion, options
+from ddo_cli.commands import command, completion, options
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ def ema(
     at: Annotated[int | None, Option(min=1, help="Images at which it ends. Default: the last snapshot's.")] = None,
     model_file: options.ModelFile = None,
     dry_run: options.DryRun = False,
-) -> options.Result:
+) -> command.Result:
     """Make averaged weights of any width from a run's snapshots, without training again."""
     from ddo_cli.engines.weights import ema
     from ddo_cli.models import registry
@@ -79,10 +79,10 @@ def ema(
         for row in figures["snapshots"]
     ]
     shown = {key: value for key, value in figures.items() if key != "snapshots"}
-    return options.Result(figures, shown, console.table("Snapshots", ["file", "std", "images", "weight"], rows))
+    return command.Result(figures, shown, console.table("Snapshots", ["file", "std", "images", "weight"], rows))
 
 
-@options.add(device=options.device_and_models)
+@command.add(device=options.device_and_models)
 def encode(
     device: "torch.device",
     data: options.Images,
@@ -122,13 +122,13 @@ def push(
     dry_run: Annotated[
         bool, options.run_option("--dry-run", help="Print what would be sent, and the card; send nothing.")
     ] = False,
-) -> options.Result:
+) -> command.Result:
     """Publish weights on the Hugging Face Hub, with their recipe and a card made from their provenance."""
     from ddo_cli.engines.weights import push
 
     figures = push.run(source, repo, private=private, revision=revision, licence=license_, dry_run=dry_run)
     shown = {key: value for key, value in figures.items() if key != "card"}
-    return options.Result(figures, shown, text=f"\n\n{figures['card']}" if dry_run else "")
+    return command.Result(figures, shown, text=f"\n\n{figures['card']}" if dry_run else "")
 
 
 def info(
