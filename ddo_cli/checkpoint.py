@@ -54,6 +54,7 @@ class _Link(_Entries):
 
     command: str
     recipe: dict[str, Any] = {}
+    classes: dict[str, str] = {}  # names by number, where folders named them
 
 
 class _TrainedOn(_Entries):

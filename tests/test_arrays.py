@@ -52,7 +52,7 @@ def test_npz_with_a_column_of_labels(tmp_path):
 
 
 def write_npzs(root: Path, parts: dict[str, dict[str, np.ndarray]]) -> Path:
-    root.mkdir()
+    root.mkdir(parents=True)
     for name, arrays in parts.items():
         np.savez(root / name, **arrays)
     return root
@@ -132,7 +132,24 @@ def test_statistics_beside_images_are_left_out(tmp_path, capsys):
     root = write_npzs(tmp_path / "set", {"fid-refs.npz": {"mu": np.zeros(3), "sigma": np.eye(3)}})
     (root / "a.png").write_bytes(encoded(some_items(1)[0]))
     assert len(open_images(str(root)).items) == 1
-    assert "left out: 1 .npz" in capsys.readouterr().err
+    assert "left out: 1 .npz of statistics" in capsys.readouterr().err
+
+
+def test_arrays_in_a_subfolder(tmp_path):
+    """Of a folder of DG's runs the contact sheets are no set."""
+    root = write_npzs(tmp_path / "set" / "run", {"samples_0.npz": {"samples": some_items(2)}})
+    with pytest.raises(DataError, match=r"images in .npz files \(run/samples_0.npz\) below; give that"):
+        open_images(str(tmp_path / "set"))
+    (root / "sample_0.png").write_bytes(encoded(some_items(1)[0]))
+    with pytest.raises(DataError, match=r"images in .npz files \(run/samples_0.npz\) and others beside them"):
+        open_images(str(tmp_path / "set"))
+
+
+def test_arrays_of_unknown_names_are_told(tmp_path, capsys):
+    """Labels under another name would be lost in silence."""
+    np.savez(tmp_path / "set.npz", images=some_items(2), targets=np.arange(2), seeds=np.arange(2))
+    assert_holds(open_images(str(tmp_path / "set.npz")), some_items(2))
+    assert "set.npz: not read: targets; labels are label or labels or arr_1" in capsys.readouterr().err
 
 
 def test_npz_of_points(tmp_path):

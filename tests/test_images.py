@@ -18,6 +18,7 @@ from ddo_cli.data.digits import render_digits
 from ddo_cli.data.embedded import EMBEDDED_SETS
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet
+from ddo_cli.data.sources import open_source
 from ddo_cli.errors import DataError
 
 
@@ -121,8 +122,9 @@ def test_labels_of_subfolders(tmp_path, capsys):
     items = some_items(4)
     names = ["cat/a.png", "cat/deep/b.png", "dog/a.png", "eel/a.png"]
     root = write_folder(tmp_path / "set", dict(zip(names, map(encoded, items), strict=True)))
-    (root / "empty").mkdir()
+    (root / "bee").mkdir()
     assert_holds(open_images(str(root)), items, [0, 0, 1, 2], num_classes=3)
+    assert "no classes, and the others are numbered without them: bee" in " ".join(capsys.readouterr().err.split())
     assert_holds(open_images(str(root / "cat")), items[:2])  # not all in subfolders, or in one only
     capsys.readouterr()
     assert open_images(str(root)).num_classes == 3
@@ -143,7 +145,12 @@ def test_labels_of_subfolders(tmp_path, capsys):
         (["a", "1", "b"], [0, 1, 2], "0 1, 1 a, 2 b"),
         (["000000", "001000", "002000"], None, "folders 000000, 001000, 002000 are taken for shards, not classes"),
         (["00000", "00001"], None, "folders 00000, 00001 are taken for shards"),
+        (["part_0", "Part-1"], None, "folders Part-1, part_0 are taken for shards"),
+        (["rank0", "rank1", "rank10"], None, "folders rank0, rank1, rank10 are taken for shards"),
         (["train", "val"], None, "folders train, val are taken for splits, not classes; to use one of them, give"),
+        (["all/cat", "all/dog"], [0, 1], "set/all/: 2 classes from folder names: 0 cat, 1 dog"),
+        (["a/b/00000", "a/b/00001"], None, "folders 00000, 00001 are taken for shards"),
+        (["a/train", "a/val"], None, "to use one of them, give"),
     ],
 )
 def test_what_folder_names_mean(tmp_path, capsys, folders, labels, said):
@@ -192,6 +199,12 @@ def test_what_is_left_out_is_said(tmp_path, write, capsys):
     assert "files that are no images are left out: 1 .txt" in said
     assert "warning:" in said
     assert "pictures of other formats are left out: 2 .tga, 1 .svg; convert them to PNG" in said
+    content = {"a.png": encoded(some_items(1)[0]), "b/more.zip": b"x", "c.npy": b"x"}
+    (tmp_path / "three").mkdir()
+    assert open_source(str(write(tmp_path / "three", content)), None, in_memory=False).warnings == (
+        f"{write(tmp_path / 'three', content)}: files that may hold images are left out: 1 .npy, 1 .zip; give one of "
+        "them",
+    )
 
 
 def test_postscript_is_never_started(tmp_path, monkeypatch):
@@ -246,6 +259,17 @@ def test_links_are_followed_once(tmp_path):
     (tmp_path / "set" / "x").symlink_to(root)
     (root / "loop").symlink_to(root)
     assert_holds(open_images(str(tmp_path / "set")), items)
+
+
+def test_a_link_inside_a_set_is_no_class(tmp_path, capsys):
+    """Whichever of the two the file system lists first."""
+    items = some_items(3)
+    names = ["cat/a.png", "dog/a.png", "eel/a.png"]
+    root = write_folder(tmp_path / "set", dict(zip(names, map(encoded, items), strict=True)))
+    for alias, target in {"ant": "eel", "zoo": "cat", "up": "."}.items():
+        (root / alias).symlink_to(root / target)
+    assert_holds(open_images(str(root)), items, [0, 1, 2], num_classes=3)
+    assert "links to folders that are read anyway are not followed: ant, up, zoo" in capsys.readouterr().err
 
 
 @settings(deadline=None, max_examples=15)

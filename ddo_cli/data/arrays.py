@@ -13,11 +13,12 @@ from ddo_cli import npz
 from ddo_cli.data import cache
 from ddo_cli.data.items import count_classes, describe
 from ddo_cli.data.readers import ArrayFile, Contents, Joined, Memory, Reader
-from ddo_cli.errors import DataError, reason
+from ddo_cli.errors import DataError, printable, reason
 from ddo_cli.likelihood import NO_LABEL
 
 NPZ_ITEMS = ("arr_0", "samples", "images")
 NPZ_LABELS = ("label", "labels", "arr_1")
+NPZ_OTHERS = ("seeds", "mu", "sigma", "mu_s", "sigma_s")  # of our sample sets; of ADM's references
 # Discriminator Guidance's trainer leaves the concatenation of a folder's files in that folder.
 MERGED = "gen_data_for_discriminator_training.npz"
 CHUNK = 1 << 22  # bytes that are decompressed at a time
@@ -34,11 +35,12 @@ def npz_files(path: Path) -> list[Path]:
         return []
     only_npz = all(entry in files or entry.name.startswith(".") for entry in path.iterdir())
     if not only_npz:  # a damaged file is no set; among nothing else it is reported
-        files = [file for file in files if _holds_items(file)]
+        files = [file for file in files if holds_items(file)]
     return [file for file in files if file.name != MERGED] or files
 
 
-def _holds_items(file: Path) -> bool:
+def holds_items(file: Path) -> bool:
+    """Whether an .npz holds items."""
     try:
         return bool(npz.names(file) & set(NPZ_ITEMS))
     except npz.DAMAGE:
@@ -88,6 +90,8 @@ def open_npz(source: str, path: Path, in_memory: bool) -> Contents:
         for chosen, known in ((key, NPZ_ITEMS), (label_key, NPZ_LABELS))
         if (others := [name for name in known if name in keys and name != chosen])
     ]
+    if unknown := sorted(keys - {*NPZ_ITEMS, *NPZ_LABELS, *NPZ_OTHERS}):
+        notes.append(f"{source}: not read: {printable(', '.join(unknown), 80)}; labels are {' or '.join(NPZ_LABELS)}")
     return Contents(reader, classes, num_classes, cache.key_of(path, [path]), None, tuple(notes))
 
 
@@ -95,7 +99,8 @@ def _reader(where: str, member: npz.Member, in_memory: bool) -> Reader:
     """Items uint8 (N, C, H, W), or float32 (N, d)."""
     shape, dtype = member.shape, member.dtype
     if dtype.kind == "f" and len(shape) == 2 and 0 not in shape:
-        points = member.read().astype(np.float32)
+        with np.errstate(over="ignore"):  # told below
+            points = member.read().astype(np.float32)
         if not np.isfinite(points).all():
             raise DataError(f"{where} holds a point that is not finite in float32; remove it")
         return Memory(points)

@@ -1,8 +1,10 @@
 """Image sets of one file per image: folders, and EDM's and StyleGAN's zips."""
 
 import contextlib
+import itertools
 import math
 import os
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ddo_cli.checkpoint import disguise
-from ddo_cli.data import captions
+from ddo_cli.data import arrays, captions
 from ddo_cli.data.items import INDEX, describe, prepared_by
 from ddo_cli.data.pictures import EXTENSIONS, Header, OtherMode, Unfit, flattened, is_deep, open_picture
 from ddo_cli.data.readers import ZIP_ERRORS, ItemFiles
@@ -27,7 +29,14 @@ OTHER_PICTURES = (
     ".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".tga", ".psd", ".exr", ".hdr", ".dds", ".ico", ".pcx", ".svg",
     ".eps", ".ps", ".pdf", ".wmf", ".emf", ".raw", ".dng", ".cr2", ".nef",
 )  # fmt: skip
+# Files that may hold images by themselves, which likewise are none of the set's.
+CONTAINERS = (
+    ".npz", ".npy", ".zip", ".tar", ".tgz", ".gz", ".rar", ".7z", ".parquet", ".arrow", ".tfrecord", ".tfrecords",
+    ".h5", ".hdf5", ".mdb",
+)  # fmt: skip
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
+# Names of folders that programs write in parts, by process, or by seed.
+_PART = re.compile(r"(part|shard|chunk|batch|rank|gpu|node|proc|process|worker|seed)[-_. ]?\d+", re.IGNORECASE)
 FEW_NAMES = 12  # class names, or files, that a note spells out
 
 
@@ -55,17 +64,35 @@ MAX_ENTRY, MAX_PIXELS = 1 << 10, 1 << 24
 def folder_entries(source: str, path: Path) -> Listing:
     """The images of a folder and all below it.
 
-    Labels are those of dataset.json, or else of the top-level subfolders if every image is in one. Raises DataError.
+    Labels are those of dataset.json, or else of the subfolders if every image is in one. Raises DataError.
     """
-    names: list[str] = []
-    seen: set[str] = set()
+    names, again = list[str](), list[str]()  # folders are listed, too, with a "/" at their end as in a zip
+    top = os.path.realpath(path)
+    seen = {top}
     for root, folders, leaves in os.walk(path, followlinks=True):
-        real = os.path.realpath(root)
-        folders[:] = [] if real in seen else [folder for folder in folders if not folder.startswith(".")]
-        if real not in seen:  # else a link to a parent folder would never end
-            names += [Path(root, leaf).relative_to(path).as_posix() for leaf in leaves]
-        seen.add(real)
-    return _listing(source, names, lambda name, num: folder_file(path / name, num), folders_are_classes=True)
+        visible = sorted(folder for folder in folders if not folder.startswith("."))
+        folders.clear()
+        for folder in visible:
+            place, real = Path(root, folder), os.path.realpath(Path(root, folder))
+            # A link into the set would have its images twice; one to a folder above would never end.
+            is_inner = place.is_symlink() and (Path(real).is_relative_to(top) or Path(top).is_relative_to(real))
+            if is_inner or real in seen:
+                again.append(folder)
+                continue
+            folders.append(folder)
+            seen.add(real)
+        names += [f"{Path(root, folder).relative_to(path).as_posix()}/" for folder in folders]
+        names += [Path(root, leaf).relative_to(path).as_posix() for leaf in leaves]
+    arrays_there = [name for name in names if name.lower().endswith(".npz") and _is_visible(name)]
+    if full := next((name for name in arrays_there if arrays.holds_items(path / name)), None):
+        others = any(name.lower().endswith(EXTENSIONS) for name in names)
+        where = "and others beside them; give a folder, or a file, of one of the two" if others else "below; give that"
+        raise DataError(f"{source} holds images in .npz files ({full}) {where}")
+    listing = _listing(source, names, lambda name, num: folder_file(path / name, num), True, arrays_there)
+    if not again:
+        return listing
+    note = f"{source}: links to folders that are read anyway are not followed: {_few(again)}"
+    return listing._replace(notes=(*listing.notes, note))
 
 
 def zip_entries(source: str, archive: zipfile.ZipFile, folders_are_classes: bool = False) -> Listing:
@@ -89,12 +116,17 @@ def broken_zip(source: str, error: Exception) -> DataError:
 
 
 def _listing(
-    source: str, files: Sequence[str], read: Callable[[str, int], bytes | None], folders_are_classes: bool
+    source: str,
+    files: Sequence[str],
+    read: Callable[[str, int], bytes | None],
+    folders_are_classes: bool,
+    statistics: Collection[str] = (),
 ) -> Listing:
+    """statistics: files that are known to hold no images."""
     visible = [name for name in files if _is_visible(name)]
     names = sorted(name for name in visible if name.lower().endswith(EXTENSIONS))
     told = captions.find(source, visible, names, read)
-    notes, warnings = _left_out(source, visible, names, told.files if told else ())
+    notes, warnings = _left_out(source, visible, names, told.files if told else (), statistics)
     if (odd := next((name for name in names if "\\" in name), None)) is not None:
         notes.append(f"{source}: '\\' in names, such as {odd}, makes no folder; zip with '/' where it should")
     index = _index_of(source, files, names)
@@ -113,7 +145,7 @@ def _listing(
     if told is not None:
         texts = tuple(told.texts[name] for name in names)
         return Listing(names, np.arange(len(names)), (*notes, *told.notes), tuple(warnings), captions=texts)
-    listing = _folder_labels(source, names)
+    listing = _folder_labels(source, names, files)
     if not folders_are_classes:
         if listing.classes:
             folders = ", ".join([*listing.classes.values()][:3])
@@ -127,30 +159,41 @@ def _listing(
 
 def _is_visible(name: str) -> bool:
     """Whether a name is of a file that counts: hidden ones and macOS's resource forks are not worth a note."""
+    return not name.endswith("/") and not _is_hidden(name)
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or of macOS's resource forks."""
     parts = name.split("/")
     # "." and ".." are no hidden folders: some programs write ./a.png, and names in a zip are never paths here.
     hidden = any(part.startswith(".") and part not in (".", "..") for part in parts)
-    return not (name.endswith("/") or hidden or "__MACOSX" in parts)
+    return hidden or "__MACOSX" in parts
 
 
 def _left_out(
-    source: str, files: Iterable[str], names: Collection[str], read: Collection[str]
+    source: str, files: Iterable[str], names: Collection[str], read: Collection[str], statistics: Collection[str]
 ) -> tuple[list[str], list[str]]:
     """Notes and warnings about the files that are neither images, `names`, nor `read` for their captions."""
     if not names:
         raise DataError(f"{source} holds no images ({', '.join(EXTENSIONS)}); give the folder or zip that has them")
-    others, known = Counter[str](), {*names, *read}
+    others, known = Counter[str](), {*names, *read, *statistics}
     for name in files:
         if name not in known and name.rpartition("/")[2] != INDEX:
             others[os.path.splitext(name)[1].lower() or "without extension"] += 1
+    if statistics:
+        others[".npz of statistics"] = len(statistics)
     pictures = {kind: count for kind, count in others.items() if kind in OTHER_PICTURES}
-    rest = {kind: count for kind, count in others.items() if kind not in OTHER_PICTURES}
+    containers = {kind: count for kind, count in others.items() if kind in CONTAINERS}
+    rest = {kind: count for kind, count in others.items() if kind not in (*OTHER_PICTURES, *CONTAINERS)}
     notes = [f"{source}: files that are no images are left out: {_counted(rest)}"] if rest else []
-    warnings = (
-        [f"{source}: pictures of other formats are left out: {_counted(pictures)}; convert them to PNG to use them"]
-        if pictures
-        else []
-    )
+    warnings = []
+    if pictures:
+        text = (
+            f"{source}: pictures of other formats are left out: {_counted(pictures)}; convert them to PNG to use them"
+        )
+        warnings.append(text)
+    if containers:
+        warnings.append(f"{source}: files that may hold images are left out: {_counted(containers)}; give one of them")
     return notes, warnings
 
 
@@ -179,29 +222,50 @@ def _index_of(source: str, files: Iterable[str], names: Sequence[str]) -> str | 
     raise DataError(f"{source} {problem}; give the folder or an archive of one set, or remove what does not belong")
 
 
-def _folder_labels(source: str, names: list[str]) -> Listing:
-    """Labels of the top-level folders, or none, and what is to be said of them. Raises DataError."""
+def _folder_labels(source: str, names: list[str], files: Sequence[str]) -> Listing:
+    """Labels of the folders, or none, and what is to be said of them. Raises DataError.
+
+    They are the folders of the top, or of the only one in which all images lie. files: all names, folders with a "/".
+    """
     none = Listing(names, np.full(len(names), NO_LABEL))
-    tops = [name.partition("/")[0] for name in names if "/" in name]
+    root = _common_folder(names)
+    tops = [name[len(root) :].partition("/")[0] for name in names if "/" in name[len(root) :]]
     folders = sorted(set(tops))
     if len(folders) < 2:
         return none
-    shown = ", ".join(folders[:FEW_NAMES]) + (", ..." if len(folders) > FEW_NAMES else "")
-    if all(folder.isdecimal() and len(folder) == len(folders[0]) >= 5 for folder in folders):
-        return none._replace(notes=(f"{source}: folders {shown} are taken for shards, not classes",))
+    place = f"{source.rstrip('/')}/{root}" if root else source
+    shown = _few(folders)
+    if all(folder.isdecimal() and len(folder) == len(folders[0]) >= 5 for folder in folders) or all(
+        map(_PART.fullmatch, folders)
+    ):
+        return none._replace(notes=(f"{place}: folders {shown} are taken for shards, not classes",))
     if {folder.lower() for folder in folders} <= SPLITS:
-        text = f"{source}: folders {shown} are taken for splits, not classes; to use one of them, give {source}"
+        text = f"{place}: folders {shown} are taken for splits, not classes; to use one of them, give {place}"
         return none._replace(warnings=(f"{text.rstrip('/')}/{folders[0]}",))
     if len(tops) < len(names):
-        stray = next(name for name in names if "/" not in name)
-        text = f"{source}: no labels, since {stray} lies beside the folders {shown}"
+        stray = next(name for name in names if "/" not in name[len(root) :])
+        text = f"{place}: no labels, since {stray} lies beside the folders {shown}"
         return none._replace(warnings=(f"{text}; remove it, or move it into its class, to take them for classes",))
     number = _class_numbers(source, folders)
     classes = {str(number[folder]): folder for folder in sorted(number, key=lambda folder: number[folder])}
     mapping = ", ".join(f"{label} {folder}" for label, folder in list(classes.items())[:FEW_NAMES])
     more = ", ..." if len(classes) > FEW_NAMES else ""
-    note = f"{source}: {len(classes)} classes from folder names: {mapping}{more}"
-    return Listing(names, np.array([number[top] for top in tops], dtype=np.int64), (note,), (), classes)
+    note = f"{place}: {len(classes)} classes from folder names: {mapping}{more}"
+    inside = (name[len(root) :] for name in files if name.startswith(root) and not _is_hidden(name))
+    empty = sorted({name.partition("/")[0] for name in inside if "/" in name} - set(folders))
+    text = f"{place}: folders without images are no classes, and the others are numbered without them: {_few(empty)}"
+    warnings = (text,) if empty else ()
+    return Listing(names, np.array([number[top] for top in tops], dtype=np.int64), (note,), warnings, classes)
+
+
+def _common_folder(names: Sequence[str]) -> str:
+    """The folder in which all of the sorted names lie, with a "/" at its end; "" for the top."""
+    pairs = zip(names[0].split("/")[:-1], names[-1].split("/")[:-1], strict=False)
+    return "".join(f"{one}/" for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:FEW_NAMES]) + (", ..." if len(names) > FEW_NAMES else "")
 
 
 def _class_numbers(source: str, folders: Sequence[str]) -> dict[str, int]:

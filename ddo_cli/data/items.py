@@ -10,7 +10,7 @@ import numpy as np
 
 from ddo_cli import console
 from ddo_cli.codec import Codec
-from ddo_cli.errors import DataError
+from ddo_cli.errors import DataError, printable
 from ddo_cli.likelihood import NO_LABEL, LikelihoodModel
 
 MAX_RATIO = 2  # items of the most frequent class to those of the rarest, beyond which a warning is due; our choice
@@ -57,7 +57,7 @@ def identity(items: ItemSet) -> dict[str, Any]:
     """What a run stores of its data, and compares when it is continued: hashes, and names of classes where known."""
     return {
         "data_sha256": digest(items),
-        **({"classes": dict(items.classes)} if items.classes else {}),
+        **named_classes(items),
         **({"captions_sha256": hashed(*items.captions)} if items.captions else {}),
     }
 
@@ -127,6 +127,28 @@ def check_fits(
         console.warn(
             f"{items.name}: classes are not balanced: {counts[least]} items of class {least}, {counts[most]} of class "
             f"{most}; the model's samples have every class equally often"
+        )
+
+
+def named_classes(items: ItemSet) -> dict[str, Any]:
+    """What a weight file's provenance tells of the classes that it was trained on, where folders named them."""
+    return {"classes": dict(items.classes)} if items.classes else {}
+
+
+def compare_names(items: ItemSet, provenance: Sequence[Mapping[str, Any]]) -> None:
+    """Warns of classes that have other names than in the data that a model was trained on: they would be swapped.
+
+    Folders are numbered in the order of their names, so that one more or less moves all behind it.
+    """
+    theirs: Mapping[str, str] = next((link["classes"] for link in reversed(provenance) if "classes" in link), {})
+    other = [number for number in items.classes if number in theirs and theirs[number] != items.classes[number]]
+    if other:
+        first = other[0]
+        ours, known = (printable(str(names[first]), 40) for names in (items.classes, theirs))
+        console.warn(
+            f"{items.name}: {len(other)} classes are named otherwise than in the data that the model was trained on: "
+            f"class {first} is {ours}, there {known}; unless they mean the same, correct the folders, or number the "
+            f"classes in {INDEX}"
         )
 
 

@@ -14,7 +14,7 @@ import torch
 
 from ddo_cli import checkpoint, rundir
 from ddo_cli.checkpoint import Checkpoint
-from ddo_cli.data.items import ItemSet
+from ddo_cli.data.items import ItemSet, named_classes
 from ddo_cli.data.pairs import Shuffled, compared
 from ddo_cli.data.samples import open_samples
 from ddo_cli.engines.ddo import reference, report
@@ -194,6 +194,7 @@ class Round(NamedTuple):
             "round": self.number,
             "reference_sha256": start.sha256,
             "recipe": made_by,
+            **named_classes(real),
         }
         header: dict[str, Any] = {
             "kind": "model",

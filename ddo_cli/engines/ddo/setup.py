@@ -8,7 +8,7 @@ import torch
 
 from ddo_cli import checkpoint, console, rundir
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import ItemSet, check_enough, check_fits, digest
+from ddo_cli.data.items import ItemSet, check_enough, check_fits, compare_names, digest
 from ddo_cli.data.items import identity as identity_of
 from ddo_cli.engines import dry_run as dry_runs
 from ddo_cli.engines import training_run
@@ -65,6 +65,7 @@ def prepare(recipe: Recipe, device: torch.device) -> tuple[registry.Loaded, Setu
     real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache, loaded.model.codec)
     loaded = reference.told(loaded, real)
     check_fits(real, loaded.model, recipe.data.hflip, every_class=True)
+    compare_names(real, loaded.checkpoint.header.get("provenance", []))
     spec = _sampling(recipe, loaded)
     _check_objective(recipe, loaded.model)
     rejected = None if recipe.data.rejected is None else open_rejected(recipe, real, loaded.model)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ddo_cli import checkpoint, dist, rundir
 from ddo_cli.codec import Codec, Encodable
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import check_enough, check_fits
+from ddo_cli.data.items import check_enough, check_fits, compare_names
 from ddo_cli.data.items import identity as identity_of
 from ddo_cli.data.pairs import Shuffled, split
 from ddo_cli.diffusion import vp_sde
@@ -52,6 +52,7 @@ def run(
     captions.refuse(real, "a classifier")
     num_classes = base.num_classes or real.num_classes
     check_fits(real, base, recipe.data.hflip, num_classes=num_classes)
+    compare_names(real, loaded.checkpoint.header.get("provenance", []))
     if not num_classes:
         raise DataError(f"{real.name} has no labels; a classifier is trained on labelled images")
     if len(real.items) < 2 * settings.held_out:

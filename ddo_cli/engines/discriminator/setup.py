@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import ItemSet, check_fits, digest
+from ddo_cli.data.items import ItemSet, check_fits, compare_names, digest
 from ddo_cli.data.items import identity as identity_of
 from ddo_cli.data.samples import manifest_of
 from ddo_cli.diffusion.denoiser import DiffusionModel
@@ -83,6 +83,8 @@ def prepare(recipe: Recipe, device: torch.device, force: bool) -> Setup:
     loaded = captions.told(loaded, real)
     label_use = disc_data.labels_seen(loaded, settings)
     check_fits(real, base, recipe.data.hflip, num_classes=label_use)
+    if label_use:
+        compare_names(real, loaded.checkpoint.header.get("provenance", []))
     # What the recipe does not set is the checkpoint's.
     spec = sample.spec_of(loaded.checkpoint, **recipe.sampling.model_dump(exclude_unset=True))
     base.check_sampling(spec)

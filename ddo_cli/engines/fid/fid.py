@@ -27,13 +27,14 @@ from ddo_cli.engines.fid.cache import Source
 from ddo_cli.engines.fid.inputs import PUBLISHED_NUM, Reference, Side
 from ddo_cli.engines.fid.one_pass import Wanted, on_main
 from ddo_cli.engines.fid.scores import MANIFOLD
-from ddo_cli.errors import DdoError, UsageError
+from ddo_cli.errors import DdoError, UsageError, printable
 from ddo_cli.metrics.extractors import clip_text
 from ddo_cli.metrics.extractors.base import Extractor, Mode, Precision
 from ddo_cli.metrics.extractors.select import select_extractor
 from ddo_cli.metrics.inception_score import SPLITS
 from ddo_cli.metrics.likelihood_histogram import FeatureGaussian
 from ddo_cli.metrics.manifold import K_DENSITY
+from ddo_cli.recipe.load import differing_keys
 from ddo_cli.recipe.schema import nearest as nearest_name
 
 DEFAULT_REFERENCE = "embedded:digits16"
@@ -337,6 +338,12 @@ def _check_numbers(options: Options, images: Source, reference: Reference | None
             raise UsageError(
                 f"--per-class needs a label of each image, of the {stream.num_classes} classes of {reference.name}; "
                 f"{images.name} has labels of {images.num_classes} classes for {num_labels} of {images.num} images"
+            )
+        ours, theirs = dict(getattr(images, "classes", {})), dict(stream.classes)
+        if ours and theirs and (lines := differing_keys(ours, theirs)):
+            raise UsageError(
+                f"--per-class: classes of {images.name} have other names than those of {reference.name} (there -> "
+                f"here): {printable('; '.join(lines), 80)}; give folders of the same names"
             )
     if options.uncertainty and images.num < 2 * CHUNKS:
         raise UsageError(f"{images.name}: {images.num} images are too few for --uncertainty; give {2 * CHUNKS}")

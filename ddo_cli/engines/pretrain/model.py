@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddo_cli import checkpoint, console, dist, rundir, sharding
 from ddo_cli.data.images import open_images
-from ddo_cli.data.items import check_enough, check_fits
+from ddo_cli.data.items import check_enough, check_fits, named_classes
 from ddo_cli.data.items import identity as identity_of
 from ddo_cli.data.pairs import Shuffled
 from ddo_cli.engines import captions, training_run
@@ -88,7 +88,8 @@ def run(
             console.info(
                 f"pretrain {config['name']}: {parameters:,} parameters, {steps} steps of {settings.batch} images"
             )
-            link = {"command": "pretrain", "recipe": recipe.told("data", "model", "pretrain"), "steps": steps}
+            told = recipe.told("data", "model", "pretrain")
+            link = {"command": "pretrain", "recipe": told, "steps": steps, **named_classes(real)}
             sampling = recipe.sampling.model_dump(mode="json", exclude_none=True, exclude={"compile"})
             header = {"kind": "model", "config": config, "sampling": sampling, "provenance": [link]}
             snapshots = _Snapshots(settings, steps, out / "checkpoints", header)

@@ -94,7 +94,7 @@ def _run_directory(run_dir: rundir.RunDir) -> dict[str, Any]:
 
 def _link(link: dict[str, Any]) -> dict[str, Any]:
     """A step of the provenance, with its recipe's name and main settings instead of the whole recipe."""
-    short = {key: value for key, value in link.items() if key != "recipe"}
+    short = {key: value for key, value in link.items() if key not in ("recipe", "classes")}
     recipe = link.get("recipe", {})
     sections = {"finetune-ddo": "finetune", "pretrain": "pretrain", "train-disc": "discriminator"}
     section = recipe.get(sections.get(link["command"], ""))
