@@ -19,6 +19,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from ddo_cli import console
 from ddo_cli.errors import RunError, reason
+from ddo_cli.places import of_environment
 
 LOCK = ".lock"  # in a directory that one process at a time may write to
 # Beside a file: the directory in which it is written, whatever names a library uses in it, .NAME.MACHINE-PROCESS.part,
@@ -302,7 +303,7 @@ def _state(path: Path) -> tuple[str, int, int, int, int]:
 
 def cache_directory() -> Path | None:
     """$DDO_CACHE, else $XDG_CACHE_HOME/ddo, else ~/.cache/ddo; None if DDO_CACHE is "off" or empty."""
-    chosen = os.environ.get("DDO_CACHE")
+    chosen = of_environment("DDO_CACHE")
     if chosen is not None:
         return None if chosen in ("", "off") else Path(chosen)
     parent = os.environ.get("XDG_CACHE_HOME")

@@ -40,6 +40,15 @@ def local(value: Any) -> Any:
     return type(value)(os.path.expanduser(value)) if is_path and str(value).startswith("~") else value
 
 
+def of_environment(variable: str) -> str | None:
+    """The path in an environment variable, which no shell has expanded where a file sets it; None without.
+
+    Raises UsageError as `local`.
+    """
+    value = os.environ.get(variable)
+    return value and str(local(value))
+
+
 def _how_to_fetch(address: str) -> str:
     scheme, _, rest = re.sub(r":/+", "://", address).partition("://")  # a Path has lost one of its slashes
     host, _, place = rest.partition("/")

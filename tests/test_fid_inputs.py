@@ -262,6 +262,18 @@ def test_per_class(root, images, tmp_path):
         assert found[label] == pytest.approx(expected, rel=BATCH_RTOL)
 
 
+def test_classes_of_other_names_are_not_compared(tmp_path, images):
+    """Folders are numbered by name: one more or less moves all behind it."""
+    for name, folders in {"set": ("cat", "dog"), "ref": ("bird", "cat")}.items():
+        for number, folder in enumerate(folders):
+            (tmp_path / name / folder).mkdir(parents=True)
+            for row in range(2):
+                pixels = images["set"][2 * number + row].transpose(1, 2, 0).squeeze()
+                Image.fromarray(pixels).save(tmp_path / name / folder / f"{row}.png")
+    with pytest.raises(UsageError, match=r"other names than those of .*: 0: bird -> cat; 1: cat -> dog; give folders"):
+        score(tmp_path / "set", tmp_path / "ref", per_class=True)
+
+
 def test_classes_are_shown():
     first, second = ({"fd_embedded": x, "fd_embedded_per_class": [x, None, 3 * x]} for x in (1.0, 2.0))
     found = fid_report.summary([first, second])

@@ -546,8 +546,11 @@ def test_files_that_moved_are_taken_over(tmp_path, monkeypatch, capsys):
         )
 
 
-def test_names_of_classes_are_stored(tmp_path, monkeypatch):
-    """Folders 0 ... 9 with other pictures in other folders are another run, and state.json says what a label means."""
+def test_names_of_classes_are_stored(tmp_path, monkeypatch, capsys):
+    """Folders 0 ... 9 with other pictures in other folders are another run, and state.json says what a label means.
+
+    So do weight files, and a later run from one of them compares.
+    """
     monkeypatch.chdir(tmp_path)
     ckpt, items = make_checkpoint(tmp_path / "ref.safetensors"), open_images("embedded:digits32", 64)
     for row, (pixels, label) in enumerate(zip(items.items, items.labels, strict=True)):
@@ -561,3 +564,9 @@ def test_names_of_classes_are_stored(tmp_path, monkeypatch):
     (tmp_path / "set" / "a").rename(tmp_path / "set" / "0a")
     with pytest.raises(RunError, match=r"classes\.0: a -> 0a"):
         finetune.run(recipe, tmp_path / "run", device=CPU)
+    assert "are named otherwise" not in capsys.readouterr().err
+    (tmp_path / "set" / "b").rename(tmp_path / "set" / "zz")  # class 9, and c becomes class 1
+    later = tiny_recipe(str(tmp_path / "run" / "final.safetensors"), "diffusion", "data.source=set", "data.num=null")
+    finetune.run(later, tmp_path / "later", device=CPU, dry_run=True, measure=False)
+    said = "10 classes are named otherwise than in the data that the model was trained on: class 0 is 0a, there a;"
+    assert said in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 from test_images import some_items
 
 from ddo_cli.codec import Codec
-from ddo_cli.data.items import ItemSet, check_fits
+from ddo_cli.data.items import ItemSet, check_fits, compare_names
 from ddo_cli.errors import DataError
 
 
@@ -35,6 +35,17 @@ def test_check_fits():
         check_fits(labelled, model((3, 7, 5), 4))
     with pytest.raises(DataError, match="without label"):
         check_fits(plain, model((3, 7, 5), 4))
+
+
+def test_names_of_classes_are_compared(capsys):
+    """With those of the newest step that tells them."""
+    items = ItemSet(some_items(2), np.array([0, 1]), "x", 2, classes={"0": "bird", "1": "cat"})
+    links = [{"classes": {"0": "bird", "1": "dog"}}, {"classes": {"0": "cat", "1": "cat"}}, {"command": "convert"}]
+    for provenance in ([], links[:0], links[2:], [{"classes": {"0": "bird"}}]):
+        compare_names(items, provenance)
+    assert not capsys.readouterr().err
+    compare_names(items, links)
+    assert "x: 1 classes are named otherwise" in capsys.readouterr().err
 
 
 def test_classes_without_items(capsys):

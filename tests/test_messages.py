@@ -138,7 +138,11 @@ def test_info_of_odd_manifests(tmp_path):
     assert info.run(str(tmp_path))["holds"] == "encoded set"
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "a.json").write_text('{"analysis": {"a": 1}, "x": 2}')
+    (tmp_path / "b.json").write_text("[1]")  # of another program
     assert info.run(str(tmp_path))["holds"] == "analyses"
+    (tmp_path / "manifest.json").write_text("[1]")
+    with pytest.raises(RunError, match=r"is damaged \(it holds a list\); if ddo wrote it, restore it from a copy$"):
+        info.run(str(tmp_path))
 
 
 def test_headers_that_lack_what_is_needed(tmp_path):

@@ -7,6 +7,10 @@ from typer.testing import CliRunner
 
 from ddo_cli.cli import app
 from ddo_cli.errors import DdoError, UsageError
+from ddo_cli.files import cache_directory
+from ddo_cli.metrics.extractors import weights
+from ddo_cli.models import vae_codec
+from ddo_cli.models.diffusers import texts
 from ddo_cli.places import local
 
 
@@ -42,6 +46,20 @@ def test_other_values_stay_as_they_are(given):
 def test_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/u")
     assert local({"a": "~/x", "b": [Path("~/y")], "c": "a~"}) == {"a": "/home/u/x", "b": [Path("/home/u/y")], "c": "a~"}
+
+
+def test_home_in_the_environment(monkeypatch):
+    """No shell expands what a container or a batch script sets."""
+    monkeypatch.setenv("HOME", "/home/u")
+    for variable, found in [
+        ("DDO_CACHE", cache_directory), ("DDO_VAE", lambda: vae_codec.place_of("x/y")),
+        ("DDO_PIPELINE", lambda: texts.place_of("x")),
+    ]:  # fmt: skip
+        monkeypatch.setenv(variable, "~/z")
+        assert str(found()) == "/home/u/z"
+    monkeypatch.setenv("DDO_INCEPTION_WEIGHTS", "~/z")
+    with pytest.raises(DdoError, match="/home/u/z"):
+        weights.find("fid")
 
 
 URL = "https://x.org/a.npz"

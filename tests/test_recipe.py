@@ -15,7 +15,7 @@ from ddo_cli.errors import RecipeError
 from ddo_cli.models import registry
 from ddo_cli.recipe import keys
 from ddo_cli.recipe import load as recipes
-from ddo_cli.recipe.load import load, parse_sampling
+from ddo_cli.recipe.load import load, parse_sampling, repeated
 from ddo_cli.recipe.schema import Recipe, SamplingRecipe, all_keys
 from ddo_cli.training import loop
 
@@ -51,6 +51,29 @@ def test_all_problems_are_reported_together(tmp_path):
 )
 def test_numbers_of_overrides(override, value):
     assert load("quickstart", [override]).finetune.lr == value
+
+
+def test_a_dictionary_sets_the_keys_that_it_gives():
+    """At any depth; keys that it does not give would fall to defaults without a word."""
+    base = load("sd15-lora").finetune
+    for override in ("finetune.adapter={rank: 4}", "finetune={adapter: {rank: 4}}", "finetune.adapter.rank=4"):
+        found = load("sd15-lora", [override]).finetune
+        assert found == base.model_copy(update={"adapter": base.adapter.model_copy(update={"rank": 4})})
+    flow = load("digits16-flow", ["finetune.from_round={2: {lr: 1e-5}, 3: {beta: 1}}"]).finetune
+    assert flow.from_round == {2: {"beta": 0.2, "lr": 1e-5}, 3: {"beta": 1}}
+    options = load("quickstart").model.options
+    assert load("quickstart", ["model.options={patch: 8}"]).model.options == {**options, "patch": 8}
+    assert load("quickstart", ["model.options={}"]).model.options == {}
+    assert repeated(["finetune.adapter={rank: 4}", "finetune.adapter.rank=8"], {}) == [
+        "command line: finetune.adapter.rank is given twice, as finetune.adapter={rank: 4} and as "
+        "finetune.adapter.rank=8; leave one out"
+    ]
+
+
+def test_noise_levels_whose_powers_overflow():
+    for override in ("sigma_max=1e300", "sigma_min=1e-300", "rho=1e300", "rho=1e-300"):
+        with pytest.raises(RecipeError, match=r"input should be (less|greater) than or equal to"):
+            parse_sampling([override], {})
 
 
 @pytest.mark.parametrize(

@@ -207,11 +207,16 @@ def image_entries(source: str, manifest: dict[str, Any]) -> tuple[list[str], np.
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest in a folder; empty if there is none, or a file of another program."""
+    return read_dict(path / MANIFEST)
+
+
+def read_dict(file: Path) -> dict[str, Any]:
+    """The content of a JSON file; empty if there is none, or one that holds something else."""
     try:
-        manifest = parse_json(read_bounded(path / MANIFEST))
+        content = parse_json(read_bounded(file))
     except (OSError, ValueError):
         return {}
-    return manifest if isinstance(manifest, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def manifest_of(path: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from ddo_cli.diffusion.trace import Denoiser, Trace, filled, rows_of
 from ddo_cli.diffusion.vp_sde import NoiseDistribution
 from ddo_cli.errors import NumericsError, UsageError
 from ddo_cli.likelihood import NO_LABEL, DrawOptions, LikelihoodModel, Options, Sampled, check_fields, drop_labels
-from ddo_cli.recipe.schema import CFG, SamplingRecipe
+from ddo_cli.recipe.schema import CFG, LARGEST_SIGMA, SamplingRecipe
 from ddo_cli.rng import RowRng
 from ddo_cli.transfer import to_device
 
@@ -58,8 +58,9 @@ class DiffusionOptions(Options):
     """Options of every diffusion model, beside its network's own."""
 
     sigma_data: float = Field(0.5, gt=0)
-    sigma_min: float = Field(0.002, gt=0)  # noise levels of sampling, clipped to those that the network knows
-    sigma_max: float = Field(80.0, gt=0)
+    # noise levels of sampling, clipped to those that the network knows
+    sigma_min: float = Field(0.002, ge=1 / LARGEST_SIGMA)
+    sigma_max: float = Field(80.0, gt=0, le=LARGEST_SIGMA)
     precond: PrecondName = "edm"  # what the raw network was trained to predict, and at which noise levels
     learned_variance: bool = False  # the network returns F and DDPM's log variance, twice the channels
 

@@ -5,7 +5,6 @@ stores; x is a draw of them, scaled as the family of the network has it.
 """
 
 import functools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from torch import Tensor
 from ddo_cli import console
 from ddo_cli.codec import LatentCodec, hash_of
 from ddo_cli.errors import CheckpointError, UsageError
+from ddo_cli.places import of_environment
 from ddo_cli.precision import decoding, inference_precision
 from ddo_cli.transfer import to_device
 
@@ -155,7 +155,7 @@ def place_of(vae: str) -> str:
     $DDO_VAE goes before it: the folder of an autoencoder, or one that holds several in subfolders of their names
     (sd-vae-ft-mse, sd-vae-ft-ema). Says so if the folder's own name is another one's.
     """
-    if not (given := os.environ.get(VARIABLE)):
+    if not (given := of_environment(VARIABLE)):
         return vae
     wanted = vae.rpartition("/")[2]
     if Path(given, wanted, "config.json").is_file():

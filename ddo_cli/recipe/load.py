@@ -100,7 +100,8 @@ def to_yaml(recipe: Recipe) -> str:
 def _parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Values by key of "key=value" strings, and messages about the others.
 
-    A section as a whole, finetune={lr: 1e-4}, sets the keys that it gives; the recipe's others stay.
+    A dictionary, such as finetune={lr: 1e-4} or finetune.adapter={rank: 8}, sets the keys that it gives; the recipe's
+    others stay. An empty one leaves none.
     """
     values: dict[str, Any] = {}
     problems = []
@@ -131,7 +132,7 @@ def repeated(overrides: Sequence[str], given: dict[str, Any]) -> list[str]:
     seen = {key: f"by its option ({value})" for key, value in given.items() if value is not None}
     problems = []
     for override in overrides:
-        for key in _parse_overrides([override])[0]:
+        for key, _ in _flatten(_parse_overrides([override])[0]):
             if key in seen:
                 problems.append(f"command line: {key} is given twice, {seen[key]} and as {override}; leave one out")
             seen[key] = f"as {override}"
@@ -139,16 +140,21 @@ def repeated(overrides: Sequence[str], given: dict[str, Any]) -> list[str]:
 
 
 def _set(content: dict[str, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
-    for name in sections:
-        # A round of finetune.from_round is an integer in a file, but text here.
-        section: Any = int(name) if re.fullmatch(r"[0-9]{1,9}", name) and int(name) in content else name
+    """Sets a value by its dotted key; a dictionary is merged into one that is there."""
+    name, dot, rest = key.partition(".")
+    # A round of finetune.from_round is an integer in a file, but text here.
+    section: Any = int(name) if re.fullmatch(r"[0-9]{1,9}", name) and int(name) in content else name
+    if dot:
         if content.get(section) is None:
             content[section] = {}
-        content = content[section]
-        if not isinstance(content, dict):
+        if not isinstance(content[section], dict):
             raise TypeError(f"'{section}' is a value, not a section; write {section}.<key>=value")
-    content[last] = value
+        _set(content[section], rest, value)
+    elif isinstance(content.get(section), dict) and isinstance(value, dict) and value:
+        for inner, its_value in value.items():
+            _set(content[section], str(inner), its_value)
+    else:
+        content[section] = value
 
 
 def _drop_options_of_others(content: dict[str, Any], values: dict[str, Any]) -> None:

@@ -65,6 +65,7 @@ def _respacing(value: Any) -> Any:
 
 
 _RESPACING = Field(pattern=r"^(ddim\d{1,5}|\d{1,5}(,\d{1,5})*)$")
+LARGEST_SIGMA = 1e8  # and its inverse the smallest; our choice, far beyond every model, so that no power overflows
 # Keys that only EDM's samplers read; one of GENERALISED selects the generalised sampler.
 CHURN = ("s_churn", "s_min", "s_max", "s_noise")
 CFG = ("cfg_sigma_min", "cfg_sigma_max", "cfg_scale_low", "cfg_sigma_low", "cfg_channels")  # of cfg_scale alone
@@ -115,10 +116,10 @@ class SamplingRecipe(Section):
         None, "Of spacing steps: 250, ddim25 or 10,15,20."
     )
     sigma_min: float | None = key(
-        None, "Smallest noise level: a standard deviation, where pixels lie in [-1, 1].", gt=0
+        None, "Smallest noise level: a standard deviation, where pixels lie in [-1, 1].", ge=1 / LARGEST_SIGMA
     )
-    sigma_max: float | None = key(None, "Largest noise level, as sigma_min.", gt=0)
-    rho: float | None = key(None, "Exponent of the Karras spacing.", gt=0)
+    sigma_max: float | None = key(None, "Largest noise level, as sigma_min.", gt=0, le=LARGEST_SIGMA)
+    rho: float | None = key(None, "Exponent of the Karras spacing.", ge=0.1, le=100)
     s_churn: float | None = key(None, "EDM's stochasticity S_churn (heun and euler).", ge=0)
     s_min: float | None = key(None, "Smallest noise level with churn, as sigma_min.", ge=0)
     s_max: float | None = key(None, "Largest noise level with churn, as sigma_min.", gt=0)

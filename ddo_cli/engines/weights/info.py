@@ -5,9 +5,9 @@ from typing import Any
 
 from ddo_cli import checkpoint, console, ledger, rundir
 from ddo_cli.data import latents
-from ddo_cli.data.samples import MANIFEST
-from ddo_cli.errors import UsageError
-from ddo_cli.files import read_json, sha256
+from ddo_cli.data.samples import MANIFEST, read_dict
+from ddo_cli.errors import RunError, UsageError
+from ddo_cli.files import DAMAGED, read_json, sha256
 
 DESCRIBING = (  # entries of a header that are shown unchanged
     "config", "adapter", "base", "process", "trained_on", "guidance", "heldout", "sampling", "step", "owner", "metric",
@@ -33,7 +33,7 @@ def run(path: str) -> dict[str, Any]:
 
 def _directory(path: str, place: Path) -> dict[str, Any]:
     if (place / MANIFEST).is_file():
-        manifest = read_json(place / MANIFEST)
+        manifest = _json(place / MANIFEST)
         kind = "encoded set" if manifest.get("format") == latents.FORMAT else "sample set"
         # Without labels, and with the number of the shards instead of their hashes.
         short = {key: value for key, value in manifest.items() if key not in ("labels", "shards")}
@@ -44,8 +44,8 @@ def _directory(path: str, place: Path) -> dict[str, Any]:
     if run_dir.state_file.is_file() or run_dir.state_before.is_file():
         return _run_directory(run_dir)
     if (place / "edit.json").is_file():
-        return {"holds": "edited images", "path": path, **read_json(place / "edit.json")}
-    analyses = [content for file in sorted(place.glob("*.json")) if "analysis" in (content := read_json(file))]
+        return {"holds": "edited images", "path": path, **_json(place / "edit.json")}
+    analyses = [content for file in sorted(place.glob("*.json")) if "analysis" in (content := read_dict(file))]
     if analyses:
         figures = {}  # the numbers among the results of `ddo analyze`, by analysis
         for content in analyses:
@@ -53,6 +53,15 @@ def _directory(path: str, place: Path) -> dict[str, Any]:
             figures[str(content["analysis"])] = numbers
         return {"holds": "analyses", "path": path, **figures}
     raise UsageError(f"{path} is a directory with neither manifest.json nor state.json; ddo did not write it")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The content of a file that has a name of ours. Raises RunError if it is damaged, or of another program."""
+    try:
+        content: dict[str, Any] = read_json(file)
+    except RunError as error:
+        raise RunError(str(error).replace(DAMAGED, "if ddo wrote it, restore it from a copy")) from None
+    return content
 
 
 def _weight_file(path: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ and compute nodes without network would wait for a timeout.
 """
 
 import hashlib
-import os
 import shlex
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 from ddo_cli import checkpoint, console, dist, torch_files
 from ddo_cli.errors import CheckpointError, UsageError
 from ddo_cli.files import replacing, sha256
+from ddo_cli.places import of_environment
 
 Network = Literal["fid", "fd_dinov2", "fd_clip"]
 TIMEOUT = 30.0  # seconds without a byte before a download is given up
@@ -110,7 +110,7 @@ def find(network: Network, path: str | None = None, download: bool = False) -> W
     """
     published = PUBLISHED[network]
     label = path or ""
-    if path is None and (path := os.environ.get(published.variable) or None):
+    if path is None and (path := of_environment(published.variable) or None):
         label = f"{published.variable}={path}"
     if path is not None:
         if not path.startswith(checkpoint.EMBEDDED) and not Path(path).exists():

@@ -7,7 +7,6 @@ embedding does not depend on the others.
 
 import functools
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from ddo_cli.errors import CheckpointError, printable
 from ddo_cli.files import read_json, sha256
 from ddo_cli.models.diffusers.families import FAMILIES
 from ddo_cli.models.diffusers.family import INDEX, NONE, Condition, Family, Parts
+from ddo_cli.places import of_environment
 from ddo_cli.precision import inference_precision
 
 VARIABLE = "DDO_PIPELINE"  # environment variable: the pipeline's folder, in place of the one that a weight file names
@@ -28,7 +28,7 @@ ON_DEVICE = 1 << 30  # bytes of embeddings that are kept on the device; our choi
 
 def place_of(pipeline: str) -> Path:
     """The folder of a pipeline that a weight file names, or $DDO_PIPELINE."""
-    return Path(os.environ.get(VARIABLE) or pipeline)
+    return Path(of_environment(VARIABLE) or pipeline)
 
 
 class Encoder(NamedTuple):
