@@ -163,6 +163,13 @@ def _speed(speed: float, unit: str) -> str:
     return f"{speed:,.0f} {unit}/s" if speed >= 1 else f"{1 / speed:,.1f} s/{one}"
 
 
+def clock(seconds: float) -> str:
+    """ "1:02:03", or "2:03"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 class _Screen:
     """Bars, below each of their figures one line that is never wrapped, so that no resize breaks it, and a panel."""
 
@@ -211,9 +218,9 @@ class _Plain:
         if now - self.last >= PLAIN_INTERVAL:
             self.last = now
             speed = (self.done - self.first) / (now - self.start)
-            left = f", {(self.total - self.done) / speed:,.0f} s left" if speed else ""
+            left = f", {clock((self.total - self.done) / speed)} left" if speed else ""
             told = f"{_speed(speed, self.unit) if speed else 'none yet'}{left}"
-            info(f"{self.title}: {self.done}/{self.total} ({told}) {self.fields}".rstrip())
+            info(f"{self.title}: {self.done:,}/{self.total:,} {self.unit} ({told}) {self.fields}".rstrip())
 
 
 @contextlib.contextmanager

@@ -149,3 +149,8 @@ def test_bars_and_panel_fit_the_smallest_terminal(monkeypatch):
     with console.panel(lambda: shown.lines), console.progress("round 1/1", 10, "images") as bar:
         bar.advance(5)
     assert text.getvalue() == ""
+    monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.0)
+    monkeypatch.setattr("ddo_cli.console.time.monotonic", iter([0.0, 10.0]).__next__)
+    with console.progress("pretraining", 1_000_000, "images") as bar:
+        bar.advance(1000, "step 10/10000")
+    assert text.getvalue() == "pretraining: 1,000/1,000,000 images (100 images/s, 2:46:30 left) step 10/10000\n"

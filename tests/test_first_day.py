@@ -70,6 +70,8 @@ def test_large_figures_have_no_exponent_and_empty_columns_are_left_out():
     assert [fid_report.shown(value) for value in (52351.2, 1.5, 0.000123456, 7)] == ["52,351", "1.5", "0.0001235", "7"]
     columns, rows = fid_report.table({"kid_embedded": 52351.2, "kid_embedded_std": 20123.4})
     assert (columns, rows) == (["metric", "value", "better"], [("kid_embedded", "52,351 ± 20,123", "lower")])
+    row = fid_report.markdown({"source": "s", "num_images": 4096, "kid_embedded": 52351.2}).splitlines()[2]
+    assert row == "| s | 4096 | 52,351 |"
     figure = {"metric": "kid_embedded", "method": "EDM", "value": 1.9, "arxiv": "2206.00364", "nfe": 35}
     columns, rows = fid_report.table({"kid_embedded": 2.0, "published": {"figures": [figure]}})
     assert columns[3] == "published"

@@ -60,8 +60,12 @@ def test_a_signal_in_a_step_saves_it(ddo, tmp_path, monkeypatch, number):
         stopped = ddo(*LINE, "--json", code=75)
         assert "stopped by a signal after step 3, whose state is saved; the same command continues" in stopped.stderr
         assert '"kind": "stopped"' in stopped.stdout
+        assert " parameters on cpu, in run\n" in stopped.stderr
+        assert " parameters on cpu, in run/round-01/samples\n" in stopped.stderr
         assert len(calls) == 3
-        ddo(*LINE)
+        again = ddo(*LINE).stderr
+        assert "round 1/1 fake set: all 16 items are there, in run/round-01/samples\n" in again
+        assert "round 1/1 continues at step 3\n" in again
         assert len(calls) == 10  # none of its steps was done again
     ddo(*LINE, "--out", "whole")
     assert (tmp_path / "run" / "final.safetensors").read_bytes() == (

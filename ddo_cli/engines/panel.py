@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddo_cli import console
+from ddo_cli import console, dist
 from ddo_cli.metrics.uncertainty import Mean, mean
 from ddo_cli.recipe.schema import Recipe
 
@@ -27,10 +27,8 @@ class Panel:
         self.started: tuple[float, float] | None = None  # time and share of the run at its first step
 
     def begins(self, out: Path, model: nn.Module, device: torch.device, state: dict[str, Any]) -> None:
-        """Says what is trained, where; on a terminal and off it."""
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.header = f"{parameters:,} parameters on {device}, in {out}"
-        console.info(self.header)
+        """Says what is trained, where, and what earlier calls have come to."""
+        self.header = what_and_where(model, device, out)
         self.rounds_of(state)
 
     @contextlib.contextmanager
@@ -49,7 +47,7 @@ class Panel:
         start, before = self.started
         if share > before:
             left = (now - start) * max(1 - share, 0) / (share - before)
-            self.left = f"run: {share:.0%}, {clock(left)} left at most"
+            self.left = f"run: {share:.0%}, {console.clock(left)} left at most"
         self._write()
 
     def scored(self, title: str, key: str, value: float, images: int) -> None:
@@ -71,11 +69,11 @@ class Panel:
         self.lines = [line for line in (self.header, self.left, self.last, *self.table) if line]
 
 
-def clock(seconds: float) -> str:
-    """ "1:02:03", or "2:03"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+def what_and_where(network: nn.Module, device: torch.device, out: Path) -> str:
+    """The first line of a long command: "64,960 parameters on cpu, in runs/quickstart"."""
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    processes = f" by {dist.world_size()} processes" if dist.world_size() > 1 else ""
+    return f"{parameters:,} parameters on {device.type}{processes}, in {out}"
 
 
 def _table(state: dict[str, Any], key: str) -> list[str]:

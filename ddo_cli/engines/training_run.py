@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ddo_cli import console, dist, rundir
+from ddo_cli.engines.panel import what_and_where
 from ddo_cli.precision import resolved
 from ddo_cli.recipe.schema import Recipe, SamplingRecipe, TrainRecipe
 from ddo_cli.recipe.training import Precision
@@ -23,17 +25,20 @@ def claimed(
     recipe: Recipe,
     out: Path,
     identity: dict[str, Any],
+    network: nn.Module,
+    device: torch.device,
     needed: Callable[[rundir.RunDir, dict[str, Any], str], str | None] = lambda run_dir, state, name: _copy(name),
 ) -> Iterator[tuple[rundir.RunDir, dict[str, Any]]]:
     """The run's directory, locked, and its state. Raises RunError as `RunDir.claim` and `RunDir.inspect`.
 
-    needed: for `inspect`, of run, state and name.
+    network, device: what is trained, or finetuned, and where. needed: for `inspect`, of run, state and name.
     """
     with rundir.locked(out) as run_dir:
         state = run_dir.claim(command, recipe, **identity)
         state = run_dir.inspect(partial(needed, run_dir, state))
         if state.get("finished") and dist.is_main():
             drop_state(state_file(run_dir))  # if it was killed before it did so itself
+        console.info(what_and_where(network, device, out))
         console.info("precision: " + ", ".join(f"{use} {value}" for use, value in identity["precision"].items()))
         yield run_dir, state
 

@@ -50,7 +50,9 @@ def run(
     panel = Panel(setup.recipe)
     watch = Watch(run_dir, setup.recipe, page, log_to, panel)
     chains = setup.chains(run_dir, watch)
-    claimed = training_run.claimed("finetune-ddo", setup.recipe, out, setup.identity, partial(promotion.needed, chains))
+    claimed = training_run.claimed(
+        "finetune-ddo", setup.recipe, out, setup.identity, loaded.model, device, partial(promotion.needed, chains)
+    )
     with claimed as (_, state), watch, panel.shown():
         for chain in chains:
             promotion.mend_weights(chain, chain.records(state))

@@ -74,7 +74,7 @@ def run(
     if dry_run:
         parameters = sum(p.numel() for p in network.parameters())
         return {"out": str(out), "dry_run": True, "parameters": parameters, "steps": steps, "data": real.name}
-    with training_run.claimed("train-classifier", recipe, out, identity) as (run_dir, state):
+    with training_run.claimed("train-classifier", recipe, out, identity, network, device) as (run_dir, state):
         if not run_dir.is_finished(state):
             draw = base.draw_options
             law = vp_sde.TimeLaw(settings.time, False, settings.t_min, draw.p_mean, draw.p_std, draw.distribution)

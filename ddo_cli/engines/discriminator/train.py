@@ -47,7 +47,8 @@ def run(
     if dry_run:
         return setup.forecast(out)
     control = recipe.discriminator.control
-    with training_run.claimed("train-disc", recipe, out, setup.identity, _needed) as (run_dir, state):
+    claimed = training_run.claimed("train-disc", recipe, out, setup.identity, setup.network, device, _needed)
+    with claimed as (run_dir, state):
         best, blank = run_dir.path / "best.safetensors", run_dir.path / "untrained.safetensors"
         if not run_dir.is_finished(state, run_dir.final, best, *([blank] if control else [])):
             fake = setup.given or disc_data.draw(recipe, setup.spec, run_dir, setup.label_use, setup.real, device)

@@ -127,6 +127,8 @@ def run(
     if dry_run:
         return {**result, "dry_run": True, "metrics": list(options.metrics), "warnings": warnings}
 
+    networks = ", ".join(extractor.name for extractor in extractors)
+    console.info(f"{sources[0].num:,} images, features of {networks} on {extractors[0].device}")
     accumulate = partial(one_pass.run, batch=options.batch, workers=options.workers, device=device, cache=options.cache)
     sides = [Side({}) for _ in wanted]
     if reference is not None:

@@ -101,7 +101,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     """A header and a row of a Markdown table."""
     scores = {key: value for key, value in _scores(result).items() if not key.endswith(("_std", "_std_error"))}
     names = ["samples", "images", *(NAMES.get(key, key) for key in scores)]
-    values = [str(result["source"]), str(result["num_images"]), *(f"{value:.4g}" for value in scores.values())]
+    values = [str(result["source"]), str(result["num_images"]), *map(shown, scores.values())]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (names, ["---"] * len(names), values))
 
 

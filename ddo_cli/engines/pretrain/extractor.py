@@ -16,6 +16,7 @@ from ddo_cli.data.images import open_images
 from ddo_cli.data.items import check_images
 from ddo_cli.data.pairs import Examples, Shuffled
 from ddo_cli.engines import captions, training_run
+from ddo_cli.engines.panel import what_and_where
 from ddo_cli.errors import CheckpointError, DataError, UsageError
 from ddo_cli.files import sweep
 from ddo_cli.metrics.extractors.digit_net import DigitNet
@@ -71,6 +72,7 @@ def run(
     steps = training_run.num_steps(images, SETTINGS.batch)
     if dry_run:
         return {"out": str(out), "dry_run": True, "num_images": len(train.items), "steps": steps}
+    console.info(what_and_where(network, device, work))
     with rundir.locked(work) as run_dir:
         if dist.is_main():
             sweep(work)

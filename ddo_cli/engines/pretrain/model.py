@@ -83,11 +83,9 @@ def run(
             plan |= dry_runs.of_pretraining(recipe, model, objective, stream, device, model, scoring.images)
         return plan
     model.start_training()
-    with training_run.claimed("pretrain", recipe, out, identity) as (run_dir, state):
+    with training_run.claimed("pretrain", recipe, out, identity, model, device) as (run_dir, state):
         if not run_dir.is_finished(state):
-            console.info(
-                f"pretrain {config['name']}: {parameters:,} parameters, {steps} steps of {settings.batch} images"
-            )
+            console.info(f"pretrain {config['name']}: {steps:,} steps of {settings.batch} images")
             told = recipe.told("data", "model", "pretrain")
             link = {"command": "pretrain", "recipe": told, "steps": steps, **named_classes(real)}
             sampling = recipe.sampling.model_dump(mode="json", exclude_none=True, exclude={"compile"})

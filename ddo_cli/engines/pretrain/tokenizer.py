@@ -75,9 +75,9 @@ def run(
             "images": steps * settings.batch, "steps": steps, "batch": settings.batch, "data": real.name,
         }  # fmt: skip
         return plan | dry_runs.of_pretraining(recipe, model, objective, stream, device) if measure else plan
-    with training_run.claimed("pretrain", recipe, out, identity) as (run_dir, state):
+    with training_run.claimed("pretrain", recipe, out, identity, model, device) as (run_dir, state):
         if not run_dir.is_finished(state):
-            console.info(f"pretrain {vqvae.NAME}: {parameters:,} parameters, {steps} steps of {settings.batch} images")
+            console.info(f"pretrain {vqvae.NAME}: {steps:,} steps of {settings.batch} images")
             job = training_run.plan_of(run_dir, recipe, "pretraining", steps, settings, device)
             events = loop.fit(model, objective, stream, *job)
             with Watch(run_dir, recipe, page, log_to) as watch:

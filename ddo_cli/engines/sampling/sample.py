@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from ddo_cli import console, dist, ledger, rundir
 from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.data.samples import Format, Writer, read_manifest, spell_seeds
+from ddo_cli.engines.panel import what_and_where
 from ddo_cli.errors import CheckpointError, UsageError, printable
 from ddo_cli.generation import Batch, check_channels, check_labels, generate, num_batches, on_device
 from ddo_cli.likelihood import LikelihoodModel
@@ -87,6 +88,8 @@ def run(
         writer.out_dir.claim()
         # Files appear while processes read the directory, so the main process decides what is missing.
         missing, complete = dist.from_main((writer.missing(), writer.complete()))
+        there = f"all {len(seeds):,} items are there, in {out}"
+        console.info(f"{title}: {there if complete else what_and_where(model, device, out)}")
         speed = 0.0 if complete else _draw(partial(draw, keep=keep), writer, missing, title)
         manifest = complete or writer.finish()
         if dist.is_main() and not (complete and grid.is_file()):
