@@ -67,7 +67,7 @@ def launch(
         for rank in range(processes):
             given = {**os.environ, "OMP_NUM_THREADS": "1"}
             if store is not None:
-                given |= _group(rank, processes, store.port)
+                given |= group(rank, processes, store.port)
             arguments = (list(map(str, command)), cwd, given, str(out), str(err))
             started.append(_SERVER.Process(target=_work, args=arguments))
             started[-1].start()
@@ -80,7 +80,7 @@ def launch(
         return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
 
 
-def _group(rank: int, processes: int, port: int) -> Mapping[str, str]:
+def group(rank: int, processes: int, port: int) -> Mapping[str, str]:
     """What torchrun tells a process. The store is the caller's, so that no other program can take its port."""
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}

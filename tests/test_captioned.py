@@ -143,6 +143,33 @@ def test_guided_fakes(root, base, tmp_path):
         finetune.run(load("toy2d", ["finetune.fake_cfg=2.0"]), tmp_path / "other", device=CPU)
 
 
+@pytest.mark.slow  # transformers takes seconds to import
+def test_candidates_are_chosen_by_the_clip_score(root, base, tmp_path):
+    pytest.importorskip("transformers")
+    from test_clip_score import tiny_clip
+
+    (tmp_path / "clip").mkdir()
+    weights = tiny_clip(tmp_path / "clip")
+    more = ["metric.name=clip", f"metric.weights={weights}", "metric.ref=null", "metric.repeats=2"]
+    more += ["finetune.rounds=2", "finetune.images_per_round=32", "finetune.eval_every=8", "finetune.lr=1e-3"]
+    found = finetune.run(recipe(root, *more), tmp_path / "run", device=CPU)
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert found["metric"] == state["metric"] == "clip_distance"
+    before = state["reference"]
+    for record in state["rounds"]:
+        scores = {int(step) * 8: figures["clip"] for step, figures in record["candidates"].items()}
+        assert len(set(scores.values())) == 4
+        assert record["best_images"] == max(scores, key=scores.get)
+        gain = record["improvement"]["value"]
+        assert record["promoted"] == (gain > 0)
+        if record["promoted"]:
+            means = [np.mean([figures["clip"] for figures in each["promotion"]]) for each in (before, record)]
+            assert means[1] - means[0] == pytest.approx(gain)  # the promoted one has the higher score
+            before = record
+    assert any(record["promoted"] for record in state["rounds"])
+    assert "100 minus the CLIP score" in (tmp_path / "run" / "report.html").read_text()
+
+
 def discriminating(root, *more):
     settings = {"num_fake": 40, "held_out": 16, "images": 8, "batch": 4, "eval_every": 8, "warmup": 0}
     return recipe(root, *(f"discriminator.{key}={value}" for key, value in settings.items()), *more)

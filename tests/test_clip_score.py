@@ -15,17 +15,19 @@ from test_images import encoded as png
 from test_images import write_folder
 from tiny_pipeline import make_tokenizer, randomised
 
+from ddo_cli.data.images import open_images
 from ddo_cli.engines.fid import fid
+from ddo_cli.engines.scoring import Scoring
 from ddo_cli.errors import CheckpointError, DataError, UsageError
 from ddo_cli.metrics.extractors import clip_text
+from ddo_cli.metrics.scorer import ClipScorer
+from ddo_cli.recipe.load import load
 
 CAPTIONS = ("a red cup", "a blue dog", "cup")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def tiny_clip(place):
     """CLIP as transformers writes it."""
-    place = tmp_path_factory.mktemp("clip")
     tokenizer = make_tokenizer(place)
     shared = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     ends = {"bos_token_id": len(tokenizer) - 2, "eos_token_id": len(tokenizer) - 1, "pad_token_id": len(tokenizer) - 1}
@@ -37,6 +39,11 @@ def folder(tmp_path_factory):
     randomised(transformers.CLIPModel(config), 1.0).save_pretrained(place)
     tokenizer.save_pretrained(place)
     return place
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture
@@ -96,6 +103,39 @@ def test_beside_a_distance_and_of_samples(folder, photos, tmp_path):
     manifest["prompts"] = ["a red cup", "a blue dog", "cup"]
     (drawn / "manifest.json").write_text(json.dumps(manifest))
     assert score(drawn, folder)["clip"] != pytest.approx(alone)
+
+
+def test_as_the_metric_of_a_run(folder, photos):
+    """What is left to 100, so that lower is better; labels are the numbers of captions, in any order and cut."""
+    items, source = photos
+    scorer, images = ClipScorer(clip_text.load(str(folder)), CAPTIONS), torch.from_numpy(items)
+    batches = [(images[[2, 0]], torch.tensor([2, 0])), (images[1:2], torch.tensor([1]))]
+    found = scorer.score(batches)
+    assert found["clip"] == pytest.approx(score(source, folder)["clip"])
+    assert found["clip_distance"] == 100 - found["clip"]
+    assert scorer.score(batches[::-1]) == found
+    swapped = scorer.score([(images, torch.tensor([0, 0, 2]))])
+    assert swapped["clip"] != pytest.approx(found["clip"])
+    assert (swapped["clip"] < found["clip"]) == (swapped["clip_distance"] > found["clip_distance"])
+    with pytest.raises(DataError, match="needs images"):
+        scorer.score([])
+
+
+def test_runs_that_have_no_captions(folder, photos):
+    _, source = photos
+    real, plain = open_images(str(source)), open_images("embedded:digits32", 4)
+
+    def scoring(real, reads_text, *more):
+        settings = load("quickstart", ["metric.name=clip", f"metric.weights={folder}", *more])
+        return Scoring(settings, real, settings.sampling, CPU, reads_text)
+
+    assert scoring(real, True).key == "clip_distance"
+    with pytest.raises(UsageError, match=r"compares images with the captions .* and this model reads no text; choose"):
+        scoring(real, False)
+    with pytest.raises(UsageError, match="and embedded:digits32 has none; choose another metric"):
+        scoring(plain, True)
+    with pytest.raises(UsageError, match=r"metric\.ref = photos has no effect .*; set metric\.ref = null"):
+        scoring(real, True, "metric.ref=photos")
 
 
 def test_what_is_refused(folder, photos, tmp_path):

@@ -1,10 +1,14 @@
 """Text-to-image pipelines of diffusers: read, sampled as the library does, and encoded."""
 
 import copy
+import fnmatch
 import functools
 import importlib.util
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -14,12 +18,14 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from conftest import CPU
+from launch import group
 from safetensors.torch import load_file
 from test_images import encoded as png
 from test_images import write_folder
 from tiny_pipeline import KINDS, make_pipeline
+from torch.distributed import TCPStore
 
-from ddo_cli import checkpoint
+from ddo_cli import checkpoint, dist
 from ddo_cli.data.images import open_images
 from ddo_cli.data.latents import stored_texts
 from ddo_cli.diffusion.precond import Discrete
@@ -30,6 +36,7 @@ from ddo_cli.errors import CheckpointError, DataError, UsageError
 from ddo_cli.models import adapters, registry
 from ddo_cli.models.diffusers import flux2, pipelines, texts
 from ddo_cli.models.diffusers.families import FAMILIES
+from ddo_cli.recipe.load import load
 from ddo_cli.recipe.training import AdapterRecipe
 from ddo_cli.rng import RowRng
 from ddo_cli.training.recompute import recompute_units
@@ -361,10 +368,9 @@ def test_without_a_cache_or_a_part(here, tmp_path, monkeypatch):
         pipelines.read(tmp_path / "part")
 
 
-def recipe(folder, source, *more, kind="sd"):
-    from ddo_cli.recipe.load import load
-
-    settings = [
+def settings(folder, source, *more, kind="sd", batch=3):
+    """Of a round of two steps, beside the recipe quickstart."""
+    finetuning = [
         "batch: 2",
         "images_per_round: 4",
         "eval_every: 4",
@@ -373,26 +379,25 @@ def recipe(folder, source, *more, kind="sd"):
         "warmup: 0",
         "log_every: 1",
     ]
-    return load(
-        "quickstart",
-        [
-            f"model.ckpt={folder}", f"data.source={source}",
-            f"sampling={{sampler: {FAMILIES[kind].sampling['sampler']}, steps: 1, cfg_scale: 1, batch: 3}}",
-            "metric={name: fd_embedded, num_images: 3, repeats: 1}", f"finetune={{{', '.join(settings)}}}", *more,
-        ],
-    )  # fmt: skip
+    return [
+        f"model.ckpt={folder}", f"data.source={source}",
+        f"sampling={{sampler: {FAMILIES[kind].sampling['sampler']}, steps: 1, cfg_scale: 1, batch: {batch}}}",
+        "metric={name: fd_embedded, num_images: 3, repeats: 1}", f"finetune={{{', '.join(finetuning)}}}", *more,
+    ]  # fmt: skip
+
+
+def recipe(folder, source, *more, **changed):
+    return load("quickstart", settings(folder, source, *more, **changed))
 
 
 @pytest.mark.slow  # trains
 @pytest.mark.parametrize(("kind", "adapter"), [("sd", False), *((kind, True) for kind in KINDS)])
-def test_rounds_on_captions(here, tmp_path, monkeypatch, kind, adapter):
+def test_rounds_on_captions(folder_of, here, tmp_path, promoted, kind, adapter):
     if adapter:
         pytest.importorskip("peft")
-    from ddo_cli.engines.ddo import finetune, promotion
+    from ddo_cli.engines.ddo import finetune
 
-    if kind != "sd":
-        here = make_pipeline(tmp_path / kind, kind)
-    monkeypatch.setattr(promotion, "is_better", lambda gain, margin: True)  # so that round 2 starts from round 1's
+    here = folder_of(kind)
     source = photos(tmp_path / "photos")
     more = ["finetune.rounds=2", "finetune.draw.label_dropout=0.5", "finetune.fake_as=images"]
     if adapter:
@@ -427,25 +432,105 @@ def test_training_needs_captions(here, tmp_path):
         finetune.run(recipe(here, source), tmp_path / "run", device=CPU)
 
 
-@pytest.mark.slow  # trains
-def test_a_killed_run_ends_with_the_same_bytes(here, tmp_path):
-    """Of encoded images, with an adapter; texts are read again by each start."""
-    pytest.importorskip("peft")
-    from kills import until_done
+def with_adapter(source, *more):
+    """Of a tiny adapter on encoded images."""
+    adapter = "finetune.adapter={kind: lora, rank: 2, alpha: 2}"
+    return [adapter, f"metric.ref={source}", "finetune.save_every=1", *more]
 
+
+@pytest.fixture
+def promoted(monkeypatch):
+    """Every candidate is promoted, so that round 2 starts from round 1's."""
+    from ddo_cli.engines.ddo import promotion
+
+    monkeypatch.setattr(promotion, "is_better", lambda gain, margin: True)
+
+
+def forked(*acts):
+    """Exit codes of processes that carry these out; they have imported the libraries, which takes seconds."""
+    processes = [multiprocessing.get_context("fork").Process(target=act) for act in acts]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
+def killed_at(pattern, act):
+    """Carries out `act` until SIGKILL ends it as soon as it has written a file of this name."""
+    rename = os.replace
+
+    def replace(source, target):
+        rename(source, target)
+        if fnmatch.fnmatch(str(target), pattern):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def work():
+        os.replace = replace
+        act()
+
+    assert forked(work) == [-signal.SIGKILL]
+
+
+@pytest.mark.slow  # trains
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_ends_with_the_same_bytes(folder_of, here, tmp_path, promoted, kind):
+    """Killed while it draws, and in the first step of each round; texts are read again by each start."""
+    pytest.importorskip("peft")
+    from ddo_cli.engines.ddo import finetune
+
+    base, source = folder_of(kind), photos(tmp_path / "photos")
+    encode.run(str(source), base, tmp_path / "set", device=CPU)
+    more = with_adapter(source, "finetune.rounds=2", "finetune.draw.label_dropout=0.5")
+
+    def run(out):
+        texts._known.clear()
+        texts._table.cache_clear()
+        finetune.run(recipe(base, tmp_path / "set", *more, kind=kind, batch=2), tmp_path / out, device=CPU)
+
+    run("whole")
+    for place in ("round-01/samples/shard-*", "round-01/train-state.*", "round-02/train-state.*"):
+        killed_at(f"*/{place}", lambda: run("killed"))
+    assert not (tmp_path / "killed" / "final.safetensors").exists()
+    run("killed")
+    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.safetensors")]
+    assert len(files) >= 8  # fake set, candidate and best one of each round, and the final one
+    for file in (*files, "state.json"):
+        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+@pytest.mark.slow  # trains, in processes of its own
+def test_two_processes_end_alike(here, tmp_path):
+    """The same fakes to the last bit; weights differ by the order of summation."""
+    pytest.importorskip("peft")
     from ddo_cli.engines.ddo import finetune
 
     source = photos(tmp_path / "photos")
     encode.run(str(source), here, tmp_path / "set", device=CPU)
-    more = ["finetune.adapter={kind: lora, rank: 2, alpha: 2}", f"metric.ref={source}", "finetune.save_every=1"]
+    given = settings(here, tmp_path / "set", *with_adapter(source, "finetune.rounds=1"), batch=2)
+    finetune.run(load("quickstart", given), tmp_path / "one", device=CPU)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
-    def run(out):
-        texts._known.clear()
-        finetune.run(recipe(here, tmp_path / "set", *more), tmp_path / out, device=CPU)
+    def work(rank):
+        os.environ.update(group(rank, 2, store.port))
+        dist.init("cpu")
+        finetune.run(load("quickstart", given), tmp_path / "two", device=CPU)
+        dist.shutdown()
 
-    run("whole")
-    until_done(lambda: run("killed"), every=17)
-    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.safetensors")]
-    assert len(files) >= 4  # candidates, the fake set, the best and the final one
-    for file in files:
-        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert forked(*(functools.partial(work, rank) for rank in (0, 1))) == [0, 0]
+
+    def tensors(out, pattern):
+        (file,) = (tmp_path / out / "round-01").rglob(pattern)
+        return checkpoint.load(file).tensors
+
+    fakes = [open_images(str(tmp_path / out / "round-01" / "samples")) for out in ("one", "two")]
+    assert np.array_equal(*(each.items for each in fakes))
+    assert np.array_equal(*(each.labels for each in fakes))
+    alone, together = (tensors(out, "step-*.safetensors") for out in ("one", "two"))
+    assert all(tensor.any() for tensor in alone.values())
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name], tensor, rtol=1e-4, atol=1e-6)
+    logs = [json.loads((tmp_path / out / "log.jsonl").read_text().splitlines()[-1]) for out in ("one", "two")]
+    assert logs[1]["processes"] == 2
+    for key in ("loss", "r_real", "r_fake", "grad_norm"):
+        assert logs[1][key] == pytest.approx(logs[0][key], rel=1e-3, abs=1e-6)

@@ -61,11 +61,11 @@ def _of_sidecars(source: str, sidecars: Mapping[str, str], stems: Mapping[str, s
     for stem, name in stems.items():
         text = _decoded(f"{source}: {sidecars[stem]}", read(sidecars[stem], 1) or b"")
         num_long += len(text.strip().splitlines()) > 1
-        texts[name] = _plain(text)
+        texts[name] = plain(text)
     notes = [f"{source}: {len(texts)} captions from {SIDECAR} files beside the images"]
     if num_long:
         notes.append(f"{source}: {num_long} captions have several lines, which are read as one")
-    return Captions(texts, frozenset(sidecars.values()), (*notes, *_said_of(source, texts)))
+    return Captions(texts, frozenset(sidecars.values()), (*notes, *said_of(source, texts)))
 
 
 def _of_metadata(source: str, files: Sequence[str], names: Sequence[str], read: Read) -> Captions | None:
@@ -89,7 +89,7 @@ def _of_metadata(source: str, files: Sequence[str], names: Sequence[str], read: 
                 raise DataError(f"{where} line {number}: text = {printable(repr(text), 60)} is no text; write {_FORM}")
             if name in texts:
                 raise DataError(f"{where} line {number} lists {printable(name, 80)} again; keep one line of each image")
-            texts[name] = _plain(text)
+            texts[name] = plain(text)
     if not texts:
         return None  # a file of other keys, which is left out as any other
     known = set(names)
@@ -103,7 +103,7 @@ def _of_metadata(source: str, files: Sequence[str], names: Sequence[str], read: 
     notes = [f"{source}: {len(texts)} captions from {files[0]}" + (", ..." if len(files) > 1 else "")]
     if keys:
         notes.append(f"{source}: keys of {files[0]} that are not read: {printable(', '.join(sorted(keys)), 80)}")
-    return Captions({name: texts[name] for name in names}, frozenset(files), (*notes, *_said_of(source, texts)))
+    return Captions({name: texts[name] for name in names}, frozenset(files), (*notes, *said_of(source, texts)))
 
 
 def _without(source: str, bare: Sequence[str], where: str) -> DataError:
@@ -114,7 +114,8 @@ def _without(source: str, bare: Sequence[str], where: str) -> DataError:
     )
 
 
-def _said_of(source: str, texts: Mapping[str, str]) -> list[str]:
+def said_of(source: str, texts: Mapping[str, str]) -> list[str]:
+    """What to tell of captions by name: how many are empty."""
     empty = [name for name, text in texts.items() if not text]
     first = f", such as that of {printable(empty[0], 60)}" if empty else ""
     return [f"{source}: {len(empty)} captions are empty{first}"] if empty else []
@@ -133,6 +134,6 @@ def _decoded(where: str, content: bytes) -> str:
         raise DataError(f"{where} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """One line: tokenizers take any white space for one blank."""
     return " ".join(text.split())

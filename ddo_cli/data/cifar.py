@@ -7,25 +7,19 @@ Source: https://www.cs.toronto.edu/~kriz/cifar.html.
 
 import gzip
 import io
-import struct
 import tarfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from ddo_cli.data import tars
 from ddo_cli.errors import CheckpointError, DataError, printable, reason
 from ddo_cli.safe_pickle import Array, parse_pickle
 
 TAR_SUFFIXES = (".tar.gz", ".tgz", ".tar")
 BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))  # test_batch is not for training
 NUM_CLASSES = 10
-# What readers of tar and gzip raise for damaged bytes, RecursionError (a RuntimeError) for headers about headers.
-_DAMAGE = (
-    OSError, EOFError, ValueError, LookupError, OverflowError, RuntimeError, MemoryError, zlib.error, struct.error,
-    tarfile.TarError,
-)  # fmt: skip
 MAX_BATCH, MAX_TAR = 64 << 20, 320 << 20  # bytes: well above the published 31 MB of a batch, 186 MB of the tar unpacked
 
 
@@ -43,7 +37,9 @@ def open_tar(source: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
                 f"{source} unpacks to more than {MAX_TAR >> 20} MB, CIFAR-10 to 186; give the published file"
             )
         with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as archive:
-            members = {Path(member.name).name: member for member in _files(archive)}
+            # Wherever their names point. Links are left out.
+            files = (member for member in tars.members(archive) if member.isreg() and not member.issparse())
+            members = {Path(member.name).name: member for member in files}
 
             def read(name: str) -> bytes | None:
                 member = members.get(name)
@@ -53,22 +49,8 @@ def open_tar(source: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
                 return content.read() if content is not None else None
 
             return _join_batches(source, read)
-    except _DAMAGE as error:
+    except tars.DAMAGE as error:
         raise DataError(f"{source} is not a whole .tar.gz ({reason(error)}); download it again") from None
-
-
-def _files(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The regular files, wherever their names point: they are read, and nothing is written. Links are left out.
-
-    Raises ReadError if a header does not lie behind the one before: one that sends back would be read for ever.
-    """
-    end = -1
-    while (member := archive.next()) is not None:
-        if member.offset <= end or member.size < 0:
-            raise tarfile.ReadError("its headers do not follow one another")
-        end = member.offset
-        if member.isreg() and not member.issparse():
-            yield member
 
 
 def open_unpacked(source: str, path: Path) -> tuple[np.ndarray, np.ndarray]:

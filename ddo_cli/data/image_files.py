@@ -61,12 +61,12 @@ class Listing(NamedTuple):
 MAX_ENTRY, MAX_PIXELS = 1 << 10, 1 << 24
 
 
-def folder_entries(source: str, path: Path) -> Listing:
-    """The images of a folder and all below it.
+def folder_files(path: Path) -> tuple[list[str], list[str]]:
+    """Names of all files of a folder and below it, and of folders, with a "/" at their end as in a zip.
 
-    Labels are those of dataset.json, or else of the subfolders if every image is in one. Raises DataError.
+    And the links to folders that were not followed, since those are read anyway.
     """
-    names, again = list[str](), list[str]()  # folders are listed, too, with a "/" at their end as in a zip
+    names, again = list[str](), list[str]()
     top = os.path.realpath(path)
     seen = {top}
     for root, folders, leaves in os.walk(path, followlinks=True):
@@ -83,16 +83,24 @@ def folder_entries(source: str, path: Path) -> Listing:
             seen.add(real)
         names += [f"{Path(root, folder).relative_to(path).as_posix()}/" for folder in folders]
         names += [Path(root, leaf).relative_to(path).as_posix() for leaf in leaves]
-    arrays_there = [name for name in names if name.lower().endswith(".npz") and _is_visible(name)]
+    return names, again
+
+
+def folder_entries(source: str, path: Path, names: Sequence[str], again: Sequence[str]) -> Listing:
+    """The images of a folder and all below it. names, again: its `folder_files`.
+
+    Labels are those of dataset.json, or else of the subfolders if every image is in one. Raises DataError.
+    """
+    arrays_there = [name for name in names if name.lower().endswith(".npz") and is_visible(name)]
     if full := next((name for name in arrays_there if arrays.holds_items(path / name)), None):
         others = any(name.lower().endswith(EXTENSIONS) for name in names)
         where = "and others beside them; give a folder, or a file, of one of the two" if others else "below; give that"
         raise DataError(f"{source} holds images in .npz files ({full}) {where}")
-    listing = _listing(source, names, lambda name, num: folder_file(path / name, num), True, arrays_there)
+    found = listing(source, names, lambda name, num: folder_file(path / name, num), True, arrays_there)
     if not again:
-        return listing
+        return found
     note = f"{source}: links to folders that are read anyway are not followed: {_few(again)}"
-    return listing._replace(notes=(*listing.notes, note))
+    return found._replace(notes=(*found.notes, note))
 
 
 def zip_entries(source: str, archive: zipfile.ZipFile, folders_are_classes: bool = False) -> Listing:
@@ -104,7 +112,7 @@ def zip_entries(source: str, archive: zipfile.ZipFile, folders_are_classes: bool
     if len(set(names)) < len(names):  # of which zipfile would read the last, as often as there are
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise DataError(f"{source} holds {twice} more than once; unpack it, and zip the folder")
-    return _listing(source, names, lambda name, num: zip_file(archive, name, num), folders_are_classes)
+    return listing(source, names, lambda name, num: zip_file(archive, name, num), folders_are_classes)
 
 
 def broken_zip(source: str, error: Exception) -> DataError:
@@ -115,16 +123,19 @@ def broken_zip(source: str, error: Exception) -> DataError:
     return DataError(f"{source} is not a whole zip file ({reason(error)}); copy it again")
 
 
-def _listing(
+def listing(
     source: str,
     files: Sequence[str],
     read: Callable[[str, int], bytes | None],
     folders_are_classes: bool,
     statistics: Collection[str] = (),
 ) -> Listing:
-    """statistics: files that are known to hold no images."""
-    visible = [name for name in files if _is_visible(name)]
-    names = sorted(name for name in visible if name.lower().endswith(EXTENSIONS))
+    """The images among the files of a folder or an archive. Raises DataError.
+
+    read: content of a file by its name. statistics: files that are known to hold no images.
+    """
+    visible = [name for name in files if is_visible(name)]
+    names = images_of(visible)
     told = captions.find(source, visible, names, read)
     notes, warnings = _left_out(source, visible, names, told.files if told else (), statistics)
     if (odd := next((name for name in names if "\\" in name), None)) is not None:
@@ -145,19 +156,24 @@ def _listing(
     if told is not None:
         texts = tuple(told.texts[name] for name in names)
         return Listing(names, np.arange(len(names)), (*notes, *told.notes), tuple(warnings), captions=texts)
-    listing = _folder_labels(source, names, files)
+    found = _folder_labels(source, names, files)
     if not folders_are_classes:
-        if listing.classes:
-            folders = ", ".join([*listing.classes.values()][:3])
+        if found.classes:
+            folders = ", ".join([*found.classes.values()][:3])
             notes.append(
                 f"{source}: no labels, since folders in a zip are no classes ({folders}, ...); {prepared_by(source)} "
                 "makes them labels"
             )
         return Listing(names, np.full(len(names), NO_LABEL), tuple(notes), tuple(warnings))
-    return listing._replace(notes=(*notes, *listing.notes), warnings=(*warnings, *listing.warnings))
+    return found._replace(notes=(*notes, *found.notes), warnings=(*warnings, *found.warnings))
 
 
-def _is_visible(name: str) -> bool:
+def images_of(visible: Iterable[str]) -> list[str]:
+    """The images, sorted."""
+    return sorted(name for name in visible if name.lower().endswith(EXTENSIONS))
+
+
+def is_visible(name: str) -> bool:
     """Whether a name is of a file that counts: hidden ones and macOS's resource forks are not worth a note."""
     return not name.endswith("/") and not _is_hidden(name)
 
@@ -235,6 +251,8 @@ def _folder_labels(source: str, names: list[str], files: Sequence[str]) -> Listi
         return none
     place = f"{source.rstrip('/')}/{root}" if root else source
     shown = _few(folders)
+    if all(folder.endswith(".tar") for folder in folders):  # shards of a set, see `tars`
+        return none
     if all(folder.isdecimal() and len(folder) == len(folders[0]) >= 5 for folder in folders) or all(
         map(_PART.fullmatch, folders)
     ):
@@ -284,7 +302,7 @@ def folder_file(file: Path, num: int) -> bytes | None:
     try:
         if not file.is_file():
             return None
-        _check_size(str(file), file.stat().st_size, num)
+        check_size(str(file), file.stat().st_size, num)
         return file.read_bytes()
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}); correct its permissions") from None
@@ -294,11 +312,11 @@ def zip_file(archive: zipfile.ZipFile, name: str, num: int) -> bytes | None:
     """The same of a member of a zip. Raises DataError, or one of ZIP_ERRORS."""
     if name not in archive.NameToInfo:
         return None
-    _check_size(f"{archive.filename}: {name}", archive.getinfo(name).file_size, num)
+    check_size(f"{archive.filename}: {name}", archive.getinfo(name).file_size, num)
     return archive.read(name)
 
 
-def _check_size(where: str, size: int, num: int) -> None:
+def check_size(where: str, size: int, num: int) -> None:
     """Raises DataError for a file that would take memory and time for nothing."""
     if size > MAX_ENTRY * (1024 + num):
         raise DataError(f"{where} has {size >> 20:,} MB for {num:,} images; give the one of this set, or remove it")

@@ -13,7 +13,7 @@ import stat
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, NamedTuple, Protocol
@@ -197,6 +197,17 @@ def _tensor(path: Path, key: str) -> ArrayFile:
 # --- One item per file
 
 
+class Content(Protocol):
+    """The bytes of image files, by row."""
+
+    def __call__(self, row: int) -> bytes: ...
+
+    def open(self, row: int) -> IO[bytes]: ...
+
+    def files(self, rows: Iterable[int]) -> Iterable[Path]:
+        """The files on disk that hold these rows."""
+
+
 class FolderBytes:
     """The bytes of files below a folder, by row."""
 
@@ -215,6 +226,10 @@ class FolderBytes:
         if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe could take for ever, and a device has no end
             raise ValueError("it is no file with content")
         return open(path, "rb")
+
+    def files(self, rows: Iterable[int]) -> Iterable[Path]:
+        """One for each row."""
+        return (self.path / self.names[row] for row in rows)
 
 
 class ZipBytes:
@@ -260,6 +275,10 @@ class ZipBytes:
         """The member of a row as a file, in memory."""
         return io.BytesIO(self(row))
 
+    def files(self, rows: Iterable[int]) -> Iterable[Path]:
+        """The archive."""
+        return [self.path]
+
     def _at(self, offset: int, size: int) -> bytes:
         if self._file is None:
             self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115
@@ -278,7 +297,7 @@ class ItemFiles(ABC):
     decodes = True
     dtype: np.dtype[Any] = np.dtype(np.uint8)
 
-    def __init__(self, source: str, names: Sequence[str], content: FolderBytes | ZipBytes, first: int = 0):
+    def __init__(self, source: str, names: Sequence[str], content: Content, first: int = 0):
         """content: reads the bytes of a row's file; first: the row that defines the shape."""
         self.source, self.names, self.content, self.first, self.num = source, names, content, first, len(names)
 

@@ -1,6 +1,7 @@
 """Opens any kind of source: a reader of its items, and their labels."""
 
 import os
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,12 +12,12 @@ import numpy as np
 import ddo_cli
 from ddo_cli import rundir
 from ddo_cli.checkpoint import EMBEDDED
-from ddo_cli.data import arrays, cache, cifar, image_files, latents, samples
+from ddo_cli.data import arrays, cache, cifar, image_files, latents, parquet, samples, tars
 from ddo_cli.data.embedded import embedded_names, open_embedded
 from ddo_cli.data.image_files import ImageFiles
 from ddo_cli.data.items import Encoded, choice, count_classes, hashed
-from ddo_cli.data.readers import ZIP_ERRORS, Contents, FolderBytes, ItemFiles, Memory, Reader, ZipBytes
-from ddo_cli.errors import DataError
+from ddo_cli.data.readers import ZIP_ERRORS, Content, Contents, FolderBytes, ItemFiles, Memory, Reader, ZipBytes
+from ddo_cli.errors import DataError, printable
 
 
 @dataclass
@@ -69,8 +70,7 @@ def open_source(source: str, num: int | None, in_memory: bool, is_prepared: bool
         identity = hashed(ddo_cli.__version__, source, num)
     elif isinstance(reader, ItemFiles):
         reader.first, names = int(rows[0]), [reader.names[row] for row in rows]
-        files = [path] if path.is_file() else (path / name for name in names)
-        identity = cache.key_of(path, files, names)
+        identity = cache.key_of(path, reader.content.files(rows.tolist()), names)
     if encoded is not None and num is not None and num != reader.num:
         encoded = encoded._replace(digest=hashed(encoded.digest, num))
     notes = contents.notes
@@ -95,7 +95,7 @@ def _contents(source: str, path: Path, num: int | None, in_memory: bool, zip_cla
     if not path.is_file():
         problem = "is a pipe or a device" if path.exists() else "does not exist"
         raise DataError(
-            f"{source} {problem}; give a folder, a .zip, .npz or .tar.gz file, or one of {embedded_names()}",
+            f"{source} {problem}; give a folder, a .zip, .npz, .tar or .parquet file, or one of {embedded_names()}",
             missing=source,
         )
     if path.suffix.lower() == ".zip":
@@ -107,11 +107,17 @@ def _contents(source: str, path: Path, num: int | None, in_memory: bool, zip_cla
             raise image_files.broken_zip(source, error) from None
     if path.suffix.lower() == ".npz":
         return arrays.open_npz(source, path, in_memory)
+    if path.suffix.lower() == parquet.SUFFIX:
+        return _image_files(source, *parquet.entries(source, {"": path}))
+    if path.suffix.lower() == tars.SUFFIX:
+        found = tars.index(path)
+        if not any(name.rpartition("/")[2] in cifar.BATCHES for name in found):
+            return _image_files(source, *tars.entries(source, {"": path}, [found], zip_classes))
     if path.name.lower().endswith(cifar.TAR_SUFFIXES):
         items, labels = cifar.open_tar(source, path)
         return Contents(Memory(items), labels, cifar.NUM_CLASSES, cache.key_of(path, [path]))
     raise DataError(
-        f"{source} is neither a folder nor a .zip, .npz or .tar.gz file; put images into a folder and give that"
+        f"{source} is neither a folder nor a .zip, .npz, .tar or .parquet file; put images into a folder and give that"
     )
 
 
@@ -137,8 +143,35 @@ def _directory(source: str, path: Path, in_memory: bool) -> Contents:
     elif files := arrays.npz_files(path):
         return _of_arrays(source, path, files, in_memory)
     else:
-        listing = image_files.folder_entries(source, path)
+        names, again = image_files.folder_files(path)
+        if shards := _shards(source, path, names):
+            is_tar = next(iter(shards)).lower().endswith(tars.SUFFIX)
+            if not is_tar:
+                return _image_files(source, *parquet.entries(source, shards))
+            found = [tars.index(file) for file in shards.values()]
+            return _image_files(source, *tars.entries(source, shards, found, False))
+        listing = image_files.folder_entries(source, path, names, again)
     return _image_files(source, listing, FolderBytes(path, listing.names))
+
+
+def _shards(source: str, path: Path, names: Sequence[str]) -> dict[str, Path]:
+    """The tars or files of Parquet that hold the images of a folder; none where images lie in it as files.
+
+    Raises DataError for both kinds, or splits that are not to be trained on together.
+    """
+    visible = [name for name in names if image_files.is_visible(name)]
+    shards = sorted(name for name in visible if name.lower().endswith((tars.SUFFIX, parquet.SUFFIX)))
+    if not shards or image_files.images_of(visible):
+        return {}
+    kinds = {name.lower().rpartition(".")[2]: name for name in shards}
+    if len(kinds) > 1:
+        raise DataError(f"{source} holds {' and '.join(kinds.values())}; give a folder of one of the two kinds")
+    words = ((name, re.split(r"[-_./]", name.lower())) for name in shards)  # train of data/train-00000-of-00002.parquet
+    splits = {word: name for name, parts in words for word in parts if word in image_files.SPLITS}
+    if len(splits) > 1:
+        shown = printable(", ".join(splits.values()), 120)
+        raise DataError(f"{source} holds several splits ({shown}); put the files of one into a folder of their own")
+    return {name: path / name for name in shards}
 
 
 def _of_arrays(source: str, path: Path, files: Sequence[Path], in_memory: bool) -> Contents:
@@ -167,6 +200,6 @@ def _of_arrays(source: str, path: Path, files: Sequence[Path], in_memory: bool) 
     return contents._replace(notes=(note,))
 
 
-def _image_files(source: str, listing: image_files.Listing, content: FolderBytes | ZipBytes) -> Contents:
+def _image_files(source: str, listing: image_files.Listing, content: Content) -> Contents:
     files = ImageFiles(source, listing.names, content)
     return Contents(files, listing.labels, count_classes(listing.labels), None, None, *listing[2:])

@@ -99,6 +99,7 @@ _SCORES = {
     "fid": "the Fréchet distance between features of Inception-v3",
     "fd_dinov2": "the Fréchet distance between features of DINOv2",
     "fd_clip": "the Fréchet distance between features of CLIP",
+    "clip": "100 minus the CLIP score, the mean of 100 max(cos, 0) between CLIP's embeddings of image and caption",
     "js": "the Jensen-Shannon divergence of the model's density from the data's, on a grid",
 }
 
@@ -107,7 +108,8 @@ def protocol(recipe: Recipe, weights: str | Path, key: str) -> html.Text:
     """How the scores were measured. weights: tell how samples are drawn."""
     metric = recipe.metric
     what = f"the Fréchet distance between features of {metric.extractor}" if metric.extractor else _SCORES[metric.name]
-    words = f"{key} is {what}, against {metric.ref or recipe.data.source}"
+    against = "of the captions of" if metric.name == "clip" else "against"
+    words = f"{key} is {what}, {against} {metric.ref or recipe.data.source}"
     if metric.name != "js":
         ranges = "one range" if metric.repeats == 1 else f"each of {metric.repeats} ranges"
         words += f": {metric.num_images:,} images in {ranges} of seeds"

@@ -1,27 +1,27 @@
 """Scores of a model inside a run: samples drawn and measured in memory, or densities on a grid."""
 
 import math
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ddo_cli import console, dist
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet, check_distance, check_images
 from ddo_cli.diffusion import probability_flow
 from ddo_cli.diffusion.mixture import toy2d
-from ddo_cli.errors import DataError, UsageError
+from ddo_cli.errors import DataError, UsageError, printable
 from ddo_cli.generation import Batch, generate, num_batches
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.metrics import references, stats
 from ddo_cli.metrics.density import DensityScorer
+from ddo_cli.metrics.extractors import clip_text
 from ddo_cli.metrics.extractors.base import Extractor
 from ddo_cli.metrics.extractors.select import select_extractor
-from ddo_cli.metrics.scorer import FrechetScorer
+from ddo_cli.metrics.scorer import ClipScorer, FrechetScorer
 from ddo_cli.precision import inference_precision
 from ddo_cli.recipe.schema import Recipe, SamplingRecipe
 from ddo_cli.report import pictures
@@ -33,10 +33,16 @@ PREVIEWED = 16  # of those, at each evaluation
 class Scoring:
     """The recipe's metric, with the reference statistics computed once. Lower is better."""
 
-    def __init__(self, recipe: Recipe, real: ItemSet, spec: SamplingRecipe, device: torch.device):
-        """Opens everything, so that a mistake shows at once; the reference's features wait for the first score."""
+    def __init__(
+        self, recipe: Recipe, real: ItemSet, spec: SamplingRecipe, device: torch.device, reads_text: bool = False
+    ):
+        """Opens everything, so that a mistake shows at once; the reference's features wait for the first score.
+
+        reads_text: whether the model's labels are the numbers of the captions of `real`.
+        """
         self.metric, self.spec, self.device = recipe.metric, spec, device
         self.density: DensityScorer | None = None
+        self._clip: Callable[[], ClipScorer] | None = None
         self.identity: dict[str, str] = {}  # hashes that a continued run compares
         metric = recipe.metric
         if metric.name == "js":
@@ -44,6 +50,11 @@ class Scoring:
                 raise UsageError(f"metric.name = js needs data of known density (embedded:toy2d), not {real.name}")
             self.density = DensityScorer(toy2d())
             self.key = "js"
+        elif metric.name == "clip":
+            self._check_captions(recipe, real, reads_text)
+            of_clip = clip_text.load(metric.weights, device)
+            self._clip, self.key = partial(ClipScorer, of_clip, real.captions), ClipScorer.key
+            self.identity = {"extractor_sha256": of_clip.sha256}
         else:
             self.extractor = select_extractor(metric.name, metric.weights, metric.extractor, device)
             if metric.ref is None:
@@ -54,10 +65,31 @@ class Scoring:
             _check_suits(self.reference, metric.extractor is None and self.extractor.key == "fd_embedded")
             self.identity = {"extractor_sha256": self.extractor.sha256}
 
+    @staticmethod
+    def _check_captions(recipe: Recipe, real: ItemSet, reads_text: bool) -> None:
+        metric = recipe.metric
+        if given := [name for name in ("ref", "extractor", "benchmark") if getattr(metric, name) is not None]:
+            value = printable(getattr(metric, given[0]), 80)
+            raise UsageError(
+                f"metric.{given[0]} = {value} has no effect with metric.name = clip, which compares images with the "
+                f"captions of data.source; set metric.{given[0]} = null"
+            )
+        if not reads_text or not real.captions:
+            what = f"{real.name} has none" if reads_text else "this model reads no text"
+            raise UsageError(
+                f"metric.name = clip compares images with the captions that they are drawn of, and {what}; choose "
+                "another metric"
+            )
+
     @cached_property
     def frechet(self) -> FrechetScorer:
         """The scorer with the reference's statistics."""
         return FrechetScorer(self.extractor, self.reference, self.spec.batch)
+
+    @cached_property
+    def clip(self) -> ClipScorer | None:
+        """The scorer with the embeddings of captions, where that is the metric."""
+        return None if self._clip is None else self._clip()
 
     @property
     def repeats(self) -> int:
@@ -102,7 +134,10 @@ class Scoring:
         title = f"{self.key}, seeds {seeds.start} to {seeds.stop - 1}"
         num_here = sum(min(self.spec.batch, len(seeds) - number * self.spec.batch) for number in numbers)
         with console.progress(title, num_here, "images") as bar:
-            return self.frechet.score(_counted(batches, bar))
+            drawn = _counted(batches, bar)
+            if self.clip is not None:
+                return self.clip.score((batch.items, batch.label) for batch in drawn)
+            return self.frechet.score(batch.items for batch in drawn)
 
     def passes(self, model: LikelihoodModel, images: int | None = None) -> int:
         """Cost of a score in forward passes of one row; a backward pass counts as two."""
@@ -136,9 +171,9 @@ class Scoring:
             pictures.side_by_side(before, after, path)
 
 
-def _counted(batches: Iterator[Batch], bar: console.Bar) -> Iterator[Tensor]:
+def _counted(batches: Iterator[Batch], bar: console.Bar) -> Iterator[Batch]:
     for batch in batches:
-        yield batch.items
+        yield batch
         bar.advance(len(batch.items))
 
 

@@ -1,6 +1,7 @@
-"""Frechet distances of generated images from one reference."""
+"""Scores of generated images within a run: Frechet distance from one reference, and distance from captions by CLIP."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, cast
 
 import numpy as np
@@ -8,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ddo_cli import dist
+from ddo_cli.errors import DataError
 from ddo_cli.metrics import frechet
+from ddo_cli.metrics.extractors import clip_text
 from ddo_cli.metrics.extractors.base import Extractor
 from ddo_cli.metrics.stats import Moments, Statistics
 
@@ -60,3 +63,30 @@ class FrechetScorer:
         moments = moments_of(self.extractor, batches)
         value = frechet.distance_to(self.reference, moments.mean, moments.cov)
         return {self.extractor.key: dist.from_main(value)}  # all processes must decide alike
+
+
+class ClipScorer:
+    """CLIP score of images and captions, and what is left of it to 100: a distance, as every metric of a run is one.
+
+    captions: by label.
+    """
+
+    key = "clip_distance"
+
+    def __init__(self, extractor: clip_text.ClipTextExtractor, captions: Sequence[str]):
+        self.extractor, self.texts = extractor, extractor.of_texts(captions)
+
+    def score(self, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """{"clip_distance": 100 - s, "clip": s}, s the mean of 100 max(cos, 0), the same on every process.
+
+        batches: uint8 (b, C, H, W) and labels (b,), this process's share. Raises DataError if there are no images.
+        """
+        values = list[float]()
+        for images, label in batches:
+            texts = self.texts[label.to(self.texts.device)]
+            values += clip_text.scores(self.extractor(images), texts).tolist()
+        every = [value for part in dist.gathered(values) for value in part]
+        if not every:
+            raise DataError("a CLIP score needs images; draw at least one")
+        mean = math.fsum(every) / len(every)  # in whatever order
+        return {self.key: clip_text.SCALE - mean, clip_text.KEY: mean}

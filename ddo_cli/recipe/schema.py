@@ -216,13 +216,16 @@ Benchmark = Literal[
 class MetricRecipe(Section):
     """How a model is scored. Lower is better for every metric."""
 
-    name: Literal["fd_embedded", "fid", "fd_dinov2", "fd_clip", "js"] = key("fd_embedded", "Metric.")
+    name: Literal["fd_embedded", "fid", "fd_dinov2", "fd_clip", "clip", "js"] = key(
+        "fd_embedded",
+        "Metric. clip: 100 minus the CLIP score of images and their captions, of a text-to-image model.",
+    )
     ref: str | None = key(None, "Reference images or statistics. Default: the training data.")
     num_images: int = key(4096, "Images per score.", ge=2, le=250_000)
     repeats: int = key(
         3, "Ranges of seeds in a mean score; finetune-ddo promotes by so many and reports so many others.", ge=1, le=4
     )
-    weights: str | None = key(None, "Inception weights of the FID.")
+    weights: str | None = key(None, "Weights of the metric's network, such as Inception's; of clip a folder of CLIP.")
     benchmark: Annotated[Benchmark | None, _one_of(get_args(Benchmark), "no published figures are known of it")] = key(
         None, "Benchmark whose published results are shown beside the score."
     )

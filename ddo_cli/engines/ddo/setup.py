@@ -69,7 +69,7 @@ def prepare(recipe: Recipe, device: torch.device) -> tuple[registry.Loaded, Setu
     spec = _sampling(recipe, loaded)
     _check_objective(recipe, loaded.model)
     rejected = None if recipe.data.rejected is None else open_rejected(recipe, real, loaded.model)
-    scoring = Scoring(recipe, real, spec, device)
+    scoring = Scoring(recipe, real, spec, device, registry.reads_text(loaded.checkpoint.header["config"]["name"]))
     plans = _plans(recipe, loaded, scoring, real)
     identity = {
         "reference_sha256": loaded.checkpoint.sha256, **identity_of(real), **scoring.identity,

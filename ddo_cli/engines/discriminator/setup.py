@@ -92,7 +92,8 @@ def prepare(recipe: Recipe, device: torch.device, force: bool) -> Setup:
     config = discriminators.config_of(
         "discriminator", settings.name, base.codec.state_shape, label_use, settings.options
     )
-    scoring = Scoring(recipe, real, spec, device) if settings.select == "fid" else None
+    reads_text = registry.reads_text(loaded.checkpoint.header["config"]["name"])
+    scoring = Scoring(recipe, real, spec, device, reads_text) if settings.select == "fid" else None
     if given is None:
         disc_data.check_sizes(len(real.items), settings.num_fake, real.name, settings)
         disc_data.check_classes(real, settings.num_fake, label_use)

@@ -64,7 +64,7 @@ def run(
     check_enough(real.name, len(real.items), settings.batch, "pretrain.batch")
     loop.check(model, settings)
     model.check_sampling(recipe.sampling)
-    scoring = Scoring(recipe, real, recipe.sampling, device)
+    scoring = Scoring(recipe, real, recipe.sampling, device, reads_text)
     parameters = sum(p.numel() for p in model.parameters())
     precision = training_run.precision_of(settings, recipe.sampling, device)
     identity = {**identity_of(real), **scoring.identity, **precision}

@@ -55,8 +55,9 @@ def run(
     real = open_images(recipe.data.source, recipe.data.num, recipe.data.cache)
     check_images(real, "a tokenizer is trained on images themselves")
     check_enough(real.name, len(real.items), settings.batch, "pretrain.batch")
-    if recipe.metric.name == "js":
-        raise UsageError("metric js is of densities of points; choose a metric of images, e.g. fd_embedded")
+    if recipe.metric.name in ("js", "clip"):
+        what = "densities of points" if recipe.metric.name == "js" else "images and captions"
+        raise UsageError(f"metric {recipe.metric.name} is of {what}; choose a metric of images, e.g. fd_embedded")
     config = tokenizers.config_of(recipe.model.name, real.shape, recipe.model.options)
     loop.local_rows(settings.batch, settings.micro_batch)
     steps = training_run.num_steps(settings.images, settings.batch)

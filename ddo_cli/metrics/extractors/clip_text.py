@@ -18,7 +18,7 @@ from ddo_cli.precision import Device, inference_precision
 
 KEY = "clip"
 SCALE = 100.0  # as torchmetrics has it; the paper's is 2.5
-_REMEDY = "give a folder as CLIPModel.save_pretrained and its tokenizer write it (--weights clip=FOLDER)"
+_REMEDY = "give a folder as CLIPModel.save_pretrained writes it (--weights clip=FOLDER; in a recipe metric.weights)"
 _TEXTS = 256  # captions per pass
 
 
