@@ -269,6 +269,14 @@ def test_damaged_folders_are_refused(folder, tmp_path):
         ("transformer/config.json", {"sample_size": 10**9}, "sample_size = 1000000000 is no number from 1 to 256"),
         ("transformer/config.json", {"num_attention_heads": None}, "num_attention_heads = None is no number"),
         ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "DiT has 'epsilon'"),
+        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "DiT has False"),
     ]:
         with pytest.raises(CheckpointError, match=message):
             convert.run(spoilt(file, **changes), tmp_path / "x.safetensors")
+    place = spoilt("scheduler/scheduler_config.json", clip_sample=True)
+    found = convert.run(place, tmp_path / "x.safetensors")
+    assert found["left_out"] == "clip_sample: DiT's samplers clip nothing"
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
+    (place / "scheduler" / "scheduler_config.json").write_text(json.dumps(flow))
+    with pytest.raises(CheckpointError, match=r"FlowMatchEulerDiscreteScheduler has no beta_schedule.* such as a veloc"):
+        convert.run(place, tmp_path / "y.safetensors")

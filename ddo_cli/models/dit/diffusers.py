@@ -36,7 +36,9 @@ _PROCESS: dict[str, Any] = {
     "beta_schedule": "linear",
     "prediction_type": "epsilon",
     "trained_betas": None,
+    "rescale_betas_zero_snr": False,
 }
+_OF_STEPS = "beta_schedule"  # of every scheduler of discrete steps; those of flow matching and EDM lack it
 _EMBEDDINGS = {  # of every block
     "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
     "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
@@ -77,8 +79,7 @@ def read(folder: Path, found: Found) -> DitFolder:
     """The model of a folder. Raises CheckpointError for another network or noise schedule than DiT's."""
     config = diffusers_files.json_of(found.network)
     _check(config, _FIXED, found.network)
-    if found.scheduler is not None:
-        _check(diffusers_files.json_of(found.scheduler), _PROCESS, found.scheduler)
+    left_out = {} if found.scheduler is None else _checked_scheduler(found.scheduler)
     tensors = {name: tensor for path in found.weights for name, tensor in diffusers_files.tensors_of(path).items()}
     heads, side = (_number(config, key, found.network) for key in ("num_attention_heads", "sample_size"))
     try:
@@ -94,9 +95,24 @@ def read(folder: Path, found: Found) -> DitFolder:
         **file.notes,
         "arch": f"dit ({CLASS}): {dit_files.MEANINGS['dit']}",
         "time": "as DiT trained it: diffusers' own network differs from DiT's on the same weights",
+        **left_out,
         **({} if found.scheduler else {"schedule": "DiT's: the folder has no scheduler's configuration"}),
     }
     return DitFolder(file.config, file.tensors, notes)
+
+
+def _checked_scheduler(path: Path) -> dict[str, str]:
+    """What of a scheduler no sampler here does. Raises CheckpointError for another process than DiT's."""
+    scheduler = diffusers_files.json_of(path)
+    if _OF_STEPS not in scheduler:
+        name = printable(str(scheduler.get("_class_name")), 60)
+        raise CheckpointError(
+            f"{path}: a {name} has no {_OF_STEPS}, and DiT's has: the network estimates something else than DiT's "
+            "noise, such as a velocity; only DiT itself is read"
+        )
+    _check(scheduler, _PROCESS, path)
+    clips = [key for key in ("clip_sample", "thresholding") if scheduler.get(key)]
+    return {"left_out": f"{' and '.join(clips)}: DiT's samplers clip nothing"} if clips else {}
 
 
 def _number(config: Mapping[str, Any], key: str, path: Path) -> int:
