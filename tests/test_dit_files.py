@@ -278,5 +278,5 @@ def test_damaged_folders_are_refused(folder, tmp_path):
     assert found["left_out"] == "clip_sample: DiT's samplers clip nothing"
     flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
     (place / "scheduler" / "scheduler_config.json").write_text(json.dumps(flow))
-    with pytest.raises(CheckpointError, match=r"FlowMatchEulerDiscreteScheduler has no beta_schedule.* such as a veloc"):
+    with pytest.raises(CheckpointError, match=r"FlowMatchEulerDiscreteScheduler has no beta_schedule.* such as"):
         convert.run(place, tmp_path / "y.safetensors")
