@@ -83,6 +83,9 @@ def test_a_batch_is_found_by_its_name_alone(tmp_path):
     odd, plain = write_tar(tmp_path / "a.tar.gz", content), write_tar(tmp_path / "b.tar.gz", batches())
     assert np.array_equal(open_images(str(odd)).items, open_images(str(plain)).items)
     assert {path.name for path in tmp_path.iterdir()} == {"a.tar.gz", "b.tar.gz"}
+    twice = write_tar(tmp_path / "c.tar.gz", {**content, "x/data_batch_3": content["../../data_batch_3"]})
+    with pytest.raises(DataError, match="holds data_batch_3 more than once"):
+        open_images(str(twice))
 
 
 def test_members_do_not_unpack_to_more_than_they_say(tmp_path):

@@ -108,6 +108,30 @@ def test_an_unfinished_set_is_continued(ckpt, tmp_path, monkeypatch):
     assert written == ["latents-000001.safetensors"]
 
 
+def test_images_that_moved_are_compared(ckpt, tmp_path, capsys):
+    """An archive that was copied elsewhere goes on; one with other images or labels does not."""
+    items = open_images(DATA, 40)
+
+    def act(name, pixels, labels):
+        np.savez(tmp_path / name, arr_0=pixels, arr_1=labels)
+        return encode.run(str(tmp_path / name), ckpt, tmp_path / "set", shard=16, batch=8, device=CPU)
+
+    first = act("a.npz", items.items, items.labels)
+    files = {file: file.read_bytes() for file in (tmp_path / "set").glob("latents-*")}
+    (tmp_path / "set" / "latents-000002.safetensors").unlink()
+    assert act("b.npz", items.items, items.labels)["source_digest"] == first["source_digest"]
+    assert f"is continued with source: {tmp_path / 'a.npz'} -> {tmp_path / 'b.npz'}" in capsys.readouterr().err
+    assert all(file.read_bytes() == content for file, content in files.items())
+    assert json.loads((tmp_path / "set" / "manifest.json").read_text())["source"] == str(tmp_path / "b.npz")
+    pixels, labels = items.items.copy(), items.labels.copy()
+    pixels[20, 0, 0, 0] ^= 1
+    labels[[0, 39]] = (labels[[0, 39]] + 1) % 10
+    with pytest.raises(DataError, match=r"holds 1 shards of other images or labels than .*, latents-000001"):
+        act("c.npz", pixels, items.labels)
+    with pytest.raises(DataError, match=r"holds 2 shards of other images or labels than .*, latents-000000"):
+        act("d.npz", items.items, labels)
+
+
 def test_two_processes_write_the_same_set(tmp_path):
     ckpt = make_checkpoint(tmp_path / "var.safetensors", "var")
     options = ["--num-images", "40", "--shard", "16", "--batch", "8", "--device", "cpu", "--json"]

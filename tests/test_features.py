@@ -3,6 +3,7 @@ import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from random_inception import random_state
 from safetensors.torch import save_file
 
 from ddo_cli import checkpoint
+from ddo_cli.engines.pretrain import extractor as train_extractor
 from ddo_cli.errors import CheckpointError, DataError, UsageError
 from ddo_cli.files import sha256
 from ddo_cli.metrics.extractors.digit_net import DigitNet
@@ -59,6 +61,24 @@ def test_extractor_checkpoint(tmp_path):
     torch.testing.assert_close(found, network.features(images.float() / 127.5 - 1))
     assert not found.requires_grad
     assert not found.is_inference()  # may enter someone's loss
+
+
+def test_a_trained_extractor_is_that_of_its_images_and_labels(tmp_path, capsys):
+    """The same line finds it, wherever its images lie; not with other labels or held-out images."""
+    images, label, out = some_images(40, size=8).numpy(), np.arange(40) % 4, tmp_path / "e.safetensors"
+
+    def train(name, labels, held_out):
+        for file, numbers in ((name, labels), (f"held-{name}", held_out)):
+            np.savez(tmp_path / file, images=images, labels=numbers)
+        places = {"data": str(tmp_path / name), "held_out": str(tmp_path / f"held-{name}")}
+        return train_extractor.run(**places, out=out, images=128, seed=0, device=torch.device("cpu"))
+
+    first = train("a.npz", label, label)
+    assert train("b.npz", label, label) == first
+    assert "is finished; nothing to do" in capsys.readouterr().err
+    for other in ((label[::-1], label), (label, label[::-1])):
+        with pytest.raises(UsageError, match="holds something else"):
+            train("c.npz", *other)
 
 
 def test_grey_and_other_sizes(tmp_path):

@@ -148,6 +148,7 @@ def test_labels_of_subfolders(tmp_path, capsys):
         (["part_0", "Part-1"], None, "folders Part-1, part_0 are taken for shards"),
         (["rank0", "rank1", "rank10"], None, "folders rank0, rank1, rank10 are taken for shards"),
         (["train", "val"], None, "folders train, val are taken for splits, not classes; to use one of them, give"),
+        (["train2017", "val2017"], None, "folders train2017, val2017 are taken for splits"),
         (["all/cat", "all/dog"], [0, 1], "set/all/: 2 classes from folder names: 0 cat, 1 dog"),
         (["a/b/00000", "a/b/00001"], None, "folders 00000, 00001 are taken for shards"),
         (["a/train", "a/val"], None, "to use one of them, give"),

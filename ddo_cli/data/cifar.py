@@ -37,9 +37,14 @@ def open_tar(source: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
                 f"{source} unpacks to more than {MAX_TAR >> 20} MB, CIFAR-10 to 186; give the published file"
             )
         with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as archive:
-            # Wherever their names point. Links are left out.
-            files = (member for member in tars.members(archive) if member.isreg() and not member.issparse())
-            members = {Path(member.name).name: member for member in files}
+            members = dict[str, tarfile.TarInfo]()
+            for member in tars.members(archive):
+                name = Path(member.name).name  # wherever it points
+                if not member.isreg() or member.issparse():  # links are left out
+                    continue
+                if name in members and name in BATCHES:  # of which one would be passed over
+                    raise DataError(f"{source} holds {name} more than once; give the published file")
+                members[name] = member
 
             def read(name: str) -> bytes | None:
                 member = members.get(name)

@@ -34,7 +34,8 @@ CONTAINERS = (
     ".npz", ".npy", ".zip", ".tar", ".tgz", ".gz", ".rar", ".7z", ".parquet", ".arrow", ".tfrecord", ".tfrecords",
     ".h5", ".hdf5", ".mdb",
 )  # fmt: skip
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
+# train, val2017, test_set, ...
+_SPLIT = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?|eval|dev)[-_]?(set)?[-_]?\d*", re.IGNORECASE)
 # Names of folders that programs write in parts, by process, or by seed.
 _PART = re.compile(r"(part|shard|chunk|batch|rank|gpu|node|proc|process|worker|seed)[-_. ]?\d+", re.IGNORECASE)
 FEW_NAMES = 12  # class names, or files, that a note spells out
@@ -257,7 +258,7 @@ def _folder_labels(source: str, names: list[str], files: Sequence[str]) -> Listi
         map(_PART.fullmatch, folders)
     ):
         return none._replace(notes=(f"{place}: folders {shown} are taken for shards, not classes",))
-    if {folder.lower() for folder in folders} <= SPLITS:
+    if all(map(_SPLIT.fullmatch, folders)):
         text = f"{place}: folders {shown} are taken for splits, not classes; to use one of them, give {place}"
         return none._replace(warnings=(f"{text.rstrip('/')}/{folders[0]}",))
     if len(tops) < len(names):

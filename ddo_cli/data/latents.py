@@ -147,6 +147,16 @@ def read_info(file: Path) -> ShardInfo:
         raise _damaged(file, error) from None
 
 
+def labels_of(file: Path) -> np.ndarray:
+    """The labels of a shard, without reading its latents. Raises DataError if the file is damaged."""
+    try:
+        with open_tensors(file, "np") as content:
+            labels: np.ndarray = content.get_tensor("labels")
+            return labels
+    except TENSOR_ERRORS as error:
+        raise _damaged(file, error) from None
+
+
 def finish(path: Path, manifest: dict[str, Any], infos: Sequence[ShardInfo]) -> dict[str, Any]:
     """Completes and writes the manifest of a set whose shards are all written; returns it."""
     shards = [{"num": info.num, "sha256": info.sha256} for info in infos]

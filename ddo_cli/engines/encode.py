@@ -19,12 +19,13 @@ from ddo_cli.data.items import describe, wrong_shape
 from ddo_cli.data.stream import ImageStream, open_stream
 from ddo_cli.engines import captions
 from ddo_cli.errors import DataError, RunError, UsageError
-from ddo_cli.files import read_json
+from ddo_cli.files import read_json, write_json
 from ddo_cli.likelihood import NO_LABEL, LikelihoodModel
 from ddo_cli.models import registry
 from ddo_cli.models.diffusers import texts
 
-RESULTS = ("complete", "shards", "source_digest")  # keys of a manifest that are no settings
+# Keys of a manifest that are no settings. The images may have moved, then those that are encoded are compared.
+RESULTS = ("complete", "shards", "source_digest", "source", "source_identity")
 TIMED = 8  # images whose encoding is timed for --dry-run
 MARGIN = 1.05  # factor on the size on disk, for headers and file system blocks
 
@@ -63,11 +64,11 @@ def run(
     manifest = {
         "format": latents.FORMAT, "encoder": model.codec.encoder_id(),
         "model": {"name": file.header["config"]["name"], "sha256": file.sha256},
-        "source": data, "source_identity": stream.identity, "image_shape": list(model.codec.shape),
-        "shape": list(shape), "dtype": str(kind).removeprefix("torch."),
+        "image_shape": list(model.codec.shape), "shape": list(shape), "dtype": str(kind).removeprefix("torch."),
         "num": stream.num, "num_classes": stream.num_classes, "shard": shard,
         **({"captions": list(stream.captions)} if stream.captions else {}),
     }  # fmt: skip
+    place = {"source": data, "source_identity": stream.identity}
     item_size = math.prod(shape) * kind.itemsize + 8
     if encoder.texts is not None:
         manifest["text_encoder"] = encoder.texts.digest
@@ -88,6 +89,13 @@ def run(
     with rundir.locked(out):
         stored = out_dir.claim()
         missing = dist.from_main([n for n in range(num_shards) if not all(f.is_file() for f in encoder.files(out, n))])
+        if place != {key: stored.get(key) for key in place}:
+            there = sorted(set(range(num_shards)) - set(missing))
+            if there and stream.identity != stored.get("source_identity"):  # else its path is only spelt otherwise
+                _check_same(stream, out, there, shard, batch, workers)
+                console.info(f"{out} is continued with source: {stored.get('source', 'unknown')} -> {data}")
+            if dist.is_main():
+                write_json(out / latents.MANIFEST, {**stored, **place})
         if stored.get("complete") and len(stored.get("shards", ())) == num_shards and not missing:
             console.info(f"{out} is finished; nothing to do")
             return {**result, "source_digest": stored["source_digest"]}
@@ -103,7 +111,7 @@ def run(
             whole = Inspection(stream.labels, stream.num_classes)
             whole.seen[:], whole.shape = 1, tuple(stream.shape)
             whole.total = np.sum([info.notes["digests"] for info in infos], axis=0, dtype=np.int64).reshape(LIMBS)
-            latents.finish(out, {**manifest, "source_digest": whole.digest()}, infos)
+            latents.finish(out, {**manifest, **place, "source_digest": whole.digest()}, infos)
         dist.barrier()
         digest = read_json(out / latents.MANIFEST)["source_digest"]
     return {**result, "source_digest": digest, "images_per_second": round(speed, 2)}
@@ -155,6 +163,28 @@ class _Encoder:
 def _free(out: Path) -> int:
     """Free bytes on the disk of `out`."""
     return shutil.disk_usage(next(place for place in (out, *out.absolute().parents) if place.exists())).free
+
+
+def _check_same(stream: ImageStream, out: Path, there: list[int], shard: int, batch: int, workers: int | None) -> None:
+    """Raises DataError unless the images of the shards that are there are these. Collective."""
+    workers = stream.default_workers(torch.device("cpu"), batch) if workers is None else workers
+    numbers, other = dist.shard(there), list[int]()
+    with console.progress(f"comparing {stream.name}", len(numbers), "shards") as bar:
+        for number in numbers:
+            rows = np.arange(number * shard, min((number + 1) * shard, stream.num))
+            inspection, file = Inspection(stream.labels[rows]), latents.shard_file(out, number)
+            for positions, images in stream.batches(batch, rows, workers):
+                inspection.update(positions - rows[0], images)
+            is_same = latents.read_info(file).notes["digests"] == inspection.total.tolist()
+            if not is_same or not np.array_equal(latents.labels_of(file), stream.labels[rows]):
+                other.append(number)
+            bar.advance()
+    if others := sorted(number for part in dist.gathered(other) for number in part):
+        raise DataError(
+            f"{out} holds {len(others)} shards of other images or labels than {stream.name}, "
+            f"{latents.shard_file(out, others[0]).name} the first; give the images that it was begun with, or choose "
+            "another --out"
+        )
 
 
 def _write(

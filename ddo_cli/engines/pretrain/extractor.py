@@ -45,12 +45,16 @@ def run(
     if out.is_dir():
         raise UsageError(f"--out {out} is a directory; give the weight file to write")
     work, train = out.with_name(f".{out.name}.training"), _examples(data)
-    link = {"command": "train-extractor", "data": data, "held_out": held_out, "images": images, "seed": seed}
-    link["data_sha256"] = hashlib.sha256(train.items.numpy().data).hexdigest()
+    test = None if held_out is None else _examples(held_out)
+    identity = {"images": images, "seed": seed, "data_sha256": _hash_of(train)}
+    if test is not None:
+        identity["held_out_sha256"] = _hash_of(test)
+    link = {"command": "train-extractor", "data": data, "held_out": held_out, **identity}
     if out.is_file():
         stored = checkpoint.load(out)
         header = stored.header
-        if header.get("provenance") != [link]:
+        links = header.get("provenance", [{}])
+        if len(links) != 1 or links[0] != {**link, "data": links[0].get("data"), "held_out": links[0].get("held_out")}:
             raise UsageError(f"--out {out} holds something else; choose another name, or remove it")
         if _digest(stored.tensors) != header.get("tensors_sha256"):
             raise CheckpointError(f"{out} is damaged (other content); remove it, and it is trained again")
@@ -59,14 +63,12 @@ def run(
                 _remove(work)
         console.info(f"{out} is finished; nothing to do")
         return {"out": str(out), "heldout_accuracy": header["accuracy"], "num_images": header["num_images"]}
-    if held_out is None:
+    if test is None:
         order = permutation(len(train.items), "held-out", seed)
         cut = len(order) // 10
         if not cut:
             raise DataError(f"{data} holds {len(order)} images; a tenth is held out, so give at least 10 or --held-out")
         test, train = (Examples(train.items[rows], train.label[rows]) for rows in (order[:cut], order[cut:]))
-    else:
-        test = _examples(held_out)
     torch.manual_seed(seed_from("init", seed))
     network = DigitNet(num_classes=int(train.label.max()) + 1).to(device)
     steps = training_run.num_steps(images, SETTINGS.batch)
@@ -77,7 +79,7 @@ def run(
         if dist.is_main():
             sweep(work)
         stream = Shuffled(train.items.numpy(), train.label.numpy(), "extractor", seed)
-        state, owner = training_run.state_file(run_dir), json.dumps(link, sort_keys=True)
+        state, owner = training_run.state_file(run_dir), json.dumps(identity, sort_keys=True)
         plan = Plan("extractor", steps, SETTINGS, (seed,), state, owner, lambda: training_run.newest(state))
         objective = Objective(lambda items, label, rng: Examples(items, label), _cross_entropy)
         meter = Meter(run_dir.log_file, {}, SETTINGS.batch, device)
@@ -98,6 +100,11 @@ def _remove(work: Path) -> None:
     if dist.is_main():
         shutil.rmtree(work)
     dist.barrier()
+
+
+def _hash_of(examples: Examples) -> str:
+    """Hex SHA-256 of images and labels, wherever they lie."""
+    return hashlib.sha256(examples.items.numpy().tobytes() + examples.label.numpy().tobytes()).hexdigest()
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
