@@ -35,7 +35,7 @@ CONTAINERS = (
     ".h5", ".hdf5", ".mdb",
 )  # fmt: skip
 # train, val2017, test_set, ...
-_SPLIT = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?|eval|dev)[-_]?(set)?[-_]?\d*", re.IGNORECASE)
+SPLIT = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?|eval|dev)[-_]?(set)?[-_]?\d*", re.IGNORECASE)
 # Names of folders that programs write in parts, by process, or by seed.
 _PART = re.compile(r"(part|shard|chunk|batch|rank|gpu|node|proc|process|worker|seed)[-_. ]?\d+", re.IGNORECASE)
 FEW_NAMES = 12  # class names, or files, that a note spells out
@@ -258,7 +258,7 @@ def _folder_labels(source: str, names: list[str], files: Sequence[str]) -> Listi
         map(_PART.fullmatch, folders)
     ):
         return none._replace(notes=(f"{place}: folders {shown} are taken for shards, not classes",))
-    if all(map(_SPLIT.fullmatch, folders)):
+    if all(map(SPLIT.fullmatch, folders)):
         text = f"{place}: folders {shown} are taken for splits, not classes; to use one of them, give {place}"
         return none._replace(warnings=(f"{text.rstrip('/')}/{folders[0]}",))
     if len(tops) < len(names):

@@ -167,7 +167,7 @@ def _shards(source: str, path: Path, names: Sequence[str]) -> dict[str, Path]:
     if len(kinds) > 1:
         raise DataError(f"{source} holds {' and '.join(kinds.values())}; give a folder of one of the two kinds")
     words = ((name, re.split(r"[-_./]", name.lower())) for name in shards)  # train of data/train-00000-of-00002.parquet
-    splits = {word: name for name, parts in words for word in parts if word in image_files.SPLITS}
+    splits = {word: name for name, parts in words for word in parts if image_files.SPLIT.fullmatch(word)}
     if len(splits) > 1:
         shown = printable(", ".join(splits.values()), 120)
         raise DataError(f"{source} holds several splits ({shown}); put the files of one into a folder of their own")
@@ -197,7 +197,7 @@ def _of_arrays(source: str, path: Path, files: Sequence[Path], in_memory: bool) 
     more = ", ..." if len(others) > image_files.FEW_NAMES else ""
     plural = "s" if len(files) > 1 else ""
     note = f"{source}: the images are those of {len(files)} .npz file{plural}; left out: {left_out}{more}"
-    return contents._replace(notes=(note,))
+    return contents._replace(notes=(*contents.notes, note))
 
 
 def _image_files(source: str, listing: image_files.Listing, content: Content) -> Contents:
