@@ -24,6 +24,7 @@ from ddo_cli.diffusion.mixture import GaussianMixture
 from ddo_cli.diffusion.trace import Trace
 from ddo_cli.engines import report, scoring
 from ddo_cli.engines.analysis import analyses, analyze, regeneration
+from ddo_cli.engines.analysis import report as report_page
 from ddo_cli.engines.analysis.analyses import Recorder
 from ddo_cli.engines.analysis.subject import Settings, Subject
 from ddo_cli.errors import CheckpointError, DataError, NumericsError, UsageError
@@ -338,6 +339,9 @@ def test_all_analyses_of_images(disc, ckpt, tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == sorted([*pairs, "report.html"])
     page = (out / "report.html").read_text()
     assert [page.count(f'<section id="{name}">') for name in names] == [1, 1, 1, 1]
+    assert (page.count("<svg "), page.count("<img ")) == (4, 1)  # curves are the page's own; images are images
+    for cell in ("total", "data", "guided", "fd_embedded, guided", "mean regeneration, RMSE"):
+        assert f">{cell}</t" in page
     assert html.text(report.run(out)["headline"]) in page
     for name in names:
         assert content(out, name).keys() >= KEYS
@@ -362,6 +366,17 @@ def test_all_analyses_of_images(disc, ckpt, tmp_path, monkeypatch, capsys):
     columns, rows = analyze.table_of(out)
     assert len(columns) == len(rows[0])
     assert rows[-1][0] == "total"
+
+
+def test_a_gain_within_its_error_is_none():
+    gain = {"gain": 0.5, "error": 0.1, "gain_weight_1": 0.25, "error_weight_1": 0.05}
+    first = {"guidance": {"dg_weight": 2.0}, "model": "m"}
+    assert report_page.headline(first, None) == "What guidance of weight 2 does to m."
+    told = "What guidance of weight 2 does to m: it brings its score closer to held-out data's, by 0.5 ± 0.1 nats; "
+    assert report_page.headline(first, gain) == told + "at weight 1 by 0.25 ± 0.05."
+    assert "further from held-out data's, by -0.5" in report_page.headline(first, {**gain, "gain": -0.5})
+    told = "nothing beyond the error, a gain of 0.15 ± 0.1 nats on held-out data; at weight 1"
+    assert told in report_page.headline(first, {**gain, "gain": 0.15})
 
 
 def test_nfe_scores_are_those_of_the_recipe_s_metric(disc, ckpt, tmp_path):

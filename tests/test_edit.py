@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -202,13 +203,17 @@ def test_the_discriminator_of_the_model_is_found_among_the_runs(place, tmp_path,
     assert not any(level["guided"] for level in run(place, tmp_path / "none")["levels"])
     assert "without guidance: no discriminator below runs/ was trained against it" in capsys.readouterr().err
     other = make_checkpoint(tmp_path / "other.safetensors", seed=1)
-    finished_run("a", place / "d.safetensors")
+    drawn = sample.spec_of(checkpoint.load(place / "m.safetensors")).model_dump(mode="json")
+    ours = make_discriminator(tmp_path / "a.safetensors", str(place / "m.safetensors"), sampling=drawn)
+    finished_run("a", ours)
     finished_run("b", make_discriminator(tmp_path / "o.safetensors", other))
     os.utime("runs/a/final.safetensors", (0, 0))  # the newest is another model's
     found = run(place, tmp_path / "found")
     assert found["discriminator"] == "runs/a/final.safetensors"
     assert [level["guided"] for level in found["levels"]] == [False, True]
-    assert "guided by runs/a/final.safetensors, weight 2" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "guided by runs/a/final.safetensors, weight 2" in told
+    assert "other settings" not in told  # float32 is what this device makes of the samples' own precision
     assert not any(level["guided"] for level in run(place, tmp_path / "off", use_guidance=False)["levels"])
 
 
@@ -268,7 +273,13 @@ def test_report_and_files(place, tmp_path, form):
     assert names == {"edit.json", "edit.png", "edit-grid.png", *folders}
     headline = page_report.run(tmp_path / "e")["headline"]
     assert headline in (tmp_path / "e" / "report.html").read_text()
-    assert "fd_embedded to the target falls from" in headline
+    assert re.search(
+        r"edited from 2 noise levels: fd_embedded to the target does not fall: from [\d.]+ of the", headline
+    )
+    record = json.loads((tmp_path / "e" / "edit.json").read_text())
+    record["figures"]["source_distance"] = 1e6
+    better = edit_report.page(tmp_path / "e", record).headline
+    assert re.search(r"to the target falls from 1e\+06 to [\d.]+ \(noise level", better)
     if form == "png":
         assert Image.open(tmp_path / "e" / "level-2-guided" / "000011.png").size == (32, 32)
     assert images_of(tmp_path / "e" / "level-2-guided").shape == (12, 3, 32, 32)

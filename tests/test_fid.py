@@ -12,6 +12,7 @@ from ddo_cli.data import embedded
 from ddo_cli.data.images import open_images
 from ddo_cli.data.items import ItemSet
 from ddo_cli.engines.fid import fid
+from ddo_cli.engines.fid import page as fid_page
 from ddo_cli.errors import DataError, UsageError
 from ddo_cli.metrics.extractors.digit_net import DigitNet
 from ddo_cli.metrics.extractors.select import EMBEDDED_EXTRACTOR, load_extractor
@@ -96,6 +97,8 @@ def test_page(sets, extractor, tmp_path):
     assert found["content_digest"] in page
     assert files.sha256(Path(extractor)) in page
     assert page.count("data:image/png;base64,") == 2
+    tiles = fid_page.page({**found, "kid_embedded": 50432.1}, odd).blocks[0].tiles
+    assert [value.split(" ±")[0] for _, value, _ in tiles] == [f"{found['fd_embedded']:.4g}", "50,432"]
     with pytest.raises(UsageError, match=r"--report scores\.pdf is not the name of a page"):
         fid.run(str(odd), str(sets / "ref.npz"), options, device=CPU, report=Path("scores.pdf"))
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,13 @@ from ddo_cli import console, dist
 from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.diffusion.guidance import Potential, potential_at
 from ddo_cli.diffusion.trace import Denoiser, Trace
+from ddo_cli.engines.analysis import report
 from ddo_cli.engines.analysis.subject import Finding, Settings, Subject, shared_out
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.errors import NumericsError
 from ddo_cli.generation import generate, num_batches
 from ddo_cli.metrics import gain as gains
 from ddo_cli.report import pictures
-from ddo_cli.report.pictures import Curve
 from ddo_cli.rng import RowRng
 
 # Our choice, enough for smooth curves and pictures:
@@ -57,18 +56,7 @@ def gain(subject: Subject, settings: Settings) -> Finding:
         )
     content = {**figures, "weight": subject.guide.weight, "num_items": len(x0)}
     summary = {key: value for key, value in content.items() if key not in ("levels", "num_items")}
-    return Finding(summary, content, lambda path: _draw_gain(levels, content, path))
-
-
-def _draw_gain(levels: list[dict[str, Any]], content: dict[str, Any], path: Path) -> None:
-    shown = [pictures.gain_curve("weight 1", levels, "gain_weight_1", "error_weight_1")]
-    if content["weight"] != 1:
-        shown.append(pictures.gain_curve(f"weight {content['weight']:g}", levels, "gain", "error"))
-    x = shown[0].x
-    known = {at: level["best_weight"] for at, level in zip(x, levels, strict=True) if level["best_weight"] is not None}
-    best = Curve("", list(known), [min(max(weight, -2), 6) for weight in known.values()], "o")
-    panels = {"gain per unit of ln sigma, nats": shown, "best weight, cut at -2 and 6": [best]}
-    pictures.curves(panels, path, "log10 sigma")
+    return Finding(summary, content, partial(report.draw, "gain", content))
 
 
 # --- Trajectories
@@ -109,13 +97,8 @@ def trajectory(subject: Subject, settings: Settings) -> Finding:
         return sum(inside) / len(inside) if inside else None
 
     summary = {f"mean_log_ratio_{name}": mean(curve) for name, curve in curves.items()}
-    lines = [
-        Curve(name, [math.log10(sigma) for sigma in curve["sigma"]], curve["mean"], "o",
-              (curve["quartile_1"], curve["quartile_3"]))
-        for name, curve in curves.items()
-    ]  # fmt: skip
-    draw = partial(pictures.curves, {"log-ratio: mean and quartiles": lines}, x_label="log10 sigma")
-    return Finding(summary, {**curves, **summary, "num": TRAJECTORIES, "window": [low, high]}, draw)
+    content = {**curves, **summary, "num": TRAJECTORIES, "window": [low, high]}
+    return Finding(summary, content, partial(report.draw, "trajectory", content))
 
 
 def _along(subject: Subject, name: str, model: DiffusionModel) -> dict[str, list[float]]:
@@ -192,10 +175,7 @@ def nfe(subject: Subject, settings: Settings) -> Finding:
                 bar.advance(fields=f"{name}, {steps} steps: {point[name]:.4g}")
             points.append(point)
     content = {"metric": scoring.key, "num_images": settings.num, "points": points}
-    x = [point["nfe"] for point in points]
-    lines = [Curve(name, x, [point[name] for point in points], "o") for name in subject.sides()]
-    panels = {f"{scoring.key} of {settings.num} images": lines}
-    return Finding(content, content, partial(pictures.curves, panels, x_label="network evaluations of the model"))
+    return Finding(content, content, partial(report.draw, "nfe", content))
 
 
 # --- Densities

@@ -1,6 +1,6 @@
 """`ddo analyze`: the effect of discriminator guidance on a model, in the paper's quantities (arXiv 2211.17091)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,9 @@ def run(
     """
     chosen = guides.choose(disc, ckpt, guidance or {}, device=device, force=force)
     base, file = guides.diffusion_model(chosen.model), chosen.discriminator.checkpoint
-    spec = settled(sample.spec_of(chosen.model.checkpoint, **(sampling or {})), device)
+    spec = sample.spec_of(chosen.model.checkpoint, **(sampling or {}))
     guides.warn_of_other_sampler(chosen.discriminator, spec)
+    spec = settled(spec, device)
     recipe = _recipe_of(file)
     real, rows = _held_out(recipe, data, file.header["trained_on"].get("data_sha256"), chosen.model, file.path)
     base.check_sampling(spec)  # of a model that reads text once it is told the captions
@@ -110,18 +111,9 @@ def _check_place(out: Path, identity: dict[str, Any]) -> None:
         rundir.check_same(f"{file} holds figures of something else", ours, {key: stored.get(key) for key in ours})
 
 
-def table_of(out: Path) -> tuple[list[str], list[tuple[str, ...]]]:
+def table_of(out: Path) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
     """The gain by noise level, as columns and rows of a table."""
-    content = read_json(out / "gain.json")
-
-    def row(name: str, level: dict[str, Any]) -> tuple[str, ...]:
-        best = "-" if level["best_weight"] is None else f"{level['best_weight']:.2f}"
-        pairs = [(level["gain"], level["error"]), (level["gain_weight_1"], level["error_weight_1"])]
-        return (name, *(f"{value:.4g} ± {error:.2g}" for value, error in pairs), best)
-
-    levels = [row(f"{level['sigma_min']:.3g} to {level['sigma_max']:.3g}", level) for level in content["levels"]]
-    columns = ["sigma", f"gain at weight {content['weight']:g}, nats", "at weight 1", "best weight"]
-    return columns, [*levels, row("total", content)]
+    return report.gain_table(read_json(out / "gain.json"))[1:3]
 
 
 # --- What to analyse

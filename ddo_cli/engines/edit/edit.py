@@ -61,7 +61,8 @@ def run(
     """
     editor = edit_inputs.choose(disc, ckpt, guidance or {}, use_guidance, force=force, device=device)
     base, has_guide = editor.base, editor.settings is not None
-    spec = settled(sample.spec_of(editor.file, **(sampling or {})), device)
+    asked = sample.spec_of(editor.file, **(sampling or {}))
+    spec = settled(asked, device)
     editor.model(is_guided=has_guide).check_sampling(spec)
     levels = edit_inputs.check_levels(levels, spec, base)
     edit_inputs.check_outside(out, source)
@@ -76,7 +77,7 @@ def run(
     for claimed in (out_dir, *(writer.out_dir for writer in writers.values())):
         claimed.check()
     target = edit_report.open_target(ref, editor.disc, weights, extractor, sources, device)
-    editor.announce(spec)
+    editor.announce(asked)
     sample.warn_if_never_unconditional(editor.file, spec)
     if label is not None and ref is None:
         console.warn(f"the distance is to all classes of {target.name}; give images of class {label} alone by --ref")

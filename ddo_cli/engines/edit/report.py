@@ -177,16 +177,22 @@ def page(out: Path, record: dict[str, Any]) -> html.Page:
         key for key in figures["levels"][0] if key not in ("sigma", "time", "guided", "psnr", "nfe", "disc_nfe")
     )
     distances = [level for level in figures["levels"] if level[named] is not None]
-    headline = f"{record['num']:,} images of {record['source']}, edited from {len(figures['levels'])} noise levels"
+    count = len({level["sigma"] for level in figures["levels"]})
+    headline = f"{record['num']:,} images of {record['source']}, edited from {count} noise level{'s' * (count > 1)}"
     if distances:
         best = min(distances, key=lambda level: level[named])
-        headline += (
-            f": {named} to the target falls from {figures['source_distance']:.4g} to {best[named]:.4g} "
-            f"({Way(best['sigma'], best['guided']).title}, PSNR {best['psnr']:.1f} dB)"
-        )
+        before, after = f"{figures['source_distance']:.4g}", f"{best[named]:.4g}"
+        told = f"falls from {before} to {after}"
+        if best[named] >= figures["source_distance"]:
+            told = f"does not fall: from {before} of the source to {after} at best"
+        where = f"{Way(best['sigma'], best['guided']).title}, PSNR {best['psnr']:.1f} dB"
+        headline += f": {named} to the target {told} ({where})"
     lines = {name: curve for name, curve in _curves(distances, named).items() if curve} if distances else {}
     charts = [Chart(title, curves, "PSNR to the source, dB") for title, curves in lines.items()]
     columns, rows = table({"metric": named, **figures})
+    grid = html.Picture(
+        out / "edit-grid.png", f"from top to bottom: the source, {'; '.join(title for title, *_ in rows)}"
+    )
     settings = [(key, str(value)) for key, value in record["sampling"].items() if value is not None]
     return html.Page(
         f"Edited images: {out.resolve().name}",
@@ -194,9 +200,7 @@ def page(out: Path, record: dict[str, Any]) -> html.Page:
         [],
         [
             Section("By noise level", [html.Charts(charts), html.Table("", columns, rows)]),
-            Section(
-                "Images", [html.Pictures([html.Picture(out / "edit-grid.png", "the source, then each level, in rows")])]
-            ),
+            Section("Images", [html.Pictures([grid])]),
             Section("Settings", [html.Table("", ["key", "value"], settings, of_texts=True)]),
         ],
     )

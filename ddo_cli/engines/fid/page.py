@@ -42,7 +42,7 @@ def page(result: Mapping[str, Any], grid: Path) -> html.Page:
     columns, rows = fid_report.table(result)
     against = f" against {result['reference']}" if result.get("reference") else ""
     headline = f"{result['source']}, {result['num_images']:,} images{against}: "
-    tiles = [(name, re.split(r",| \(", value)[0], f"{better} is better") for name, value, better, *_ in rows[:6]]
+    tiles = [(name, re.split(r", | \(", value)[0], f"{better} is better") for name, value, better, *_ in rows[:6]]
     headline += f"{tiles[0][0]} {tiles[0][1]} ({tiles[0][2]})."
     notes = [html.Text(f"Warning: {text}", "warning") for text in result["warnings"]]
     if not result["comparable"]:
@@ -58,7 +58,7 @@ def page(result: Mapping[str, Any], grid: Path) -> html.Page:
             if result.get(key) is not None]  # fmt: skip
     drawn = [
         Picture(grid, f"the first {min(result['num_images'], SHOWN)} images"),
-        *([Picture(Path(result["nearest"]["picture"]), "images closest to the reference, and what is nearest there")]
+        *([Picture(Path(result["nearest"]["picture"]), "images closest to the reference; below each, what is nearest")]
           if "nearest" in result else []),
         *([Picture(Path(result["likelihoods"]), "likelihood under the reference's Gaussian of features")]
           if "likelihoods" in result else []),
@@ -66,7 +66,7 @@ def page(result: Mapping[str, Any], grid: Path) -> html.Page:
     return html.Page(
         f"Scores: {result['source']}", headline, [html.Tiles(tiles), *notes],
         [
-            Section("Scores", [html.Table("", columns, rows)]),
+            Section("Scores", [html.Table("", columns, rows, of_texts=True)]),
             Section("Images", [html.Pictures(drawn)]),
             Section("Protocol", [html.Table("", ["", ""], [*told, *protocol], of_texts=True)]),
         ],
