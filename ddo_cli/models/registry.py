@@ -165,12 +165,12 @@ def load_model(path: str | Path, device: torch.device, draw: dict[str, Any] | No
     program or its tensors do not fit.
     """
     file = checkpoint.load(file_of(path), kind="model")
+    config = check_config(file.header.get("config"), str(path))
     if (base := adapters.base_of(file)) is not None:
         model = load_model(base, device, draw).model
         adapters.fill(model, file)
-        loaded, options = Loaded(model, file._replace(tensors={})), file.header["config"]["options"]
+        loaded, options = Loaded(model, file._replace(tensors={})), config["options"]
         return told(loaded, options["prompts"], options["negative_prompt"]) if "prompts" in options else loaded
-    config = check_config(file.header.get("config"), str(path))
     try:
         if config["name"] in BUILTIN:
             model = of_file(lambda: build(config, draw), file, device)

@@ -161,7 +161,7 @@ def _candidate(shapes: Shapes, levels: int, depth: int) -> dict[str, Any] | None
             "scale_shift": has_scale_shift(shapes),
             "num_labels": shapes["label_emb.weight"][0] if "label_emb.weight" in shapes else 0,
         }
-    except (KeyError, IndexError, ZeroDivisionError):
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):  # ValueError: the root of a negative number
         return None
 
 
