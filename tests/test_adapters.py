@@ -1,5 +1,6 @@
 """Adapters: every network of the package starts as its base, trains nothing else, and its files find their base."""
 
+import copy
 import functools
 import json
 import os
@@ -16,11 +17,15 @@ from kills import KilledError
 from safetensors.torch import load_file
 
 from ddo_cli import checkpoint, files
-from ddo_cli.engines.ddo import finetune
+from ddo_cli.data.images import open_images
+from ddo_cli.engines.ddo import finetune, reference
+from ddo_cli.engines.ddo.round import FIRST_FAKE_SEED
+from ddo_cli.engines.sampling import sample
 from ddo_cli.engines.weights import ema, export
 from ddo_cli.errors import CheckpointError, RecipeError, UsageError
 from ddo_cli.files import sha256
-from ddo_cli.models import adapters, registry
+from ddo_cli.generation import generate
+from ddo_cli.models import adapters, half, registry
 from ddo_cli.recipe.training import AdapterRecipe
 from ddo_cli.training.recompute import recompute_units
 
@@ -78,6 +83,110 @@ def test_merged_weights_are_those_of_a_network_that_computes_the_same(family):
     assert log["r_real"].abs() < 1e-4 * loss
 
 
+def in_bf16(family):
+    """A model on a base in bf16, and the same on a float32 base of the same values."""
+    rounded, _ = with_adapter(family)
+    model, base = with_adapter(family, base_precision="bf16")
+    found = {name: p for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
+    stored = {name.replace(".weight_bf16", ".weight"): p for name, p in found.items()}
+    for name, parameter in stored.items():
+        exact = base[name.replace(".base_layer.", ".")]
+        assert torch.equal(parameter, exact.to(torch.bfloat16))
+        assert not torch.equal(parameter.float(), exact)
+        rounded.get_parameter(name).data = parameter.float()
+    return model, rounded
+
+
+# Of linear maps and of convolutions.
+@pytest.mark.parametrize(
+    "family", ["mlp", "patch-unet", *(pytest.param(each, marks=pytest.mark.slow) for each in ("adm-unet", "dit"))]
+)
+def test_a_base_in_bf16_is_its_rounding(family):
+    """Outputs and gradients are those of a float32 base of the same values."""
+    model, rounded = in_bf16(family)
+    sizes = [sum(p.nbytes for p in each.parameters() if not p.requires_grad) for each in (model, rounded)]
+    assert sizes[0] < 0.7 * sizes[1]
+    refs, twins = (
+        [families.frozen(each) for each in (model, rounded)],
+        [adapters.twin(each) for each in (model, rounded)],
+    )
+    log = families.step(twins[0], refs[0]).log
+    assert log["r_real"] == log["r_fake"] == 0
+    losses, gradients = [], []
+    for twin, ref in zip(twins, refs, strict=True):
+        losses.append(families.step(moved(twin), ref).loss)
+        losses[-1].backward()
+        gradients.append({name: p.grad for name, p in twin.named_parameters() if p.requires_grad})
+    assert losses[0] == losses[1]
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert gradient.dtype == torch.float32
+        assert gradient.any()
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (torch.nn.Linear(24, 16), (2, 5, 24)),
+        (torch.nn.Linear(24, 16, bias=False), (3, 24)),
+        (torch.nn.Conv2d(8, 12, 3, stride=2, padding=1, dilation=2, groups=4), (2, 8, 9, 7)),
+        (torch.nn.Conv1d(8, 12, 3), (2, 8, 9)),
+    ],
+)
+def test_a_layer_in_bf16_keeps_no_other_weight(layer, shape):
+    """And has the output and gradient of torch's own; its `weight` is of float32 to whoever reads it."""
+    stored = layer.weight.detach().to(torch.bfloat16)
+    layer.requires_grad_(False).weight.copy_(stored.float())
+    own, x, kept = copy.deepcopy(layer), torch.randn(shape, requires_grad=True), []
+    assert half.keep(torch.nn.Sequential(layer)) == 1
+    assert torch.equal(layer.weight, own.weight)
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
+        y = copy.deepcopy(layer)(x)
+    assert [each.dtype for each in kept] == [torch.bfloat16]
+    weighed = torch.randn(y.shape)
+    gradients = [torch.autograd.grad((out * weighed).sum(), x)[0] for out in (y, own(x))]
+    assert torch.equal(y, own(x))
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-7)
+
+
+def test_a_base_in_bf16_under_autocast():
+    """The stored weights are taken as they are, which autocast would round to no others."""
+    model, rounded = in_bf16("patch-unet")
+    with torch.autocast("cpu", torch.bfloat16):
+        logs = [families.step(moved(adapters.twin(each)), families.frozen(each)).log for each in (model, rounded)]
+    assert logs[0] == logs[1]
+
+
+def test_a_run_on_a_base_in_bf16(finished_of, tmp_path):
+    """Fakes, reference and files are all of the rounded base."""
+    _, ckpt, _ = finished_of("diffusion")
+    lora = LORA.replace("}", ", base_precision: bf16}")
+    recipe = recipe_of(ckpt, "diffusion", lora=lora)
+    found = finetune.run(recipe, tmp_path / "run", device=CPU)
+    first = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert first["r_real"] == first["r_fake"] == first["r_std"] == 0
+    loaded = registry.load_model(tmp_path / "run" / "round-01" / "checkpoints" / "step-000006.safetensors", CPU)
+    assert loaded.checkpoint.header["adapter"]["base_precision"] == "bf16"
+    start = reference.start_of(recipe, ckpt, CPU).model
+    stored = {name: p for name, p in loaded.model.named_parameters() if p.dtype == torch.bfloat16}
+    assert stored
+    assert all(torch.equal(start.get_parameter(name), parameter) for name, parameter in stored.items())
+    drawn = open_images(str(tmp_path / "run" / "round-01" / "samples"))
+    seeds = range(FIRST_FAKE_SEED, FIRST_FAKE_SEED + len(drawn.items))
+    spec = sample.spec_of(loaded.checkpoint)
+    again = generate(start, seeds, spec, batch=spec.batch)
+    assert np.array_equal(drawn.items[:], torch.cat([batch.items for batch in again]).numpy())
+    assert found["final"]
+
+
+def test_a_network_without_layers_for_bf16():
+    with pytest.raises(UsageError, match=r"a \w+ has no linear maps or convolutions of torch's own"):
+        with_adapter("edm2-unet", base_precision="bf16")
+    with pytest.raises(RecipeError, match="has no effect without an adapter"):
+        tiny_recipe("x", "diffusion", "finetune.adapter.base_precision=bf16")
+
+
 @pytest.fixture(scope="module")
 def finished_of(tmp_path_factory):
     """(kind, base, directory) of a run of two rounds, with recomputed blocks."""
@@ -104,9 +213,9 @@ def candidate(finished_of):
     return ckpt, out / "round-02" / "checkpoints" / "step-000006.safetensors"
 
 
-def recipe_of(ckpt, kind="diffusion", *more):
+def recipe_of(ckpt, kind="diffusion", *more, lora=LORA):
     return tiny_recipe(
-        ckpt, kind, LORA, "finetune.lr=1.0e-2", "finetune.log_every=1", "finetune.activation_checkpointing=true",
+        ckpt, kind, lora, "finetune.lr=1.0e-2", "finetune.log_every=1", "finetune.activation_checkpointing=true",
         "finetune.margin=0.0", *more,
     )  # fmt: skip
 

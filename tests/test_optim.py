@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from ddo_cli import checkpoint
 from ddo_cli.data.pairs import Pairs, Shuffled
 from ddo_cli.diffusion.denoiser import DiffusionModel
 from ddo_cli.engines.ddo import finetune
-from ddo_cli.errors import NumericsError, RecipeError, RunError
+from ddo_cli.errors import NumericsError, RecipeError, RunError, UsageError
 from ddo_cli.models import registry
 from ddo_cli.objectives.ddo import DdoSettings
 from ddo_cli.objectives.ddo_step import ddo_objective
@@ -71,7 +72,7 @@ class Net(Trainable):
         return self.last(torch.tanh(self.first(x)))
 
 
-def fit(path, *pauses, steps=6, factor=lambda step: 1.0, net=None, **recipe):
+def fit(path, *pauses, steps=6, factor=lambda step: 1.0, net=None, make=Net, **recipe):
     settings = TrainRecipe(**({"lr": 0.1, "batch": 2, "log_every": 1, "save_every": 100} | recipe))
     path.mkdir(exist_ok=True)
 
@@ -80,7 +81,7 @@ def fit(path, *pauses, steps=6, factor=lambda step: 1.0, net=None, **recipe):
         return Loss(model(x).square().mean() * factor(rng.step), {})
 
     for until in (*pauses, None):
-        trained = Net() if net is None else net
+        trained = make() if net is None else net
         fit_events(trained, loss, path, settings, steps, until)
     return trained, [json.loads(line) for line in (path / "log").read_text().splitlines()]
 
@@ -123,6 +124,36 @@ def test_adamw_goes_on_as_if_it_had_not_stopped(tmp_path, stepping):
     paused, _ = fit(tmp_path / "paused", 2, 5, **settings)
     for ours, theirs in zip(paused.parameters(), whole.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_moments_of_8_bits(tmp_path, monkeypatch):
+    """They take a quarter of the bytes, steps are nearly AdamW's, and a training that was stopped ends alike."""
+    pytest.importorskip("bitsandbytes")
+
+    class Wide(Trainable):  # tensors of fewer than 4096 numbers have moments of float32
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.last = torch.nn.Linear(3, 80), torch.nn.Linear(80, 80)
+
+        forward = Net.forward
+
+    settings = {"optimizer": "adamw8bit", "weight_decay": 0.1, "lr": 1e-3}
+    whole, _ = fit(tmp_path / "whole", make=Wide, **settings)
+    paused, _ = fit(tmp_path / "paused", 2, 5, make=Wide, **settings)
+    exact, _ = fit(tmp_path / "exact", make=Wide, **{**settings, "optimizer": "adamw"})
+    for ours, theirs, other, start in zip(*(net.parameters() for net in (paused, whole, exact, Wide())), strict=True):
+        assert torch.equal(ours, theirs)
+        assert float((theirs - other).detach().abs().max()) < 0.1 * float((theirs - start).detach().abs().max())
+    states = [checkpoint.load(tmp_path / name / "state").tensors for name in ("paused", "exact")]
+    moments = [sum(t.nbytes for name, t in state.items() if name.startswith("adam.")) for state in states]
+    assert moments[0] < 0.4 * moments[1]
+    assert any(tensor.dtype == torch.uint8 for tensor in states[0].values())
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UsageError, match=r"needs the library bitsandbytes.*pip install 'ddo-cli\[8bit\]'"):
+        fit(tmp_path / "none", **settings)
+    with pytest.raises(RecipeError, match=r"optimizer = 'adamw8bit': does not go with sharding = fsdp"):
+        load("quickstart", ["finetune.optimizer=adamw8bit", "finetune.sharding=fsdp"])
 
 
 def test_float16_is_near_float32_and_goes_on_as_if_it_had_not_stopped(tmp_path, stepping):

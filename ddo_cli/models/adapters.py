@@ -9,7 +9,7 @@ is the adapter, and so are its files; they name their base by its hash.
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +25,7 @@ from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.errors import CheckpointError, UsageError, printable, problem_of, reason
 from ddo_cli.files import sha256
 from ddo_cli.likelihood import LikelihoodModel
+from ddo_cli.models import half
 from ddo_cli.recipe.training import AdapterRecipe
 
 NAME = "default"  # peft's own; a network has one adapter
@@ -129,6 +130,12 @@ def _inject(model: LikelihoodModel, settings: AdapterRecipe, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, adapter_name=NAME)
+    if settings.base_precision == "bf16" and not half.keep(model):
+        kind = type(getattr(model, "net", model)).__name__
+        raise UsageError(
+            f"finetune.adapter.base_precision = bf16: a {kind} has no linear maps or convolutions of torch's own, and "
+            "others are not stored so; leave it out"
+        )
     model.eval()
     model.register_state_dict_post_hook(_only_adapter)
     model.register_load_state_dict_post_hook(_base_is_there)
@@ -153,6 +160,14 @@ def _base_is_there(model: nn.Module, keys: Any) -> None:
 def is_in(model: nn.Module) -> bool:
     """Whether the network has an adapter."""
     return hasattr(model, "peft_config")
+
+
+def loading_device(settings: Mapping[str, Any], device: torch.device) -> torch.device:
+    """Where a base is loaded and given its adapter: on the CPU if it is stored in bf16, since it may not fit otherwise.
+
+    settings: of the adapter.
+    """
+    return torch.device("cpu") if settings.get("base_precision") == "bf16" else device
 
 
 def twin(model: LikelihoodModel) -> LikelihoodModel:

@@ -167,9 +167,9 @@ def load_model(path: str | Path, device: torch.device, draw: dict[str, Any] | No
     file = checkpoint.load(file_of(path), kind="model")
     config = check_config(file.header.get("config"), str(path))
     if (base := adapters.base_of(file)) is not None:
-        model = load_model(base, device, draw).model
+        model = load_model(base, adapters.loading_device(file.header["adapter"], device), draw).model
         adapters.fill(model, file)
-        loaded, options = Loaded(model, file._replace(tensors={})), config["options"]
+        loaded, options = Loaded(model.to(device), file._replace(tensors={})), config["options"]
         return told(loaded, options["prompts"], options["negative_prompt"]) if "prompts" in options else loaded
     try:
         if config["name"] in BUILTIN:

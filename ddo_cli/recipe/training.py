@@ -61,13 +61,15 @@ class TrainRecipe(Section):
         "Power-function averages in place of the half-life: their relative standard deviations (EDM2's "
         "sigma_rel). The first is scored and promoted; the others are saved beside it for `ddo ema`.",
     )
-    optimizer: Literal["adam", "adamw"] = key("adam", "Optimizer.")
+    optimizer: Literal["adam", "adamw", "adamw8bit"] = key(
+        "adam", "Optimizer. adamw8bit: AdamW whose moments take a byte each (bitsandbytes; extra `8bit`)."
+    )
     adam_beta1: float = key(0.9, "Decay of Adam's first moment.", ge=0, lt=1)
     adam_beta2: float = key(0.999, "Decay of Adam's second moment.", ge=0, lt=1)
     adam_eps: float = key(1e-8, "Adam's epsilon.", gt=0)
     weight_decay: float = key(
         0.0,
-        "adam: L2 penalty, added to the gradient of every weight. adamw: decoupled, lr * weight_decay off "
+        "adam: L2 penalty, added to the gradient of every weight. adamw, adamw8bit: decoupled, lr * weight_decay off "
         "the weight in each step, except for vectors and weights that the model exempts.",
         ge=0,
     )
@@ -102,6 +104,17 @@ class TrainRecipe(Section):
         if self.compile and self.sharding == "fsdp":
             text = "does not go with sharding = fsdp, whose weights change place while blocks compute; leave one out"
             raise ValidationError.from_exception_data(type(self).__name__, [_problem(["compile"], True, text)])
+        return self
+
+    @model_validator(mode="after")
+    def _moments_are_whole(self: T) -> T:
+        if self.optimizer == "adamw8bit" and self.sharding == "fsdp":
+            text = (
+                "does not go with sharding = fsdp, which spreads moments of torch's own optimizers; use adamw, or ddp"
+            )
+            raise ValidationError.from_exception_data(
+                type(self).__name__, [_problem(["optimizer"], self.optimizer, text)]
+            )
         return self
 
     @model_validator(mode="after")
@@ -197,6 +210,12 @@ class AdapterRecipe(Section):
         [],
         "Layers that are changed, by the ends of their names. Default: the network's projections of attention.",
         max_length=1000,
+    )
+
+    base_precision: Literal["float32", "bf16"] = key(
+        "float32",
+        "Storage of the frozen base's linear maps and convolutions, while the adapter is trained and drawn from. bf16 "
+        "halves the base's memory and rounds it; r still starts at exactly 0.",
     )
 
     @model_validator(mode="after")

@@ -1,14 +1,16 @@
 """Adam and AdamW as a recipe asks for them, steps that are left out, and the loss scaling of float16."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ddo_cli import sharding
-from ddo_cli.errors import UsageError
+from ddo_cli.errors import UsageError, reason
 from ddo_cli.recipe.schema import TrainRecipe
 from ddo_cli.trainable import Trainable
 
@@ -19,7 +21,7 @@ _STEPS_TO_DOUBLE = 1000
 SMALLEST_SCALE = 1.0  # our choice: below it, gradients overflow that were not scaled up at all
 
 
-def build(model: Trainable, recipe: TrainRecipe) -> torch.optim.Adam:
+def build(model: Trainable, recipe: TrainRecipe) -> Optimizer:
     """The optimizer of the model's trainable parameters, in their order. Raises UsageError if there are none.
 
     Groups are in the order decayed, exempt, which numbers the moments in a saved state.
@@ -32,15 +34,56 @@ def build(model: Trainable, recipe: TrainRecipe) -> torch.optim.Adam:
         "betas": (recipe.adam_beta1, recipe.adam_beta2),
         "eps": recipe.adam_eps,
         "weight_decay": recipe.weight_decay,
-        "fused": _can_fuse([parameter for _, parameter in named]) or None,
     }
+    fused: dict[str, Any] = {"fused": _can_fuse([parameter for _, parameter in named]) or None}
     if recipe.optimizer == "adam":
-        return _with_moments(torch.optim.Adam([p for _, p in named], **keywords))
+        return _with_moments(torch.optim.Adam([p for _, p in named], **keywords, **fused))
     groups: list[dict[str, Any]] = [
         {"params": [p for name, p in named if not model.no_decay(name, p)]},
         {"params": [p for name, p in named if model.no_decay(name, p)], "weight_decay": 0.0},
     ]
-    return _with_moments(torch.optim.AdamW([group for group in groups if group["params"]], **keywords))
+    groups = [group for group in groups if group["params"]]
+    if recipe.optimizer == "adamw":
+        return _with_moments(torch.optim.AdamW(groups, **keywords, **fused))
+    optimizer: Optimizer = _bitsandbytes().optim.AdamW8bit(groups, **keywords)
+    for number, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            optimizer.init_state(group, parameter, number, place)  # type: ignore[attr-defined]  # as `_with_moments`
+    return optimizer
+
+
+def _bitsandbytes() -> ModuleType:
+    """The library. Raises UsageError where it is missing."""
+    try:
+        import bitsandbytes
+    except (ImportError, RuntimeError) as error:
+        raise UsageError(
+            f"optimizer = adamw8bit needs the library bitsandbytes, which cannot be imported ({reason(error, 80)}); "
+            "install it: pip install 'ddo-cli[8bit]'"
+        ) from None
+    return bitsandbytes
+
+
+def tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """What a step changes, themselves and not copies, by "<number of the parameter>.<key>".
+
+    Counts that are no tensors, as of bitsandbytes, are copies, which `counted` takes over.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {
+        f"{number}.{key}": value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+        for number, parameter in enumerate(parameters)
+        for key, value in optimizer.state[parameter].items()
+        if not key.startswith("qmap")  # constants that all moments of 8 bits share
+    }
+
+
+def counted(optimizer: Optimizer, filled: Mapping[str, Tensor]) -> None:
+    """Takes over counts that are no tensors. filled: those of `tensors`, with other values."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in enumerate(parameters):
+        state = optimizer.state[parameter]
+        state.update((key, int(filled[f"{number}.{key}"])) for key, value in state.items() if isinstance(value, int))
 
 
 def _can_fuse(parameters: Sequence[Tensor]) -> bool:
@@ -51,7 +94,7 @@ def _can_fuse(parameters: Sequence[Tensor]) -> bool:
     return all(type(parameter) is nn.Parameter and parameter.is_cuda for parameter in parameters)
 
 
-def _with_moments(optimizer: torch.optim.Adam) -> torch.optim.Adam:
+def _with_moments(optimizer: torch.optim.Adam) -> Optimizer:
     """Makes the moments, zeros, before the first step: a saved state is read into them, and memory that does not
     suffice shows at once.
     """
@@ -96,10 +139,10 @@ class Stepper:
     Another one is asked to step only after the CPU has read whether it should.
     """
 
-    def __init__(self, optimizer: torch.optim.Adam, recipe: TrainRecipe):
+    def __init__(self, optimizer: Optimizer, recipe: TrainRecipe):
         self.optimizer, self.clip_at = optimizer, recipe.grad_clip or math.inf
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.is_fused = bool(optimizer.defaults["fused"])
+        self.is_fused = bool(optimizer.defaults.get("fused"))
         self.is_on = recipe.precision == "fp16"
         device = self.parameters[0].device
         # The factor of the loss, a power of two: it rounds nothing.

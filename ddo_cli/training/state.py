@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ddo_cli import checkpoint, console, dist, ledger, sharding
 from ddo_cli.errors import CheckpointError, RunError
 from ddo_cli.files import remove
+from ddo_cli.training import optim
 from ddo_cli.training.ema import Averages
 from ddo_cli.training.meter import Meter
 from ddo_cli.training.optim import Stepper
@@ -30,7 +31,7 @@ class State:
         owner: str,
         sharded: str,
         model: nn.Module,
-        optimizer: torch.optim.Adam,
+        optimizer: torch.optim.Optimizer,
         stepper: Stepper,
         averages: Averages,
         meter: Meter,
@@ -105,6 +106,8 @@ class State:
             with torch.no_grad():
                 for name, tensor in tensors.items():
                     tensor.copy_(saved.tensors[name])
+        adam = {name.removeprefix("adam."): t for name, t in tensors.items() if name.startswith("adam.")}
+        optim.counted(self.optimizer, adam)
         self.stepper.restore(saved.header.get("loss_scale", {}))
         sums = {name.removeprefix("meter."): t for name, t in saved.tensors.items() if name.startswith("meter.")}
         self.meter.restore(sums, saved.header["metered_steps"])
@@ -133,11 +136,10 @@ class State:
         """The tensors that a step changes, themselves and not copies: "model.<name>", "ema.<name>",
         "adam.<number>.<key>". Also before the first step, since `optim.build` makes Adam's moments.
         """
-        moments = self.optimizer.state_dict()["state"]
         return {
             **{f"model.{name}": tensor for name, tensor in self.model.state_dict().items()},
             **self.averages.tensors(),
-            **{f"adam.{number}.{key}": tensor for number, group in moments.items() for key, tensor in group.items()},
+            **{f"adam.{name}": tensor for name, tensor in optim.tensors(self.optimizer).items()},
         }
 
 

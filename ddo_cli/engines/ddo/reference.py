@@ -34,11 +34,13 @@ def start_of(recipe: Recipe, file: str | Path, device: torch.device) -> registry
 
     Raises UsageError for an adapter's file without that, or with another adapter.
     """
-    loaded, settings = registry.load_model(file, device, recipe.finetune.draw), recipe.finetune.adapter
+    settings = recipe.finetune.adapter
+    place = adapters.loading_device(settings.model_dump(), device)
+    loaded = registry.load_model(file, place, recipe.finetune.draw)
     if settings.kind:
         # A whole file within a run is a copy of the one that it started from: no round was promoted yet.
         own = adapters.add(loaded.model, loaded.checkpoint, settings, recipe.seed, recipe.model.ckpt)
-        return loaded._replace(checkpoint=own)
+        return registry.Loaded(loaded.model.to(device), own)
     if adapters.is_in(loaded.model):
         raise UsageError(
             f"{file} is an adapter: train it on with finetune.adapter = {{kind: lora}} and its settings, or all "
@@ -135,7 +137,7 @@ def precision_error(recipe: Recipe, file: str | Path, real: ItemSet, number: int
     times what is left of them.
     """
     settings, seed = recipe.finetune, recipe.seed
-    exact = told(registry.load_model(file, device, settings.draw), real).model
+    exact = told(start_of(recipe, file, device), real).model
     exact.before_step()
     rounded = exact
     if settings.reference_precision == "bf16":

@@ -25,7 +25,7 @@ from ddo_cli.engines.watch import Watch
 from ddo_cli.errors import UsageError
 from ddo_cli.files import replacing
 from ddo_cli.likelihood import LikelihoodModel
-from ddo_cli.models import adapters, registry
+from ddo_cli.models import adapters
 from ddo_cli.objectives.ddo import DdoSettings, r_std
 from ddo_cli.objectives.ddo_step import ddo_objective
 from ddo_cli.objectives.likelihood import plain_objective
@@ -153,7 +153,7 @@ class Round(NamedTuple):
         whole, settings = self.chain.recipe, self.recipe.finetune
         before = sum(whole.finetune.of_round(number).num_fake for number in range(1, self.number))
         first = FIRST_FAKE_SEED + before  # rounds do not overlap
-        loaded = reference.told(registry.load_model(self.ref_file, self.chain.device), real)
+        loaded = reference.told(reference.start_of(self.recipe, self.ref_file, self.chain.device), real)
         spec = fake_spec(settings, self.chain.scoring.spec, loaded.checkpoint)
         sample.run(
             loaded, range(first, first + settings.num_fake), self.path / "samples", form="shards",
