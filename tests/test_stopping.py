@@ -1,6 +1,7 @@
 """Signals of a scheduler: training saves its state, exits with 75, and the same line goes on to the same bytes."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,6 +72,9 @@ def test_a_signal_in_a_step_saves_it(ddo, tmp_path, monkeypatch, number):
     assert (tmp_path / "run" / "final.safetensors").read_bytes() == (
         tmp_path / "whole" / "final.safetensors"
     ).read_bytes()
+    logs = [re.sub(r'"images_per_second": [\d.]+', "", (tmp_path / name / "log.jsonl").read_text())
+            for name in ("run", "whole")]  # fmt: skip
+    assert logs[0] == logs[1]
 
 
 @pytest.mark.slow

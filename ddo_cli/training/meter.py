@@ -39,9 +39,11 @@ class Meter:
     def add(self, values: Mapping[str, Tensor], weight: float) -> None:
         """Adds the means over a micro-batch, which is the share `weight` of the step."""
         for key, value in values.items():
-            if key not in self.sums:
+            held = self.sums.pop(key, None)
+            if held is None:
                 dtype = torch.promote_types(value.dtype, torch.float32)
-                self.sums[key] = torch.zeros((), dtype=dtype, device=self.device)
+                held = torch.zeros((), dtype=dtype, device=self.device)
+            self.sums[key] = held  # as the last: the order of a step, which a saved state does not keep
         # On a GPU two kernels for all of them.
         shares = torch._foreach_mul([value.detach() for value in values.values()], weight)
         torch._foreach_add_([self.sums[key] for key in values], shares)
