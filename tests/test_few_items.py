@@ -8,7 +8,7 @@ from ddo_cli.engines.ddo import finetune
 from ddo_cli.engines.discriminator import classifier as train_classifier
 from ddo_cli.engines.discriminator import train as train_disc
 from ddo_cli.engines.pretrain import model as pretrain
-from ddo_cli.errors import DataError
+from ddo_cli.errors import DataError, UsageError
 from ddo_cli.recipe.load import load
 
 
@@ -59,3 +59,10 @@ def test_too_few_items(ckpt, tmp_path, act, words):
         with pytest.raises(DataError, match=words):
             act(tmp_path / "run", ckpt, **more)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_network_beyond_memory(tmp_path):
+    """To fill its weights would bring the machine to a standstill."""
+    recipe = load("quickstart", ["model.options={patch: 4, widths: [400000], depths: [1], emb_width: 400000}"])
+    with pytest.raises(UsageError, match=r"weights of this patch-unet take [\d,]{4,} GB, and this machine has \d"):
+        pretrain.run(recipe, tmp_path / "run", device=CPU, dry_run=True)

@@ -9,9 +9,10 @@ import yaml
 from typer.main import get_command
 
 from ddo_cli import cli
+from ddo_cli.engines.ddo.sweep import plan_of
 from ddo_cli.engines.discriminator import train as train_disc
 from ddo_cli.engines.pretrain import model as pretrain
-from ddo_cli.errors import RecipeError
+from ddo_cli.errors import RecipeError, UsageError
 from ddo_cli.models import registry
 from ddo_cli.recipe import keys
 from ddo_cli.recipe import load as recipes
@@ -68,6 +69,15 @@ def test_a_dictionary_sets_the_keys_that_it_gives():
         "command line: finetune.adapter.rank is given twice, as finetune.adapter={rank: 4} and as "
         "finetune.adapter.rank=8; leave one out"
     ]
+
+
+def test_counts_beyond_every_run():
+    """They would end in a traceback, or never."""
+    for override in ("finetune.rounds=1001", "finetune.images_per_round=10000000000000", f"pretrain.images={10**30}"):
+        with pytest.raises(RecipeError, match=r"input should be less than or equal to 10+$"):
+            load("quickstart", [override])
+    with pytest.raises(UsageError, match=r"finetune.eval_every = 1 makes 15,\d{3} evaluations of .* steps, more than"):
+        plan_of(load("quickstart", ["finetune.eval_every=1", "finetune.images_per_round=1000000"]), lambda _: 1)
 
 
 def test_noise_levels_whose_powers_overflow():

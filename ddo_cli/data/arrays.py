@@ -11,7 +11,7 @@ import numpy as np
 
 from ddo_cli import npz
 from ddo_cli.data import cache
-from ddo_cli.data.items import count_classes, describe
+from ddo_cli.data.items import MAX_CLASSES, count_classes, describe
 from ddo_cli.data.readers import ArrayFile, Contents, Joined, Memory, Reader
 from ddo_cli.errors import DataError, printable, reason
 from ddo_cli.likelihood import NO_LABEL
@@ -173,8 +173,11 @@ def _label_classes(where: str, labels: np.ndarray, num: int) -> tuple[np.ndarray
             f"{where} is {labels.dtype} {labels.shape}; it must hold one class number for each of the {num} items, or "
             "a one-hot row"
         )
-    if labels.min() < NO_LABEL or labels.max() >= 2**31:
-        raise DataError(f"{where} holds {labels.min()}..{labels.max()}; classes count from 0, -1 is none")
+    if labels.min() < NO_LABEL or labels.max() >= MAX_CLASSES:
+        raise DataError(
+            f"{where} holds {labels.min()}..{labels.max()}; classes count from 0, are below "
+            f"{MAX_CLASSES:,}, and -1 is none"
+        )
     classes = labels.astype(np.int64)
     _check_all_or_none(where, classes)
     return classes, count_classes(classes)

@@ -16,7 +16,7 @@ import numpy as np
 
 from ddo_cli.checkpoint import disguise
 from ddo_cli.data import arrays, captions
-from ddo_cli.data.items import INDEX, describe, prepared_by
+from ddo_cli.data.items import INDEX, MAX_CLASSES, describe, prepared_by
 from ddo_cli.data.pictures import EXTENSIONS, Header, OtherMode, Unfit, flattened, is_deep, open_picture
 from ddo_cli.data.readers import ZIP_ERRORS, ItemFiles
 from ddo_cli.errors import DataError, reason
@@ -346,7 +346,7 @@ def indexed_labels(
         if name not in known:
             raise DataError(f"{where} has no label for {name}; add it, or set labels to null")
         label = known[name]
-        if type(label) is not int or not 0 <= label < 2**31:
+        if type(label) is not int or not 0 <= label < MAX_CLASSES:
             raise DataError(f"{where}: the label of {name} is {label!r}, not a class number; {remedy}")
         labels[row] = label
     if len(known) == len(names):

@@ -14,6 +14,7 @@ from ddo_cli.errors import DataError, printable
 from ddo_cli.likelihood import NO_LABEL, LikelihoodModel
 
 MAX_RATIO = 2  # items of the most frequent class to those of the rarest, beyond which a warning is due; our choice
+MAX_CLASSES = 1 << 20  # beyond which a label is a mistake, such as a number of an image; our choice
 INDEX = "dataset.json"  # labels of EDM's and StyleGAN's archives
 
 

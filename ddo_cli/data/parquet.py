@@ -15,6 +15,7 @@ import numpy as np
 
 from ddo_cli.data import captions
 from ddo_cli.data.image_files import Listing
+from ddo_cli.data.items import MAX_CLASSES
 from ddo_cli.data.readers import MAX_MEMBER
 from ddo_cli.errors import DataError, printable, reason
 from ddo_cli.likelihood import NO_LABEL
@@ -139,7 +140,7 @@ def _texts(path: Path, name: str, column: Any) -> list[str]:
 def _labels(path: Path, column: Any) -> np.ndarray:
     found = column.to_pylist()
     for row, label in enumerate(found):
-        if label is None or not -1 <= label < 2**31:
+        if label is None or not -1 <= label < MAX_CLASSES:
             raise DataError(f"{path} row {row}: {LABEL} = {label} is no class number; correct it, or drop the column")
     return np.array(found, dtype=np.int64)
 

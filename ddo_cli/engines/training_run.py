@@ -11,6 +11,7 @@ from torch import nn
 
 from ddo_cli import console, dist, rundir
 from ddo_cli.engines.panel import what_and_where
+from ddo_cli.errors import UsageError
 from ddo_cli.precision import resolved
 from ddo_cli.recipe.schema import Recipe, SamplingRecipe, TrainRecipe
 from ddo_cli.recipe.training import Precision
@@ -61,6 +62,22 @@ def precision_of(
 def num_steps(images: int, batch: int) -> int:
     """Steps that take in at least so many images."""
     return -(-images // batch)
+
+
+MOST_EVALUATIONS = 10_000  # of a training; our choice
+
+
+def steps_between(key: str, images: int, batch: int, steps: int) -> int:
+    """Steps between evaluations that are so many images apart. Raises UsageError for far too many of them.
+
+    key: of the recipe, for the message. steps: of the whole training.
+    """
+    every = max(images // batch, 1)
+    if (count := steps // every) > MOST_EVALUATIONS:
+        raise UsageError(
+            f"{key} = {images} makes {count:,} evaluations of {steps:,} steps, more than {MOST_EVALUATIONS:,}; raise it"
+        )
+    return every
 
 
 def state_file(run_dir: rundir.RunDir) -> Path:

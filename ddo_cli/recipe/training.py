@@ -27,9 +27,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
+LARGEST_COUNT = 10**12  # images, steps and the like; our choice, a thousand times the longest published training
+
+
 def key(default: Any, description: str, **bounds: Any) -> Any:
     """A recipe key with its meaning, as `ddo recipes --keys` prints it. bounds: ge, lt, pattern, ... of pydantic."""
-    return Field(default, description=description, **bounds)
+    most = {"le": LARGEST_COUNT} if type(default) is int else {}
+    return Field(default, description=description, **{**most, **bounds})
 
 
 def _problem(key: Iterable[str | int], value: Any, text: str, kind: str = "refused") -> InitErrorDetails:
@@ -238,7 +242,7 @@ class FinetuneRecipe(TrainRecipe):
         "Loss: ddo; cca, against real images under other labels; spin, in pairs of a real image and a sample; dpo, in "
         "pairs of data.source and data.rejected.",
     )
-    rounds: int = key(4, "Rounds of self-play.", ge=1)
+    rounds: int = key(4, "Rounds of self-play.", ge=1, le=1000)
     alpha: Coefficient = key(4.0, "Weight of the fake term. Several values, such as 1,2,4, are swept.")
     beta: CoefficientOrAuto = key(
         0.05,

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from ddo_cli.engines import training_run
 from ddo_cli.errors import UsageError
 from ddo_cli.recipe.schema import FinetuneRecipe, Recipe
 
@@ -98,7 +99,8 @@ def plan_of(recipe: Recipe, passes: Callable[[int], int]) -> Plan:
     """
     finetune, num_images = recipe.finetune, recipe.metric.num_images
     settings = settings_of(finetune)
-    steps, every = -(-finetune.images_per_round // finetune.batch), max(finetune.eval_every // finetune.batch, 1)
+    steps = training_run.num_steps(finetune.images_per_round, finetune.batch)
+    every = training_run.steps_between("finetune.eval_every", finetune.eval_every, finetune.batch, steps)
     candidates_at = [*range(every, steps, every), steps]
     images = finetune.sweep_images or max(num_images // 2, 2)
     alone = Plan(settings, steps, candidates_at, [Rung(steps, 1)], images, Costs(0, 0, 0))

@@ -19,7 +19,7 @@ from ddo_cli.files import cache_directory
 from ddo_cli.generation import check_labels
 from ddo_cli.models import registry
 from ddo_cli.models.discriminators import registry as discriminators
-from ddo_cli.recipe.schema import Recipe, SamplingRecipe
+from ddo_cli.recipe.schema import DiscriminatorRecipe, Recipe, SamplingRecipe
 from ddo_cli.rng import seed_from
 from ddo_cli.trainable import Trainable
 from ddo_cli.training import loop
@@ -72,6 +72,12 @@ class Setup(NamedTuple):
         }  # fmt: skip
 
 
+def eval_steps(settings: DiscriminatorRecipe) -> int:
+    """Steps between checkpoints. Raises UsageError for far too many of them."""
+    steps = training_run.num_steps(settings.images, settings.batch)
+    return training_run.steps_between("discriminator.eval_every", settings.eval_every, settings.batch, steps)
+
+
 def prepare(recipe: Recipe, device: torch.device, force: bool) -> Setup:
     """force: as in `train.run`. Raises RecipeError, DataError or UsageError."""
     settings = recipe.discriminator
@@ -104,6 +110,7 @@ def prepare(recipe: Recipe, device: torch.device, force: bool) -> Setup:
     identity |= training_run.precision_of(settings, spec, device)
     network = untrained(config, recipe, device)
     loop.check(network, settings)
+    eval_steps(settings)
     disc_features.size_of(network, settings)
     guide = guides.discriminator_guide(network, recipe.guidance, base)
     if scoring is not None:

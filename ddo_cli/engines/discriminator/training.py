@@ -19,7 +19,7 @@ from ddo_cli.engines import training_run
 from ddo_cli.engines.discriminator import features as disc_features
 from ddo_cli.engines.discriminator import report as disc_report
 from ddo_cli.engines.discriminator.features import CachedRows
-from ddo_cli.engines.discriminator.setup import Setup
+from ddo_cli.engines.discriminator.setup import Setup, eval_steps
 from ddo_cli.engines.sampling import guides
 from ddo_cli.engines.watch import Watch
 from ddo_cli.files import read_json, write_json
@@ -86,7 +86,7 @@ class Training:
         """Trains until the held-out loss has settled, or the images are used up."""
         settings = self.settings
         steps = training_run.num_steps(settings.images, settings.batch)
-        every = max(settings.eval_every // settings.batch, 1)
+        every = eval_steps(settings)
         evaluate_at = [*range(every, steps - every // 2, every), steps]
         plan, meter = training_run.plan_of(
             self.run_dir, self.recipe, "discriminator", steps, settings, self.device, evaluate_at

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from ddo_cli.engines.pretrain import tokenizer as pretrain_tokenizer
 from ddo_cli.engines.pretrain.page import page
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.engines.watch import Watch
+from ddo_cli.errors import UsageError
 from ddo_cli.files import write_json
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import registry
@@ -55,6 +57,7 @@ def run(
     num_classes = 0 if real.captions else real.num_classes  # captions are no classes, see `check_fits`
     config = registry.config_of(recipe.model.name, real.shape, num_classes, recipe.model.options, recipe.model.draw)
     steps = training_run.num_steps(settings.images, settings.batch)
+    _check_memory(config)
     torch.manual_seed(seed_from("init", recipe.seed))  # weights are the only thing drawn from the global generator
     model = registry.build(config).to(device)
     if reads_text:
@@ -63,6 +66,7 @@ def run(
     check_fits(real, model, recipe.data.hflip)
     check_enough(real.name, len(real.items), settings.batch, "pretrain.batch")
     loop.check(model, settings)
+    snapshot_steps(settings, steps)
     model.check_sampling(recipe.sampling)
     scoring = Scoring(recipe, real, recipe.sampling, device, reads_text)
     parameters = sum(p.numel() for p in model.parameters())
@@ -121,12 +125,31 @@ def _batch(model: LikelihoodModel, items: Tensor, label: Tensor, rng: StepRng) -
     return LikelihoodBatch(model.codec.prepare(items, row_rng), label, draw)
 
 
+def _check_memory(config: dict[str, Any]) -> None:
+    """Raises UsageError for weights beyond this machine's memory: to fill them would bring it to a standstill."""
+    if config["name"] not in registry.BUILTIN or not hasattr(os, "sysconf"):
+        return
+    with torch.device("meta"):
+        sizes = [parameter.nbytes for parameter in registry.build(config).parameters()]
+    if sum(sizes) > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        raise UsageError(
+            f"model.options: the weights of this {config['name']} take {sum(sizes) / 1e9:,.0f} GB, and this machine "
+            f"has {memory / 1e9:,.0f} GB of memory; choose a smaller network"
+        )
+
+
+def snapshot_steps(settings: PretrainRecipe, steps: int) -> int | None:
+    """Steps between snapshots. Raises UsageError for far too many."""
+    images = settings.snapshot_every
+    return images and training_run.steps_between("pretrain.snapshot_every", images, settings.batch, steps)
+
+
 class _Snapshots:
     """Averaged weights kept on the way, from which `ddo ema` makes other averages."""
 
     def __init__(self, settings: PretrainRecipe, steps: int, path: Path, header: dict[str, Any]):
         self.settings, self.path, self.header = settings, path, header
-        every = settings.snapshot_every and max(settings.snapshot_every // settings.batch, 1)
+        every = snapshot_steps(settings, steps)
         is_asked_for = every is not None or len(settings.ema_widths) > 1
         self.due = frozenset([*range(every or steps, steps, every or steps), *([steps] * is_asked_for)])
 
