@@ -1,6 +1,7 @@
 """Parsers of data: image sets of every kind, and caches."""
 
 import gzip
+import importlib.util
 import io
 import struct
 import tarfile
@@ -187,6 +188,37 @@ def of_cifar() -> Inputs:
     return files(set__tar=near([plain])) | files(**{"set.tar.gz": zipped_tar}) | within(SET, unpacked)
 
 
+def of_tars() -> Inputs:
+    """Shards of webdataset, alone and in a folder."""
+
+    def tar(form: int, *rows: int) -> bytes:
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w", format=form) as archive:
+            for name, content in [(f"{row}.{kind}", content) for row in rows for kind, content in sample]:
+                member = tarfile.TarInfo(name if form != tarfile.PAX_FORMAT else f"{'long' * 30}/{name}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        return file.getvalue()
+
+    sample = (("png", picture("PNG")), ("txt", b"a red cup"))
+    whole = [tar(form, 0, 1) for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
+    shards = files(a__tar=near(whole), b__tar=tar(tarfile.USTAR_FORMAT, 2))
+    return files(set__tar=near(whole)) | within(SET, shards)
+
+
+def of_parquet() -> Inputs:
+    import pyarrow
+    from pyarrow import parquet
+
+    def table(compression: str, **columns: Any) -> bytes:
+        file, images = io.BytesIO(), [{"bytes": picture("PNG"), "path": f"{row}.png"} for row in range(3)]
+        parquet.write_table(pyarrow.table({"image": images} | columns), file, row_group_size=2, compression=compression)
+        return file.getvalue()
+
+    whole = [table("snappy", text=["a", "b", "c"]), table("zstd", label=[0, 1, 0]), table("none", caption=["a"] * 3)]
+    return files(set__parquet=near(whole)) | within(SET, files(a__parquet=near(whole[:1]), b__parquet=whole[0]))
+
+
 # --- Caches
 
 
@@ -255,6 +287,8 @@ TARGETS = (
     Target("encoded", of_encoded, items),
     Target("samples", of_samples, items),
     Target("cifar", of_cifar, items),
+    Target("tar", of_tars, items),
+    *([Target("parquet", of_parquet, items)] if importlib.util.find_spec("pyarrow") else []),
     Target("decoded", of_decoded, decoded),
     Target("features", of_features, features),
 )
