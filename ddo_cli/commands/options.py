@@ -46,7 +46,7 @@ Batch = Annotated[int, run_option(min=1, help="Images per network pass.")]
 Workers = Annotated[
     int | None, run_option(min=0, max=64, help="Processes that decode images. Default: depends on the machine.")
 ]
-Images = Annotated[str, Argument(help="Images: a folder, zip, npz, sample set, or embedded:<name>.")]
+Images = Annotated[str, Argument(help="Images: a folder, zip, tar, parquet, npz, sample set, or embedded:<name>.")]
 SIZE = "SIDE|WxH"
 Resize = Annotated[
     str | None,
