@@ -12,7 +12,7 @@ from ddo_cli.errors import UsageError, printable
 
 
 def data(
-    source: Annotated[str, Argument(help="Pictures: a folder, zip, tar, parquet, npz, or any other set that `ddo` reads.")],
+    source: Annotated[str, Argument(help="Pictures: a folder, zip, tar, parquet, npz, or any other set of images.")],
     out: Annotated[Path, Option(help="The .zip file to write.")],
     size: Annotated[
         str | None, Option(metavar=options.SIZE, help="Size of the images in pixels. Default: that of all pictures.")

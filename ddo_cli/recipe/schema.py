@@ -35,7 +35,7 @@ class DataRecipe(Section):
 
     source: str = key(
         "embedded:digits16",
-        "Real images: a folder, zip, tar, parquet or npz, CIFAR-10's .tar.gz, embedded:<name>, or what `ddo encode` made.",
+        "Real images: a folder, zip, tar, parquet, npz, CIFAR-10's .tar.gz, embedded:<name>, or a set of `ddo encode`.",
     )
     rejected: str | None = key(
         None,
