@@ -66,3 +66,6 @@ def test_a_network_beyond_memory(tmp_path):
     recipe = load("quickstart", ["model.options={patch: 4, widths: [400000], depths: [1], emb_width: 400000}"])
     with pytest.raises(UsageError, match=r"weights of this patch-unet take [\d,]{4,} GB, and this machine has \d"):
         pretrain.run(recipe, tmp_path / "run", device=CPU, dry_run=True)
+    recipe = load("quickstart", ["model.options.patch=1000000000"])
+    with pytest.raises(UsageError, match=r"cannot be built .*overflowed.*; choose a smaller network"):
+        pretrain.run(recipe, tmp_path / "run", device=CPU, dry_run=True)

@@ -22,7 +22,7 @@ from ddo_cli.engines.pretrain import tokenizer as pretrain_tokenizer
 from ddo_cli.engines.pretrain.page import page
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.engines.watch import Watch
-from ddo_cli.errors import UsageError
+from ddo_cli.errors import UsageError, reason
 from ddo_cli.files import write_json
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.models import registry
@@ -129,8 +129,13 @@ def _check_memory(config: dict[str, Any]) -> None:
     """Raises UsageError for weights beyond this machine's memory: to fill them would bring it to a standstill."""
     if config["name"] not in registry.BUILTIN or not hasattr(os, "sysconf"):
         return
-    with torch.device("meta"):
-        sizes = [parameter.nbytes for parameter in registry.build(config).parameters()]
+    try:
+        with torch.device("meta"):
+            sizes = [parameter.nbytes for parameter in registry.build(config).parameters()]
+    except RuntimeError as error:  # sizes beyond what torch can count
+        raise UsageError(
+            f"model.options: this {config['name']} cannot be built ({reason(error)}); choose a smaller network"
+        ) from None
     if sum(sizes) > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
         raise UsageError(
             f"model.options: the weights of this {config['name']} take {sum(sizes) / 1e9:,.0f} GB, and this machine "
