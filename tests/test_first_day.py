@@ -10,11 +10,14 @@ from conftest import CPU
 
 from ddo_cli import __version__
 from ddo_cli.data.images import open_images
+from ddo_cli.engines import pages
 from ddo_cli.engines.fid import report as fid_report
 from ddo_cli.engines.scoring import Scoring
+from ddo_cli.metrics.uncertainty import Mean
 from ddo_cli.recipe.keys import described
 from ddo_cli.recipe.load import load
 from ddo_cli.recipe.schema import Recipe
+from ddo_cli.report.numbers import readable
 
 ROOT = Path(__file__).parent.parent
 MISSING = {
@@ -67,9 +70,12 @@ def test_digit_features_of_other_images_are_warned_of(tmp_path, capsys):
 
 
 def test_large_figures_have_no_exponent_and_empty_columns_are_left_out():
-    assert [fid_report.shown(value) for value in (52351.2, 1.5, 0.000123456, 7)] == ["52,351", "1.5", "0.0001235", "7"]
+    assert [readable(value) for value in (52351.2, 1.5, 0.000123456, 7)] == ["52,351", "1.5", "0.0001235", "7"]
     columns, rows = fid_report.table({"kid_embedded": 52351.2, "kid_embedded_std": 20123.4})
     assert (columns, rows) == (["metric", "value", "better"], [("kid_embedded", "52,351 ± 20,123", "lower")])
+    assert [str(Mean(52351.2, error)) for error in (None, 20123.4)] == ["52,351", "52,351 ± 20,123"]
+    line = {"images": 1, "n_images": 1, "images_per_second": 1e-7}
+    assert pages.cost([[line]]).blocks[0].tiles[0][1] == "2,778"  # hours
     row = fid_report.markdown({"source": "s", "num_images": 4096, "kid_embedded": 52351.2}).splitlines()[2]
     assert row == "| s | 4096 | 52,351 |"
     figure = {"metric": "kid_embedded", "method": "EDM", "value": 1.9, "arxiv": "2206.00364", "nfe": 35}

@@ -12,6 +12,7 @@ from ddo_cli.recipe.schema import Recipe
 from ddo_cli.report import html
 from ddo_cli.report.charts import Chart
 from ddo_cli.report.html import Section
+from ddo_cli.report.numbers import readable
 from ddo_cli.report.pictures import Curve
 from ddo_cli.training import meter
 
@@ -66,7 +67,7 @@ def cost(logs: Sequence[Lines], notes: Sequence[str] = ()) -> Section:
         processes = max(line.get("processes", 1) for line in lines)
         blocks = [
             html.Tiles([
-                ("device hours of training", f"{spent / 3600:.3g}", "with evaluations between steps"),
+                ("device hours of training", readable(spent / 3600, 3), "with evaluations between steps"),
                 ("images/s", f"{speed:,.0f}", "median, over all processes"),
                 ("images trained on", f"{images:,}", f"by {processes} process{'es' if processes > 1 else ''}"),
             ]),

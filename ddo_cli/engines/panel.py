@@ -12,6 +12,7 @@ from torch import nn
 from ddo_cli import console, dist
 from ddo_cli.metrics.uncertainty import Mean, mean
 from ddo_cli.recipe.schema import Recipe
+from ddo_cli.report.numbers import readable
 
 ROUNDS = 8  # the newest ones that are shown: with all else they fit 24 lines
 
@@ -55,7 +56,7 @@ class Panel:
         if self.best is None or value < self.best[0]:
             self.best = value, images
         best, there = self.best
-        self.last = f"{title}: {key} {value:.4g} at {images:,} images; best {best:.4g} at {there:,}"
+        self.last = f"{title}: {key} {readable(value)} at {images:,} images; best {readable(best)} at {there:,}"
         self._write()
 
     def rounds_of(self, state: dict[str, Any]) -> None:

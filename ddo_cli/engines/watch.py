@@ -10,6 +10,7 @@ from ddo_cli.engines import pages
 from ddo_cli.engines.panel import Panel
 from ddo_cli.recipe.schema import Recipe
 from ddo_cli.report import html
+from ddo_cli.report.numbers import readable
 from ddo_cli.tracking import Tracking
 from ddo_cli.training import loop
 
@@ -55,7 +56,7 @@ class Watch:
                 key, value = next(iter(event.figures.items()))
                 self.panel.scored(title, key, value, event.step * batch)
             if event.figures and title:
-                told = ", ".join(f"{key} {value:.4g}" for key, value in event.figures.items())
+                told = ", ".join(f"{key} {readable(value)}" for key, value in event.figures.items())
                 console.info(f"{title}: {told} at step {event.step}")
             self.refresh(AFTER_EVALUATION)
         elif isinstance(event, loop.Stepped) and event.figures is not None:

@@ -14,6 +14,7 @@ import numpy as np
 from ddo_cli.errors import DataError
 from ddo_cli.metrics import frechet
 from ddo_cli.metrics.stats import Moments
+from ddo_cli.report.numbers import readable
 
 
 class Mean(NamedTuple):
@@ -25,9 +26,10 @@ class Mean(NamedTuple):
     def __str__(self) -> str:
         """With two digits of the error, or as many decimals as four digits of the value have."""
         if not self.std_error or not self.value or not math.isfinite(self.std_error):
-            return f"{self.value:.4g}"
-        decimals = min(1 - _exponent(self.std_error), 3 - _exponent(self.value))
-        return f"{self.value:.{max(decimals, 0)}f} ± {self.std_error:.{max(decimals, 0)}f}"
+            return readable(self.value)
+        decimals = max(min(1 - _exponent(self.std_error), 3 - _exponent(self.value)), 0)
+        grouped = "," if abs(self.value) >= 10_000 else ""
+        return f"{self.value:{grouped}.{decimals}f} ± {self.std_error:{grouped}.{decimals}f}"
 
     @property
     def as_improvement(self) -> str:

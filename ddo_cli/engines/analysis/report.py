@@ -10,6 +10,7 @@ from ddo_cli.files import read_json
 from ddo_cli.report import html, pictures
 from ddo_cli.report.charts import Chart
 from ddo_cli.report.html import Picture, Section
+from ddo_cli.report.numbers import readable
 from ddo_cli.report.pictures import Curve
 
 Content = dict[str, Any]  # of an analysis' file
@@ -136,7 +137,7 @@ def _trajectory_table(content: Content) -> html.Table:
 
 
 def _nfe_table(content: Content) -> html.Table:
-    rows = [(str(point["steps"]), str(point["nfe"]), str(point["disc_nfe"]), *(f"{point[name]:.4g}" for name in SIDES))
+    rows = [(str(point["steps"]), str(point["nfe"]), str(point["disc_nfe"]), *(readable(point[name]) for name in SIDES))
             for point in content["points"]]  # fmt: skip
     metric = content["metric"]
     columns = ["steps", "evaluations", "of the discriminator", f"{metric}, model", f"{metric}, guided"]

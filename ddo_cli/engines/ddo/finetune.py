@@ -26,6 +26,7 @@ from ddo_cli.engines.panel import Panel
 from ddo_cli.engines.watch import Watch
 from ddo_cli.likelihood import LikelihoodModel
 from ddo_cli.recipe.schema import Recipe
+from ddo_cli.report.numbers import readable
 
 
 def run(
@@ -108,7 +109,7 @@ def _scored(
         state = run_dir.advance(metric=scoring.key, reference=record, rounds=[])
     score = state["reference"]["score"]
     watch.measured("round", {scoring.key: score}, 0, picture)
-    console.info(f"reference: {scoring.key} {score:.4g}")
+    console.info(f"reference: {scoring.key} {readable(score)}")
     return state
 
 

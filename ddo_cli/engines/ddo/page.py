@@ -15,6 +15,7 @@ from ddo_cli.recipe.schema import Recipe
 from ddo_cli.report import html
 from ddo_cli.report.charts import Chart
 from ddo_cli.report.html import Picture, Section
+from ddo_cli.report.numbers import readable
 from ddo_cli.report.pictures import Curve
 from ddo_cli.training import meter
 
@@ -203,7 +204,7 @@ def _previews(chain: _Chain, key: str) -> list[html.Block]:
     shown = [
         Picture(
             place / "previews" / f"step-{step:06d}.png",
-            f"round {number}, {step * batch:,} images, {key} {by_step[str(step)][key]:.4g}: "
+            f"round {number}, {step * batch:,} images, {key} {readable(by_step[str(step)][key])}: "
             "reference left, candidate right",
         )
         for step in kept

@@ -8,6 +8,7 @@ from ddo_cli.engines.ddo.sweep import Setting, fraction_spent, rank
 from ddo_cli.metrics.uncertainty import Mean, improvement, mean
 from ddo_cli.recipe.schema import FinetuneRecipe, Recipe
 from ddo_cli.report import html
+from ddo_cli.report.numbers import readable
 
 Row = tuple[str, ...]
 
@@ -75,9 +76,9 @@ def sweep_table(record: dict[str, Any], recipe: Recipe, key: str) -> html.Table:
     columns = ["node", *(f"{step * batch:,} images" for step in rungs), "best candidate", "at", "outcome"]
     rows = []
     for node in nodes:
-        scores = {rung["step"]: f"{rung['score']:.4g}" for rung in node["rungs"]}
+        scores = {rung["step"]: readable(rung["score"]) for rung in node["rungs"]}
         best = min(node["candidates"], key=lambda candidate: rank(candidate["score"]), default=None)
-        figures = (f"{best['score']:.4g}", f"{best['step'] * batch:,}") if best else ("-", "-")
+        figures = (readable(best["score"]), f"{best['step'] * batch:,}") if best else ("-", "-")
         outcome = f"{node['outcome']} at {node['stopped_at'] * batch:,}"
         if _setting(node) == _setting(record):
             outcome += ", best of the round"
@@ -156,4 +157,4 @@ def _setting(record: dict[str, Any]) -> Setting:
 def _figures(record: dict[str, Any], key: str, others: list[str]) -> Row:
     """The mean score with its standard error over ranges of seeds, and the means of the other figures."""
     means = {name: mean([figures[name] for figures in record["repeats"]]) for name in (key, *others)}
-    return (str(means[key]), *(f"{means[name].value:.4g}" for name in others))
+    return (str(means[key]), *(readable(means[name].value) for name in others))

@@ -22,6 +22,7 @@ from ddo_cli.engines.sampling import guides
 from ddo_cli.engines.scoring import Scoring
 from ddo_cli.files import read_json, sha256, write_json
 from ddo_cli.recipe.schema import Recipe
+from ddo_cli.report.numbers import readable
 from ddo_cli.trainable import Trainable
 
 WRITTEN_LAST = ("best.safetensors", "final.safetensors", "untrained.safetensors")
@@ -152,7 +153,7 @@ def _scores(training: Training, scoring: Scoring) -> dict[int, float]:
         if str(step) in scores:
             continue
         scores[str(step)] = scoring.run(training.base.guided_by([training.guide(step)]), 0)[scoring.key]
-        console.info(f"guided by step {step}: {scoring.key} {scores[str(step)]:.4g}")
+        console.info(f"guided by step {step}: {scoring.key} {readable(scores[str(step)])}")
         if dist.is_main():
             write_json(file, scores)
     return {int(step): value for step, value in scores.items()}

@@ -23,6 +23,7 @@ from ddo_cli.models.discriminators import registry as discriminators
 from ddo_cli.report import html, pictures
 from ddo_cli.report.charts import Chart
 from ddo_cli.report.html import Section
+from ddo_cli.report.numbers import readable
 
 SHOWN = 12  # images in a row of the contact sheet; our choice
 
@@ -148,7 +149,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for level in result["levels"]:
         title = Way(level["sigma"], level["guided"]).title
-        distance = "-" if level[key] is None else f"{level[key]:.4g}"
+        distance = "-" if level[key] is None else readable(level[key])
         passes = str(level["nfe"]), str(level["disc_nfe"])
         rows.append([title, f"{level['time']:.3f}", f"{level['psnr']:.2f}", distance, *passes])
     return ["", "VP time", "PSNR, dB", key, "nfe", "disc_nfe"], rows
@@ -181,7 +182,7 @@ def page(out: Path, record: dict[str, Any]) -> html.Page:
     headline = f"{record['num']:,} images of {record['source']}, edited from {count} noise level{'s' * (count > 1)}"
     if distances:
         best = min(distances, key=lambda level: level[named])
-        before, after = f"{figures['source_distance']:.4g}", f"{best[named]:.4g}"
+        before, after = readable(figures["source_distance"]), readable(best[named])
         told = f"falls from {before} to {after}"
         if best[named] >= figures["source_distance"]:
             told = f"does not fall: from {before} of the source to {after} at best"

@@ -20,6 +20,7 @@ from ddo_cli.metrics import published as tables
 from ddo_cli.metrics.nearest import nearest as nearest_rows
 from ddo_cli.recipe.schema import nearest
 from ddo_cli.report import pictures
+from ddo_cli.report.numbers import readable
 
 HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage", "clip")
 NAMES = {
@@ -68,26 +69,20 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
         if any(key.endswith(end) and key.removesuffix(end) in scores for end in DETAILS):
             continue
         spread = next((scores[key + end] for end in ("_std_error", "_std") if key + end in scores), None)
-        text = shown(value) + (f" ± {shown(spread, 2)}" if spread is not None else "")
+        text = readable(value) + (f" ± {readable(spread, 2)}" if spread is not None else "")
         if (least := scores.get(f"{key}_min")) is not None:
-            text += f" (least {shown(least)})"
+            text += f" (least {readable(least)})"
         if (limit := scores.get(f"{key}_infinity")) is not None:
-            text += f", {shown(limit)} for infinitely many images"
+            text += f", {readable(limit)} for infinitely many images"
         direction = "higher" if key.split("_")[0] in HIGHER_IS_BETTER else "lower"
         rows.append((NAMES.get(key, key), text, direction, "\n".join(beside.get(key, []))))
     for key, values in result.items():
         if key.endswith("_per_class"):
             name = NAMES.get(key.removesuffix("_per_class"), key.removesuffix("_per_class"))
             known = [(number, value) for number, value in enumerate(values) if value is not None]
-            rows += [(f"{name} of class {number}", shown(value), "lower", "") for number, value in known]
+            rows += [(f"{name} of class {number}", readable(value), "lower", "") for number, value in known]
     columns = ["metric", "value", "better", "published"]
     return (columns, rows) if beside else (columns[:-1], [row[:-1] for row in rows])
-
-
-def shown(value: float, digits: int = 4) -> str:
-    """A number of so many digits, without an exponent for large ones: 52,351 and not 5.235e+04."""
-    text = f"{value:.{digits}g}"
-    return f"{value:,.0f}" if "e+" in text and abs(value) < 1e9 else text
 
 
 def published(benchmark: str, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +96,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     """A header and a row of a Markdown table."""
     scores = {key: value for key, value in _scores(result).items() if not key.endswith(("_std", "_std_error"))}
     names = ["samples", "images", *(NAMES.get(key, key) for key in scores)]
-    values = [str(result["source"]), str(result["num_images"]), *map(shown, scores.values())]
+    values = [str(result["source"]), str(result["num_images"]), *map(readable, scores.values())]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (names, ["---"] * len(names), values))
 
 
