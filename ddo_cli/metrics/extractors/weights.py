@@ -39,9 +39,13 @@ class Published:
     def remedy(self) -> str:
         """How to get the file, for messages."""
         return (
-            f"fetch {self.names[0]} by `curl -L -o {shlex.quote(self.names[0])} {shlex.quote(self.address())}` and "
-            f"give it as --weights, name it in {self.variable}, or put it into {cache()}"
+            f"run `{self.line(self.names[0])}` and give the file as --weights or in {self.variable}, or put it into "
+            f"{cache()}"
         )
+
+    def line(self, file: str | Path) -> str:
+        """The command that fetches it."""
+        return f"curl -L -o {shlex.quote(str(file))} {shlex.quote(self.address())}"
 
 
 def _inception_address() -> str:
@@ -142,8 +146,8 @@ def _checked(published: Published, file: Path, label: str) -> WeightFile:
     digest = sha256(file)
     if file.name in published.names and digest != published.sha256:
         raise CheckpointError(
-            f"{label} has the wrong hash {digest[:8]}, not {published.sha256[:8]}: it is damaged. Remove it and "
-            f"{published.remedy()}; other weights need another name"
+            f"{label} has the wrong hash {digest[:8]}, not {published.sha256[:8]}: it is damaged, or other weights, "
+            f"which need another name; fetch it by `{published.line(file)}`"
         )
     return WeightFile(file, digest, digest == published.sha256, label)
 
