@@ -279,7 +279,7 @@ def test_report_and_files(place, tmp_path, form):
     record = json.loads((tmp_path / "e" / "edit.json").read_text())
     record["figures"]["source_distance"] = 1e6
     better = edit_report.page(tmp_path / "e", record).headline
-    assert re.search(r"to the target falls from 1e\+06 to [\d.]+ \(noise level", better)
+    assert re.search(r"to the target falls from 1,000,000 to [\d.]+ \(noise level", better)
     if form == "png":
         assert Image.open(tmp_path / "e" / "level-2-guided" / "000011.png").size == (32, 32)
     assert images_of(tmp_path / "e" / "level-2-guided").shape == (12, 3, 32, 32)
