@@ -41,7 +41,7 @@ gpu:  ## on a GPU: its tests, speeds, and with DATA=cifar10-32x32.zip the experi
 docs: $(VENV)/.installed-docs  ## the pages of docs/ in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
-assets: $(VENV)/.installed-dev  ## rebuild ddo_cli/assets from the recipes
+assets: $(VENV)/.installed-dev  ## rebuild ddo_cli/assets from the recipes, and tell what changes
 	$(BIN)/python -m ddo_cli.assets.build
 
 $(VENV)/bin/python:
