@@ -299,7 +299,7 @@ option(
     "--extractor",
     "embedded:extractor-digits32",
 )
-option("missing weights", "none.pth does not exist; fetch weights-inception", "--weights", "none.pth")
+option("missing weights", "none.pth does not exist; run `curl -L -o weights-inception", "--weights", "none.pth")
 option("pictures below a file", "--pictures ", "--nearest", "2", "--pictures", "@/notes.csv/pictures")
 option("unknown option", "--metric", "--metric-s", "fid")
 
