@@ -112,6 +112,12 @@ def test_integers_are_not_rounded_and_strings_not_converted():
         load("quickstart", ["finetune.rounds='2'"])
 
 
+@pytest.mark.parametrize("section", ["data", "finetune", "pretrain"])
+def test_a_name_where_none_belongs_is_an_unknown_key(section):
+    with pytest.raises(RecipeError, match=rf"{section}\.name"):
+        load("quickstart", [f"{section}={{name: mlp}}"])
+
+
 def test_unknown_recipe_suggests():
     with pytest.raises(RecipeError, match="did you mean 'quickstart'"):
         load("quickstrt")

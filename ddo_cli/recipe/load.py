@@ -159,12 +159,12 @@ def _set(content: dict[str, Any], key: str, value: Any) -> None:
 
 def _drop_options_of_others(content: dict[str, Any], values: dict[str, Any]) -> None:
     """Removes from a recipe's content the options and draw of a network in place of which `values` name another."""
-    for key, name in values.items():
-        section, _, last = key.partition(".")
-        of_section, schema = content.get(section), Recipe.model_fields.get(section)
-        if last != "name" or schema is None or not isinstance(of_section, dict):
+    for section, field in Recipe.model_fields.items():
+        of_section, default = content.get(section), getattr(field.default, "name", None)
+        name = values.get(f"{section}.name")
+        if name is None or default is None or not isinstance(of_section, dict):
             continue
-        if name != of_section.get("name", schema.default.name):
+        if name != of_section.get("name", default):
             of_section.pop("options", None)
             of_section.pop("draw", None)
 
