@@ -1,11 +1,13 @@
 """Editing by SDEdit: known answers, each image a function of its own number, sets that continue, one clear message."""
 
+import contextlib
 import json
 import math
 import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -219,6 +221,20 @@ def test_the_discriminator_of_the_model_is_found_among_the_runs(place, tmp_path,
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Labels
+
+
+def test_progress_counts_images(place, tmp_path, monkeypatch):
+    """Also where the last batch is filled up: 12 images in batches of 8."""
+    told = []
+
+    @contextlib.contextmanager
+    def progress(title, total, unit):
+        told.append([title, total, unit, 0])
+        yield SimpleNamespace(advance=lambda count: told[-1].__setitem__(3, told[-1][3] + count))
+
+    monkeypatch.setattr(edit.console, "progress", progress)
+    run(place, tmp_path / "e", sampling={"batch": 8})
+    assert told == [["noise level 1", 12, "images", 12]]
 
 
 def test_images_are_translated_to_a_class(place, tmp_path, capsys):

@@ -44,7 +44,7 @@ th, td { padding: .3rem .75rem; text-align: right; font-variant-numeric: tabular
 th { color: var(--dim); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; } tr + tr { border-top: 1px solid var(--line); }
 .texts th, .texts td { text-align: left; vertical-align: top; white-space: normal; min-width: 6.5rem; }
-.texts th:first-child, .texts td:first-child { min-width: 5rem; }
+.texts th:first-child, .texts td:first-child { min-width: 7rem; }
 pre { background: var(--card); padding: 1rem; overflow: auto; font-size: .8rem; border-radius: .5rem; }
 summary { cursor: pointer; color: var(--dim); }
 .compare { display: grid; gap: 1rem; margin: 1rem 0;
