@@ -22,6 +22,7 @@ from launch import group
 from safetensors.torch import load_file
 from test_images import encoded as png
 from test_images import write_folder
+from test_shards import tar
 from tiny_pipeline import KINDS, make_pipeline
 from torch.distributed import TCPStore
 
@@ -239,6 +240,12 @@ def test_encoding_captions(here, tmp_path, monkeypatch):
     assert stored == [*PROMPTS, ""]
     texts._known.clear()
     assert torch.equal(texts.conditions_of(model.net.encoder, stored, CPU)["tokens"], table["tokens"])
+    packed = {path.name: path.read_bytes() for path in source.iterdir()}
+    write_folder(tmp_path / "shards", {"a.tar": tar(packed)})  # as webdataset has them
+    encode.run(str(tmp_path / "shards"), here, tmp_path / "packed", shard=2, device=CPU)
+    again = open_images(str(tmp_path / "packed"))
+    assert again.captions == PROMPTS
+    assert np.array_equal(again.items[:], opened.items[:])
     labels = [load_file(tmp_path / "set" / f"texts-{number:06d}.safetensors")["labels"].tolist() for number in (0, 1)]
     assert labels == [[0, 1, -1], [2]]
     (tmp_path / "set" / "texts-000001.safetensors").unlink()
