@@ -94,7 +94,8 @@ def test_a_section_as_a_whole_keeps_the_keys_that_it_does_not_give():
     assert changed == plain.model_copy(update={"finetune": plain.finetune.model_copy(update=update)})
     assert load("toy2d").model.options
     assert load("toy2d", ["model={name: patch-unet}"]).model.options == {}, "those of another network"
-    assert load("quickstart", ["model.options={patch: 2}"]).model.options == {"patch": 2}  # a value, not a section
+    assert load("quickstart", ["model.options={patch: 2}"]).model.options["widths"] == [32], "merged likewise"
+    assert load("quickstart", ["model.options={}"]).model.options == {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
