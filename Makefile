@@ -13,8 +13,9 @@ quickstart: $(VENV)/.installed  ## install, then four rounds of DDO on the embed
 test: $(VENV)/.installed-dev lint  ## lint, types and the quick tests, which cover every line: at most 5 minutes on 2 cores
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow"
 
+# One process more than cores: many of these tests wait for processes that they start.
 test-all: $(VENV)/.installed-dev lint  ## and the full cross products, marked slow
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest --numprocesses $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

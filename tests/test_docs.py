@@ -205,7 +205,10 @@ def test_lines_of_torchrun_as_they_stand(place):
     typed = [block for page in PAGES.values() for block in blocks(page) if block.language == "sh"]
     lines = [words for block in typed if not block.needs_files for words in command_lines(block)]
     lines = [words for words in lines if words[0] == "torchrun"]
-    lines = list({words[words.index("ddo_cli") + 1]: words for words in reversed(lines)}.values())  # one of a command
+    by_command: dict[str, list[str]] = {}
+    for words in lines:
+        by_command.setdefault(words[words.index("ddo_cli") + 1], words)
+    lines = list(by_command.values())  # one of each, in their order
     assert len(lines) >= 3
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for words in lines:

@@ -61,13 +61,14 @@ class Plan(NamedTuple):
     only: tuple[str, ...] = ()
 
 
-# --few: each kind of fault.
-FEW = (
-    Plan("kill", "renames", 1), Plan("full", "all", 1), Plan("io", "all", 1),
-    Plan("io", "reads", 2, only=("encode", "export-pt", "export-folder", "ema")),
-    Plan("term", "random", 1, only=("sample-png", "encode", "finetune-ddo")),
-    Plan("int", "random", 1, only=("sample-png", "encode", "finetune-ddo")),
-)  # fmt: skip
+def few(number: int) -> tuple[Plan, ...]:
+    """--few, of the command of this number: a kill; a full disk or an I/O error, by turns; some others."""
+    return (
+        Plan("kill", "renames", 1), Plan(("full", "io")[number % 2], "all", 1),
+        Plan("io", "reads", 2, only=("encode", "export-pt", "export-folder", "ema")),
+        Plan("term", "random", 1, only=("sample-png", "encode", "finetune-ddo")),
+        Plan("int", "random", 1, only=("sample-png", "encode", "finetune-ddo")),
+    )  # fmt: skip
 
 
 class Fault(NamedTuple):
@@ -369,13 +370,13 @@ def main() -> int:
     with_shim()
     prepare()
     rng = random.Random(options.seed)
-    plans = FEW if options.few else [Plan(options.fault, options.at, options.count, options.every)]
     with tempfile.TemporaryDirectory(prefix="faults-") as directory:
         campaign = Campaign(Path(directory).resolve())
         names = options.only.split(",") if options.only else list(campaign.workloads)
         failed, rows = list[Case](), list[tuple[Any, ...]]()
-        for name in names:
-            for plan in plans:
+        for number, name in enumerate(names):
+            whole = Plan(options.fault, options.at, options.count, options.every)
+            for plan in few(number) if options.few else [whole]:
                 if plan.only and name not in plan.only:
                     continue
                 cases = []
