@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ddo_cli import extras
 from ddo_cli.errors import CheckpointError, UsageError, reason
 
 ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -113,8 +114,4 @@ def _parts(name: str) -> tuple[str, str | None]:
 
 def _library(what: str) -> Any:
     """Raises CheckpointError without it."""
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise CheckpointError(f"{what} needs huggingface_hub; run `pip install 'ddo-cli[hub]'`") from None
-    return huggingface_hub
+    return extras.library(f"{what} needs", "huggingface_hub", "hub", CheckpointError)

@@ -13,6 +13,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from ddo_cli import extras
 from ddo_cli.data import captions
 from ddo_cli.data.image_files import Listing
 from ddo_cli.data.items import MAX_CLASSES
@@ -27,14 +28,7 @@ MAX_GROUP = 1 << 30  # bytes of images in a row group, and of the groups that ar
 
 def library() -> ModuleType:
     """pyarrow's reader. Raises DataError where it is missing."""
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(
-            f"files of Parquet need the library pyarrow, which cannot be imported ({reason(error, 80)}); install it: "
-            "pip install 'ddo-cli[parquet]'"
-        ) from None
-    return pyarrow.parquet
+    return extras.library("files of Parquet need", "pyarrow.parquet", "parquet", DataError)
 
 
 class _File(NamedTuple):

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ddo_cli import checkpoint
+from ddo_cli import checkpoint, extras
 from ddo_cli.checkpoint import Checkpoint
 from ddo_cli.errors import CheckpointError, UsageError, printable, problem_of, reason
 from ddo_cli.files import sha256
@@ -34,14 +34,7 @@ _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what peft adapts by fur
 
 def library() -> ModuleType:
     """peft, imported where it is needed because that takes seconds. Raises UsageError where it is missing."""
-    try:
-        import peft
-    except (ImportError, RuntimeError) as error:
-        raise UsageError(
-            f"adapters need the library peft, which cannot be imported ({reason(error, 80)}); "
-            "install it: pip install 'ddo-cli[lora]'"
-        ) from None
-    return peft
+    return extras.library("adapters need", "peft", "lora")
 
 
 # --- The layers

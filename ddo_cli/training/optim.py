@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddo_cli import sharding
-from ddo_cli.errors import UsageError, reason
+from ddo_cli.errors import UsageError
+from ddo_cli.extras import library
 from ddo_cli.recipe.schema import TrainRecipe
 from ddo_cli.trainable import Trainable
 
@@ -45,23 +45,12 @@ def build(model: Trainable, recipe: TrainRecipe) -> Optimizer:
     groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "adamw":
         return _with_moments(torch.optim.AdamW(groups, **keywords, **fused))
-    optimizer: Optimizer = _bitsandbytes().optim.AdamW8bit(groups, **keywords)
+    bitsandbytes = library("optimizer = adamw8bit needs", "bitsandbytes", "8bit")
+    optimizer: Optimizer = bitsandbytes.optim.AdamW8bit(groups, **keywords)
     for number, group in enumerate(optimizer.param_groups):
         for place, parameter in enumerate(group["params"]):
             optimizer.init_state(group, parameter, number, place)  # type: ignore[attr-defined]  # as `_with_moments`
     return optimizer
-
-
-def _bitsandbytes() -> ModuleType:
-    """The library. Raises UsageError where it is missing."""
-    try:
-        import bitsandbytes
-    except (ImportError, RuntimeError) as error:
-        raise UsageError(
-            f"optimizer = adamw8bit needs the library bitsandbytes, which cannot be imported ({reason(error, 80)}); "
-            "install it: pip install 'ddo-cli[8bit]'"
-        ) from None
-    return bitsandbytes
 
 
 def tensors(optimizer: Optimizer) -> dict[str, Tensor]:

@@ -15,15 +15,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ddo_cli import extras
 from ddo_cli.diffusion.precond import Flow, Preconditioner
-from ddo_cli.errors import CheckpointError, UsageError, printable, reason
+from ddo_cli.errors import CheckpointError, printable, reason
 from ddo_cli.files import read_json
 from ddo_cli.models.diffusers.unet import Config, Process, Values, check_values, library, with_defaults
 
 INDEX = "model_index.json"
 NONE = ""  # the empty prompt
 FACTOR = 8  # pixels per side of a latent, in every family
-EXTRA = "pip install 'ddo-cli[t2i]'"
 LARGE = 4 << 30  # bytes of a text encoder's files; our choice: CLIP is below, T5-XXL and Qwen3 are above
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 
@@ -32,14 +32,7 @@ Condition = dict[str, Tensor]  # what a network is told of a prompt, by name; of
 
 def transformers() -> Any:
     """The library, imported where it is needed because that takes seconds. Raises UsageError where it is missing."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise UsageError(
-            f"prompts need the library transformers, which cannot be imported ({reason(error, 80)}); install it: "
-            f"{EXTRA}"
-        ) from None
-    return transformers
+    return extras.library("prompts need", "transformers", "t2i")
 
 
 class Parts:

@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
+from ddo_cli import extras
 from ddo_cli.codec import PixelCodec
 from ddo_cli.diffusion import precond
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
@@ -31,17 +32,9 @@ Config = dict[str, Any]
 
 def library() -> ModuleType:
     """diffusers, imported where it is needed because that takes seconds. Raises UsageError where it is missing."""
-    try:
-        import diffusers
-        import diffusers.models.unets.unet_2d
-        import diffusers.schedulers.scheduling_utils
-    except (ImportError, RuntimeError) as error:  # its lazy imports turn the first into the second
-        reason = str(error).strip().split("\n")[0]
-        raise UsageError(
-            f"a {NAME} needs the library diffusers, which cannot be imported ({reason}); "
-            "install it: pip install 'ddo-cli[diffusers]'"
-        ) from None
-    return diffusers
+    for module in ("models.unets.unet_2d", "schedulers.scheduling_utils"):
+        extras.library(f"a {NAME} needs", f"diffusers.{module}", "diffusers")
+    return extras.library(f"a {NAME} needs", "diffusers", "diffusers")
 
 
 # --- What the two configurations say
