@@ -1,6 +1,7 @@
 """Libraries of the extras: imported where they are needed; that takes seconds, and they may be missing."""
 
 import importlib
+import logging
 from types import ModuleType
 
 from ddo_cli.errors import DdoError, UsageError, reason
@@ -12,6 +13,8 @@ def library(needed_by: str, name: str, extra: str, error: type[DdoError] = Usage
     Raises `error`, with the line that installs the extra, where it cannot be imported.
     """
     package = name.partition(".")[0]
+    # peft and diffusers import it where it is there, and it warns of kernels for 4 bits, which nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         importlib.import_module(package)  # also where a part of it is there from before
         return importlib.import_module(name)

@@ -103,6 +103,12 @@ def test_beside_a_distance_and_of_samples(folder, photos, tmp_path):
     manifest["prompts"] = ["a red cup", "a blue dog", "cup"]
     (drawn / "manifest.json").write_text(json.dumps(manifest))
     assert score(drawn, folder)["clip"] != pytest.approx(alone)
+    assert not [warning for warning in score(drawn, folder)["warnings"] if "classes" in warning]  # labels are texts
+    for label in (-1, 3):
+        manifest["labels"] = [1, 0, label]
+        (drawn / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(DataError, match=r"labels go from .* to .* where it has 3 captions"):
+            score(drawn, folder)
 
 
 def test_as_the_metric_of_a_run(folder, photos):

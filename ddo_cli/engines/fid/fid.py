@@ -357,7 +357,8 @@ def _warnings(
     """What speaks against comparing the scores with others, as far as it shows before the pass."""
     main = extractors[0]
     warnings = few(source, images.num, main)
-    if unbalanced := balance(images.labels, images.num_classes):
+    is_of_classes = not fid_inputs.texts_of(images)
+    if is_of_classes and (unbalanced := balance(images.labels, images.num_classes)):
         warnings.append(f"{source}: {unbalanced}")
     warnings += images.warnings
     if per_class and images.num_classes and (least := int(np.bincount(images.labels[images.labels >= 0]).min())):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ddo_cli import dist, rundir
 from ddo_cli.data.inspection import Inspection
 from ddo_cli.data.pictures import Preparation, spelled
-from ddo_cli.data.samples import MAX_SEED, manifest_of
+from ddo_cli.data.samples import MAX_SEED, read_manifest
 from ddo_cli.data.stream import ImageStream, open_stream
 from ddo_cli.engines.fid.cache import Source
 from ddo_cli.engines.fid.one_pass import Passed, Wanted
@@ -145,17 +145,27 @@ def _drawn(name: str, num: int, repeat: int, sampling: dict[str, Any], device: t
         yield Drawn(loaded, spec, i * num, num, device)
 
 
+def texts_of(source: Source) -> tuple[str, ...]:
+    """What a set's labels mean where they are no classes: captions of images, or prompts of samples; else ()."""
+    if source.captions or not isinstance(source, ImageStream):
+        return source.captions
+    return tuple(map(str, read_manifest(Path(source.name)).get("prompts") or ()))
+
+
 def captions_of(source: Source) -> tuple[str, ...]:
-    """The texts that a set's labels mean: captions of images, or prompts of samples. Raises DataError."""
-    captions = source.captions
-    if not captions and isinstance(source, ImageStream):
-        captions = tuple(manifest_of(Path(source.name)).get("prompts", ()))
-    if not captions:
+    """The texts of a set. Raises DataError where it has none."""
+    texts = texts_of(source)
+    if not texts:
         raise DataError(
             f"{source.name} has no captions, which the CLIP score compares images with; give images with a .txt beside "
             "each, or a set that `ddo sample` drew of prompts"
         )
-    return captions
+    if source.labels.min() < 0 or source.labels.max() >= len(texts):
+        raise DataError(
+            f"{source.name}: labels go from {source.labels.min()} to {source.labels.max()} where it has {len(texts)} "
+            "captions; the CLIP score needs one of each image, so draw them again with --prompts"
+        )
+    return texts
 
 
 def comparable(
