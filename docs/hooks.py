@@ -103,8 +103,10 @@ def samplers() -> Iterator[str]:
     rows = []
     for sampler in SAMPLERS.values():
         text = getattr(sampler.integrate, "func", sampler.integrate).__doc__.partition("\n")[0]
-        evaluations = "n" if sampler.evaluations == 1 else f"{sampler.evaluations}n - 1"
-        rows.append([f"`{sampler.name}`", cell(text), evaluations, str(sampler.steps), "yes" if sampler.churns else ""])
+        evaluations, steps = "n" if sampler.evaluations == 1 else f"{sampler.evaluations}n - 1", str(sampler.steps)
+        if sampler.is_adaptive:
+            evaluations, steps = "as many as it needs", ""
+        rows.append([f"`{sampler.name}`", cell(text), evaluations, steps, "yes" if sampler.churns else ""])
     yield from table(["`--sampler`", "", "evaluations in n steps", "default n", "takes churn"], rows)
 
 

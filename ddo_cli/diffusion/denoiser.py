@@ -70,7 +70,7 @@ class DiffusionOptions(Options):
 
 
 SAMPLING_FIELDS = (
-    "sampler", "steps", "spacing", "respacing", "sigma_min", "sigma_max", "rho", "dtype", "clip_denoised",
+    "sampler", "steps", "tolerance", "spacing", "respacing", "sigma_min", "sigma_max", "rho", "dtype", "clip_denoised",
     "ddpm_variance", "s_churn", "s_min", "s_max", "s_noise", "discretization", "schedule", "scaling", "step_ratio",
     "cfg_scale", "cfg_sigma_min", "cfg_sigma_max", "cfg_scale_low", "cfg_sigma_low", "cfg_channels",
     *samplers.CHOICES,
@@ -247,7 +247,9 @@ class DiffusionModel(LikelihoodModel):
         return guided
 
     def passes(self, spec: SamplingRecipe) -> int:
-        """NFE without guides, counted by sampling with a zero network."""
+        """NFE without guides, counted by sampling with a zero network. Of an adaptive solver an estimate."""
+        if (sampler := samplers.find(spec.sampler)).is_adaptive:
+            spec = spec.merged(sampler="flow-euler", steps=sampler.evaluations * sampler.steps)
         return self._counted().sample(torch.full((1,), NO_LABEL), RowRng([0]), spec).nfe
 
     def _counted(self) -> "DiffusionModel":

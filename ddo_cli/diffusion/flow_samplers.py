@@ -14,7 +14,9 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
-from ddo_cli.diffusion.trace import Denoiser
+from ddo_cli.diffusion.trace import Denoiser, rows_of
+from ddo_cli.errors import NumericsError
+from ddo_cli.extras import library
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,11 +27,14 @@ LastStep = Literal["heun", "euler", "mean"]
 DiffusionForm = Literal["sigma", "decreasing"]
 NO_NOISE = 1e-8  # the level in place of 0 at which a velocity is asked for
 SDE_LAST_SIGMA = 0.04 / 0.96  # the SDE's last step is from n = 0.04
+TOLERANCE = 1e-3  # of the adaptive solver, relative; SiT's, and its absolute one is 1e-6
+MAX_STEPS = 10_000  # of a row; our choice, where networks take 10 to 100
 
 
 def _velocity(denoise: Denoiser, y: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
     """dy/dn, of y's shape."""
-    return (y - denoise((1 + sigma) * y, sigma, stage=stage)) * (1 + sigma) / sigma
+    level = rows_of(sigma, y)
+    return (y - denoise((1 + level) * y, sigma, stage=stage)) * (1 + level) / level
 
 
 def ode(
@@ -53,6 +58,41 @@ def ode(
             v = (v + _velocity(denoise, y_next, sigma_next.clamp(min=NO_NOISE), "corrector")) / 2
         y = y + step * v
     return (1 + sigmas[-1]) * y
+
+
+def adaptive(
+    denoise: Denoiser, x: Tensor, sigmas: Tensor, churn: Churn | None = None, tolerance: float = TOLERANCE
+) -> Tensor:
+    """Dormand and Prince's method of fifth order over n, from the first level to the last: SiT's `dopri5`.
+
+    Every row has a step size of its own (torchode, arXiv 2210.12375), so that an image does not depend on those that
+    are drawn beside it; SiT's library, torchdiffeq, has one for the batch. tolerance: relative error of a step, and a
+    thousandth of it the absolute one. An evaluation is of all rows, until the last one has arrived.
+    Raises NumericsError where a row does not arrive.
+    """
+    import torch
+
+    torchode = library("the sampler flow-dopri5 needs", "torchode", "ode")
+
+    def backwards(t: Tensor, y: Tensor) -> Tensor:
+        """dy/dt at t = 1 - n (B,), which float64 resolves near n = 1; y: (B, d)."""
+        sigma = ((1 - t) / t).clamp(min=NO_NOISE)
+        return -_velocity(denoise, y.view_as(x), sigma).flatten(1)
+
+    term = torchode.ODETerm(backwards)
+    control = torchode.IntegralController(atol=tolerance / 1000, rtol=tolerance, term=term)
+    solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term=term), control, max_steps=MAX_STEPS)
+    start, end = (x.new_full((len(x),), float(1 / (1 + sigmas[i]))) for i in (0, -1))
+    with torch.no_grad():
+        found = solver.solve(
+            torchode.InitialValueProblem(y0=(x / (1 + sigmas[0])).flatten(1), t_start=start, t_end=end)
+        )
+    if bool(found.status.any()):
+        raise NumericsError(
+            f"flow-dopri5 does not reach clean images within {MAX_STEPS} steps at sampling.tolerance = {tolerance:g}; "
+            "raise it, or use flow-heun"
+        )
+    return (1 + sigmas[-1]) * found.ys[:, -1].view_as(x)
 
 
 def sde(

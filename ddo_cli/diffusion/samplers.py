@@ -187,8 +187,9 @@ class Sampler(NamedTuple):
 
     name: str
     integrate: Integrator
-    evaluations: int = 1  # network evaluations per step; 2: a predictor and a corrector, but one in a step to level 0
-    steps: int = 18  # default number; EDM's for 32x32 images
+    # Network evaluations per step. 2: a predictor and a corrector, but one in a step to level 0; 6: dopri5's.
+    evaluations: int = 1
+    steps: int = 18  # default number; EDM's for 32x32 images. Of an adaptive solver about what it takes
     # Spacing of levels where the recipe gives none. steps: those that a discrete model was trained at, vp for other
     # models. snapped, flow, sde: the sampler takes no other spacing; snapped levels end in sigma_min, all others in 0.
     spacing: Literal["karras", "steps", "snapped", "flow", "sde"] = "karras"
@@ -197,11 +198,12 @@ class Sampler(NamedTuple):
     generalised: bool = False  # a special case of EDM's generalised sampler
     ode: Integrator | None = None  # solver of its probability-flow ODE; None: `integrate`
     choices: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # values of the recipe keys that it alone reads
+    is_adaptive: bool = False  # chooses its steps by the recipe's tolerance
 
     @property
     def has_corrector(self) -> bool:
         """Whether a step has evaluations of the stage "corrector"."""
-        return self.evaluations > 1
+        return self.evaluations == 2
 
 
 flow_euler = partial(flow.ode, order=1)
@@ -219,6 +221,7 @@ SAMPLERS = {
         # Default steps: SiT's, 250 evaluations.
         Sampler("flow-euler", flow_euler, steps=250, spacing="flow"),
         Sampler("flow-heun", flow.ode, 2, steps=125, spacing="flow", choices={"last_step": ("heun", "euler")}),
+        Sampler("flow-dopri5", flow.adaptive, evaluations=6, steps=20, spacing="flow", is_adaptive=True),
         Sampler("flow-sde", flow.sde, 1, 250, "flow", flow.SDE_LAST_SIGMA, ode=flow_euler, choices=SDE_CHOICES),
         Sampler(
             "flow-sde-heun",

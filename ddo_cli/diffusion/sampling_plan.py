@@ -78,7 +78,8 @@ def dtype_of(spec: SamplingRecipe) -> torch.dtype:
 def integrator(spec: SamplingRecipe) -> samplers.Integrator:
     """The sampler's function, with the recipe's values of the keys that it alone reads."""
     sampler = samplers.find(spec.sampler)
-    return partial(sampler.integrate, **{key: getattr(spec, key) for key in sampler.choices if getattr(spec, key)})
+    keys = (*sampler.choices, *(("tolerance",) if sampler.is_adaptive else ()))
+    return partial(sampler.integrate, **{key: getattr(spec, key) for key in keys if getattr(spec, key)})
 
 
 def steps_of(spec: SamplingRecipe) -> int:
@@ -135,6 +136,15 @@ def check(spec: SamplingRecipe, span: tuple[float, float], known: Preconditioner
     if spec.s_churn and not sampler.churns:
         churned = samplers.names(lambda sampler: sampler.churns)
         raise UsageError(f"sampling.s_churn = {spec.s_churn} needs sampler {churned}; {sampler.name} has no churn")
+    if sampler.is_adaptive and spec.steps is not None:
+        raise UsageError(
+            f"sampling.steps = {spec.steps}: {sampler.name} chooses its steps by sampling.tolerance; leave it out"
+        )
+    if spec.tolerance is not None and not sampler.is_adaptive:
+        usable = samplers.names(lambda sampler: sampler.is_adaptive)
+        raise UsageError(
+            f"sampling.tolerance = {spec.tolerance:g} is of {usable}, and {sampler.name} takes steps; leave it out"
+        )
     if sampler.spacing == "flow" and not isinstance(known, Flow):
         raise UsageError(
             f"sampling.sampler = {sampler.name} moves in flow matching's time and needs a model of precond flow or "

@@ -144,6 +144,13 @@ class SamplingRecipe(Section):
         "Last step of flow-heun: heun (SiT) or euler (REPA); of flow-sde: mean, the SDE's without noise, or euler, the "
         "ODE's. Default: heun, mean.",
     )
+    tolerance: float | None = key(
+        None,
+        "Relative error of a step of flow-dopri5, which chooses its steps so; the absolute one is a thousandth of it. "
+        "Default: 1e-3 (SiT's).",
+        ge=1e-10,
+        le=0.1,
+    )
     diffusion_form: Literal["sigma", "decreasing"] | None = key(
         None, "Noise of flow-sde over time, in SiT's names. Default: sigma (REPA's, too)."
     )
@@ -187,6 +194,8 @@ class SamplingRecipe(Section):
             (GENERALISED, sampler and not sampler.generalised),
             (("spacing", "respacing"), sampler and sampler.spacing in ("snapped", "flow", "sde")),
             (("dtype",), sampler and sampler.spacing == "flow"),
+            (("steps",), sampler and sampler.is_adaptive),
+            (("tolerance",), sampler and not sampler.is_adaptive),
             *(((key,), sampler and getattr(self, key) not in sampler.choices.get(key, ())) for key in CHOICES),
             (("ddpm_variance",), sampler and sampler.name != "ddpm"),
             (CFG, given.get("cfg_scale") == 1),

@@ -170,7 +170,9 @@ def test_no_step_of_a_sampler_waits(gpu, sampler, dtype):
     assert per_step(gpu, model, sampler=sampler, dtype=dtype, **churn) == []
 
 
-@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name.startswith("flow")])
+@pytest.mark.parametrize(
+    "sampler", [name for name in SAMPLERS if name.startswith("flow") and not SAMPLERS[name].is_adaptive]
+)
 def test_no_step_in_flow_matching_s_time_waits(gpu, sampler):
     model = build("diffusion")
     model.precond = Flow()

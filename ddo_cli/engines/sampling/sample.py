@@ -79,7 +79,7 @@ def run(
     result = {"out": str(out), "num_images": len(seeds), "checkpoint_sha256": file.sha256, "sampler": spec.sampler}
     result["precision"] = spec.precision
     if dry_run:
-        return {**result, "batches": num_batches(len(seeds), spec.batch), "steps": spec.steps, "dry_run": True}
+        return {**result, "batches": num_batches(len(seeds), spec.batch), "nfe": model.passes(spec), "dry_run": True}
     warn_if_never_unconditional(file, spec)
     if spec.precision != "float32":
         console.info(f"{title}: precision {spec.precision}")
