@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 
 from conftest import CPU
 from launch import group
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_images import encoded as png
 from test_images import write_folder
 from test_shards import tar
@@ -374,6 +374,35 @@ def test_without_a_cache_or_a_part(here, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "part" / "vae")
     with pytest.raises(CheckpointError, match="has no vae/"):
         pipelines.read(tmp_path / "part")
+
+
+def test_an_adapter_s_base_is_made_anew_of_its_pipeline(folder, tmp_path, monkeypatch):
+    """It lies in the cache, which may be emptied; the folder may move."""
+    pytest.importorskip("peft")
+    monkeypatch.setenv("DDO_CACHE", str(tmp_path / "cache"))
+    here, there, file = tmp_path / "sd", tmp_path / "moved", tmp_path / "adapter.safetensors"
+    shutil.copytree(folder, here)
+    loaded = registry.load_model(here, CPU)
+    settings = AdapterRecipe(kind="lora", rank=2)
+    made = adapters.add(loaded.model, loaded.checkpoint, settings, 0, registry.file_of(here))
+    checkpoint.save(file, loaded.model.state_dict(), made.header)
+    (base,) = (tmp_path / "cache" / "pipelines").iterdir()
+    assert registry.base_of(checkpoint.load(file)) == str(base)
+    base.unlink()
+    assert registry.base_of(checkpoint.load(file)) == str(base)
+    shutil.rmtree(base.parent)
+    here.rename(there)
+    with pytest.raises(CheckpointError, match=r"is not there; put the file .*, or set DDO_PIPELINE to the folder of"):
+        registry.load_model(file, CPU)
+    monkeypatch.setenv("DDO_PIPELINE", str(there))
+    found = registry.load_model(file, CPU).model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in loaded.model.state_dict().items())
+    shutil.rmtree(base.parent)
+    (weights,) = (there / "unet").glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file({**tensors, "conv_in.bias": tensors["conv_in.bias"] + 1}, weights)
+    with pytest.raises(CheckpointError, match="is an adapter, and its base"):
+        registry.load_model(file, CPU)
 
 
 def settings(folder, source, *more, kind="sd", batch=3):

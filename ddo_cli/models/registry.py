@@ -134,6 +134,22 @@ def file_of(path: str | Path) -> str:
     return str(path if folder is None else pipelines.weight_file(folder))
 
 
+def base_of(file: Checkpoint) -> str | None:
+    """The base's file for an adapter's one; None for other files. Raises CheckpointError where it is nowhere.
+
+    Of a pipeline's network it lies in the cache: where it is gone, it is made anew of the pipeline's folder.
+    """
+    try:
+        return adapters.base_of(file)
+    except CheckpointError as error:
+        if "pipeline" not in file.header["config"]["options"]:
+            raise
+        pipelines = importlib.import_module(PIPELINES)
+        if (again := pipelines.made_again(file.header)) is None:
+            raise CheckpointError(f"{error}, or set {pipelines.texts.VARIABLE} to the folder of its pipeline") from None
+        return str(again)
+
+
 def reads_text(name: str) -> bool:
     """Whether labels of this model are the numbers of prompts."""
     return "prompts" in find(name).options.model_fields
@@ -166,7 +182,7 @@ def load_model(path: str | Path, device: torch.device, draw: dict[str, Any] | No
     """
     file = checkpoint.load(file_of(path), kind="model")
     config = check_config(file.header.get("config"), str(path))
-    if (base := adapters.base_of(file)) is not None:
+    if (base := base_of(file)) is not None:
         model = load_model(base, adapters.loading_device(file.header["adapter"], device), draw).model
         adapters.fill(model, file)
         loaded, options = Loaded(model.to(device), file._replace(tensors={})), config["options"]

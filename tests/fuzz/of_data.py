@@ -180,11 +180,11 @@ def of_cifar() -> Inputs:
                 member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
-        return gzip.compress(file.getvalue(), 1) if compressed else file.getvalue()
+        return gzip.compress(file.getvalue(), 1, mtime=0) if compressed else file.getvalue()
 
     plain, packed = tar(False), tar(True)
     unpacked = files(**{name: near([content]) if name == names[0] else content for name in names})
-    zipped_tar = near([plain]).map(lambda raw: gzip.compress(raw, 1)) | near([packed])
+    zipped_tar = near([plain]).map(lambda raw: gzip.compress(raw, 1, mtime=0)) | near([packed])
     return files(set__tar=near([plain])) | files(**{"set.tar.gz": zipped_tar}) | within(SET, unpacked)
 
 

@@ -123,7 +123,7 @@ def _holds(original: Original, path: Path, expected: dict[str, Tensor]) -> bool:
 def _whole(ckpt: str, merge: bool) -> Checkpoint:
     """The file to export: as it is, or of an adapter its base with it."""
     file = checkpoint.load(ckpt, kind="model")
-    base = adapters.base_of(file)
+    base = registry.base_of(file)
     if not merge:
         return file
     if base is None:

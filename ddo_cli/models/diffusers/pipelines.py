@@ -10,6 +10,7 @@ Weights of the network go into a weight file, the other parts stay where they ar
 
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,16 @@ def weight_file(folder: Path) -> Path:
         checkpoint.save(file, content.tensors, header)
     dist.barrier()
     return file
+
+
+def made_again(header: Mapping[str, Any]) -> Path | None:
+    """`weight_file` of the folder that a model was made of, or of $DDO_PIPELINE; None if neither holds the same files.
+
+    header: of the model, or of an adapter of it.
+    """
+    config, links = header["config"], header.get("provenance", [])
+    folder = texts.place_of(config["options"]["pipeline"])
+    if not links or not is_pipeline(folder) or digest_of(folder) != links[0].get("source_sha256"):
+        return None
+    file = weight_file(folder)
+    return file if checkpoint.read_header(file)["config"]["shape"] == config["shape"] else None
