@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 import pytest
+import test_dit
 import torch
 from conftest import CPU, make_checkpoint
 from torch import nn
@@ -11,7 +12,7 @@ from torch.testing import assert_close
 
 from ddo_cli.cli import main
 from ddo_cli.codec import Codec
-from ddo_cli.diffusion import guidance, samplers, vp_sde
+from ddo_cli.diffusion import denoiser, guidance, samplers, vp_sde
 from ddo_cli.diffusion.churn import Churn
 from ddo_cli.diffusion.denoiser import DiffusionDrawOptions, DiffusionModel, DiffusionOptions
 from ddo_cli.diffusion.schedules import karras_sigmas, snapped_sigmas, vp_sigmas
@@ -336,6 +337,30 @@ def test_a_batch_does_not_change_an_ancestral_sample(tiny, sampler):
     assert together.nfe == 3
     # The network is float32, and its kernels sum in another order for another batch.
     assert_close(together.x[1:2], alone.x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cfg_scale": 2.0}, {"sampler": "flow-dopri5"}])
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_large_network_takes_few_rows_at_once(monkeypatch, settings, learned):
+    """On a CPU; only rounding changes, and evaluations count as before."""
+    model = test_dit.loaded(test_dit.build(precond="flow", **({"learned_variance": True} if learned else {})))
+    spec, seen, forward = SamplingRecipe(**{"sampler": "flow-heun", "steps": 2, **settings}), [], model.net.forward
+    model.net.forward = lambda x, *rest: seen.append(len(x)) or forward(x, *rest)
+    label, seeds = torch.tensor([0, 1, 2, 3, -1]), range(5)
+    whole = model.sample(label, RowRng(seeds), spec)
+    rows = 10 if "cfg_scale" in settings else 5
+    assert set(seen) == {rows}
+    seen.clear()
+    monkeypatch.setattr(denoiser, "LARGE", 1)
+    monkeypatch.setattr(denoiser, "ROWS_IN_CACHE", 3)
+    parts = model.sample(label, RowRng(seeds), spec)
+    assert seen[: -(-rows // 3)] == [3] * (rows // 3) + [rows % 3]
+    assert parts.nfe == whole.nfe
+    # Rounding moves an adaptive solver's steps, and with them its error, of about its tolerance.
+    assert_close(parts.x, whole.x, rtol=0, atol=2e-3 if spec.sampler == "flow-dopri5" else 1e-4)
+    seen.clear()
+    model.predict(torch.zeros(5, *model.codec.state_shape), label, model.draw(5, RowRng(seeds)))
+    assert seen == [5]  # training sees its rows together
 
 
 # ---------------------------------------------------------------------------------------------------------------------
