@@ -104,6 +104,10 @@ def test_beside_a_distance_and_of_samples(folder, photos, tmp_path):
     (drawn / "manifest.json").write_text(json.dumps(manifest))
     assert score(drawn, folder)["clip"] != pytest.approx(alone)
     assert not [warning for warning in score(drawn, folder)["warnings"] if "classes" in warning]  # labels are texts
+    for change in ({"prompts": 5}, {"format": "another program's"}):
+        (drawn / "manifest.json").write_text(json.dumps({**manifest, **change}))
+        with pytest.raises(DataError, match="has no captions"):
+            score(drawn, folder)
     for label in (-1, 3):
         manifest["labels"] = [1, 0, label]
         (drawn / "manifest.json").write_text(json.dumps(manifest))

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from ddo_cli import dist, rundir
 from ddo_cli.data.inspection import Inspection
 from ddo_cli.data.pictures import Preparation, spelled
-from ddo_cli.data.samples import MAX_SEED, read_manifest
+from ddo_cli.data.samples import MAX_SEED, Format, read_manifest
 from ddo_cli.data.stream import ImageStream, open_stream
 from ddo_cli.engines.fid.cache import Source
 from ddo_cli.engines.fid.one_pass import Passed, Wanted
@@ -149,7 +149,9 @@ def texts_of(source: Source) -> tuple[str, ...]:
     """What a set's labels mean where they are no classes: captions of images, or prompts of samples; else ()."""
     if source.captions or not isinstance(source, ImageStream):
         return source.captions
-    return tuple(map(str, read_manifest(Path(source.name)).get("prompts") or ()))
+    manifest = read_manifest(Path(source.name))
+    prompts = manifest.get("prompts") if manifest.get("format") in get_args(Format) else None
+    return tuple(map(str, prompts)) if isinstance(prompts, list) else ()
 
 
 def captions_of(source: Source) -> tuple[str, ...]:
