@@ -27,7 +27,7 @@ from ddo_cli.recipe.schema import TrainRecipe
 from ddo_cli.training import loop
 from ddo_cli.training.meter import Meter
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_pictures")]
+pytestmark = pytest.mark.gpu
 
 TWO_STEPS = ("finetune.rounds=1", "finetune.images_per_round=8", "finetune.eval_every=8", "metric.repeats=1")
 # What the checkpoint says, in place of the quickstart's values for a denoiser.
