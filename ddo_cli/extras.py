@@ -7,7 +7,7 @@ from types import ModuleType
 from ddo_cli.errors import DdoError, UsageError, reason
 
 
-def library(needed_by: str, name: str, extra: str, error: type[DdoError] = UsageError) -> ModuleType:
+def imported(needed_by: str, name: str, extra: str, error: type[DdoError] = UsageError) -> ModuleType:
     """The module of this name, such as "peft" or "pyarrow.parquet". needed_by: begins the message, "adapters need".
 
     Raises `error`, with the line that installs the extra, where it cannot be imported.

@@ -114,4 +114,4 @@ def _parts(name: str) -> tuple[str, str | None]:
 
 def _library(what: str) -> Any:
     """Raises CheckpointError without it."""
-    return extras.library(f"{what} needs", "huggingface_hub", "hub", CheckpointError)
+    return extras.imported(f"{what} needs", "huggingface_hub", "hub", CheckpointError)

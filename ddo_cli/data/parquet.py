@@ -28,7 +28,7 @@ MAX_GROUP = 1 << 30  # bytes of images in a row group, and of the groups that ar
 
 def library() -> ModuleType:
     """pyarrow's reader. Raises DataError where it is missing."""
-    return extras.library("files of Parquet need", "pyarrow.parquet", "parquet", DataError)
+    return extras.imported("files of Parquet need", "pyarrow.parquet", "parquet", DataError)
 
 
 class _File(NamedTuple):

@@ -210,15 +210,22 @@ class DiffusionModel(LikelihoodModel):
 
         both_labels = torch.cat([label, torch.full_like(label, NO_LABEL)])  # (2 B,)
 
+        most = self.rows_at_once(label.device)
+
         def network(x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
-            num = self.rows_at_once(x)
-            levels = [sigma] * math.ceil(len(x) / num) if sigma.ndim == 0 else sigma.split(num)
-            parts = zip(x.split(num), levels, label.split(num), strict=True)
-            if not self.options.learned_variance:
-                return torch.cat([self.denoise(*part) for part in parts]).to(x.dtype)
-            denoised, variances = zip(*(self.evaluate(*part) for part in parts), strict=True)
-            trace.variance = torch.cat(variances)
-            return torch.cat(denoised).to(x.dtype)
+            if most is not None and len(x) > most:
+                levels = [sigma] * math.ceil(len(x) / most) if sigma.ndim == 0 else sigma.split(most)
+                parts = zip(x.split(most), levels, label.split(most), strict=True)
+                denoised, variances = zip(*(at_once(*part) for part in parts), strict=True)
+                trace.variance = torch.cat(variances) if self.options.learned_variance else None
+                return torch.cat(denoised).to(x.dtype)
+            whole, trace.variance = at_once(x, sigma, label)
+            return whole.to(x.dtype)
+
+        def at_once(x: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor | None]:
+            if self.options.learned_variance:
+                return self.evaluate(x, sigma, label)
+            return self.denoise(x, sigma, label), None
 
         def conditional(x: Tensor, sigma: Tensor, stage: str = "predictor") -> Tensor:
             trace.nfe += 1
@@ -246,13 +253,13 @@ class DiffusionModel(LikelihoodModel):
             denoise = guide.steer(denoise, label, trace)
         return denoise
 
-    def rows_at_once(self, x: Tensor) -> int:
-        """Rows of one network pass of sampling: on a CPU a large network takes few, which then stay in its cache.
+    def rows_at_once(self, device: torch.device) -> int | None:
+        """Most rows of a network pass of sampling: on a CPU a large network takes few, which then stay in its cache.
 
         Training does without: there model and reference have to see the same rows, or r would not start at exactly 0.
         """
-        is_large = x.device.type == "cpu" and sum(weight.numel() for weight in self.net.parameters()) >= LARGE
-        return min(ROWS_IN_CACHE, len(x)) if is_large else len(x)
+        is_large = device.type == "cpu" and sum(weight.numel() for weight in self.net.parameters()) >= LARGE
+        return ROWS_IN_CACHE if is_large else None
 
     def guided_by(self, guides: Sequence[Guide]) -> "DiffusionModel":
         """This model steered by guides in their order, after those that it has."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ddo_cli.diffusion.trace import Denoiser, rows_of
 from ddo_cli.errors import NumericsError
-from ddo_cli.extras import library
+from ddo_cli.extras import imported
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +72,7 @@ def adaptive(
     """
     import torch
 
-    torchode = library("the sampler flow-dopri5 needs", "torchode", "ode")
+    torchode = imported("the sampler flow-dopri5 needs", "torchode", "ode")
 
     def backwards(t: Tensor, y: Tensor) -> Tensor:
         """dy/dt at t = 1 - n (B,), which float64 resolves near n = 1; y: (B, d)."""

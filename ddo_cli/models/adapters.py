@@ -34,7 +34,7 @@ _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what peft adapts by fur
 
 def library() -> ModuleType:
     """peft, imported where it is needed because that takes seconds. Raises UsageError where it is missing."""
-    return extras.library("adapters need", "peft", "lora")
+    return extras.imported("adapters need", "peft", "lora")
 
 
 # --- The layers

@@ -16,7 +16,7 @@ from torch import Tensor
 from ddo_cli import console
 from ddo_cli.codec import LatentCodec, hash_of
 from ddo_cli.errors import CheckpointError
-from ddo_cli.extras import library
+from ddo_cli.extras import imported
 from ddo_cli.places import of_environment
 from ddo_cli.precision import decoding, inference_precision
 from ddo_cli.transfer import to_device
@@ -181,7 +181,7 @@ def _load(place: str, device: str, kind: str, channels: int, remedy: str) -> Any
     Raises UsageError without diffusers, CheckpointError with `remedy` where it cannot be had.
     """
     needed_by = "this model draws latents, and the autoencoder that makes images of them needs"
-    diffusers = library(needed_by, "diffusers", "latent")
+    diffusers = imported(needed_by, "diffusers", "latent")
     is_name = place.count("/") == 1 and not place.startswith(("/", ".", "~"))
     if not Path(place, "config.json").is_file() and (Path(place).exists() or not is_name):
         raise CheckpointError(f"{place} holds no autoencoder of diffusers; {remedy}")

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from ddo_cli import sharding
 from ddo_cli.errors import UsageError
-from ddo_cli.extras import library
+from ddo_cli.extras import imported
 from ddo_cli.recipe.schema import TrainRecipe
 from ddo_cli.trainable import Trainable
 
@@ -45,7 +45,7 @@ def build(model: Trainable, recipe: TrainRecipe) -> Optimizer:
     groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "adamw":
         return _with_moments(torch.optim.AdamW(groups, **keywords, **fused))
-    bitsandbytes = library("optimizer = adamw8bit needs", "bitsandbytes", "8bit")
+    bitsandbytes = imported("optimizer = adamw8bit needs", "bitsandbytes", "8bit")
     optimizer: Optimizer = bitsandbytes.optim.AdamW8bit(groups, **keywords)
     for number, group in enumerate(optimizer.param_groups):
         for place, parameter in enumerate(group["params"]):

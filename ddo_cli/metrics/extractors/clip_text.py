@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ddo_cli import console
 from ddo_cli.errors import CheckpointError, UsageError, printable, reason
-from ddo_cli.extras import library
+from ddo_cli.extras import imported
 from ddo_cli.files import sha256
 from ddo_cli.metrics.extractors.base import Precision
 from ddo_cli.metrics.extractors.vit import ClipExtractor, VisionExtractor
@@ -85,7 +85,7 @@ def load(path: str | None, device: Device = "cpu", precision: Precision = "float
     """CLIP of a folder. Raises CheckpointError for one that does not hold it, UsageError without one."""
     if path is None:
         raise UsageError(f"the metric 'clip' needs the weights of CLIP; {_REMEDY}")
-    transformers = library("the metric 'clip' needs", "transformers", "t2i")
+    transformers = imported("the metric 'clip' needs", "transformers", "t2i")
     folder, file = Path(path), Path(path, "model.safetensors")
     if not folder.is_dir():
         raise CheckpointError(f"{path} does not exist, or is no folder; {_REMEDY}", missing=path)

@@ -32,7 +32,7 @@ Condition = dict[str, Tensor]  # what a network is told of a prompt, by name; of
 
 def transformers() -> Any:
     """The library, imported where it is needed because that takes seconds. Raises UsageError where it is missing."""
-    return extras.library("prompts need", "transformers", "t2i")
+    return extras.imported("prompts need", "transformers", "t2i")
 
 
 class Parts:

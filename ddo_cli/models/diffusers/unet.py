@@ -33,8 +33,8 @@ Config = dict[str, Any]
 def library() -> ModuleType:
     """diffusers, imported where it is needed because that takes seconds. Raises UsageError where it is missing."""
     for module in ("models.unets.unet_2d", "schedulers.scheduling_utils"):
-        extras.library(f"a {NAME} needs", f"diffusers.{module}", "diffusers")
-    return extras.library(f"a {NAME} needs", "diffusers", "diffusers")
+        extras.imported(f"a {NAME} needs", f"diffusers.{module}", "diffusers")
+    return extras.imported(f"a {NAME} needs", "diffusers", "diffusers")
 
 
 # --- What the two configurations say
