@@ -18,13 +18,15 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "evidence"
 FIGURES, PAGE = DOCS / "figures.json", DOCS / "figures.md"
 SEEDS = (0, 1, 2)
+Answer = dict[str, Any]
 
 
 class Experiment(NamedTuple):
@@ -33,7 +35,8 @@ class Experiment(NamedTuple):
     # {seed} is the training seed, {place} the directory of this seed, {of[NAME]} that of another experiment for this
     # seed, {shared} one for all seeds; a line without the others is carried out once.
     lines: tuple[str, ...]
-    figures: dict[str, str]  # name -> number of the line, then keys of its JSON object
+    # name -> number of the line, then keys of its JSON object; or what computes it from all answers
+    figures: Mapping[str, str | Callable[[Sequence[Answer]], float]]
     seeds: tuple[int, ...] = SEEDS
 
 
@@ -105,6 +108,77 @@ def _guided(
     return Experiment(tuple(lines), figures)
 
 
+def _beta_auto(recipe: str, ckpt: str, alpha: float, betas: str, first: Sequence[str] = ()) -> Experiment:
+    """One round with `--beta auto`, and the best one of 25 pairs that are all trained to the end; both on fresh seeds.
+
+    first: lines that make the model.
+    """
+    at, searched = len(first), ("auto", "grid")
+    common = (
+        f"finetune-ddo --recipe {recipe} --ckpt {ckpt} --rounds 1 --seed {{seed}} metric.num_images=2048 "
+        "finetune.sweep_images=2048 finetune.max_denoising_ratio=10"
+    )
+    lines = (
+        *first,
+        f"{common} --alpha {alpha} --beta auto --out {{place}}/auto",
+        f"{common} --alpha 0.5,1,2,4,8 --beta {betas} --out {{place}}/grid finetune.sweep_rungs=1",
+    )
+    figures: dict[str, str | Callable[[Sequence[Answer]], float]] = {"reference": f"{at} reference_score"}
+    for line, name in enumerate(searched, at):
+        figures[name] = f"{line} final_score"
+        figures[f"{name}, alpha"], figures[f"{name}, beta"] = (f"{line} rounds 0 {key}" for key in ("alpha", "beta"))
+        figures[f"{name}, steps"], figures[f"{name}, scores"] = partial(_steps, line), partial(_scores, line)
+    return Experiment(lines, figures, seeds=(0,))
+
+
+def _steps(line: int, answers: Sequence[Answer]) -> float:
+    """Optimizer steps of all pairs that a round tried."""
+    return sum(node["stopped_at"] for node in answers[line]["rounds"][0]["nodes"])
+
+
+def _scores(line: int, answers: Sequence[Answer]) -> float:
+    """Scores by which a round chose among them."""
+    return sum(len(node["rungs"]) + len(node["candidates"]) for node in answers[line]["rounds"][0]["nodes"])
+
+
+def _objectives() -> Experiment:
+    """One round with each objective that needs no pairs of the user's, at its best beta of a sweep."""
+    lines, figures = list[str](), dict[str, str]()
+    for name, options in (
+        ("ddo", "--alpha 1 --beta 0.01 --control"), ("spin", "--beta 0.01"), ("cca", "--alpha 1 --beta 0.05"),
+    ):  # fmt: skip
+        lines.append(
+            f"finetune-ddo --rounds 1 --objective {name} {options} --seed {{seed}} --out {{place}}/{name} "
+            "metric.num_images=2048 finetune.max_denoising_ratio=10"
+        )
+        figures[name] = f"{len(lines) - 1} final_score"
+    figures["reference"], figures["control"] = "0 reference_score", "0 control final_score"
+    # Of what was not promoted, too: by how much the best candidate is better, on the seeds of promotion.
+    for name, rounds in (("ddo", "0"), ("spin", "1"), ("cca", "2"), ("control", "0 control")):
+        for told, key in (("gain", "value"), ("error", "std_error")):
+            figures[f"{name}, {told}"] = f"{rounds} rounds 0 improvement {key}"
+    return Experiment(tuple(lines), figures)
+
+
+def _diffrs() -> Experiment:
+    """Guidance and rejection by one discriminator, with Heun and about 70 evaluations of model and discriminator."""
+    drawn = {
+        "reference": "sample --ckpt embedded:digits16 --sampler heun --steps 35",
+        "reference, 18 steps": "sample --ckpt embedded:digits16 --sampler heun --steps 18",
+        "guidance": "guide-sample --disc {of[dg]}/disc/final.safetensors --dg-weight 2 --sampler heun --steps 24",
+        "DiffRS": "guide-sample --disc {of[dg]}/disc/final.safetensors --diffrs --sampler heun --steps 18",
+    }
+    lines, figures = list[str](), dict[str, str]()
+    for name, line in drawn.items():
+        lines += _scored(line, name.replace(", ", "-").replace(" ", "-"), _FEWER_SEEDS)
+        drawing, scoring = len(lines) - 2, len(lines) - 1
+        figures[name] = f"{scoring} fd_embedded"
+        figures[f"{name}, evaluations"] = f"{drawing} nfe"
+        if "--disc" in line:
+            figures[f"{name}, of the discriminator"] = f"{drawing} disc_nfe"
+    return Experiment(tuple(lines), figures)
+
+
 _FLOW = "pretrain --recipe digits16-flow --out {shared}/digits16-flow"
 _RUN = "--control --seed {seed} --out {place}/run"
 EXPERIMENTS = {
@@ -112,8 +186,12 @@ EXPERIMENTS = {
     "samplers": _samplers(),
     "dg": _guided("embedded:digits16", "disc"),
     "dg-of-ddo": _guided("{of[quickstart]}/run/final.safetensors", "disc"),
+    "beta-auto": _beta_auto("quickstart", "embedded:digits16", 4, "0.005,0.01,0.02,0.05,0.1"),
+    "objectives": _objectives(),
+    "diffrs": _diffrs(),
     "toy2d": Experiment((f"finetune-ddo --recipe toy2d {_RUN}",), _finetuned(has_errors=False)),
     "digits8-ar": Experiment((f"finetune-ddo --recipe digits8-ar {_RUN}",), _finetuned()),
+    "digits8-ar-beta-auto": _beta_auto("digits8-ar", "embedded:digits8", 0.5, "0.01,0.02,0.05,0.1,0.2"),
     "digits32-var": Experiment(
         (
             "pretrain --recipe digits32-vqvae --seed {seed} --out {place}/digits32-vqvae",
@@ -138,6 +216,9 @@ EXPERIMENTS = {
         ),
         _finetuned(1),
     ),
+    "digits16-flow-beta-auto": _beta_auto(
+        "digits16-flow", "{shared}/digits16-flow/final.safetensors", 1, "0.00125,0.0025,0.005,0.01,0.02", [_FLOW]
+    ),
     "digits16-flow-dg": _guided(
         "{shared}/digits16-flow/final.safetensors", "disc", " --recipe digits16-flow", _FEWER_SEEDS, [_FLOW]
     ),
@@ -145,6 +226,15 @@ EXPERIMENTS = {
         "{of[digits16-flow]}/run/final.safetensors", "disc", " --recipe digits16-flow", _FEWER_SEEDS
     ),
 }  # fmt: skip
+
+
+def _searches(recipe: str, experiment: str) -> list[Row]:
+    titles = {"auto": "`--beta auto`", "grid": "best of 25 pairs"}
+    return [
+        Row(f"One round of {recipe}, {title}", experiment, after=name, control=None) for name, title in titles.items()
+    ]
+
+
 README_ROWS = (
     Row("DDO, four rounds (`--rounds 4 --alpha 4 --beta 0.05`)", "quickstart"),
     *(Row(f"DG, `--dg-weight {weight}`", "dg", after=f"weight {weight}") for weight in WEIGHTS),
@@ -157,11 +247,19 @@ ROWS = (
         for sampler in SAMPLERS
     ),
     *(Row(f"DG of the DDO model, `--dg-weight {w}`", "dg-of-ddo", after=f"weight {w}") for w in WEIGHTS),
+    *_searches("the quickstart", "beta-auto"),
+    *(Row(f"One round, `--objective {name}`", "objectives", after=name) for name in ("ddo", "spin", "cca")),
+    *(
+        Row(f"{title}, Heun, 69 or 70 evaluations", "diffrs", after=name, control=None)
+        for title, name in (("DG, `--dg-weight 2`", "guidance"), ("DiffRS", "DiffRS"))
+    ),
     Row("DDO in the plane (`--recipe toy2d`), Jensen-Shannon in nats", "toy2d"),
     Row("DDO, autoregressive (`--recipe digits8-ar`)", "digits8-ar"),
+    *_searches("digits8-ar", "digits8-ar-beta-auto"),
     Row("DDO, VAR (`--recipe digits32-var`)", "digits32-var"),
     Row("DDO, EDM2 (`--recipe digits32-edm2`)", "digits32-edm2"),
     Row("DDO, flow matching (`--recipe digits16-flow`)", "digits16-flow"),
+    *_searches("digits16-flow", "digits16-flow-beta-auto"),
     *(Row(f"DG, flow matching, `--dg-weight {w}`", "digits16-flow-dg", after=f"weight {w}") for w in WEIGHTS),
     *(
         Row(f"DG of the DDO model, flow matching, `--dg-weight {w}`", "digits16-flow-dg-of-ddo", after=f"weight {w}")
@@ -202,8 +300,9 @@ def page(figures: dict[str, Any]) -> str:
     """docs/evidence/figures.md."""
     parts = [
         "# Figures of one command\n",
-        "`make evidence` carries out every line below for three training seeds, on one thread, and writes this page. "
-        "Mean ± standard deviation over the seeds of training; `fd_embedded` (or what the line says), lower is better. "
+        "`make evidence` carries out every line below, on one thread, for three training seeds (one where a table "
+        "has one column), and writes this page. Mean ± standard deviation over the seeds of training; `fd_embedded` "
+        "(or what the line says), lower is better. "
         "*Control*: plain training on the same images with the same selection; of DG, an untrained discriminator.\n",
         table(ROWS, figures) + "\n",
         "[Experiments](experiments.md) says what the figures mean, and what they do not show.",
@@ -224,7 +323,7 @@ def page(figures: dict[str, Any]) -> str:
 # --- Running
 
 
-def answer(words: Sequence[str], file: Path) -> dict[str, Any]:
+def answer(words: Sequence[str], file: Path) -> Answer:
     """What `ddo WORDS --json` prints, kept in `file`."""
     if file.is_file():
         kept: dict[str, Any] = json.loads(file.read_text())
@@ -233,18 +332,17 @@ def answer(words: Sequence[str], file: Path) -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-m", "ddo_cli", *words, "--json"], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"`ddo {shlex.join(words)}` ended with {done.returncode}: {done.stdout}")
-    told: dict[str, Any] = json.loads(done.stdout)
+    told: Answer = json.loads(done.stdout)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"words": [*words], "answer": told}, indent=1))
     return told
 
 
-def value_at(answers: Sequence[dict[str, Any]], path: str) -> float:
+def value_at(answers: Sequence[Answer], path: str) -> float:
     """A figure, by the number of the line and keys."""
-    number, *keys = path.split()
-    value: Any = answers[int(number)]
-    for key in keys:
-        value = value[key]
+    value: Any = answers
+    for key in path.split():
+        value = value[int(key)] if isinstance(value, Sequence) else value[key]
     return float(value)
 
 
@@ -258,11 +356,10 @@ def run(name: str, root: Path) -> dict[str, Any]:
         for number, text in enumerate(experiment.lines):
             words = shlex.split(text.format(seed=seed, place=place, shared=shared, of=of))
             print(f"{name}, seed {seed}: ddo {shlex.join(words)}", flush=True)
-            is_of_seed = any(part in text for part in ("{seed}", "{place}", "{of[quickstart]}"))
-            answers.append(answer(words, (place if is_of_seed else shared) / f"answer-{number}.json"))
+            answers.append(answer(words, (place if _is_of_seed(text) else shared) / f"answer-{number}.json"))
         for figure, path in experiment.figures.items():
             try:
-                figures[figure][str(seed)] = value_at(answers, path)
+                figures[figure][str(seed)] = path(answers) if callable(path) else value_at(answers, path)
             except KeyError as missing:
                 sys.exit(f"{name}, seed {seed}: the answer has no {missing} for '{figure}' ({path})")
     return {"lines": told_lines(name), "figures": figures, "machine": machine()}

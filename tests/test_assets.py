@@ -27,8 +27,8 @@ def test_what_is_not_trained_comes_back_byte_for_byte(tmp_path, threads, name):
 
 @pytest.mark.slow
 def test_the_cheapest_reference_comes_back_up_to_rounding(tmp_path, threads):
-    """It was trained on another machine: 1.5e-4 of its weights were rounding here. The small networks of digits are no
-    such test, since training amplifies rounding in them to percents.
+    """Bit for bit on the CPU that made it; on others 1.5e-4 of its weights were rounding. The small networks of digits
+    are no such test, since training amplifies rounding in them to percents.
     """
     build.make("toy2d.safetensors", tmp_path / "toy2d.safetensors")
     made, own = (checkpoint.load(folder / "toy2d.safetensors") for folder in (tmp_path, ASSETS))
