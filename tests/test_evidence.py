@@ -69,6 +69,21 @@ def test_what_is_answered_is_not_asked_again(tmp_path, monkeypatch):
     assert evidence.line(row, {"made-up": once}) == "| Made up | 1.00 | 3.00 ± 1.00 | 3.00 ± 1.00 | 9.00 |"
 
 
+def test_a_search_is_told_with_its_cost():
+    pairs = [
+        {"stopped_at": 60, "rungs": [{"step": 60}], "candidates": []},
+        {"stopped_at": 120, "rungs": [{"step": 60}], "candidates": [{"step": 40}, {"step": 80}, {"step": 120}]},
+    ]
+    answers = [{}, {"final_score": 9, "rounds": [{"alpha": 4, "beta": 0.03, "nodes": pairs}]}]
+    figures = evidence._beta_auto("quickstart", "embedded:digits16", 4, "0.1", ["pretrain"]).figures
+    told = {
+        name: path(answers) if callable(path) else evidence.value_at(answers, path)
+        for name, path in figures.items()
+        if name.startswith("auto")
+    }
+    assert told == {"auto": 9, "auto, alpha": 4, "auto, beta": 0.03, "auto, steps": 180, "auto, scores": 5}
+
+
 @pytest.mark.parametrize(
     ("values", "text"),
     [
