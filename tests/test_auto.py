@@ -76,9 +76,53 @@ def test_whole_trainings_end_where_going_on_was_not_worth_it():
 
 
 def test_whole_trainings_go_beyond_the_short_ones_but_not_where_one_has_diverged():
-    assert list(auto.finished({0.1: 2.0, 0.2: 1.0, 0.4: 3.0}, curve(0.05))) == [0.2, 0.1, 0.0707, 0.05]
-    assert list(auto.finished({0.1: math.inf, 0.2: 1.0, 0.4: 2.0}, curve(0.01))) == [0.2, 0.4]
-    assert list(auto.finished({0.05: math.inf, 0.1: 2.0, 0.2: 1.0, 0.4: 3.0}, curve(0.01))) == [0.2, 0.1]
+    inf = math.inf
+    assert list(auto.finished({0.1: 20.0, 0.2: 10.0, 0.4: 30.0}, curve(0.05))) == [0.2, 0.1, 0.0707, 0.05]
+    assert list(auto.finished({0.1: inf, 0.2: 10.0, 0.4: 20.0}, curve(0.01))) == [0.2, 0.4]
+    assert list(auto.finished({0.05: inf, 0.1: 9e3, 0.2: 8e3, 0.4: 9.9e3}, curve(0.01))) == [0.2, 0.1]
+
+
+def test_where_the_score_has_risen_again_larger_betas_follow():
+    """Half of a round was too short to overshoot in, with all of them; 0.1 looked better than 0.4 there."""
+    short = {0.1: 2.0, 0.2: 1.0, 0.4: 3.0, 0.8: 4.0, 1.6: 5.0}
+    for risen, asked in ((1.01, [0.2, 0.1]), (1.03, [0.2, 0.4, 0.8, 1.6])):
+        whole = {0.1: 9.0, 0.2: risen, 0.4: 0.9 * risen, 0.8: 0.8 * risen, 1.6: 0.7 * risen}
+        assert list(auto.finished(short, whole.__getitem__)) == asked
+
+
+def test_the_search_goes_by_ends_and_the_choice_by_the_best_candidates(monkeypatch):
+    """As on a small flow model: the best candidate is the one at half of the round, as long as its end overshoots."""
+    halves = {0.05: 3.0, 0.1: 1.0, 0.2: 1.01, 0.0707: 1.04, 0.141: 1.005, 0.283: 1.2}
+    ends = {0.1: 2.0, 0.141: 1.5, 0.2: 0.9, 0.283: 1.1}
+
+    class Made:
+        def __init__(self, _round, _networks, setting):
+            self.beta = setting.beta
+
+        def train(self, until):
+            pass
+
+        def drop(self):
+            pass
+
+        def score_at(self, until):
+            return halves[self.beta] if until == 3 else min(halves[self.beta], ends[self.beta])
+
+        @property
+        def score_at_end(self):
+            return ends[self.beta]
+
+    monkeypatch.setattr(auto, "Trial", Made)
+    monkeypatch.setattr(auto, "first", lambda alpha, dimensions: 0.1)
+    told = []
+    monkeypatch.setattr(auto.console, "info", told.append)
+    scoring = SimpleNamespace(key="fd")
+    plan = SimpleNamespace(settings=[Setting(1.0, None)], short=3, steps=6)
+    codec = SimpleNamespace(shape=(3, 16, 16))
+    this = SimpleNamespace(plan=plan, title="round 1/1", chain=SimpleNamespace(scoring=scoring))
+    networks = SimpleNamespace(precision_error=None, scratch=SimpleNamespace(codec=codec))
+    auto.search(this, networks, ())
+    assert told == ["round 1/1: beta 0.2 by fd of 6 trainings"]
 
 
 def test_where_a_search_begins_by_hand():

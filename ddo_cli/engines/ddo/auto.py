@@ -7,8 +7,10 @@ wrong the reference is (docs/explanation/alpha-and-beta.md), and no figure of tr
 2. That beta, half and twice of it are each trained for half of the round and scored; while the best one is at an end,
    and going there was worth it, one more beyond it.
 3. So are the best one divided by and times the root of 2.
-4. The best one goes on to the end of the round, and so does its better neighbour: half of a round favours betas that
-   are too large, since the others have not settled. While that was worth it, the next on that side follows.
+4. The best one goes on to the end of the round. Half of a round misleads both ways: where betas are too large, smaller
+   ones have not settled yet; where they are too small, half a round is too short to overshoot in. So the one beside it
+   goes to the end, too: the larger one if the score has risen again, else the better one. While the later one ends
+   better, the next on that side follows.
 
 Trials are nodes as those of a sweep: a killed run goes on with what is on disk.
 """
@@ -53,10 +55,15 @@ def search(this: Round, networks: Networks, before: Sequence[dict[str, Any]]) ->
             f"{this.title}: training diverges with every beta from {min(short):g} to {max(short):g}; lower "
             f"finetune.lr = {this.recipe.finetune.lr:g}, or set beta, and choose another --out"
         )
-    whole = finished(short, lambda beta: score(beta, plan.steps))
+
+    def at_end(beta: float) -> float:
+        score(beta, plan.steps)
+        return trials[beta].score_at_end
+
+    whole = finished(short, at_end)
     for trial in trials.values():
         trial.drop()
-    beta = best_of(whole)
+    beta = best_of({beta: trials[beta].score_at(plan.steps) for beta in whole})
     if networks.precision_error is not None:
         reference.check_error(this.recipe, networks.precision_error, beta, this.number, this.chain.device)
     end = ", at the end of what was tried" if beta in (min(trials), max(trials)) else ""
@@ -97,10 +104,11 @@ def explored(start: float, score: Callable[[float], float]) -> dict[float, float
 
 
 def finished(short: Mapping[float, float], score: Callable[[float], float]) -> dict[float, float]:
-    """Scores of whole trainings by beta: downhill from the best short one, beginning with its better neighbour."""
+    """Scores at the end of whole trainings by beta: downhill from the best short one."""
     best = best_of(short)
     whole, around = {best: score(best)}, {side: _next(short, best, side) for side in (-1, 1)}
-    is_up = short.get(around[1], math.inf) < short.get(around[-1], math.inf)
+    has_risen = whole[best] > (1 + WORTH) * short[best]
+    is_up = has_risen or short.get(around[1], math.inf) < short.get(around[-1], math.inf)
     side = 1 if is_up else -1
     beta, following = best, around[side]
     while len(whole) < MOST_WHOLE and short.get(following, 0.0) < math.inf:  # not where a short one has diverged

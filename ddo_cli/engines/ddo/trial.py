@@ -129,6 +129,11 @@ class Trial:
         return sweep.rank(rung[self.scoring.key]) if rung else math.inf
 
     @property
+    def score_at_end(self) -> float:
+        """The last candidate's score, which may be worse than the best one's; infinite of a trial that diverged."""
+        return math.inf if self.diverged else sweep.rank(self._scores()[-1])
+
+    @property
     def is_early(self) -> bool:
         """Whether scores have risen again, and training ended before the last candidate (finetune.patience)."""
         is_last = str(self.steps) in self.candidates
