@@ -161,7 +161,7 @@ def _objectives() -> Experiment:
 
 
 def _diffrs() -> Experiment:
-    """Guidance and rejection by one discriminator, with Heun and about 70 evaluations of model and discriminator."""
+    """Guidance and rejection by one discriminator, with Heun and at most 70 evaluations of model and discriminator."""
     drawn = {
         "reference": "sample --ckpt embedded:digits16 --sampler heun --steps 35",
         "reference, 18 steps": "sample --ckpt embedded:digits16 --sampler heun --steps 18",
@@ -250,7 +250,7 @@ ROWS = (
     *_searches("the quickstart", "beta-auto"),
     *(Row(f"One round, `--objective {name}`", "objectives", after=name) for name in ("ddo", "spin", "cca")),
     *(
-        Row(f"{title}, Heun, 69 or 70 evaluations", "diffrs", after=name, control=None)
+        Row(f"{title}, Heun, 63 to 70 evaluations", "diffrs", after=name, control=None)
         for title, name in (("DG, `--dg-weight 2`", "guidance"), ("DiffRS", "DiffRS"))
     ),
     Row("DDO in the plane (`--recipe toy2d`), Jensen-Shannon in nats", "toy2d"),
