@@ -1,6 +1,6 @@
 """`python -m ddo_cli.assets.build` (or `make assets`): makes every file of this folder from its origin.
 
-Needs scikit-learn (the `dev` extra) for the digits. Takes about eight minutes on two quiet CPU cores. Training
+Needs scikit-learn (the `dev` extra) for the digits. Takes about five minutes on two quiet CPU cores. Training
 amplifies rounding: the files come back bit for bit on a like CPU with the same torch, which README.md names.
 """
 
